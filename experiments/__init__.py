@@ -1,0 +1,1 @@
+"""Launchers of experiments; they hold no algorithm."""

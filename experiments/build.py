@@ -1,0 +1,174 @@
+"""Turns a config into a federation, refusing what cannot work before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from experiments.cli import nearest
+from experiments.fields import check_numbers, client_capacities
+from flexmoe_jax import assignment, data, federated, models
+from flexmoe_jax.types import Array, InputError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A federation and its data.
+
+    Attributes:
+      algorithm: init, assign, plan, round, evaluate.
+      data: every client's training examples.
+      test: the test set.
+      classes: names of the Y classes.
+      label_counts: (C, Y) training examples of each client by class.
+      capacity: (C,) k_c.
+      per_round: P.
+    """
+
+    algorithm: federated.Algorithm
+    data: data.ClientData
+    test: federated.TestSet
+    classes: tuple[str, ...]
+    label_counts: np.ndarray
+    capacity: np.ndarray
+    per_round: int
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Builds the experiment that a config describes.
+
+    Raises:
+      InputError: naming the field, the value and the remedy.
+    """
+    check_numbers(config)
+    policy = assignment.make_policy(
+        config.assignment.policy, slack=config.assignment.slack, solver=config.assignment.solver
+    )
+    backbone = models.make_backbone(
+        config.model.backbone,
+        widths=config.model.widths or (),
+        depth=config.model.depth,
+        groups=config.model.groups,
+        conv=models.convolution(config.model.conv),
+    )
+    score = federated.make_score(config.fitness.score, config.fitness.alpha)
+    local = federated.LocalTraining(
+        optimizer=local_optimizer(config.local),
+        epochs=config.local.epochs,
+        batch_size=config.local.batch_size,
+        max_steps=config.local.max_steps,
+        balance=config.local.balance,
+        z=config.local.z,
+    )
+    capacity = client_capacities(
+        config.clients.capacity, config.clients.count, config.model.experts, config.seed
+    )
+    if config.assignment.policy == "full":
+        capacity = np.full_like(capacity, config.model.experts)
+    if config.assignment.load not in federated.LOAD_MODELS:
+        federated.make_load_model(config.assignment.load, capacity, capacity)
+
+    dataset, parts = load_partitioned(config)
+    clients = data.build_clients(dataset, parts)
+    steps = np.asarray(local.steps(clients.size))
+    examples = np.minimum(np.asarray(clients.size) * local.epochs, steps * local.batch_size)
+    algorithm = federated.flexmoe(
+        models.MoEClassifier(
+            backbone=backbone,
+            classes=dataset.num_classes,
+            experts=config.model.experts,
+            hidden=config.model.hidden,
+            top_k=config.model.top_k,
+        ),
+        clients,
+        prepare=standardise(dataset.train_images),
+        capacity=capacity,
+        policy=policy,
+        load_model=federated.make_load_model(config.assignment.load, examples, capacity),
+        local=local,
+        fitness=federated.FitnessOptions(
+            score, config.fitness.beta, config.fitness.initial, config.fitness.optimism
+        ),
+        server=server_optimizer(config.server),
+        seed=config.seed,
+        block_size=config.execution.client_block_size,
+    )
+    return Experiment(
+        algorithm=algorithm,
+        data=clients,
+        test=federated.chunk_test_set(
+            dataset.test_images, dataset.test_labels, config.eval.batch_size
+        ),
+        classes=dataset.classes,
+        label_counts=data.label_counts(dataset.train_labels, parts, dataset.num_classes),
+        capacity=capacity,
+        per_round=config.clients.per_round or config.clients.count,
+    )
+
+
+def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray, ...]]:
+    """Loads the data set and gives every training example to a client."""
+    dataset = data.load(
+        config.data.name,
+        data_dir=config.data.dir or None,
+        train_limit=config.data.train_limit,
+        test_limit=config.data.test_limit,
+        image_size=config.data.image_size,
+        download=config.data.download,
+    )
+    parts = data.partition(
+        config.partition.name,
+        dataset.train_labels,
+        config.clients.count,
+        seed=config.seed,
+        classes_per_client=config.partition.classes_per_client,
+        alpha=config.partition.alpha,
+        shards_per_client=config.partition.shards_per_client,
+        quantity_skew=config.partition.quantity_skew,
+        min_per_client=config.partition.min_per_client,
+    )
+    return dataset, parts
+
+
+def standardise(images: np.ndarray) -> Callable[[Array], Array]:
+    """Maps uint8 images to float32 of mean 0 and deviation 1 per channel over these images."""
+    sample = images[:10_000].astype(np.float32)
+    mean, deviation = sample.mean(axis=(0, 1, 2)), sample.std(axis=(0, 1, 2)) + 1e-6
+
+    def prepare(images: Array) -> Array:
+        return (images.astype(jnp.float32) - mean) / deviation
+
+    return prepare
+
+
+def local_optimizer(options: ConfigDict) -> optax.GradientTransformation:
+    """The clients' optimiser."""
+    optimizer = _optimizer("local.optimizer", options)
+    if options.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
+    return optimizer
+
+
+def server_optimizer(options: ConfigDict) -> optax.GradientTransformation:
+    """The server's optimiser of the mean update."""
+    return _optimizer("server.optimizer", options)
+
+
+def _optimizer(field: str, options: ConfigDict) -> optax.GradientTransformation:
+    optimizers: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "sgd": lambda: optax.sgd(options.learning_rate, options.momentum or None),
+        "adam": lambda: optax.adam(options.learning_rate),
+    }
+    if options.optimizer not in optimizers:
+        raise InputError(
+            field,
+            options.optimizer,
+            f"did you mean {nearest(options.optimizer, optimizers)}? "
+            f"choose one of {', '.join(optimizers)}",
+        )
+    return optimizers[options.optimizer]()

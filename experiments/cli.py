@@ -1,0 +1,92 @@
+"""Command lines that refuse bad input in one line, with exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+from absl import app, flags
+from ml_collections import config_dict
+
+from flexmoe_jax.types import InputError
+
+
+def run_cli(main: Callable[[list[str]], None]) -> None:
+    """Runs `main` under absl; an `InputError` becomes one line on stderr and exit code 2."""
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except InputError as error:
+            _refuse(str(error))
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def flat_fields(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, object]:
+    """Maps the dotted name of every field of a config to its value."""
+    fields: dict[str, object] = {}
+    for name, value in config.items():
+        if isinstance(value, config_dict.ConfigDict):
+            fields |= flat_fields(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = value
+    return fields
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The name most like the one given."""
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return list(flags.FLAGS(argv))
+    except flags.UnrecognizedFlagError as error:
+        near = nearest(error.flagname, [*flags.FLAGS, "config.rounds"])
+        _refuse(f"--{error.flagname}: no such flag; did you mean --{near}? --help lists them all")
+    except (AttributeError, KeyError) as error:
+        _refuse(_unknown_field(argv, error))
+    except FileNotFoundError as error:
+        _refuse(f"--config={error.filename}: no such file; experiments/configs/ holds examples")
+    except (flags.Error, TypeError, ValueError) as error:
+        _refuse(_wrong_value(error))
+
+
+def _unknown_field(argv: Sequence[str], error: Exception) -> str:
+    """Names the field of an override that the config does not have, and the nearest one it has."""
+    given = [re.match(r"--(?:no)?config\.([\w.]+)", argument) for argument in argv]
+    names = [match[1] for match in given if match]
+    path = next(a.split("=", 1)[1] for a in argv if a.startswith("--config="))
+    fields = flat_fields(_load_config(path))
+    for name in names:
+        if name not in fields:
+            near = nearest(name, fields)
+            return f"config.{name}: no such field; did you mean config.{near}?"
+    return " ".join(str(error).split())
+
+
+def _load_config(path: str) -> config_dict.ConfigDict:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("experiment_config", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config: config_dict.ConfigDict = module.get_config()
+    return config
+
+
+def _wrong_value(error: Exception) -> str:
+    line = " ".join(str(error).split())
+    match = re.match(r"flag --([\w.]+)=(.*?): (.*)", line)
+    return f"{match[1]}={match[2]}: {match[3]}" if match else line
+
+
+def _refuse(line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,92 @@
+"""Every field that a training config has, with a default that works.
+
+Not an experiment: the files beside this one are. Any field can be set on the command line, as
+`--config.local.learning_rate=0.05`; unknown fields and wrong types are refused.
+"""
+
+from __future__ import annotations
+
+from ml_collections import config_dict
+from ml_collections.config_dict import ConfigDict, FieldReference
+
+
+def get_config() -> ConfigDict:
+    """The default of every field."""
+    config = ConfigDict()
+    config.seed = 0
+    config.rounds = 40
+
+    config.data = ConfigDict()
+    config.data.name = "digits"  # "digits" (embedded), or any TFDS image-classification data set
+    config.data.dir = ""  # of prepared TFDS data; empty for TFDS's own default
+    config.data.download = False
+    config.data.train_limit = 0  # examples, drawn evenly over classes; 0 for all
+    config.data.test_limit = 0
+    config.data.image_size = 0  # side in pixels; 0 for the data set's own, or 32 if it varies
+
+    config.partition = ConfigDict()
+    config.partition.name = "dirichlet"  # iid | k_class | dirichlet | shards
+    config.partition.classes_per_client = 4  # of k_class
+    config.partition.alpha = 0.3  # of dirichlet: small is skewed
+    config.partition.shards_per_client = 2  # of shards
+    config.partition.quantity_skew = 0.0  # spread of client sizes on top of any partition
+    config.partition.min_per_client = 10  # examples
+
+    config.clients = ConfigDict()
+    config.clients.count = 20  # C
+    config.clients.per_round = 0  # P; 0 for all
+    # k_c: a number (2), a range ("1-4") or a list ([1, 2, 4]), dealt out evenly, at random.
+    config.clients.capacity = FieldReference("1-4", field_type=object)
+
+    config.model = ConfigDict()
+    config.model.backbone = "convnet"  # mlp | convnet | resnet
+    config.model.widths = config_dict.placeholder(tuple)  # of its layers; unset for its own default
+    config.model.depth = 0  # of resnet (6n+2); 0 for its own default
+    config.model.groups = 0  # of the group normalisation; 0 for the backbone's default
+    config.model.conv = "auto"  # auto | matmul | lax
+    config.model.experts = 8  # E
+    config.model.hidden = 128  # H
+    config.model.top_k = 1  # experts per example
+
+    config.local = ConfigDict()
+    config.local.epochs = 1
+    config.local.batch_size = 32  # B
+    config.local.max_steps = 0  # cap on the local steps of a round; 0 for none
+    config.local.optimizer = "sgd"  # sgd | adam
+    config.local.learning_rate = 0.1
+    config.local.momentum = 0.0  # of sgd
+    config.local.clip_norm = 0.0  # cap on the gradient's global norm; 0 for none
+    config.local.balance = 0.0  # weight of the Switch-style balance loss over the held experts
+    config.local.z = 0.0  # weight of the router z-loss
+
+    config.server = ConfigDict()
+    config.server.optimizer = "sgd"  # sgd | adam: applied to the mean update
+    config.server.learning_rate = 1.0
+    config.server.momentum = 0.0  # of sgd
+
+    config.assignment = ConfigDict()
+    config.assignment.policy = "flex"
+    config.assignment.solver = "auto"
+    config.assignment.load = "clients"  # clients | samples | usage
+    config.assignment.slack = 0.1  # δ: by how much of the mean load an expert's load may miss it
+
+    config.fitness = ConfigDict()
+    config.fitness.score = "accuracy"  # accuracy | loss
+    config.fitness.alpha = 1.0  # α of the loss score exp(-α l)
+    config.fitness.beta = 0.5  # β: weight of the newest score
+    config.fitness.initial = 0.0  # start value of Q
+    config.fitness.optimism = 0.0  # bonus for pairs never tried
+
+    config.execution = ConfigDict()
+    config.execution.client_block_size = 0  # clients side by side; 0 for automatic
+
+    config.eval = ConfigDict()
+    config.eval.every = 1  # rounds; the last round is always evaluated
+    config.eval.batch_size = 500
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 10  # rounds; the last round is always saved
+    config.checkpoint.keep = 2
+
+    config.tensorboard = False  # event files in WORKDIR/tensorboard (extra: tensorboard)
+    return config

@@ -1,0 +1,22 @@
+"""EMNIST digits, the paper's 4-class partition, 20 clients that hold 2 of 8 experts.
+
+python -m experiments.train --config=experiments/configs/emnist_digits.py \
+        --config.data.dir=TFDS_DIR --workdir=runs/emnist_digits
+"""
+
+from __future__ import annotations
+
+from ml_collections.config_dict import ConfigDict
+
+from experiments.configs import base
+
+
+def get_config() -> ConfigDict:
+    """16 local steps a round."""
+    config = base.get_config()
+    config.rounds = 20
+    config.data.name = "emnist/digits"
+    config.partition.name = "k_class"
+    config.clients.capacity = 2
+    config.local.max_steps = 16
+    return config

@@ -1,0 +1,110 @@
+"""Checks of config fields that no other part of the project makes, and the clients' capacities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from flexmoe_jax.types import InputError
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Refuses numbers outside their range, for all fields that no other part checks."""
+    at_least_one = (
+        "rounds",
+        "clients.count",
+        "model.experts",
+        "model.hidden",
+        "model.top_k",
+        "local.epochs",
+        "local.batch_size",
+        "eval.every",
+        "eval.batch_size",
+        "checkpoint.every",
+        "checkpoint.keep",
+    )
+    not_negative = (
+        "seed",
+        "clients.per_round",
+        "execution.client_block_size",
+        "local.max_steps",
+        "local.momentum",
+        "local.clip_norm",
+        "local.balance",
+        "local.z",
+        "server.momentum",
+    )
+    positive = ("local.learning_rate", "server.learning_rate")
+    ranges: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+        (at_least_one, lambda value: value >= 1, "choose 1 or more"),
+        (not_negative, lambda value: 0 <= value < float("inf"), "choose 0 or more"),
+        (positive, lambda value: 0 < value < float("inf"), "choose a number above 0"),
+    )
+    for fields, fits, remedy in ranges:
+        for field in fields:
+            value = _value(config, field)
+            if not fits(value):
+                raise InputError(field, value, remedy)
+    if not 0 < config.fitness.beta <= 1:
+        raise InputError("fitness.beta", config.fitness.beta, "choose a number in (0, 1]")
+    for field in ("fitness.initial", "fitness.optimism"):
+        if not np.isfinite(_value(config, field)):
+            raise InputError(field, _value(config, field), "choose a finite number")
+    if config.clients.per_round > config.clients.count:
+        raise InputError(
+            "clients.per_round",
+            config.clients.per_round,
+            f"choose at most clients.count={config.clients.count}, or 0 for all",
+        )
+    if config.model.top_k > config.model.experts:
+        raise InputError(
+            "model.top_k",
+            config.model.top_k,
+            f"choose at most model.experts={config.model.experts}",
+        )
+
+
+def client_capacities(given: object, clients: int, experts: int, seed: int) -> np.ndarray:
+    """Deals capacities out to clients.
+
+    Args:
+      given: a number, a range as "1-4", or a list of numbers. A range or list is dealt out evenly,
+        in an order drawn from the seed.
+      clients: C.
+      experts: E.
+      seed: of the run.
+
+    Returns:
+      (C,) int64 k_c.
+
+    Raises:
+      InputError: for what is none of these, and for a capacity below 1 or above E.
+    """
+    choices = _capacity_choices(given)
+    if min(choices) < 1 or max(choices) > experts:
+        raise InputError("clients.capacity", given, f"choose 1 to model.experts={experts}")
+    dealt = np.resize(np.asarray(choices, np.int64), clients)
+    return np.random.default_rng([seed, 0xCA9AC]).permutation(dealt)
+
+
+def _capacity_choices(given: object) -> list[int]:
+    if isinstance(given, str) and given.count("-") == 1 and given.replace("-", "").isdecimal():
+        low, high = (int(end) for end in given.split("-"))
+        if low > high:
+            raise InputError("clients.capacity", given, f"turn the range around: {high}-{low}")
+        return list(range(low, high + 1))
+    choices = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not choices or not all(isinstance(k, int) and not isinstance(k, bool) for k in choices):
+        remedy = 'give a number (2), a range ("1-4") or a list ([1,2,4])'
+        raise InputError("clients.capacity", given, remedy)
+    return [k for k in choices if isinstance(k, int)]
+
+
+def _value(config: ConfigDict, field: str) -> float:
+    node: object = config
+    for name in field.split("."):
+        node = getattr(node, name)
+    assert isinstance(node, int | float)
+    return node

@@ -1,0 +1,76 @@
+"""Turns workdirs into one self-contained HTML page.
+
+    python -m experiments.report DIR [DIR ...] [--out FILE]
+
+One workdir gives DIR/report/index.html, several give a comparison, report.html in the folder that
+they share, unless --out says otherwise. A run that is still going can be reported, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from experiments.reporting.runs import read_run
+from flexmoe_jax.types import InputError
+
+
+def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | Path | None = None) -> Path:
+    """Writes the page of one workdir, or the comparison of several.
+
+    Args:
+      workdirs: folders that training runs wrote; one named twice counts once.
+      out: the file to write; by default DIR/report/index.html for one workdir and report.html in
+        the common parent for several. Replaced at once when the page is complete.
+
+    Returns:
+      the path of the page.
+
+    Raises:
+      InputError: if no workdir is given, a folder is no workdir, or `out` cannot be written.
+    """
+    folders = list({Path(w).resolve(): Path(w) for w in workdirs}.values())
+    if not folders:
+        raise InputError("DIR", "(none)", "give the workdir of at least one training run")
+    runs = [read_run(folder) for folder in folders]
+    page = Path(out) if out is not None else default_out(folders)
+    if page.is_dir():
+        raise InputError("out", page, f"is a folder; give a file such as {page / 'report.html'}")
+
+    # Matplotlib takes most of a second to import; whoever gave a wrong folder need not wait for it.
+    from experiments.reporting.page import render
+
+    html = render(runs)
+    unfinished = page.with_name(page.name + ".part")
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(html, encoding="utf-8")
+        unfinished.replace(page)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError("out", page, f"cannot be written ({reason}); choose another") from error
+    return page
+
+
+def default_out(folders: Sequence[Path]) -> Path:
+    """Where the page goes unless the user says: into the run, or beside the runs."""
+    if len(folders) == 1:
+        return folders[0] / "report" / "index.html"
+    return Path(os.path.commonpath([f.resolve() for f in folders])) / "report.html"
+
+
+def main(argv: list[str]) -> None:
+    """Writes the report of the workdirs in `argv[1:]` and prints where it is."""
+    page = write_report(argv[1:], flags.FLAGS.out)
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    from experiments.cli import run_cli
+
+    # Declared here, so that whoever imports `write_report` gets no flag along with it.
+    flags.DEFINE_string("out", None, "the HTML file to write")
+    run_cli(main)

@@ -1,0 +1,83 @@
+"""Orders of clients and experts in which the matrices show their structure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.reporting.runs import Floats, Numbers, Run
+
+
+@dataclass(frozen=True)
+class Order:
+    """Columns and rows of the client pictures of one run.
+
+    Attributes:
+      clients: (C,) client numbers from left to right, grouped by their most frequent label.
+      groups: (C,) that label's index, in the same order; None where labels are not recorded.
+      experts: (E,) expert numbers from top to bottom: an expert stands where its clients stand.
+    """
+
+    clients: NDArray[np.intp]
+    groups: NDArray[np.intp] | None
+    experts: NDArray[np.intp]
+
+
+def order_of(run: Run) -> Order | None:
+    """The order for one run; None where arrays.npz says nothing about clients."""
+    matrices = [
+        run.arrays[n] for n in ("usage", "held_rounds", "holds", "fitness") if n in run.arrays
+    ]
+    counts = run.arrays.get("label_counts")
+    sized = [a for a in (counts, run.arrays.get("capacity"), *matrices) if a is not None]
+    if not sized or not len(sized[0]):
+        return None
+    clients = np.arange(len(sized[0]))
+    groups = None
+    if counts is not None and counts.shape[1]:
+        clients = by_label(counts)
+        groups = counts.argmax(axis=1)[clients]
+    experts = by_clients(matrices[0], clients) if matrices else np.arange(0)
+    return Order(clients, groups, experts)
+
+
+def by_label(counts: Numbers) -> NDArray[np.intp]:
+    """Client numbers (C,) from label counts (C, Y): by most frequent label, purest first."""
+    share = shares(counts)
+    return np.lexsort((-share.max(axis=1), counts.argmax(axis=1)))
+
+
+def by_clients(weight: Numbers, clients: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Expert numbers (E,) by the mean place of their clients, from weights (C, E); idle last."""
+    weight = np.nan_to_num(weight[clients].astype(float))
+    total = weight.sum(axis=0)
+    places = np.arange(len(clients)) @ weight
+    mean = np.divide(places, total, out=np.full(len(total), np.inf), where=total > 0)
+    return np.argsort(mean, kind="stable")
+
+
+def shares(rows: Numbers) -> Floats:
+    """Each row divided by its sum; rows that sum to 0 become NaN."""
+    total = rows.sum(axis=1, keepdims=True).astype(float)
+    result = np.full(rows.shape, np.nan)
+    np.divide(rows, total, out=result, where=total > 0)
+    return result
+
+
+def pool(columns: Numbers, largest: int) -> tuple[Floats, int]:
+    """Averages neighbouring columns of (R, C) until at most `largest` are left.
+
+    Returns:
+      the matrix (R, ceil(C / n)) and n, the columns in each; NaN cells are left out of the mean.
+    """
+    rows, width = columns.shape
+    each = max(-(-width // largest), 1)
+    padded = np.full((rows, -(-width // each) * each), np.nan)
+    padded[:, :width] = columns
+    blocks = padded.reshape(rows, -1, each)
+    present = np.isfinite(blocks)
+    total = np.where(present, blocks, 0.0).sum(axis=2)
+    seen = present.sum(axis=2)
+    return np.divide(total, seen, out=np.full(total.shape, np.nan), where=seen > 0), each

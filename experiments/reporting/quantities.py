@@ -1,0 +1,126 @@
+"""Names, units and number formats of everything a run records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+NBSP = "\N{NO-BREAK SPACE}"
+NOTHING = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """How a recorded metric is shown.
+
+    Attributes:
+      name: what people call it.
+      format: value to text with its unit.
+      better: `higher`, `lower`, or empty where neither side is better.
+    """
+
+    name: str
+    format: Callable[[float], str]
+    better: str = ""
+
+
+def percent(value: float) -> str:
+    """Fraction as a percentage, one decimal."""
+    return f"{100 * value:.1f}{NBSP}%"
+
+
+def ratio(value: float) -> str:
+    """Number without a unit, three significant digits, plain notation where it is readable."""
+    if value and abs(value) < 1e-4:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}{TIMES}10{_superscript(int(exponent))}"
+    return f"{value:.3g}" if abs(value) < 1000 else count(value)
+
+
+def count(value: float) -> str:
+    """Whole number with thousands separators."""
+    return f"{value:,.0f}"
+
+
+def counted(value: float, noun: str) -> str:
+    """A number of things, the noun in the plural unless it is one."""
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
+
+
+def byte_unit(largest: float) -> tuple[float, str]:
+    """Bytes in, and name of, the decimal unit in which `largest` reads best."""
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if largest >= factor:
+            return factor, unit
+    return 1.0, "B"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units."""
+    factor, unit = byte_unit(value)
+    return f"{value / factor:.3g}{NBSP}{unit}"
+
+
+def duration(value: float) -> str:
+    """Seconds as people say them."""
+    if value < 1:
+        return f"{1000 * value:.3g}{NBSP}ms"
+    if value < 120:
+        return f"{value:.3g}{NBSP}s"
+    minutes, seconds = divmod(round(value), 60)
+    if minutes < 120:
+        return f"{minutes}{NBSP}min {seconds}{NBSP}s"
+    return f"{minutes // 60}{NBSP}h {minutes % 60}{NBSP}min"
+
+
+def rate(value: float) -> str:
+    """Examples per second."""
+    return f"{count(value)}{NBSP}/s"
+
+
+QUANTITIES = {
+    "eval/personal_accuracy": Quantity("Personal accuracy", percent, "higher"),
+    "eval/global_accuracy": Quantity("Global accuracy", percent, "higher"),
+    "eval/server_accuracy": Quantity("Server accuracy", percent, "higher"),
+    "eval/clients": Quantity("Clients evaluated", count),
+    "train/loss": Quantity("Training loss", ratio, "lower"),
+    "load/assigned_cv": Quantity("Assigned load CV, per round", ratio, "lower"),
+    "load/assigned_cv_cumulative": Quantity("Assigned load CV, cumulative", ratio, "lower"),
+    "load/usage_cv": Quantity("Used load CV, per round", ratio, "lower"),
+    "load/usage_cv_cumulative": Quantity("Used load CV, cumulative", ratio, "lower"),
+    "assignment/gap": Quantity("Assignment gap", ratio, "lower"),
+    "assignment/solve_seconds": Quantity("Assignment solve time", duration),
+    "comm/bytes_down": Quantity("Sent to clients, per round", size),
+    "comm/bytes_up": Quantity("Sent to server, per round", size),
+    "time/round_seconds": Quantity("Round time", duration),
+    "time/train_examples_per_second": Quantity("Training speed", rate),
+}
+
+
+def name(key: str) -> str:
+    """What people call the metric; its own key where it is not a known one."""
+    return QUANTITIES[key].name if key in QUANTITIES else key
+
+
+def better(key: str) -> str:
+    """`higher`, `lower`, or empty where neither side is better or the metric is not known."""
+    return QUANTITIES[key].better if key in QUANTITIES else ""
+
+
+def show(key: str, value: float | None) -> str:
+    """The metric's value as text; a dash for None, `NaN` or `∞` for what is not finite."""
+    if value is None:
+        return NOTHING
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "∞" if value > 0 else f"{MINUS}∞"
+    text = QUANTITIES[key].format(value) if key in QUANTITIES else f"{value:,.6g}"
+    return text.replace("-", MINUS)
+
+
+def _superscript(number: int) -> str:
+    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -1,0 +1,255 @@
+"""Trains one federation.
+
+    python -m experiments.train --config=experiments/configs/digits.py --workdir=runs/digits
+
+Any field of the config can be set on the command line (`--config.clients.capacity=2`). A workdir
+that holds a part of the same run is continued from its newest checkpoint. Ctrl-C ends after the
+round at work, with everything saved; a second one ends at once.
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+import flexmoe_jax
+from experiments.build import Experiment, build
+from experiments.cli import run_cli
+from experiments.progress import ProgressDisplay
+from experiments.tensorboard import TensorBoard
+from experiments.workdir import Metrics, Workdir
+from flexmoe_jax.assignment import Solution
+from flexmoe_jax.checkpoint import Checkpoints
+from flexmoe_jax.federated import sample_cohort, slots_assignment
+from flexmoe_jax.metrics import accuracies, coefficient_of_variation, round_bytes
+from flexmoe_jax.types import InputError, RoundReport, State
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the experiment.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+
+
+class DivergedError(RuntimeError):
+    """The training loss is no longer a number."""
+
+
+def main(argv: list[str]) -> None:
+    """Trains, then writes the report."""
+    if len(argv) > 1:
+        raise InputError("argument", argv[1], "flags begin with --")
+    if _CONFIG.value is None:
+        raise InputError("--config", None, "name a file, as experiments/configs/digits.py")
+    if not _WORKDIR.value:
+        raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/digits")
+    workdir = Workdir(_WORKDIR.value)
+    status = train(_CONFIG.value, workdir)
+
+    from experiments.report import write_report
+
+    page = write_report([workdir.path], workdir.path / "report" / "index.html")
+    print(f"{status} · report: {page}")
+    if status == "diverged":
+        sys.exit(1)
+
+
+def train(config: ConfigDict, workdir: Workdir) -> str:
+    """Runs an experiment to its last round, or on from where its workdir stands.
+
+    Args:
+      config: of the experiment.
+      workdir: of the run.
+
+    Returns:
+      "finished", "interrupted" or "diverged".
+
+    Raises:
+      InputError: if the config or the workdir cannot be used; nothing is written then.
+    """
+    begin = time.monotonic()
+    workdir.check(config)
+    experiment = build(config)
+    tensorboard = TensorBoard(workdir.path / "tensorboard" if config.tensorboard else None)
+    algorithm = experiment.algorithm
+    state = algorithm.init(jax.random.key(config.seed))
+
+    checkpoints = Checkpoints(workdir.path / "checkpoints", config.checkpoint.keep)
+    if checkpoints.latest() is not None:
+        state = checkpoints.restore(state)
+    done = int(state.round)
+    workdir.open(config, done)
+    status = "finished"
+    with ProgressDisplay(config.rounds, done) as display, _interruptible() as interrupted:
+        if done:
+            display.say(f"continuing after round {done} of {config.rounds}")
+        for round_index in range(done, config.rounds):
+            try:
+                state, metrics = run_round(config, experiment, state, round_index)
+            except DivergedError as error:
+                status = "diverged"
+                display.say(str(error))
+                break
+            workdir.append(metrics)
+            tensorboard.write(metrics)
+            display.update(metrics)
+            last = round_index + 1 == config.rounds or bool(interrupted)
+            if last or (round_index + 1) % config.checkpoint.every == 0:
+                checkpoints.save(state)
+            if interrupted:
+                status = "interrupted"
+                break
+    checkpoints.close()
+    tensorboard.close()
+    if status != "diverged":
+        workdir.write_arrays(**arrays(experiment, state))
+    earlier = workdir.summary() or {}
+    workdir.write_summary(
+        {
+            "status": status,
+            **summarise(workdir.read()),
+            "seconds": earlier.get("seconds", 0.0) + time.monotonic() - begin,
+            **environment(),
+        }
+    )
+    return status
+
+
+def run_round(
+    config: ConfigDict, experiment: Experiment, state: State, round_index: int
+) -> tuple[State, Metrics]:
+    """Assigns, trains, and evaluates where the config asks for it.
+
+    Returns:
+      The new state, and the round's line of metrics.jsonl.
+
+    Raises:
+      DivergedError: a client's loss is not a number.
+    """
+    algorithm = experiment.algorithm
+    begin = time.monotonic()
+    cohort = sample_cohort(
+        config.clients.count, experiment.per_round, seed=config.seed, round_index=round_index
+    )
+    solution = algorithm.assign(state, cohort)
+    plan = algorithm.plan(state, cohort, solution)
+    state, report = algorithm.round(state, experiment.data, plan)
+    report = jax.device_get(report)
+    seconds = time.monotonic() - begin
+    check_finite(report, np.asarray(plan.clients), round_index, config.local.learning_rate)
+    metrics: Metrics = {
+        "round": round_index + 1,
+        **round_metrics(state, solution, report),
+        "time/round_seconds": seconds,
+        "time/train_examples_per_second": float(report.examples.sum()) / seconds,
+    }
+    if (round_index + 1) % config.eval.every == 0 or round_index + 1 == config.rounds:
+        share = experiment.data.label_share
+        metrics |= accuracies(algorithm.evaluate(state, experiment.test, share))
+    return state, metrics
+
+
+def round_metrics(state: State, solution: Solution, report: RoundReport) -> Metrics:
+    """What a round says of itself: loss, balance, assignment and bytes."""
+    return {
+        "train/loss": float(np.average(report.loss, weights=report.examples)),
+        "load/assigned_cv": coefficient_of_variation(solution.load),
+        "load/assigned_cv_cumulative": coefficient_of_variation(np.asarray(state.load)),
+        "load/usage_cv": coefficient_of_variation(np.asarray(report.usage)),
+        "load/usage_cv_cumulative": coefficient_of_variation(np.asarray(state.usage).sum(axis=0)),
+        "load/assigned": np.asarray(solution.load).tolist(),
+        "load/usage": np.asarray(report.usage).tolist(),
+        "assignment/gap": float(solution.gap),
+        "assignment/solve_seconds": float(solution.seconds),
+        "assignment/status": solution.status,
+        **round_bytes(state, solution.assignment),
+    }
+
+
+def check_finite(
+    report: RoundReport, clients: np.ndarray, round_index: int, learning_rate: float
+) -> None:
+    """Stops a run whose loss is no longer a number.
+
+    Raises:
+      DivergedError: naming the round, the clients and the learning rate.
+    """
+    broken = np.sort(clients[~np.isfinite(report.loss)])
+    if broken.size:
+        some = ", ".join(map(str, broken[:10])) + (", ..." if broken.size > 10 else "")
+        raise DivergedError(
+            f"round {round_index + 1}: the loss of clients {some} is not a number with "
+            f"local.learning_rate={learning_rate}: lower it, or set local.clip_norm"
+        )
+
+
+def arrays(experiment: Experiment, state: State) -> dict[str, np.ndarray]:
+    """What the report draws as matrices."""
+    known = jax.device_get((state.fitness, state.held_rounds, state.usage))
+    return {
+        "label_counts": experiment.label_counts,
+        "classes": np.asarray(experiment.classes),
+        "capacity": experiment.capacity,
+        "fitness": known[0],
+        "holds": slots_assignment(np.asarray(state.slots), known[0].shape[1]),
+        "held_rounds": known[1],
+        "usage": known[2],
+    }
+
+
+def summarise(rows: list[Metrics]) -> dict[str, Any]:
+    """Final and best values: of accuracies the highest is best, of all else the lowest."""
+    summary: dict[str, Any] = {"rounds": len(rows)}
+    numbers = [key for row in rows[-1:] for key, value in row.items() if isinstance(value, float)]
+    for key in numbers:
+        values = [row[key] for row in rows if key in row]
+        best = max if "accuracy" in key or key.endswith("per_second") else min
+        summary[f"final/{key}"] = values[-1]
+        summary[f"best/{key}"] = best(values)
+    for key in ("comm/bytes_down", "comm/bytes_up"):
+        summary[f"total/{key}"] = sum(row[key] for row in rows)
+    return summary
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device."""
+    packages = ("jax", "flax", "optax", "cvxpy", "numpy")
+    return {
+        "versions": {
+            "flexmoe_jax": flexmoe_jax.__version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Yields a list that the first SIGINT or SIGTERM fills; the second acts as usual."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        for kept, handler in before.items():
+            signal.signal(kept, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,140 @@
+"""How much load each expert should get in this round.
+
+An expert that was owed load and did not get it is owed it still: bounds lie around the fair share
+*plus* the deficit of earlier rounds, so that the cumulative loads even out (the "historical
+deficit" of arXiv 2512.23070, whose formula is not public: this one is ours).
+
+Axis legend: `P` clients in this round's cohort, `E` experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flexmoe_jax.assignment.problem import FloatArray, IntArray
+from flexmoe_jax.types import InputError
+
+
+def load_bounds(
+    capacity: IntArray,
+    deficit: FloatArray,
+    *,
+    slack: float = 0.1,
+    load_weight: float | FloatArray = 1.0,
+    share: FloatArray | None = None,
+) -> tuple[FloatArray, FloatArray]:
+    """Least and greatest load of each expert in this round.
+
+    The target of expert e is `share_e · (total load) + deficit_e`, moved into what the cohort can
+    give; the bounds lie `slack · share_e · (total load)` below and above it. With one weight for
+    all pairs loads are whole multiples of it, so the bounds are rounded inward, yet always leave
+    room for the multiples just below and above the target: bounds so made can be met.
+
+    Args:
+      capacity: [P] experts that each client holds.
+      deficit: [E] load owed from earlier rounds, as `update_deficit` keeps it.
+      slack: δ ≥ 0, the part of its share by which an expert's load may miss its target.
+      load_weight: load of a holder on its expert: a scalar, [P] or [P, E].
+      share: [E] part of the load that each expert is meant to get (any positive scale); by
+        default all get the same.
+
+    Returns:
+      `load_min` and `load_max`, each [E], in units of `load_weight`.
+
+    Raises:
+      InputError: a slack below 0, or shares that are not positive.
+    """
+    if not (np.isfinite(slack) and slack >= 0):
+        raise InputError("assignment.slack", slack, "give a number of at least 0")
+    capacity = np.asarray(capacity)
+    deficit = np.asarray(deficit, np.float64)
+    experts = deficit.shape[0]
+    parts = normalise_share(share, experts)
+    weight = np.asarray(load_weight, np.float64)
+    rows = weight.mean(axis=1) if weight.ndim == 2 else weight
+    fair = parts * float(np.sum(rows * capacity))
+    holders = capacity > 0
+    reachable = (
+        weight[holders].sum(axis=0)
+        if weight.ndim == 2
+        else np.full(experts, np.sum(np.broadcast_to(weight, capacity.shape), where=holders))
+    )
+    target = _shift_into(fair + deficit, reachable, fair.sum())
+    low, high = target - slack * fair, target + slack * fair
+    grid = _common_weight(weight)
+    if grid:
+        low = np.minimum(_ceil(low / grid), _floor(target / grid)) * grid
+        high = np.maximum(_floor(high / grid), _ceil(target / grid)) * grid
+    return np.clip(low, 0.0, reachable), np.clip(high, 0.0, reachable)
+
+
+def update_deficit(
+    deficit: FloatArray,
+    load: FloatArray,
+    *,
+    share: FloatArray | None = None,
+    decay: float = 1.0,
+) -> FloatArray:
+    """Deficit after a round: `decay · deficit + share · Σ load - load`, [E].
+
+    Args:
+      deficit: [E] deficit before the round; zeros at the start.
+      load: [E] load that the round gave.
+      share: [E] part that each expert is meant to get (any positive scale); default: the same.
+      decay: in [0, 1]; 1 never forgets, 0 makes every round stand alone, and `1 - 1/W` remembers
+        about the last W rounds.
+
+    Raises:
+      InputError: a decay outside [0, 1], or shares that are not positive.
+    """
+    if not 0.0 <= decay <= 1.0:
+        raise InputError("assignment.decay", decay, "give a number from 0 to 1")
+    load = np.asarray(load, np.float64)
+    owed = normalise_share(share, load.shape[0]) * load.sum()
+    return decay * np.asarray(deficit, np.float64) + owed - load
+
+
+def normalise_share(share: FloatArray | None, experts: int) -> FloatArray:
+    """Shares [E] scaled to sum to 1; None stands for equal ones."""
+    if share is None:
+        return np.full(experts, 1.0 / experts)
+    parts = np.asarray(share, np.float64)
+    if parts.shape != (experts,):
+        raise InputError(
+            "assignment.share", parts.shape, f"give one number an expert: ({experts},)"
+        )
+    if not (np.isfinite(parts) & (parts > 0)).all():
+        raise InputError("assignment.share", parts.min(), "give numbers above 0")
+    return parts / parts.sum()
+
+
+def _shift_into(target: FloatArray, reachable: FloatArray, total: float) -> FloatArray:
+    """Clips targets to [0, reachable], with one common shift that keeps their sum at `total`."""
+    if ((target >= 0) & (target <= reachable)).all():
+        return target
+    low, high = -float(np.max(target, initial=0.0)), float(np.max(reachable - target, initial=0.0))
+    low, high = min(low, 0.0), max(high, 0.0)
+    # The sum grows with the shift; 100 halvings exhaust double precision.
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        if np.clip(target + middle, 0.0, reachable).sum() < total:
+            low = middle
+        else:
+            high = middle
+    return np.clip(target + high, 0.0, reachable)
+
+
+def _common_weight(weight: FloatArray) -> float | None:
+    if weight.size == 0:
+        return None
+    first = float(weight.flat[0])
+    return first if first > 0 and bool((weight == first).all()) else None
+
+
+# Targets are sums of many rounds: a multiple missed by rounding error alone is that multiple.
+def _floor(value: FloatArray) -> FloatArray:
+    return np.floor(value + 1e-9)
+
+
+def _ceil(value: FloatArray) -> FloatArray:
+    return np.ceil(value - 1e-9)

@@ -1,0 +1,249 @@
+"""Assignments from prices, wholly on the device.
+
+Every client takes its best `k_c` experts at the prices of `prices.py`; the few loads that then lie
+outside their bounds are mended by the cheapest swaps. Everything here is pure JAX: it runs inside
+a jitted training loop, and under `vmap` over seeds or layers.
+
+Axis legend: `C` clients, `E` experts, `F` numbers that describe a client, `K` expert slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flexmoe_jax.assignment.prices import Prices, ascend_prices, dual_bound, reduced_fitness
+from flexmoe_jax.types import Array
+
+# Loads are sums of floats: a bound missed by less than this part of a weight is kept.
+_SLIP = 1e-3
+
+
+class DualSolution(NamedTuple):
+    """What `dual_assign` returns.
+
+    Attributes:
+      assignment: [C, E] bool; each client holds exactly `k_c`.
+      value: `Σ Q x`, less the diversity term.
+      bound: no assignment within the load bounds is worth more.
+      load: [E].
+      prices: the prices that prove the bound.
+    """
+
+    assignment: Array
+    value: Array
+    bound: Array
+    load: Array
+    prices: Prices
+
+
+def dual_assign(
+    fitness: Array,
+    capacity: Array,
+    load_min: Array,
+    load_max: Array,
+    load_weight: Array | float = 1.0,
+    descriptor: Array | None = None,
+    diversity: Array | float = 0.0,
+    slots: int | None = None,
+) -> DualSolution:
+    """Assigns experts to clients; pure, jit-able and vmappable.
+
+    With a scalar `load_weight` the load bounds are met wherever they can be. With others they are
+    met as far as single swaps go, which leaves at most a fraction of one client's weight in
+    practice, without a guarantee: compare `load` with the bounds.
+
+    Args:
+      fitness: [C, E], of a floating type.
+      capacity: [C] int.
+      load_min: [E].
+      load_max: [E]; may be infinite.
+      load_weight: a scalar, [C] or [C, E].
+      descriptor: [C, F] what describes a client, or None; only the deviation from the mean counts.
+      diversity: γ ≥ 0, worth of one unit of `Σ_e Σ_f |Σ_c x_ce (d_cf - mean_f)|`.
+      slots: a static number that no capacity exceeds (the smaller the faster); default E.
+    """
+    clients, experts = fitness.shape
+    dtype = fitness.dtype
+    given = jnp.asarray(load_weight, dtype)
+    equal = given.ndim == 0
+    weight = jnp.broadcast_to(given[:, None] if given.ndim == 1 else given, fitness.shape)
+    low, high = (jnp.asarray(bound, dtype) for bound in (load_min, load_max))
+    z = jnp.zeros((clients, 0), dtype) if descriptor is None else jnp.asarray(descriptor, dtype)
+    z = z - z.mean(axis=0)
+    prices = ascend_prices(fitness, capacity, low, high, weight, z, diversity, slots)
+    reduced = reduced_fitness(fitness, weight, z, prices)
+    held = _take_top(reduced, capacity, slots or experts)
+    # Kept off the bounds by what single precision cannot tell.
+    inset = 0.0 if equal else jnp.minimum(_SLIP * weight.mean(), 0.25 * (high - low))
+    low_in, high_in = low + inset, high - inset
+    # An expert with a price belongs at the bound that the price pays for (complementary slackness).
+    play = 0.0 if equal else weight.mean()
+    low_at = jnp.where(prices.load > 0, jnp.maximum(low_in, high_in - play), low_in)
+    high_at = jnp.where(prices.load < 0, jnp.minimum(high_in, low_in + play), high_in)
+    held = _mend(reduced, weight, low_at, high_at, held)
+    held = _mend(reduced, weight, low_in, high_in, held)
+    if equal:
+        held = _mend_by_paths(reduced, given, low, high, held)
+    load = _load(weight, held)
+    mix = jnp.abs(held.T.astype(dtype) @ z).sum()
+    value = jnp.sum(jnp.where(held, fitness, 0.0), axis=1).sum() - diversity * mix
+    bound = dual_bound(fitness, capacity, low, high, weight, z, prices, slots)
+    return DualSolution(held, value, bound, load, prices)
+
+
+def _take_top(score: Array, capacity: Array, slots: int) -> Array:
+    """Each client's `k_c` experts of highest score, [C, E] bool."""
+    _, best = jax.lax.top_k(score, slots)
+    taken = jnp.arange(slots) < capacity[:, None]
+    rows = jnp.arange(score.shape[0])[:, None]
+    return jnp.zeros(score.shape, bool).at[rows, best].max(taken)
+
+
+def _load(weight: Array, held: Array) -> Array:
+    return jnp.sum(jnp.where(held, weight, 0.0), axis=0)
+
+
+def _ends(low: Array, high: Array, load: Array, slip: Array) -> tuple[Array, Array]:
+    """Which experts give holders and which take them in, while a bound is broken.
+
+    Overloaded experts give first, to all that have room; after that all that can spare give to
+    the underloaded.
+    """
+    over, under = load > high + slip, load < low - slip
+    gives = jnp.where(over.any(), over, (load > low + slip) & under.any())
+    takes = jnp.where(over.any(), load < high - slip, under)
+    return gives, takes
+
+
+def _mend(worth: Array, weight: Array, low: Array, high: Array, held: Array) -> Array:
+    """Single swaps, many clients at a time, each client its cheapest, until no swap helps."""
+    clients = worth.shape[0]
+    slip = _SLIP * weight.mean()
+
+    def propose(held: Array) -> tuple[Array, Array, Array, Array]:
+        load = _load(weight, held)
+        gives, takes = _ends(low, high, load, slip)
+        leaves = held & gives & (load - weight >= low - slip)
+        enters = ~held & takes & (load + weight <= high + slip)
+        least = jnp.where(leaves, worth, jnp.inf)
+        most = jnp.where(enters, worth, -jnp.inf)
+        return load, least.min(axis=1) - most.max(axis=1), least.argmin(1), most.argmax(1)
+
+    def more(state: tuple[Array, Array]) -> Array:
+        return state[1]
+
+    def round_of_swaps(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        held, _ = state
+        load, cost, source, target = propose(held)
+        rows = jnp.arange(clients)
+        possible = jnp.isfinite(cost)
+        out = jnp.where(possible, weight[rows, source], 0.0)
+        into = jnp.where(possible, weight[rows, target], 0.0)
+        left, entered = (
+            _running_sum(source, cost, out),
+            _running_sum(target, cost, into),
+        )
+        over = load > high + slip
+        anyone_over = over.any()
+        # Enough is enough: the swap that crosses the bound is the last one.
+        shed = jnp.where(anyone_over, load - high, jnp.inf)[source]
+        fill = jnp.where(anyone_over, jnp.inf, low - load)[target]
+        accept = (
+            possible
+            & (left - out < shed - slip)
+            & (entered - into < fill - slip)
+            & (left <= (load - low)[source] + slip)
+            & (entered <= (high - load)[target] + slip)
+        )
+        # Writing the old value where a swap is refused leaves it unchanged.
+        held = held.at[rows, source].set(held[rows, source] & ~accept)
+        held = held.at[rows, target].set(held[rows, target] | accept)
+        return held, accept.any()
+
+    held, _ = jax.lax.while_loop(more, round_of_swaps, (held, jnp.array(True)))
+    return held
+
+
+def _running_sum(group: Array, order: Array, amount: Array) -> Array:
+    """Sum [C] of the amounts up to and with each one, in its group, by rising `order`."""
+    index = jnp.arange(group.shape[0])
+    sorted_group, _, by = jax.lax.sort((group, order, index), num_keys=2)
+    first = jnp.concatenate([jnp.ones(1, bool), sorted_group[1:] != sorted_group[:-1]])
+
+    # Restarted at every group: a running sum over all clients would lose digits that count here.
+    def join(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
+
+    _, running = jax.lax.associative_scan(join, (first, amount[by]))
+    return jnp.zeros_like(amount).at[by].set(running)
+
+
+def _mend_by_paths(worth: Array, unit: Array, low: Array, high: Array, held: Array) -> Array:
+    """Swaps along the cheapest path of experts, for what single swaps could not mend.
+
+    With equal weights a path from an expert that must give to one that may take exists whenever
+    the bounds can be met, so the loop ends with every bound met or with none left to mend.
+    """
+    experts = worth.shape[1]
+    nodes = jnp.arange(experts)
+    slip = _SLIP * unit
+
+    def ends(held: Array) -> tuple[Array, Array]:
+        return _ends(low, high, unit * held.sum(axis=0), slip)
+
+    def swap_costs(held: Array) -> tuple[Array, Array]:
+        def row(e: Array) -> tuple[Array, Array]:
+            possible = held[:, e][:, None] & ~held
+            loss = jnp.where(possible, worth[:, e][:, None] - worth, jnp.inf)
+            return loss.min(axis=0), loss.argmin(axis=0)
+
+        return jax.lax.map(row, nodes)
+
+    def relax(_: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        distance, before, cost = state
+        through = distance[:, None] + cost
+        via = through.argmin(axis=0)
+        # A gain below single precision could close a path into a loop.
+        closer = through.min(axis=0) < distance - 1e-6 * jnp.abs(worth).max()
+        closer |= jnp.isinf(distance) & jnp.isfinite(through.min(axis=0))
+        return (
+            jnp.where(closer, through.min(axis=0), distance),
+            jnp.where(closer, via, before),
+            cost,
+        )
+
+    def more(state: tuple[Array, Array]) -> Array:
+        held, moved = state
+        gives, takes = ends(held)
+        return moved & gives.any() & takes.any()
+
+    def follow(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        held, _ = state
+        gives, takes = ends(held)
+        cost, best = swap_costs(held)
+        distance = jnp.where(gives, 0.0, jnp.inf)
+        before = jnp.full(experts, -1)
+        distance, before, _ = jax.lax.fori_loop(0, experts, relax, (distance, before, cost))
+        reachable = jnp.where(takes, distance, jnp.inf)
+        last = reachable.argmin()
+
+        def back(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            held, node, steps = state
+            client = best[before[node], node]
+            held = held.at[client, before[node]].set(False).at[client, node].set(True)
+            return held, before[node], steps + 1
+
+        def on_the_way(state: tuple[Array, Array, Array]) -> Array:
+            _, node, steps = state
+            return (before[node] >= 0) & (steps < experts)
+
+        found = jnp.isfinite(reachable[last])
+        start = (held, jnp.where(found, last, nodes[gives.argmax()]), jnp.array(0))
+        walked, _, _ = jax.lax.while_loop(on_the_way, back, start)
+        return jnp.where(found, walked, held), found
+
+    held, _ = jax.lax.while_loop(more, follow, (held, jnp.array(True)))
+    return held

@@ -1,0 +1,325 @@
+"""`solve`: one call for every solver.
+
+Axis legend: `C` clients, `E` experts, `F` numbers that describe a client.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flexmoe_jax.assignment.certificate import effective_bounds, price_bound
+from flexmoe_jax.assignment.columns import solve_by_columns
+from flexmoe_jax.assignment.flow import solve_flow
+from flexmoe_jax.assignment.heuristics import (
+    client_keys,
+    take_best,
+    take_in_turn,
+    take_random,
+    take_top,
+)
+from flexmoe_jax.assignment.paths import augment
+from flexmoe_jax.assignment.polish import polish
+from flexmoe_jax.assignment.problem import (
+    BoolArray,
+    FloatArray,
+    Problem,
+    Solution,
+    expert_load,
+    load_violation,
+    make_solution,
+    objective,
+)
+from flexmoe_jax.assignment.relaxation import solve_relaxation
+from flexmoe_jax.assignment.rounding import round_knapsack, round_shmoys_tardos
+from flexmoe_jax.types import InputError
+
+# Part of the relaxation's value that mending the load bounds may cost.
+_MENDING = MappingProxyType({"shmoys_tardos": 0.0, "repair": 0.01})
+ROUNDINGS = tuple(_MENDING)
+# A gap at which `dual` is as good as it needs to be: local search would take longer than it.
+_POLISHED = 1e-3
+# Pairs up to which prices from nil, or all of the relaxation's pairs, are the faster way.
+_FEW_PAIRS, _MANY_PAIRS = 2_000, 100_000
+
+
+class _Answer(NamedTuple):
+    """What a solver says: an assignment, prices or a bound that prove it, what gave way."""
+
+    assignment: BoolArray
+    prices: FloatArray | None = None
+    bound: float = np.inf
+    relaxed: bool = False
+
+
+def solve(
+    problem: Problem,
+    solver: str = "relaxation",
+    rounding: str = "repair",
+    seed: int = 0,
+) -> Solution:
+    """Solves an assignment problem.
+
+    Args:
+      problem: what to solve.
+      solver: a name in `SOLVERS`. `relaxation` (CVXPY) takes every problem; `paths` (exact,
+        NumPy) and `flow` (exact, OR-Tools) take equal weights; `dual` (JAX) takes any weights;
+        `auto` chooses among them; the heuristics `greedy`, `random` and `round_robin` ignore the
+        load bounds.
+      rounding: how fractions are rounded. Both ways keep capacities exactly, and load bounds to
+        within an expert's largest single weight. `shmoys_tardos` is worth at least the
+        relaxation; `repair` (the default) gives up to 1 % of it to mend load bounds.
+      seed: of ties and random choices.
+
+    Returns:
+      The assignment with its certificate. Load bounds that cannot all hold give way, smallest
+      weighted violation first, and the solution says which.
+
+    Raises:
+      InputError: unknown solver or rounding, or one that does not take the problem.
+    """
+    require_name("assignment.solver", solver, SOLVERS)
+    require_name("assignment.rounding", rounding, ROUNDINGS)
+    begin = time.perf_counter()
+    answer = SOLVERS[solver](problem, rounding, seed)
+    bound = _certify(problem, answer)
+    seconds = time.perf_counter() - begin
+    return make_solution(problem, answer.assignment, bound, seconds, relaxed=answer.relaxed)
+
+
+def require_name(field: str, name: str, known: Iterable[str]) -> None:
+    """Raises `InputError` for a name that is not known, with the nearest one that is."""
+    names = sorted(known)
+    if name in names:
+        return
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(field, name, f"{hint}give one of {', '.join(names)}")
+
+
+def _certify(problem: Problem, answer: _Answer) -> float:
+    """The least bound that is proved; for bounds that gave way, as far as they gave way."""
+    if answer.prices is None or problem.balance or problem.diversity:
+        return answer.bound
+    low, high = effective_bounds(problem)
+    if answer.relaxed:
+        load = expert_load(problem, answer.assignment)
+        low, high = np.minimum(low, load), np.maximum(high, load)
+        return price_bound(problem, answer.prices, low, high)
+    return min(answer.bound, price_bound(problem, answer.prices, low, high))
+
+
+def _relaxation(problem: Problem, rounding: str, seed: int) -> _Answer:
+    del seed
+    plain = not (problem.balance or problem.diversity or problem.expert_size is not None)
+    floors = bool(np.any(problem.holders_min)) and not problem.unit
+    if plain and not floors and problem.fitness.size > _MANY_PAIRS:
+        relaxed = solve_by_columns(problem, _device_prices(problem))
+    else:
+        relaxed = solve_relaxation(problem)
+    if problem.expert_size is not None:
+        held = round_knapsack(problem, relaxed.x)
+    else:
+        held = round_shmoys_tardos(problem, relaxed.x)
+    least = min(objective(problem, held), relaxed.bound - _MENDING[rounding] * abs(relaxed.bound))
+    held = polish(problem, held, relaxed.prices, least)
+    return _Answer(held, relaxed.prices, relaxed.bound, relaxed.excess > 0)
+
+
+def _paths(problem: Problem, rounding: str, seed: int) -> _Answer:
+    del rounding, seed
+    unit = problem.unit
+    if unit is None or problem.diversity or problem.expert_size is not None:
+        raise InputError(
+            "assignment.solver", "paths", "takes one weight, no diversity and no sizes; use auto"
+        )
+    clients, experts = problem.fitness.shape
+    low, high = effective_bounds(problem)
+    low, high = (low / unit, high / unit) if unit else (np.zeros(experts), np.full(experts, 1e18))
+    low = np.maximum(low, 0.0)
+    # One unit of violation outweighs any path of swaps.
+    span = float(np.ptp(problem.fitness)) if problem.fitness.size else 0.0
+    dear = 1e6 * (span + problem.balance * unit**2 * clients + 1e-9)
+    weight = dear * np.asarray(problem.violation_weight) / np.max(problem.violation_weight)
+    target, curve = problem.load_target / (unit or 1.0), problem.balance * unit**2
+
+    def marginal(y: FloatArray) -> FloatArray:
+        outside = weight * ((y >= high).astype(float) - (y < low))
+        return outside + curve * (2 * (y - target) + 1)
+
+    few = problem.fitness.size <= _FEW_PAIRS or curve
+    prices = np.zeros(experts) if few else _device_prices(problem) * unit
+    load = take_top(problem.fitness - prices, problem.capacity).sum(axis=0)
+    if curve:
+        start = np.clip(np.ceil(target - 0.5), low, high)
+    else:
+        start = np.where(prices > 0, high, np.where(prices < 0, low, np.clip(load, low, high)))
+    found = augment(problem.fitness, problem.capacity, marginal, prices, start)
+    held = found.assignment
+    count = held.sum(axis=0)
+    relaxed = bool(((count < low) | (count > high)).any())
+    if curve:
+        return _Answer(held, bound=objective(problem, held), relaxed=relaxed)
+    return _Answer(held, found.prices / unit if unit else None, objective(problem, held), relaxed)
+
+
+def _flow(problem: Problem, rounding: str, seed: int) -> _Answer:
+    del rounding, seed
+    _require_plain(problem, "flow")
+    held, bound, relaxed = solve_flow(problem)
+    return _Answer(held, bound=bound, relaxed=relaxed)
+
+
+def _dual(problem: Problem, rounding: str, seed: int) -> _Answer:
+    del seed
+    if problem.balance or problem.expert_size is not None:
+        raise InputError(
+            "assignment.solver", "dual", "takes no balance term and no sizes; use auto"
+        )
+    if np.any(problem.holders_min) and not problem.unit:
+        raise InputError("assignment.solver", "dual", "takes holders_min at equal weights only")
+    if problem.clients == 0:
+        return _relaxation(problem, rounding, 0)
+    found = _run_dual(problem)
+    held = np.asarray(found.assignment)
+    prices = np.asarray(found.prices.load, np.float64)
+    mixed = bool(problem.diversity)
+    bound = (
+        float(found.bound) if mixed else price_bound(problem, prices, *effective_bounds(problem))
+    )
+    value = objective(problem, held)
+    broken = load_violation(problem, expert_load(problem, held)).any()
+    if broken or bound - value > _POLISHED * abs(bound):
+        least = min(value, bound - _MENDING[rounding] * abs(bound)) if broken else value
+        held = polish(problem, held, prices, least)
+    broken = load_violation(problem, expert_load(problem, held)).any()
+    # At equal weights the paths mend whatever can be mended.
+    return _Answer(held, prices, bound, bool(broken and problem.unit is not None))
+
+
+def _auto(problem: Problem, rounding: str, seed: int) -> _Answer:
+    if problem.expert_size is not None:
+        return _relaxation(problem, rounding, seed)
+    if problem.unit is not None and not problem.diversity:
+        return _paths(problem, rounding, seed)
+    floors = bool(np.any(problem.holders_min)) and not problem.unit
+    if problem.diversity and not problem.balance and not floors and problem.fitness.size > 20_000:
+        return _dual(problem, rounding, seed)
+    return _relaxation(problem, rounding, seed)
+
+
+def _greedy(problem: Problem, rounding: str, seed: int) -> _Answer:
+    del rounding
+    keys = client_keys([seed], np.arange(problem.clients), problem.experts)
+    return _unpriced(problem, take_best(problem.fitness, _counts(problem, "greedy"), keys))
+
+
+def _random(problem: Problem, rounding: str, seed: int) -> _Answer:
+    del rounding
+    keys = client_keys([seed], np.arange(problem.clients), problem.experts)
+    return _unpriced(problem, take_random(_counts(problem, "random"), keys))
+
+
+def _round_robin(problem: Problem, rounding: str, seed: int) -> _Answer:
+    del rounding, seed
+    clients = np.arange(problem.clients)
+    counts = _counts(problem, "round_robin")
+    return _unpriced(problem, take_in_turn(counts, clients, 0, problem.experts))
+
+
+SOLVERS: MappingProxyType[str, Callable[[Problem, str, int], _Answer]] = MappingProxyType(
+    {
+        "auto": _auto,
+        "dual": _dual,
+        "flow": _flow,
+        "greedy": _greedy,
+        "paths": _paths,
+        "random": _random,
+        "relaxation": _relaxation,
+        "round_robin": _round_robin,
+    }
+)
+
+
+def _unpriced(problem: Problem, held: BoolArray) -> _Answer:
+    """A heuristic's answer, bounded by what clients would take if loads did not matter."""
+    free = float(np.sum(problem.fitness, where=take_top(problem.fitness, problem.capacity)))
+    return _Answer(held, bound=free)
+
+
+def _counts(problem: Problem, solver: str) -> Any:
+    if problem.expert_size is not None:
+        raise InputError("assignment.solver", solver, "takes no expert sizes; use relaxation")
+    return problem.capacity
+
+
+def _require_plain(problem: Problem, solver: str) -> None:
+    if problem.balance or problem.diversity or problem.expert_size is not None:
+        raise InputError(
+            "assignment.solver", solver, "takes no balance, diversity or sizes; use auto"
+        )
+
+
+def _device_prices(problem: Problem) -> FloatArray:
+    """Prices [E] per unit of load from the smoothed dual."""
+    return np.asarray(_compiled()[0](*_device_inputs(problem), slots=_slots(problem)), np.float64)
+
+
+def _run_dual(problem: Problem) -> Any:
+    return _compiled()[1](*_device_inputs(problem), slots=_slots(problem))
+
+
+def _slots(problem: Problem) -> int:
+    # Rounded up to a power of two, so that few cohorts compile anew.
+    most = max(1, int(problem.capacity.max(initial=0)))
+    return min(problem.experts, 1 << (most - 1).bit_length())
+
+
+def _device_inputs(problem: Problem) -> tuple[Any, ...]:
+    import jax.numpy as jnp
+
+    low, high = effective_bounds(problem)
+    weight = problem.load_weight if problem.unit is None else float(problem.unit)
+    descriptor = problem.deviation
+    return (
+        jnp.asarray(problem.fitness, jnp.float32),
+        jnp.asarray(problem.capacity, jnp.int32),
+        jnp.asarray(low, jnp.float32),
+        jnp.asarray(high, jnp.float32),
+        jnp.asarray(weight, jnp.float32),
+        jnp.asarray(descriptor, jnp.float32),
+        jnp.asarray(problem.diversity, jnp.float32),
+    )
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> tuple[Any, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    from flexmoe_jax.assignment.dual import dual_assign
+    from flexmoe_jax.assignment.prices import ascend_prices
+
+    def prices(
+        fitness: Any,
+        capacity: Any,
+        low: Any,
+        high: Any,
+        weight: Any,
+        z: Any,
+        gamma: Any,
+        slots: int,
+    ) -> Any:
+        wide = jnp.broadcast_to(weight[:, None] if weight.ndim == 1 else weight, fitness.shape)
+        return ascend_prices(fitness, capacity, low, high, wide, z, gamma, slots).load
+
+    return (
+        jax.jit(prices, static_argnames="slots"),
+        jax.jit(dual_assign, static_argnames="slots"),
+    )

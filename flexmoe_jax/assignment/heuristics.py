@@ -1,0 +1,74 @@
+"""Assignments that need no optimisation: the baselines, and starting points.
+
+Every function here gives each client exactly `k_c` experts and ignores load bounds. Ties and
+random choices come from keys that depend on (seed, client) alone, so neither the order of the
+clients nor who else takes part changes what a client gets.
+
+Axis legend: `C` clients, `E` experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from flexmoe_jax.assignment.problem import BoolArray, FloatArray, IntArray
+
+
+def client_keys(seed: list[int], clients: IntArray, experts: int) -> FloatArray:
+    """Uniform numbers in [0, 1), [C, E], each a function of (seed, client id, expert) alone.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood 2014) over a seeded start: one pass over
+    the array instead of one generator a client.
+    """
+    start = np.random.default_rng(seed).integers(2**63, dtype=np.uint64)
+    keys = _mix(clients.astype(np.uint64) + start)
+    keys = _mix(keys[:, None] + np.arange(1, experts + 1, dtype=np.uint64))
+    return (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    state = state * np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def take_best(score: FloatArray, capacity: IntArray, keys: FloatArray) -> BoolArray:
+    """Each client's `k_c` experts of highest score, [C, E] bool.
+
+    Args:
+      score: [C, E] what to go by.
+      capacity: [C] how many to take.
+      keys: [C, E] tie-breakers; of equal scores the smaller key wins.
+    """
+    order = np.lexsort((keys, -score), axis=-1)
+    taken = np.arange(score.shape[1]) < capacity[:, None]
+    assignment = np.zeros(score.shape, bool)
+    np.put_along_axis(assignment, order, taken, axis=1)
+    return assignment
+
+
+def take_top(score: FloatArray, capacity: IntArray) -> BoolArray:
+    """As `take_best`, with ties as they fall: several times faster; returns [C, E] bool."""
+    slots = int(np.max(capacity, initial=0))
+    assignment = np.zeros(score.shape, bool)
+    if 0 < slots < score.shape[1]:
+        best = np.argpartition(-score, slots - 1, axis=1)[:, :slots]
+        order = np.argsort(-np.take_along_axis(score, best, axis=1), axis=1)
+        best = np.take_along_axis(best, order, axis=1)
+    else:
+        best = np.argsort(-score, axis=1)[:, :slots]
+    np.put_along_axis(assignment, best, np.arange(slots) < capacity[:, None], axis=1)
+    return assignment
+
+
+def take_random(capacity: IntArray, keys: FloatArray) -> BoolArray:
+    """`k_c` experts a client, uniformly at random by its keys [C, E]; returns [C, E] bool."""
+    return take_best(-keys, capacity, keys)
+
+
+def take_in_turn(capacity: IntArray, clients: IntArray, turn: int, experts: int) -> BoolArray:
+    """Client c takes experts `(c + turn + 0 .. k_c - 1) mod E`; returns [C, E] bool."""
+    offset = (np.arange(experts) - clients[:, None] - turn) % experts
+    return offset < capacity[:, None]

@@ -1,0 +1,221 @@
+"""Policies: what decides who holds which expert in a round.
+
+A policy is a function from a `Request` (what the server knows at the start of the round) to a
+`Solution`. Whatever the order of the cohort, a client gets the same experts: the cohort is sorted
+by client id first, and every random choice is a function of (seed, round, client id).
+
+Axis legend: `P` clients in this round's cohort, `E` experts, `F` numbers that describe a client.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+
+import numpy as np
+
+from flexmoe_jax.assignment.bounds import load_bounds, normalise_share
+from flexmoe_jax.assignment.engine import SOLVERS, require_name, solve
+from flexmoe_jax.assignment.heuristics import (
+    client_keys,
+    take_best,
+    take_in_turn,
+    take_random,
+    take_top,
+)
+from flexmoe_jax.assignment.problem import (
+    TINY,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Problem,
+    Solution,
+    make_solution,
+)
+
+# Breaks ties between clients of equal fitness fairly, and is far below any fitness that matters.
+_TIE_NOISE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a policy is told about one round.
+
+    Attributes:
+      fitness: [P, E] learned worth of client c holding expert e.
+      capacity: [P] int, experts that each client holds.
+      clients: [P] int, ids of the clients, all different.
+      round: number of the round, from 0.
+      seed: the experiment's seed.
+      load_weight: load of a holder on its expert: a scalar, [P] or [P, E].
+      deficit: [E] load that each expert is owed, as `update_deficit` keeps it; None for zeros.
+      usage: [P, E] samples that each client routed to each expert in the past; None for zeros.
+      descriptor: [P, F] what kind of data each client has, or None.
+    """
+
+    fitness: FloatArray
+    capacity: IntArray
+    clients: IntArray
+    round: int
+    seed: int
+    load_weight: float | FloatArray = 1.0
+    deficit: FloatArray | None = None
+    usage: FloatArray | None = None
+    descriptor: FloatArray | None = None
+
+
+Policy = Callable[[Request], Solution]
+
+
+def make_policy(
+    name: str,
+    *,
+    slack: float = 0.1,
+    solver: str = "auto",
+    rounding: str = "repair",
+    share: FloatArray | None = None,
+) -> Policy:
+    """Makes the policy of that name.
+
+    Args:
+      name: a name in `POLICIES`.
+      slack: δ, by how much of its share an expert's load may miss its target (`flex`).
+      solver: a name in `SOLVERS` (`flex`).
+      rounding: a name in `ROUNDINGS` (`flex`).
+      share: [E] part of the load meant for each expert (`flex`); default: the same for all.
+
+    Raises:
+      InputError: an unknown policy or solver, or a slack below 0.
+    """
+    require_name("assignment.policy", name, POLICIES)
+    require_name("assignment.solver", solver, SOLVERS)
+    load_bounds(np.ones(1, np.int64), np.zeros(1), slack=slack)
+    if share is not None:
+        normalise_share(share, np.size(share))
+    chosen = POLICIES[name]
+    if name == "flex":
+        chosen = partial(flex, slack=slack, solver=solver, rounding=rounding, share=share)
+    return partial(_in_order, chosen)
+
+
+def flex(
+    request: Request,
+    *,
+    slack: float = 0.1,
+    solver: str = "auto",
+    rounding: str = "repair",
+    share: FloatArray | None = None,
+) -> Solution:
+    """FLEX-MoE: greatest fitness with every expert's load close to what it is owed."""
+    experts = request.fitness.shape[1]
+    deficit = np.zeros(experts) if request.deficit is None else request.deficit
+    low, high = load_bounds(
+        request.capacity, deficit, slack=slack, load_weight=request.load_weight, share=share
+    )
+    problem = Problem(request.fitness, request.capacity, low, high, request.load_weight)
+    noise = _TIE_NOISE * _keys(request, request.round)
+    found = solve(
+        replace(problem, fitness=problem.fitness + noise),
+        solver,
+        rounding,
+        seed=request.seed,
+    )
+    # The noise only adds fitness, so the noisy problem's bound holds for the true one.
+    value = float(np.sum(problem.fitness, where=found.assignment))
+    gap = max(found.bound - value, 0.0) / max(abs(found.bound), TINY)
+    return replace(found, value=value, gap=gap)
+
+
+def greedy(request: Request) -> Solution:
+    """Every client takes its fittest experts; ties fall by a seeded key."""
+    return _unbounded(
+        request, take_best(_fitness(request), request.capacity, _keys(request, request.round))
+    )
+
+
+def greedy_usage(request: Request) -> Solution:
+    """Every client takes the experts that it used most (FedMoE, arXiv 2408.11304)."""
+    usage = np.zeros(request.fitness.shape) if request.usage is None else request.usage
+    return _unbounded(
+        request,
+        take_best(np.asarray(usage, float), request.capacity, _keys(request, request.round)),
+    )
+
+
+def random(request: Request) -> Solution:
+    """Every client takes experts at random, anew each round."""
+    return _unbounded(request, take_random(request.capacity, _keys(request, request.round)))
+
+
+def static(request: Request) -> Solution:
+    """Every client takes experts at random once and keeps them."""
+    return _unbounded(request, take_random(request.capacity, _keys(request, 0)))
+
+
+def round_robin(request: Request) -> Solution:
+    """Client c in round t takes experts `(c + t + 0 .. k_c - 1) mod E`."""
+    held = take_in_turn(request.capacity, request.clients, request.round, request.fitness.shape[1])
+    return _unbounded(request, held)
+
+
+def full(request: Request) -> Solution:
+    """Every client holds all experts, whatever its capacity: the upper reference."""
+    everything = replace(
+        request, capacity=np.full(request.clients.shape, request.fitness.shape[1], np.int64)
+    )
+    return _unbounded(everything, np.ones(request.fitness.shape, bool))
+
+
+POLICIES: MappingProxyType[str, Policy] = MappingProxyType(
+    {
+        "flex": flex,
+        "full": full,
+        "greedy": greedy,
+        "greedy_usage": greedy_usage,
+        "random": random,
+        "round_robin": round_robin,
+        "static": static,
+    }
+)
+
+
+def _in_order(policy: Policy, request: Request) -> Solution:
+    """Runs a policy on the cohort sorted by client id, and puts its answer back in order."""
+    begin = time.perf_counter()
+    order = np.argsort(request.clients, kind="stable")
+    weight = np.asarray(request.load_weight)
+    found = policy(
+        replace(
+            request,
+            fitness=_fitness(request)[order],
+            capacity=np.asarray(request.capacity)[order],
+            clients=np.asarray(request.clients)[order],
+            load_weight=weight[order] if weight.ndim else float(weight),
+            usage=None if request.usage is None else np.asarray(request.usage)[order],
+            descriptor=None
+            if request.descriptor is None
+            else np.asarray(request.descriptor)[order],
+        )
+    )
+    assignment = np.empty_like(found.assignment)
+    assignment[order] = found.assignment
+    return replace(found, assignment=assignment, seconds=time.perf_counter() - begin)
+
+
+def _fitness(request: Request) -> FloatArray:
+    return np.asarray(request.fitness, np.float64)
+
+
+def _keys(request: Request, turn: int) -> FloatArray:
+    return client_keys([request.seed, turn], request.clients, request.fitness.shape[1])
+
+
+def _unbounded(request: Request, assignment: BoolArray) -> Solution:
+    experts = request.fitness.shape[1]
+    low, high = np.zeros(experts), np.full(experts, np.inf)
+    problem = Problem(request.fitness, request.capacity, low, high, request.load_weight)
+    best = take_top(problem.fitness, problem.capacity)
+    return make_solution(problem, assignment, float(np.sum(problem.fitness, where=best)), 0.0)

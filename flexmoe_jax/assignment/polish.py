@@ -1,0 +1,199 @@
+"""Local search that makes an assignment better and never worse.
+
+Moves: a client swaps one expert that it holds for one that it does not; two clients exchange
+experts. A move must not push any expert further out of its bounds, so what rounding guarantees of
+violations stays true. Moves that mend bounds may cost value, up to a stated amount.
+
+Axis legend: `C` clients, `E` experts, `H` held pairs under consideration.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from flexmoe_jax.assignment.problem import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Problem,
+    expert_load,
+    objective,
+)
+
+_MOVES = 1000
+# A search over more swaps than this looks at the clients nearest to a change of mind only.
+_SWAPS = 200_000
+_EXCHANGE_PAIRS = 400
+_STEP = 1e-9
+
+
+class _State(NamedTuple):
+    load: FloatArray
+    holders: IntArray
+    mix: FloatArray
+
+
+def polish(problem: Problem, assignment: BoolArray, prices: FloatArray, least: float) -> BoolArray:
+    """Improves an assignment until no move helps.
+
+    Args:
+      problem: what is solved.
+      assignment: [C, E] bool, where to start; left as it is.
+      prices: [E] on load, which tell what clients are worth looking at.
+      least: bounds are mended as long as the value stays at or above this.
+
+    Returns:
+      [C, E] bool. No expert's violation grew; the value did not fall, or stayed at or above
+      `least` while violations shrank.
+    """
+    held = assignment.copy()
+    rows = _nearest(problem, held, prices)
+    value = objective(problem, held)
+    for _ in range(_MOVES):
+        move = _best_move(problem, held, rows, value - least)
+        if move is None:
+            break
+        for client, e, f in move:
+            held[client, e], held[client, f] = False, True
+        value = objective(problem, held)
+    return held
+
+
+def _nearest(problem: Problem, held: BoolArray, prices: FloatArray) -> IntArray:
+    clients, experts = held.shape
+    slots = max(1, int(held.sum(axis=1).max(initial=0)))
+    most = max(1, _SWAPS // (experts * slots))
+    if clients <= most:
+        return np.arange(clients)
+    reduced = problem.fitness - problem.weights * prices
+    worst_in = np.min(reduced, axis=1, where=held, initial=np.inf)
+    best_out = np.max(reduced, axis=1, where=~held, initial=-np.inf)
+    return np.sort(np.argpartition(worst_in - best_out, most)[:most])
+
+
+def _best_move(
+    problem: Problem, held: BoolArray, rows: IntArray, budget: float
+) -> list[tuple[int, int, int]] | None:
+    """The move that mends most per value lost or, where none mends, the one that gains most."""
+    z = problem.deviation
+    state = _State(expert_load(problem, held), held.sum(axis=0), held.T.astype(float) @ z)
+    row, expert = np.nonzero(held[rows])
+    client = rows[row]
+    if client.size == 0:
+        return None
+    swap = _swaps(problem, held, state, client, expert)
+    best = _choose(*swap, budget)
+    exchange = None
+    if client.size <= _EXCHANGE_PAIRS:
+        exchange = _choose(*_exchanges(problem, held, state, client, expert), budget)
+    if best is None and exchange is None:
+        return None
+    if exchange is None or (best is not None and best[0] >= exchange[0]):
+        assert best is not None
+        h, f = best[1]
+        return [(int(client[h]), int(expert[h]), f)]
+    g, h = exchange[1]
+    return [
+        (int(client[g]), int(expert[g]), int(expert[h])),
+        (int(client[h]), int(expert[h]), int(expert[g])),
+    ]
+
+
+Scored = tuple[FloatArray, FloatArray, BoolArray]
+
+
+def _choose(
+    gain: FloatArray, mended: FloatArray, allowed: BoolArray, budget: float
+) -> tuple[tuple[int, float], tuple[int, int]] | None:
+    """Rank and place of the best of the moves; the rank puts mending before gaining."""
+    mends = allowed & (mended > _STEP) & (gain >= -max(budget, 0.0))
+    if mends.any():
+        price = np.where(mends, gain / np.where(mends, mended, 1.0), -np.inf)
+        place = np.unravel_index(int(price.argmax()), price.shape)
+        return (1, float(price[place])), (int(place[0]), int(place[1]))
+    gains = np.where(allowed & (mended >= -_STEP), gain, -np.inf)
+    place = np.unravel_index(int(gains.argmax()), gains.shape)
+    if not gains[place] > _STEP:
+        return None
+    return (0, float(gains[place])), (int(place[0]), int(place[1]))
+
+
+def _swaps(
+    problem: Problem, held: BoolArray, state: _State, client: IntArray, expert: IntArray
+) -> Scored:
+    """Gain, mended violation and admissibility [H, E] of giving pair h up for expert f."""
+    weight = problem.weights
+    out, into = weight[client, expert][:, None], weight[client]
+    gain = problem.fitness[client] - problem.fitness[client, expert][:, None]
+    gain = gain + _load_terms(problem, state, expert[:, None], -out)
+    gain = gain + _load_terms(problem, state, np.arange(held.shape[1])[None], into)
+    if problem.diversity:
+        z = problem.deviation[client]
+        before = np.abs(state.mix).sum(axis=1)
+        leaves = np.abs(state.mix[expert] - z).sum(axis=1) - before[expert]
+        enters = np.abs(state.mix[None] + z[:, None]).sum(axis=2) - before
+        gain = gain - problem.diversity * (leaves[:, None] + enters)
+    of_e = _mended(problem, state, expert[:, None], -out, -1)
+    of_f = _mended(problem, state, np.arange(held.shape[1])[None], into, 1)
+    allowed = ~held[client] & (of_e >= -_STEP) & (of_f >= -_STEP)
+    if problem.expert_size is not None:
+        size = np.asarray(problem.expert_size)
+        room = problem.capacity - held @ size
+        allowed &= size - size[expert][:, None] <= room[client][:, None] + _STEP
+    return gain, of_e + of_f, allowed
+
+
+def _exchanges(
+    problem: Problem, held: BoolArray, state: _State, client: IntArray, expert: IntArray
+) -> Scored:
+    """The same [H, H] for two pairs that exchange their experts."""
+    weight, fitness = problem.weights, problem.fitness
+    own = weight[client, expert]
+    crossed = weight[client[:, None], expert[None]]
+    gain = fitness[client[:, None], expert[None]] - fitness[client, expert][:, None]
+    gain = gain + gain.T
+    change = crossed.T - own[:, None]
+    terms = _load_terms(problem, state, expert[:, None], change)
+    gain = gain + terms + terms.T
+    if problem.diversity:
+        z = problem.deviation[client]
+        difference = z[None] - z[:, None]
+        after = np.abs(state.mix[expert][:, None] + difference).sum(axis=2)
+        loss = after - np.abs(state.mix[expert]).sum(axis=1)[:, None]
+        gain = gain - problem.diversity * (loss + loss.T)
+    mended = _mended(problem, state, expert[:, None], change, 0)
+    free = ~held[client[:, None], expert[None]]
+    allowed = free & free.T & (mended >= -_STEP) & (mended.T >= -_STEP)
+    if problem.expert_size is not None:
+        size = np.asarray(problem.expert_size)
+        room = (problem.capacity - held @ size)[client]
+        fits = size[expert][None] - size[expert][:, None] <= room[:, None] + _STEP
+        allowed &= fits & fits.T
+    return gain, mended + mended.T, allowed
+
+
+def _load_terms(
+    problem: Problem, state: _State, expert: IntArray, change: FloatArray
+) -> FloatArray:
+    """What the balance term gains when the loads of `expert` change."""
+    if not problem.balance:
+        return np.zeros(change.shape)
+    off = (state.load - problem.load_target)[expert]
+    return -problem.balance * change * (2 * off + change)
+
+
+def _mended(
+    problem: Problem, state: _State, expert: IntArray, change: FloatArray, holders: int
+) -> FloatArray:
+    """By how much the weighted violation of `expert` shrinks when its load and holders change."""
+    low, high = problem.load_min[expert], problem.load_max[expert]
+    load = state.load[expert]
+    before = np.maximum(np.maximum(low - load, load - high), 0.0)
+    after = np.maximum(np.maximum(low - load - change, load + change - high), 0.0)
+    mended = before - after
+    if holders and np.any(problem.holders_min):
+        lack = np.asarray(problem.holders_min)[expert] - state.holders[expert]
+        mended = mended + np.maximum(lack, 0.0) - np.maximum(lack - holders, 0.0)
+    return np.asarray(problem.violation_weight)[expert] * mended

@@ -1,0 +1,331 @@
+"""The assignment problem, its solution, and what can be said of any assignment.
+
+    maximise  Σ_ce Q_ce x_ce    over x ∈ {0,1}^(C×E)
+    subject to  Σ_e x_ce = k_c   and   L_e^min ≤ Σ_c w_ce x_ce ≤ L_e^max,
+
+with, where asked for, less `balance · Σ_e (load_e - target_e)²` and less
+`diversity · Σ_e Σ_f |Σ_c x_ce z_cf|`, `z` being the clients' deviations from the mean descriptor.
+
+Axis legend: `C` clients, `E` experts, `F` numbers that describe a client, `G` layers.
+Source of the problem: FLEX-MoE, arXiv 2512.23070.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from flexmoe_jax.types import InputError
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+# Solvers work to about 1e-9; a bound that is missed by less than this, relative to the largest
+# load, is kept.
+LOAD_TOLERANCE = 1e-6
+# A relative gap below this is rounding error of the solvers, so the answer counts as optimal.
+GAP_TOLERANCE = 1e-6
+TINY = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Who may hold how many experts, what each pair is worth, and how loaded experts may be.
+
+    Anything array-like is taken; the fields then hold NumPy arrays of the shapes below.
+
+    Attributes:
+      fitness: [C, E] worth `Q` of client c holding expert e; finite, any sign.
+      capacity: [C] number `k` of experts that each client holds, 0 ≤ k ≤ E.
+      load_min: [E] least load of each expert, in units of `load_weight` (a scalar serves all).
+      load_max: [E] greatest load of each expert; may be infinite.
+      load_weight: load that a holder puts on its expert, ≥ 0: a scalar, [C] or [C, E].
+      violation_weight: [E] or scalar, > 0: what a unit of violation of an expert's bounds weighs
+        where not all bounds can hold.
+      holders_min: [E] or scalar, least number of clients that hold each expert.
+      target: [E] load that `balance` draws each expert to; default: equal shares of the total.
+      balance: μ ≥ 0, worth of one squared unit of load off target.
+      descriptor: [C, F] what describes each client (a label mix, say), or None.
+      diversity: γ ≥ 0, worth of one unit by which an expert's holders, summed, deviate from the
+        mean descriptor.
+      expert_size: [E] > 0 or None. If given, `capacity` is what a client's experts may weigh in
+        sum, in the same unit (bytes, say), and a client need not fill it.
+
+    Raises:
+      InputError: a field has the wrong shape, a value that is not finite, or one out of range.
+    """
+
+    fitness: FloatArray
+    capacity: IntArray
+    load_min: FloatArray
+    load_max: FloatArray
+    load_weight: float | FloatArray = 1.0
+    violation_weight: float | FloatArray = 1.0
+    holders_min: float | FloatArray = 0.0
+    target: FloatArray | None = None
+    balance: float = 0.0
+    descriptor: FloatArray | None = None
+    diversity: float = 0.0
+    expert_size: FloatArray | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every field and stores it as an array."""
+        fitness = _floats("fitness", self.fitness)
+        if fitness.ndim != 2 or fitness.shape[1] == 0:
+            raise InputError("fitness", fitness.shape, "give a (C, E) array with at least 1 expert")
+        clients, experts = fitness.shape
+        _require_finite("fitness", fitness)
+        load_min = _per_expert("load_min", self.load_min, experts)
+        load_max = _per_expert("load_max", self.load_max, experts)
+        if np.isnan(load_min).any() or np.isposinf(load_min).any():
+            raise InputError("load_min", load_min.max(), "give numbers below infinity")
+        if np.isnan(load_max).any() or np.isneginf(load_max).any():
+            raise InputError("load_max", load_max.min(), "give numbers above minus infinity")
+        if (load_min > load_max).any():
+            worst = int(np.argmax(load_min > load_max))
+            pair = (float(load_min[worst]), float(load_max[worst]))
+            raise InputError(
+                "load_min, load_max", pair, f"expert {worst}: load_min must not exceed load_max"
+            )
+        load_weight = _floats("load_weight", self.load_weight)
+        if load_weight.shape not in ((), (clients,), (clients, experts)):
+            raise InputError(
+                "load_weight",
+                load_weight.shape,
+                f"give a scalar, ({clients},) or ({clients}, {experts})",
+            )
+        _require_finite("load_weight", load_weight)
+        if (load_weight < 0).any():
+            raise InputError("load_weight", load_weight.min(), "give numbers of at least 0")
+        violation_weight = _per_expert("violation_weight", self.violation_weight, experts)
+        if not (np.isfinite(violation_weight) & (violation_weight > 0)).all():
+            raise InputError("violation_weight", violation_weight.min(), "give numbers above 0")
+        holders_min = _per_expert("holders_min", self.holders_min, experts)
+        if not (np.isfinite(holders_min) & (holders_min >= 0)).all():
+            raise InputError("holders_min", holders_min.min(), "give numbers of at least 0")
+        for name, worth in (("balance", self.balance), ("diversity", self.diversity)):
+            if not (np.isfinite(worth) and worth >= 0):
+                raise InputError(name, worth, "give a number of at least 0")
+        size = self.expert_size
+        if size is not None:
+            size = _per_expert("expert_size", size, experts)
+            if not (np.isfinite(size) & (size > 0)).all():
+                raise InputError("expert_size", size.min(), "give numbers above 0")
+        target = self.target
+        if target is not None:
+            target = _per_expert("target", target, experts)
+            _require_finite("target", target)
+        descriptor = self.descriptor
+        if descriptor is not None:
+            descriptor = _floats("descriptor", descriptor)
+            if descriptor.ndim != 2 or descriptor.shape[0] != clients:
+                raise InputError("descriptor", descriptor.shape, f"give ({clients}, F) numbers")
+            _require_finite("descriptor", descriptor)
+        elif self.diversity:
+            raise InputError("diversity", self.diversity, "give a descriptor (C, F) as well")
+        for name, value in (
+            ("fitness", fitness),
+            ("capacity", _capacity(self.capacity, clients, experts, size is None)),
+            ("load_min", load_min),
+            ("load_max", load_max),
+            ("load_weight", load_weight),
+            ("violation_weight", violation_weight),
+            ("holders_min", holders_min),
+            ("target", target),
+            ("descriptor", descriptor),
+            ("expert_size", size),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def clients(self) -> int:
+        """Number of clients, C."""
+        return int(self.fitness.shape[0])
+
+    @property
+    def experts(self) -> int:
+        """Number of experts, E."""
+        return int(self.fitness.shape[1])
+
+    @property
+    def weights(self) -> FloatArray:
+        """[C, E] read-only view of `load_weight`, which costs no memory."""
+        weight = np.asarray(self.load_weight)
+        if weight.ndim == 1:
+            weight = weight[:, None]
+        return np.broadcast_to(weight, self.fitness.shape)
+
+    @property
+    def unit(self) -> float | None:
+        """The one weight that all pairs share, or None where weights differ.
+
+        With one weight the constraint matrix is totally unimodular once the bounds are rounded
+        to whole multiples of it (Hoffman and Kruskal 1956).
+        """
+        weight = np.asarray(self.load_weight)
+        if weight.size == 0:
+            return 1.0
+        first = float(weight.flat[0])
+        return first if bool((weight == first).all()) else None
+
+    @property
+    def deviation(self) -> FloatArray:
+        """[C, F] the clients' deviations `z` from the mean descriptor; F = 0 without diversity."""
+        if self.descriptor is None or not self.diversity:
+            return np.zeros((self.clients, 0))
+        return self.descriptor - self.descriptor.mean(axis=0, keepdims=True)
+
+    @property
+    def load_target(self) -> FloatArray:
+        """[E] the loads that `balance` draws to."""
+        if self.target is not None:
+            return self.target
+        total = float(np.sum(self.weights.mean(axis=1) * self.capacity))
+        return np.full(self.experts, total / self.experts)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """An assignment with its certificate.
+
+    Attributes:
+      assignment: [C, E] bool, who holds which expert.
+      value: `Σ Q_ce x_ce` of the assignment, less the balance and diversity terms where asked for.
+      bound: no assignment within the load bounds is worth more than this; where `status` is
+        `relaxed`, within the bounds as they gave way.
+      gap: `(bound - value) / |bound|`, at least 0.
+      load: [E] load of each expert.
+      violation: [E] how far each load lies outside its bounds, ≥ 0, in units of load.
+      status: `optimal` (within the bounds, gap nil), `feasible` (within the bounds), `relaxed`
+        (not all bounds can hold; some gave way) or `violated` (bounds that could hold do not:
+        by rounding, within its guarantee, or because the solver ignores them).
+      seconds: wall time that the solver took.
+    """
+
+    assignment: BoolArray
+    value: float
+    bound: float
+    gap: float
+    load: FloatArray
+    violation: FloatArray
+    status: str
+    seconds: float
+
+    def __str__(self) -> str:
+        """One readable line."""
+        clients, experts = self.assignment.shape
+        text = (
+            f"{self.status}: {clients} clients x {experts} experts, value {self.value:.6g}, "
+            f"bound {self.bound:.6g}, gap {self.gap:.2%}, "
+            f"load {self.load.min():.6g} to {self.load.max():.6g}, {self.seconds:.3f} s"
+        )
+        broken = np.flatnonzero(self.violation)
+        if broken.size:
+            text += "; out of bounds: " + ", ".join(
+                f"expert {e} by {self.violation[e]:.6g}" for e in broken[:8]
+            )
+            text += f" and {broken.size - 8} more" if broken.size > 8 else ""
+        return text
+
+
+def expert_load(problem: Problem, assignment: BoolArray) -> FloatArray:
+    """Load `Σ_c w_ce x_ce` of each expert, [E], of an assignment [C, E]."""
+    weight = np.asarray(problem.load_weight)
+    if weight.ndim == 0:
+        return assignment.sum(axis=0) * float(weight)
+    if weight.ndim == 1:
+        return weight @ assignment
+    return np.einsum("ce,ce->e", weight, assignment)
+
+
+def load_violation(problem: Problem, load: FloatArray) -> FloatArray:
+    """Distance [E] of each load from its interval; less than the solvers' precision counts as 0."""
+    distance = np.maximum(np.maximum(problem.load_min - load, load - problem.load_max), 0.0)
+    precision = LOAD_TOLERANCE * max(1.0, float(np.max(load, initial=0.0)))
+    return np.where(distance > precision, distance, 0.0)
+
+
+def objective(problem: Problem, assignment: BoolArray) -> float:
+    """What is maximised, at an assignment [C, E]."""
+    value = float(np.sum(problem.fitness, where=assignment))
+    if problem.balance:
+        off = expert_load(problem, assignment) - problem.load_target
+        value -= problem.balance * float(off @ off)
+    if problem.diversity:
+        value -= problem.diversity * float(np.abs(assignment.T @ problem.deviation).sum())
+    return value
+
+
+def missing_holders(problem: Problem, assignment: BoolArray) -> FloatArray:
+    """How many holders each expert lacks, [E]."""
+    return np.maximum(problem.holders_min - assignment.sum(axis=0), 0.0)
+
+
+def make_solution(
+    problem: Problem,
+    assignment: BoolArray,
+    bound: float,
+    seconds: float,
+    *,
+    relaxed: bool = False,
+) -> Solution:
+    """Completes an assignment [C, E] to a `Solution`, with value, loads, gap and status.
+
+    Args:
+      problem: what was solved.
+      assignment: [C, E] bool.
+      bound: a valid upper bound on the value.
+      seconds: what the solver took.
+      relaxed: whether the load bounds were shown to contradict the capacities.
+    """
+    value = objective(problem, assignment)
+    load = expert_load(problem, assignment)
+    violation = load_violation(problem, load)
+    gap = max(bound - value, 0.0) / max(abs(bound), TINY)
+    status = "feasible"
+    if violation.any() or missing_holders(problem, assignment).any():
+        status = "relaxed" if relaxed else "violated"
+    elif gap <= GAP_TOLERANCE:
+        status = "optimal"
+    return Solution(assignment, value, bound, gap, load, violation, status, seconds)
+
+
+def _floats(field: str, value: object) -> FloatArray:
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(field, type(value).__name__, "give numbers") from None
+
+
+def _require_finite(field: str, value: FloatArray) -> None:
+    finite = np.isfinite(value)
+    if not finite.all():
+        where = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise InputError(field, value[where], f"every number must be finite; see index {where}")
+
+
+def _per_expert(field: str, value: object, experts: int) -> FloatArray:
+    array = _floats(field, value)
+    if array.shape not in ((), (experts,)):
+        raise InputError(field, array.shape, f"give a scalar or ({experts},)")
+    return np.broadcast_to(array, (experts,))
+
+
+def _capacity(value: object, clients: int, experts: int, counted: bool) -> IntArray | FloatArray:
+    array = _floats("capacity", value)
+    if array.shape not in ((), (clients,)):
+        raise InputError("capacity", array.shape, f"give a number or ({clients},)")
+    _require_finite("capacity", array)
+    if not counted:
+        if (array < 0).any():
+            raise InputError("capacity", array.min(), "give numbers of at least 0")
+        return np.array(np.broadcast_to(array, (clients,)))
+    outside = (array != np.floor(array)) | (array < 0) | (array > experts)
+    if outside.any():
+        raise InputError(
+            "capacity", float(array[outside][0]), f"give whole numbers from 0 to {experts}"
+        )
+    return np.broadcast_to(array, (clients,)).astype(np.int64)

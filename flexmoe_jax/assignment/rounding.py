@@ -1,0 +1,133 @@
+"""From fractions to an assignment, with a guarantee.
+
+Shmoys and Tardos (1993, "An approximation algorithm for the generalized assignment problem"),
+carried over to clients that hold several experts and to loads bounded from both sides:
+
+- per expert, clients with a fraction of it are sorted by falling weight and poured into bins of
+  volume one;
+- a flow gives every client its whole capacity, each pair (c, e) at most once and each bin one
+  client (the last, partly filled bin of an expert: at most one).
+
+The fractions are such a flow, the network's matrix is totally unimodular, so an integral flow
+exists that is worth as much. Each full bin holds exactly one client, no heavier than any client of
+the bin before and no lighter than any of the bin after. Hence:
+
+    Σ Q x̂ ≥ Σ Q x,   every client holds exactly k_c,   |load(x̂)_e - load(x)_e| ≤ max_c w_ce,
+
+the maximum taken over the clients that had a fraction of e. Only fractional pairs enter the flow.
+
+Axis legend: `C` clients, `E` experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+
+from flexmoe_jax.assignment.problem import (
+    TINY,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Problem,
+    expert_load,
+)
+
+# Fractions closer to 0 or 1 than this are solver noise.
+_FRACTION = 1e-6
+
+
+def round_shmoys_tardos(problem: Problem, x: FloatArray) -> BoolArray:
+    """Rounds fractions `x` [C, E] of the relaxation to an assignment [C, E] bool."""
+    assignment = x >= 1.0 - _FRACTION
+    client, expert = np.nonzero((x > _FRACTION) & ~assignment)
+    if client.size == 0:
+        return assignment
+    remaining = problem.capacity - assignment.sum(axis=1)
+    pair, bin_of, full = _pour(x[client, expert], problem.weights[client, expert], expert)
+    chosen = _integral_flow(client, expert, pair, bin_of, full, problem.fitness, remaining)
+    assignment[client[chosen], expert[chosen]] = True
+    return assignment
+
+
+def round_knapsack(problem: Problem, x: FloatArray) -> BoolArray:
+    """Rounds fractions of a problem with expert sizes: down, then fills each client's room.
+
+    Capacities are kept, upper load bounds too where the relaxation keeps them; loads may fall
+    short of lower bounds. A vertex leaves few fractions, so little is lost, but no share of the
+    value is guaranteed.
+    """
+    assignment = x >= 1.0 - _FRACTION
+    size = np.asarray(problem.expert_size)
+    room = problem.capacity - assignment @ size
+    load = expert_load(problem, assignment)
+    weight = problem.weights
+    # What the relaxation wanted comes first, then whatever is worth most.
+    order = np.argsort(-(x + TINY * problem.fitness), axis=None, kind="stable")
+    for client, e in zip(*np.unravel_index(order, x.shape), strict=True):
+        wanted = problem.fitness[client, e] > 0 or load[e] < problem.load_min[e]
+        fits = size[e] <= room[client] and load[e] + weight[client, e] <= problem.load_max[e]
+        if wanted and fits and not assignment[client, e]:
+            assignment[client, e] = True
+            room[client] -= size[e]
+            load[e] += weight[client, e]
+    return assignment
+
+
+def _pour(
+    fraction: FloatArray, weight: FloatArray, expert: IntArray
+) -> tuple[IntArray, IntArray, BoolArray]:
+    """Pours pairs into bins of volume one, heaviest first.
+
+    Returns:
+      `pair` and `bin`, the ends of each edge, and whether each bin is full.
+    """
+    pair: list[int] = []
+    bin_of: list[int] = []
+    full: list[bool] = []
+    for e in np.unique(expert):
+        members = np.flatnonzero(expert == e)
+        members = members[np.argsort(-weight[members], kind="stable")]
+        end = np.cumsum(fraction[members])
+        begin = np.concatenate(([0.0], end[:-1]))
+        first_bin = len(full)
+        bins = max(1, int(np.ceil(end[-1] - _FRACTION)))
+        for index, low, high in zip(members, begin, end, strict=True):
+            for b in range(int(low + _FRACTION), bins):
+                if b + _FRACTION >= high:
+                    break
+                pair.append(int(index))
+                bin_of.append(first_bin + b)
+        full += [b + 1 <= end[-1] + _FRACTION for b in range(bins)]
+    return np.array(pair), np.array(bin_of), np.array(full)
+
+
+def _integral_flow(
+    client: IntArray,
+    expert: IntArray,
+    pair: IntArray,
+    bin_of: IntArray,
+    full: BoolArray,
+    fitness: FloatArray,
+    remaining: IntArray,
+) -> IntArray:
+    """Pairs of the best integral flow; a simplex vertex of this network is integral."""
+    edges, pairs, bins = pair.size, client.size, full.size
+    one, column = np.ones(edges), np.arange(edges)
+    owners, owner = np.unique(client[pair], return_inverse=True)
+    per_client = scipy.sparse.csr_array((one, (owner, column)), shape=(owners.size, edges))
+    per_pair = scipy.sparse.csr_array((one, (pair, column)), shape=(pairs, edges))
+    per_bin = scipy.sparse.csr_array((one, (bin_of, column)), shape=(bins, edges))
+    found = scipy.optimize.linprog(
+        -fitness[client[pair], expert[pair]],
+        A_ub=scipy.sparse.vstack([per_pair, per_bin[~full]]),
+        b_ub=np.ones(pairs + int((~full).sum())),
+        A_eq=scipy.sparse.vstack([per_client, per_bin[full]]),
+        b_eq=np.concatenate((remaining[owners], np.ones(int(full.sum())))),
+        bounds=(0, 1),
+        method="highs-ds",
+    )
+    if found.x is None:
+        raise RuntimeError(f"the rounding flow failed: {found.message}")
+    return pair[found.x > 0.5]

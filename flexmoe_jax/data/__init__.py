@@ -1,0 +1,25 @@
+"""Data sets, their partitions over clients, and the clients' data on the device."""
+
+from __future__ import annotations
+
+from flexmoe_jax.data.clients import ClientData, build_clients, label_counts
+from flexmoe_jax.data.partition import PARTITIONS, check, partition, skewed
+from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, shards
+from flexmoe_jax.data.sources import Dataset, load
+
+__all__ = [
+    "PARTITIONS",
+    "ClientData",
+    "Dataset",
+    "Partitioner",
+    "build_clients",
+    "check",
+    "dirichlet",
+    "iid",
+    "k_class",
+    "label_counts",
+    "load",
+    "partition",
+    "shards",
+    "skewed",
+]

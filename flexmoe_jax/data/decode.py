@@ -1,0 +1,86 @@
+"""From an encoded image (PNG, JPEG, ...) to a uint8 array of a wanted shape."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable
+
+import numpy as np
+
+Decoder = Callable[[bytes], np.ndarray]
+
+
+def decoder(channels: int) -> Decoder:
+    """Returns the fastest decoder that is installed: OpenCV, else Pillow.
+
+    Both ignore orientation tags, as TFDS does, and drop an alpha channel; 16-bit images keep their
+    upper eight bits.
+
+    Args:
+      channels: 1 (grey) or 3 (red, green, blue) in what the decoder returns.
+
+    Returns:
+      A function from an encoded image to (height, width, channels) uint8. It raises OSError for
+      bytes that are no image.
+    """
+    if importlib.util.find_spec("cv2") is None:
+        return lambda encoded: decode_with_pillow(encoded, channels)
+    return lambda encoded: decode_with_opencv(encoded, channels)
+
+
+def decode_with_opencv(encoded: bytes, channels: int) -> np.ndarray:
+    """Decodes with OpenCV; what OpenCV cannot read (such as GIF) goes to Pillow."""
+    import cv2
+
+    colour = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
+    raw = np.frombuffer(encoded, np.uint8)
+    image = cv2.imdecode(raw, colour | cv2.IMREAD_IGNORE_ORIENTATION) if raw.size else None
+    if image is None:
+        return decode_with_pillow(encoded, channels)
+    image = np.asarray(image, np.uint8)
+    return image[..., None] if channels == 1 else image[..., ::-1]  # OpenCV's order is BGR.
+
+
+def decode_with_pillow(encoded: bytes, channels: int) -> np.ndarray:
+    """Decodes with Pillow."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded)) as image:
+        if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255.
+            grey = (np.asarray(image) >> 8).astype(np.uint8)[..., None]
+            return np.repeat(grey, channels, axis=-1)
+        if channels == 1:
+            return np.asarray(image.convert("L"), np.uint8)[..., None]
+        return np.asarray(image.convert("RGB"), np.uint8)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Encodes (height, width, 1, 3 or 4) uint8, or (height, width, 1) uint16, losslessly."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="png")
+    return file.getvalue()
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Stretches an image to (height, width) by bilinear interpolation, antialiased on the way down.
+
+    Always by Pillow, so that the pixels do not depend on which decoder is installed.
+
+    Args:
+      image: (any height, any width, 1 or 3) uint8.
+      height: pixels.
+      width: pixels.
+
+    Returns:
+      (height, width, channels) uint8; the image itself when it has that size already.
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    from PIL import Image
+
+    flat = image[..., 0] if image.shape[-1] == 1 else np.ascontiguousarray(image)
+    scaled = Image.fromarray(flat).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(scaled, np.uint8).reshape(height, width, image.shape[-1])

@@ -1,0 +1,133 @@
+"""Where TFDS keeps prepared data sets: `<data folder>/<name>[/<config>]/<version>/`.
+
+TFDS itself is not needed to look: a data set that is missing is refused at once, and one that
+nobody registered with TFDS is found like any other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from flexmoe_jax.types import InputError
+
+EMBEDDED = "digits"
+
+_NAME = re.compile(
+    r"(?P<base>\w[\w-]*)(/(?P<config>(?!\d+\.\d+\.\d+$)\w[\w.+-]*))?"
+    r"([:/](?P<version>(\d+|\*)(\.(\d+|\*)){2}))?"
+)
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+class Reference(NamedTuple):
+    """A data set's name, taken apart.
+
+    Attributes:
+      base: the builder's name.
+      config: the builder's configuration, or "" for its default one.
+      version: `major.minor.patch`, where `*` matches any number, or "" for the newest.
+    """
+
+    base: str
+    config: str
+    version: str
+
+
+def parse(name: str) -> Reference:
+    """Takes `base[/config][:version]` apart, as in `emnist/digits` or `cifar10:3.0.2`."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise InputError("data.name", name, "write it as name, name/config or name:1.2.3")
+    return Reference(match["base"], match["config"] or "", match["version"] or "")
+
+
+def data_folder(data_dir: str | os.PathLike[str] | None) -> Path:
+    """Returns the folder to look in: the one given, else TFDS's own default."""
+    given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(os.path.expanduser(given))
+
+
+def find(folder: Path, reference: Reference) -> Path | None:
+    """Returns the newest prepared version folder that fits the reference, or None."""
+    home = folder / reference.base
+    if reference.config:
+        home = home / reference.config
+    elif not _versions(home):
+        home = home / _default_config(home)
+    wanted = reference.version.replace(".", r"\.").replace("*", r"\d+") or _VERSION.pattern
+    fitting = [path for path in _versions(home) if re.fullmatch(wanted, path.name)]
+    return fitting[-1] if fitting else None
+
+
+def prepared(folder: Path) -> list[str]:
+    """Returns the names, with their configs, of the data sets prepared in a folder, sorted."""
+    names = []
+    for base in _folders(folder):
+        if _versions(base):
+            names.append(base.name)
+        names += [f"{base.name}/{path.name}" for path in _folders(base) if _versions(path)]
+    return sorted(names)
+
+
+def missing(name: str, reference: Reference, folder: Path) -> InputError:
+    """Returns the refusal of a data set that is not in the folder, with what to do about it."""
+    remedies = "point data.dir at a folder with a prepared copy, or set data.download=true"
+    there = prepared(folder)
+    near = _near(name, [*there, EMBEDDED])
+    hint = f"did you mean {' or '.join(near)}? Else " if near else ""
+    if not folder.is_dir():
+        if near:
+            return InputError(
+                "data.name", name, f"{hint}the folder {folder} is missing: {remedies}"
+            )
+        return InputError("data.dir", folder, f"no such folder to read {name} from: {remedies}")
+    versions = _versions(folder / reference.base / reference.config)
+    if reference.version and versions:
+        held = ", ".join(path.name for path in versions)
+        return InputError("data.name", name, f"{folder} holds its versions {held}: {remedies}")
+    held = f"which holds {', '.join(there)}" if there else "which holds no prepared data set"
+    return InputError("data.name", name, f"{hint}it is not in {folder}, {held}: {remedies}")
+
+
+def _near(name: str, known: list[str]) -> list[str]:
+    """Returns up to three known names that look like the one given, with or without config."""
+    spellings: dict[str, list[str]] = {}
+    for item in known:
+        for spelling in (item.lower(), item.partition("/")[0].lower()):
+            spellings.setdefault(spelling, []).append(item)
+    alike = difflib.get_close_matches(name.lower(), spellings, n=3, cutoff=0.7)
+    return list(dict.fromkeys(item for spelling in alike for item in spellings[spelling]))[:3]
+
+
+def _versions(home: Path) -> list[Path]:
+    """Returns the complete version folders of one data set, oldest first."""
+    found = [
+        path
+        for path in _folders(home)
+        if _VERSION.fullmatch(path.name)
+        and (path / "features.json").is_file()
+        and (path / "dataset_info.json").is_file()
+    ]
+    return sorted(found, key=lambda path: [int(part) for part in path.name.split(".")])
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Returns the folders in a folder; none when it cannot be listed."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return []
+
+
+def _default_config(home: Path) -> str:
+    """Returns the configuration that TFDS noted as a builder's default, or ""."""
+    try:
+        noted = json.loads((home / ".config" / "metadata.json").read_text())
+        return str(noted["default_config_name"] or "")
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,181 @@
+"""Divides a data set among clients: one call, by name, with the checks that need no data."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+
+import numpy as np
+
+from flexmoe_jax.data.ownership import deal, holdings_of, parts_of, reweigh
+from flexmoe_jax.data.partitioners import (
+    Partitioner,
+    check_clients,
+    check_k_class,
+    check_shards,
+    dirichlet,
+    iid,
+    k_class,
+    shards,
+)
+from flexmoe_jax.types import InputError
+
+PARTITIONS: dict[str, Callable[..., Partitioner]] = {
+    "iid": iid,
+    "k_class": k_class,
+    "dirichlet": dirichlet,
+    "shards": shards,
+}
+"""Factories by the name that `partition.name` takes; each takes the options that it names."""
+
+
+def partition(
+    name: str,
+    labels: np.ndarray,
+    num_clients: int,
+    *,
+    seed: int,
+    classes_per_client: int = 0,
+    alpha: float = 0.5,
+    shards_per_client: int = 2,
+    quantity_skew: float = 0.0,
+    min_per_client: int = 1,
+) -> tuple[np.ndarray, ...]:
+    """Gives every example to exactly one client.
+
+    Args:
+      name: one of `PARTITIONS`.
+      labels: (M,) int.
+      num_clients: C.
+      seed: the same seed gives the same parts.
+      classes_per_client: classes that each client sees; of `k_class`.
+      alpha: concentration; of `dirichlet`.
+      shards_per_client: shards that each client gets; of `shards`.
+      quantity_skew: spread q of the client sizes on top of the partition, see `skewed`; 0 is off.
+      min_per_client: examples that each client has at least.
+
+    Returns:
+      For each of the C clients its positions in `labels`: int64, increasing.
+
+    Raises:
+      InputError: where `check` does, or where the counts of rare classes rule the partition out.
+    """
+    labels = np.asarray(labels)
+    check(
+        name,
+        num_clients=num_clients,
+        num_classes=len(np.unique(labels)),
+        num_examples=len(labels),
+        classes_per_client=classes_per_client,
+        alpha=alpha,
+        shards_per_client=shards_per_client,
+        quantity_skew=quantity_skew,
+        min_per_client=min_per_client,
+    )
+    partitioner = _make(name, classes_per_client, alpha, shards_per_client, min_per_client)
+    if quantity_skew > 0:
+        partitioner = skewed(partitioner, quantity_skew, min_per_client=min_per_client)
+    return tuple(partitioner(labels, num_clients, np.random.default_rng([seed, 0])))
+
+
+def check(
+    name: str,
+    *,
+    num_clients: int,
+    num_classes: int,
+    num_examples: int,
+    classes_per_client: int = 0,
+    alpha: float = 0.5,
+    shards_per_client: int = 2,
+    quantity_skew: float = 0.0,
+    min_per_client: int = 1,
+) -> None:
+    """Refuses what `partition` would refuse, knowing only how large the data set is.
+
+    Options that the named partition does not use are not looked at.
+
+    Args:
+      name: as for `partition`, and so are the options.
+      num_clients: C.
+      num_classes: Y.
+      num_examples: M.
+      classes_per_client: of `k_class`.
+      alpha: of `dirichlet`.
+      shards_per_client: of `shards`.
+      quantity_skew: of any.
+      min_per_client: of any.
+
+    Raises:
+      InputError: naming the field, the value and the remedy.
+    """
+    _make(name, classes_per_client, alpha, shards_per_client, min_per_client)
+    _check_skew(quantity_skew)
+    check_clients(num_clients, num_examples, min_per_client)
+    if name == "k_class":
+        check_k_class(classes_per_client, num_clients, num_classes, num_examples)
+    if name == "shards":
+        check_shards(shards_per_client, num_clients, num_examples)
+
+
+def skewed(
+    partitioner: Partitioner, quantity_skew: float, *, min_per_client: int = 1
+) -> Partitioner:
+    """Adds unequal client sizes to a partition, without changing which classes a client sees.
+
+    Each client draws a factor w_c = exp(q z_c), z_c ~ N(0, 1), log-normal with spread q. With n_cy
+    the examples of class y that client c holds, each class is divided anew among its holders in
+    proportion to n_cy · w_c, at least one each. The log of a client's size then has a standard
+    deviation of about q where clients were equal before: at q = 1 the middle two thirds of them
+    range over a factor of e² ≈ 7. Nobody falls below `min_per_client`, which limits the spread.
+
+    Args:
+      partitioner: whose parts hold at least `min_per_client` examples each.
+      quantity_skew: q, at least 0.
+      min_per_client: examples.
+
+    Returns:
+      The skewed partitioner.
+    """
+    _check_skew(quantity_skew)
+
+    def partitioner_with_skew(
+        labels: np.ndarray, num_clients: int, rng: np.random.Generator
+    ) -> list[np.ndarray]:
+        parts = partitioner(labels, num_clients, rng)
+        present, label = np.unique(labels, return_inverse=True)
+        before = holdings_of(parts, label, len(present))
+        z = rng.standard_normal(num_clients)
+        # Only ratios of the factors matter: the largest is 1 and none vanishes, however large q.
+        weight = np.exp(np.maximum(quantity_skew * (z - z.max()), -400.0))
+        after = reweigh(before, weight, min_per_client)
+        return parts_of(deal(after, label, rng), num_clients)
+
+    return partitioner_with_skew
+
+
+def _make(
+    name: str, classes_per_client: int, alpha: float, shards_per_client: int, min_per_client: int
+) -> Partitioner:
+    """Calls the named factory with those of the options that it takes."""
+    if name not in PARTITIONS:
+        near = difflib.get_close_matches(name, PARTITIONS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError("partition.name", name, f"{hint}choose one of {', '.join(PARTITIONS)}")
+    options = {
+        "classes_per_client": classes_per_client,
+        "alpha": alpha,
+        "shards_per_client": shards_per_client,
+        "min_per_client": min_per_client,
+    }
+    factory = PARTITIONS[name]
+    taken = inspect.signature(factory).parameters
+    return factory(**{option: value for option, value in options.items() if option in taken})
+
+
+def _check_skew(quantity_skew: float) -> None:
+    """Refuses a spread that is not one."""
+    if not (quantity_skew >= 0 and np.isfinite(quantity_skew)):
+        raise InputError(
+            "partition.quantity_skew", quantity_skew, "give a finite number, 0 or more"
+        )

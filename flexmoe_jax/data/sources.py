@@ -1,0 +1,191 @@
+"""Data sets as arrays in the host's memory: the embedded digits, and whatever TFDS has prepared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from flexmoe_jax.data import decode, layout, tfds_source
+from flexmoe_jax.data.apportion import apportion
+from flexmoe_jax.data.cache import cached, default_folder
+from flexmoe_jax.types import InputError
+
+_DIGITS_TEST_SHARE = 0.2
+_DIGITS_SPLIT_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """An image classification data set.
+
+    Attributes:
+      name: the name that it was loaded by.
+      train_images: (M, height, width, channels) uint8; 1 channel (grey) or 3 (red, green, blue).
+      train_labels: (M,) int32 in [0, Y).
+      test_images: like `train_images`, of the test examples.
+      test_labels: like `train_labels`, of the test examples.
+      classes: names of the Y classes.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Y."""
+        return len(self.classes)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of every image."""
+        height, width, channels = self.train_images.shape[1:]
+        return height, width, channels
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    train_limit: int = 0,
+    test_limit: int = 0,
+    image_size: int = 0,
+    download: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Loads a data set.
+
+    `digits` is scikit-learn's 1,797 handwritten digits, in a fixed stratified 80/20 split. Any
+    other name is a TFDS image classification data set (`emnist/digits`, `cifar10:3.0.2`), whose
+    metadata gives its shape, classes and splits. It is decoded once; later loads read the pixels
+    back from the cache.
+
+    Args:
+      name: `digits`, or `name[/config][:version]`.
+      data_dir: folder of prepared data sets; TFDS's default (`$TFDS_DATA_DIR`, else
+        `~/tensorflow_datasets`) when empty.
+      train_limit: keep that many training examples, drawn with the class shares kept; 0 keeps all.
+      test_limit: the same for the test examples.
+      image_size: resize every image to a square of that side in pixels; 0 keeps the data set's own
+        size, or 32 when its images vary in size.
+      download: fetch and prepare a data set that is not there. Nothing is downloaded otherwise.
+      cache_dir: folder of the decoded pixels; `$XDG_CACHE_HOME/flexmoe_jax`, else
+        `~/.cache/flexmoe_jax`, when empty.
+      seed: of the examples that the limits keep.
+
+    Returns:
+      The data set.
+
+    Raises:
+      InputError: for a data set that is missing or unfit, or a negative limit or size.
+    """
+    for field, value in (
+        ("data.train_limit", train_limit),
+        ("data.test_limit", test_limit),
+        ("data.image_size", image_size),
+    ):
+        if value < 0:
+            raise InputError(field, value, "give 0 or more; 0 keeps what the data set has")
+    if name == layout.EMBEDDED:
+        whole = _digits(image_size)
+    else:
+        whole = _prepared(name, data_dir, image_size, download, cache_dir)
+    train = stratified_sample(whole.train_labels, train_limit, np.random.default_rng([seed, 0]))
+    test = stratified_sample(whole.test_labels, test_limit, np.random.default_rng([seed, 1]))
+    return dataclasses.replace(
+        whole,
+        train_images=whole.train_images[train],
+        train_labels=whole.train_labels[train],
+        test_images=whole.test_images[test],
+        test_labels=whole.test_labels[test],
+    )
+
+
+def stratified_sample(
+    labels: np.ndarray, limit: int, rng: np.random.Generator
+) -> np.ndarray | slice:
+    """Draws `limit` examples without replacement, in the class shares of the whole.
+
+    Args:
+      labels: (M,) int in [0, Y).
+      limit: how many; 0, or M and more, takes all.
+      rng: picks the examples within each class.
+
+    Returns:
+      Increasing positions (limit,), or a slice that keeps everything without a copy.
+    """
+    if limit == 0 or limit >= len(labels):
+        return slice(None)
+    present, counts = np.unique(labels, return_counts=True)
+    quotas = apportion(limit, counts)
+    chosen = [
+        rng.choice(np.flatnonzero(labels == y), quota, replace=False)
+        for y, quota in zip(present, quotas, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def _digits(image_size: int) -> Dataset:
+    """The embedded data set: (8, 8, 1) images whose grey levels 0..16 become 0..255."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    if image_size:
+        images = np.stack([decode.resize(image, image_size, image_size) for image in images])
+    labels = bunch.target.astype(np.int32)
+    is_test = np.zeros(len(labels), bool)
+    test_count = round(_DIGITS_TEST_SHARE * len(labels))
+    # The run's seed has no part in the split: results on digits compare across seeds.
+    is_test[stratified_sample(labels, test_count, np.random.default_rng(_DIGITS_SPLIT_SEED))] = True
+    return Dataset(
+        name=layout.EMBEDDED,
+        train_images=images[~is_test],
+        train_labels=labels[~is_test],
+        test_images=images[is_test],
+        test_labels=labels[is_test],
+        classes=tuple(str(y) for y in bunch.target_names),
+    )
+
+
+def _prepared(
+    name: str,
+    data_dir: str | os.PathLike[str] | None,
+    image_size: int,
+    download: bool,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Dataset:
+    """A data set in TFDS's format, from the cache when it holds these very files decoded."""
+    reference = layout.parse(name)
+    folder = layout.data_folder(data_dir)
+    found = layout.find(folder, reference)
+    if found is None and download:
+        tfds_source.download(name, folder)
+        found = layout.find(folder, reference)
+    if found is None:
+        raise layout.missing(name, reference, folder)
+    version_folder = found.resolve()
+    # One file a copy of the data, so that a changed copy takes the old one's place.
+    place = hashlib.sha256(f"{version_folder}|{image_size}".encode()).hexdigest()[:16]
+    stem = "-".join(filter(None, [reference.base, reference.config, version_folder.name, place]))
+    arrays = cached(
+        (Path(os.path.expanduser(cache_dir)) if cache_dir else default_folder()) / f"{stem}.npz",
+        tfds_source.fingerprint(version_folder),
+        lambda: tfds_source.read(name, version_folder, image_size),
+    )
+    return Dataset(
+        name=name,
+        train_images=arrays["train_images"],
+        train_labels=arrays["train_labels"],
+        test_images=arrays["test_images"],
+        test_labels=arrays["test_labels"],
+        classes=tuple(str(y) for y in arrays["classes"]),
+    )

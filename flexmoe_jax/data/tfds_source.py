@@ -1,0 +1,281 @@
+"""Reads image classification data sets in TFDS's format, without TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from flexmoe_jax.data import decode, layout
+from flexmoe_jax.data.cache import Arrays
+from flexmoe_jax.types import InputError
+
+DEFAULT_IMAGE_SIZE = 32  # pixels a side, for data sets whose images vary in size
+_TEST_SPLITS = ("test", "validation")  # in order of preference
+_READ_AT_ONCE = 4096  # records
+
+
+class _Columns(NamedTuple):
+    """Which features of an example are read, and what becomes of the images.
+
+    Attributes:
+      image: key of the image feature.
+      label: key of the label feature.
+      classes: names of the Y classes; empty when the metadata does not know them.
+      shape: (height, width, channels) of every image that is read.
+    """
+
+    image: str
+    label: str
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+
+
+def read(name: str, version_folder: Path, image_size: int) -> Arrays:
+    """Decodes a prepared data set.
+
+    The test examples are those of the split `test`, or of `validation` where `test` is missing or
+    carries no labels. Examples without a label (-1) are left out.
+
+    Args:
+      name: the data set as the user called it, for messages.
+      version_folder: the folder of one prepared version.
+      image_size: side in pixels to resize images to; 0 keeps the data set's own size, or takes
+        `DEFAULT_IMAGE_SIZE` when its images vary.
+
+    Returns:
+      `train_images` (M, height, width, channels) uint8, `train_labels` (M,) int32, the same two
+      for `test`, and `classes` (Y,) str.
+
+    Raises:
+      InputError: for a data set that has no images, labels, train split or labelled test split,
+        or that is damaged.
+    """
+    with _quiet(), _refusing_damage(name, version_folder):
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(version_folder)
+        columns = _columns(name, builder.info, image_size)
+        train = _read_split(name, builder, "train", columns)
+        tests = (_read_split(name, builder, split, columns) for split in _TEST_SPLITS)
+        test = next((found for found in tests if found is not None), None)
+    if train is None or test is None:
+        lacking = "train" if train is None else " or ".join(_TEST_SPLITS)
+        raise InputError(
+            "data.name",
+            name,
+            f"it has no labelled {lacking} split (it has {', '.join(builder.info.splits)}); choose "
+            "another data set",
+        )
+    labels = np.concatenate([train[1], test[1]])
+    classes = columns.classes or tuple(str(y) for y in range(int(labels.max()) + 1))
+    if labels.max() >= len(classes):
+        raise InputError(
+            "data.name",
+            name,
+            f"it has a label {labels.max()} but {len(classes)} classes; prepare it again",
+        )
+    return {
+        "train_images": train[0],
+        "train_labels": train[1],
+        "test_images": test[0],
+        "test_labels": test[1],
+        "classes": np.array(classes),
+    }
+
+
+def download(name: str, folder: Path) -> None:
+    """Fetches and prepares a data set, through TFDS, in a format that is read without TensorFlow.
+
+    Args:
+      name: `base[/config][:version]`.
+      folder: the data folder to prepare it in.
+
+    Raises:
+      InputError: for a name that TFDS does not know, or a download that fails.
+    """
+    base, config, version = layout.parse(name)
+    full = base + (f"/{config}" if config else "") + (f":{version}" if version else "")
+    with _quiet():
+        import tensorflow_datasets as tfds
+
+        try:
+            builder = tfds.builder(full, data_dir=folder, file_format="array_record")
+            _encode_without_tensorflow(builder)
+            builder.download_and_prepare()
+        except tfds.core.registered.DatasetNotFoundError as error:
+            raise InputError(
+                "data.name", name, f"neither TFDS nor {folder} knows it; see tfds.list_builders()"
+            ) from error
+        except Exception as error:  # A network, a disk or a builder can fail in any way.
+            raise InputError(
+                "data.download",
+                True,
+                f"{name} could not be prepared in {folder} ({_reason(error)}); check the network "
+                "and the disk, or point data.dir at a folder that holds a prepared copy",
+            ) from error
+
+
+def fingerprint(version_folder: Path) -> str:
+    """Returns the identity of a prepared data set: where it is, and every file's size and time."""
+    files = sorted(path for path in version_folder.iterdir() if path.is_file())
+    stats = [(path.name, path.stat()) for path in files]
+    listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(repr((str(version_folder), listing)).encode()).hexdigest()
+
+
+def _columns(name: str, info: Any, image_size: int) -> _Columns:
+    """Finds the image and the label in the metadata."""
+    import tensorflow_datasets as tfds
+
+    known = isinstance(info.features, tfds.features.FeaturesDict)
+    features = dict(sorted(info.features.items())) if known else {}
+    images = [key for key, one in features.items() if isinstance(one, tfds.features.Image)]
+    labels = [key for key, one in features.items() if isinstance(one, tfds.features.ClassLabel)]
+    supervised: tuple[str, ...] = info.supervised_keys or ()
+    if len(supervised) == 2 and supervised[0] in images and supervised[1] in labels:
+        images, labels = [supervised[0]], [supervised[1]]
+    if len(images) != 1 or len(labels) != 1:
+        raise InputError(
+            "data.name",
+            name,
+            "image classification needs one image and one class label; its images are "
+            f"{images} and its labels {labels}; choose another data set",
+        )
+    image, label = features[images[0]], features[labels[0]]
+    if len(image.shape) != 3 or image.np_dtype not in (np.uint8, np.uint16):
+        raise InputError(
+            "data.name",
+            name,
+            f"its images are {image.np_dtype} of shape {image.shape}, not whole numbers of shape "
+            "(height, width, channels); choose another data set",
+        )
+    height, width, channels = image.shape
+    if image_size:
+        height = width = image_size
+    return _Columns(
+        image=images[0],
+        label=labels[0],
+        classes=tuple(label.names or ()),
+        shape=(
+            height or DEFAULT_IMAGE_SIZE,
+            width or DEFAULT_IMAGE_SIZE,
+            1 if channels in (1, 2) else 3,
+        ),
+    )
+
+
+def _read_split(
+    name: str, builder: Any, split: str, columns: _Columns
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns a split's labelled images and labels, or None when it has none."""
+    if split not in builder.info.splits:
+        return None
+    records = _records(name, builder, split)
+    total = builder.info.splits[split].num_examples
+    images = np.empty((total, *columns.shape), np.uint8)
+    labels = np.empty((total,), np.int32)
+    to_image = decode.decoder(columns.shape[-1])
+    count = 0
+    for position, (encoded, label) in enumerate(_examples(records, columns)):
+        if label < 0:
+            continue
+        try:
+            images[count] = decode.resize(to_image(encoded), *columns.shape[:2])
+        except OSError as error:
+            raise InputError(
+                "data.name",
+                name,
+                f"image {position} of its split {split} cannot be decoded; prepare it again",
+            ) from error
+        labels[count] = label
+        count += 1
+    return (images[:count], labels[:count]) if count else None
+
+
+def _records(name: str, builder: Any, split: str) -> Any:
+    """Opens a split for random access to its serialised examples."""
+    import tensorflow_datasets as tfds
+
+    try:
+        records = builder.as_data_source(
+            split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+    except NotImplementedError as error:
+        raise InputError(
+            "data.name",
+            name,
+            f"{builder.data_path} holds it as {builder.info.file_format.value}, which only "
+            "TensorFlow reads; prepare it with file_format=array_record, or set "
+            "data.download=true with an empty data.dir",
+        ) from error
+    lost = [path for path in builder.info.splits[split].filepaths if not Path(path).is_file()]
+    if lost:
+        raise InputError("data.name", name, f"the file {lost[0]} is missing; prepare it again")
+    return records
+
+
+def _examples(records: Any, columns: _Columns) -> Iterator[tuple[bytes, int]]:
+    """Yields the encoded image and the label of each example."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    for start in range(0, len(records), _READ_AT_ONCE):
+        stop = min(start + _READ_AT_ONCE, len(records))
+        for record in records.__getitems__(list(range(start, stop))):
+            feature = tf_example_pb2.Example.FromString(record).features.feature
+            yield (
+                feature[columns.image].bytes_list.value[0],
+                feature[columns.label].int64_list.value[0],
+            )
+
+
+def _encode_without_tensorflow(builder: Any) -> None:
+    """Lets a builder write images that it holds as arrays, for which TFDS calls TensorFlow."""
+    if importlib.util.find_spec("tensorflow") is not None:
+        return
+    import tensorflow_datasets as tfds
+
+    def with_pillow(encode: Any) -> Any:
+        def encode_example(image: Any) -> Any:
+            return encode(decode.encode_png(image) if isinstance(image, np.ndarray) else image)
+
+        return encode_example
+
+    for feature in dict(builder.info.features).values():
+        if isinstance(feature, tfds.features.Image) and feature.np_dtype != np.float32:
+            feature.encode_example = with_pillow(feature.encode_example)
+
+
+@contextlib.contextmanager
+def _refusing_damage(name: str, version_folder: Path) -> Iterator[None]:
+    """Turns what the readers raise over damaged files into one line."""
+    try:
+        yield
+    except (InputError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # Metadata, records and examples each break in their own ways.
+        raise InputError(
+            "data.name", name, f"{version_folder} is damaged ({_reason(error)}); prepare it again"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Returns the start of an error's message, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS's own log lines out of the run's."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,130 @@
+"""Server aggregation: weighted means that are summed block by block.
+
+Sums are kept apart from their weights until the end, so that a cohort of any size needs the memory
+of one block.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from flexmoe_jax.types import Array, PyTree
+
+
+class Sums(NamedTuple):
+    """Running sums of a round's updates.
+
+    Attributes:
+      shared: Σ_c n_c Δψ_c.
+      shared_weight: () Σ_c n_c.
+      experts: Σ_c u_ce Δθ_ce, leaves (E, ...).
+      expert_weight: (E,) Σ_c u_ce.
+    """
+
+    shared: PyTree
+    shared_weight: Array
+    experts: PyTree
+    expert_weight: Array
+
+
+def init_sums(shared: PyTree, experts: PyTree) -> Sums:
+    """Zero sums for ψ and θ (leaves (E, ...)) of these shapes."""
+    zeros = jax.tree.map(jnp.zeros_like, (shared, experts))
+    count = jax.tree.leaves(experts)[0].shape[0]
+    return Sums(zeros[0], jnp.zeros(()), zeros[1], jnp.zeros(count))
+
+
+def add_updates(
+    sums: Sums, shared: PyTree, experts: PyTree, slots: Array, examples: Array, usage: Array
+) -> Sums:
+    """Adds the updates of a block of clients.
+
+    Args:
+      sums: so far.
+      shared: Δψ_c, leaves (P, ...).
+      experts: Δθ_ce of the experts held, leaves (P, K, ...).
+      slots: (P, K) int32 which expert each slot holds; E for an empty slot, which adds nothing.
+      examples: (P,) n_c, the weight of each client in ψ.
+      usage: (P, K) u_ce, the weight of each client in θ_e.
+
+    Returns:
+      The sums with the block added.
+    """
+    held = jax.nn.one_hot(slots, sums.expert_weight.shape[0], dtype=usage.dtype)
+    weight = jnp.einsum("pk,pke->pke", usage, held)
+    return Sums(
+        shared=_add("p,p...->...", sums.shared, examples, shared),
+        shared_weight=sums.shared_weight + examples.sum(),
+        experts=_add("pke,pk...->e...", sums.experts, weight, experts),
+        expert_weight=sums.expert_weight + weight.sum(axis=(0, 1)),
+    )
+
+
+def _add(contraction: str, totals: PyTree, weight: Array, updates: PyTree) -> PyTree:
+    # Full precision: on accelerators the default would round the updates to 10 bits or fewer.
+    product = partial(jnp.einsum, contraction, precision=lax.Precision.HIGHEST)
+    return jax.tree.map(lambda total, update: total + product(weight, update), totals, updates)
+
+
+class Aggregated(NamedTuple):
+    """The server's parameters after a round, with the state of its optimisers."""
+
+    shared: PyTree
+    experts: PyTree
+    shared_optimizer: PyTree
+    expert_optimizer: PyTree
+
+
+def init_server(
+    server: optax.GradientTransformation, shared: PyTree, experts: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Optimiser state of ψ, and one of its own for each expert (leaves (E, ...))."""
+    return server.init(shared), jax.vmap(server.init)(experts)
+
+
+def apply_sums(
+    server: optax.GradientTransformation,
+    sums: Sums,
+    shared: PyTree,
+    experts: PyTree,
+    shared_optimizer: PyTree,
+    expert_optimizer: PyTree,
+) -> Aggregated:
+    """Moves ψ and θ by the mean updates, taken as pseudo-gradients (Reddi et al. 2021).
+
+    With `optax.sgd(1.0)`: ψ ← ψ + Σ n_c Δψ_c / Σ n_c and θ_e ← θ_e + Σ u_ce Δθ_ce / Σ u_ce
+    (FLEX-MoE). An expert that nobody used keeps its value and its optimiser state bit for bit.
+
+    Args:
+      server: any optax transform.
+      sums: of all the round's updates.
+      shared: ψ.
+      experts: θ, leaves (E, ...).
+      shared_optimizer: from `init_server`, or from the round before.
+      expert_optimizer: the same, leaves (E, ...).
+
+    Returns:
+      The new parameters and optimiser states.
+    """
+
+    def move(total: PyTree, weight: Array, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        gradient = jax.tree.map(lambda t: -t / jnp.where(weight > 0, weight, 1.0), total)
+        updates, stepped = server.update(gradient, state, params)
+        moved = optax.apply_updates(params, updates), stepped
+        return jax.tree.map(
+            lambda new, old: jnp.where(weight > 0, new, old), moved, (params, state)
+        )
+
+    new_shared, new_shared_optimizer = move(
+        sums.shared, sums.shared_weight, shared, shared_optimizer
+    )
+    new_experts, new_expert_optimizer = jax.vmap(move)(
+        sums.experts, sums.expert_weight, experts, expert_optimizer
+    )
+    return Aggregated(new_shared, new_experts, new_shared_optimizer, new_expert_optimizer)

@@ -1,0 +1,241 @@
+"""The federated algorithm: init, assign, round, evaluate.
+
+One round (FLEX-MoE): the server assigns experts to the cohort (host), the cohort trains and the
+server aggregates and learns the fitness (one jit), and the state goes into the next round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flexmoe_jax.assignment import Policy, Request, Solution, update_deficit
+from flexmoe_jax.data import ClientData
+from flexmoe_jax.federated.aggregate import apply_sums, init_server
+from flexmoe_jax.federated.client import LocalTraining, make_client
+from flexmoe_jax.federated.evaluate import TestSet, evaluate
+from flexmoe_jax.federated.execute import resolve_block_size, train_cohort
+from flexmoe_jax.federated.fitness import Score, accuracy_score, update_fitness
+from flexmoe_jax.federated.load import LoadModel
+from flexmoe_jax.federated.participation import make_plan
+from flexmoe_jax.models import MoEClassifier, Routing, merge_params, split_params
+from flexmoe_jax.types import (
+    Array,
+    Evaluation,
+    Key,
+    Params,
+    Plan,
+    PyTree,
+    RoundReport,
+    State,
+)
+
+
+class FitnessOptions(NamedTuple):
+    """How the fitness is learnt; the start value and the optimism are our choices, not the paper's.
+
+    Attributes:
+      score: of a pair, from its feedback.
+      beta: β in (0, 1], weight of the newest score.
+      initial: start value of Q.
+      optimism: added to Q, for the assignment alone, for pairs that have never been tried.
+    """
+
+    score: Score = accuracy_score
+    beta: float = 0.5
+    initial: float = 0.0
+    optimism: float = 0.0
+
+
+class Algorithm(NamedTuple):
+    """A federation as pure functions.
+
+    Attributes:
+      init: key -> State.
+      assign: (State, cohort (P,)) -> Solution for that cohort. Runs on the host.
+      plan: (State, cohort (P,), Solution) -> Plan: the arrays that `round` takes, on the host.
+      round: (State, ClientData, Plan) -> (State, RoundReport). Jitted; the state is donated.
+      evaluate: (State, TestSet, label shares (C, Y)) -> Evaluation. Jitted.
+    """
+
+    init: Callable[[Key], State]
+    assign: Callable[[State, np.ndarray], Solution]
+    plan: Callable[[State, np.ndarray, Solution], Plan]
+    round: Callable[[State, ClientData, Plan], tuple[State, RoundReport]]
+    evaluate: Callable[[State, TestSet, Array], Evaluation]
+
+
+def flexmoe(
+    model: MoEClassifier,
+    data: ClientData,
+    *,
+    prepare: Callable[[Array], Array],
+    capacity: np.ndarray,
+    policy: Policy,
+    load_model: LoadModel,
+    local: LocalTraining,
+    fitness: FitnessOptions,
+    server: optax.GradientTransformation | None = None,
+    seed: int = 0,
+    block_size: int = 0,
+) -> Algorithm:
+    """Builds the federation of a mixture-of-experts classifier.
+
+    Args:
+      model: with all E experts; clients run it with K.
+      data: every client's examples; `round` takes the same arrays again as an argument, so that
+        they are not baked into the compiled program.
+      prepare: uint8 images -> what the model takes; runs on device.
+      capacity: (C,) int k_c.
+      policy: who holds which experts.
+      load_model: what an assignment weighs.
+      local: how clients train.
+      fitness: how Q is learnt.
+      server: optax transform of the mean update; None for `optax.sgd(1.0)`, plain averaging.
+      seed: of the policy's ties and draws.
+      block_size: clients side by side; 0 for automatic.
+
+    Returns:
+      The algorithm.
+    """
+    server = server or optax.sgd(1.0)
+    clients, experts = len(capacity), model.experts
+    slots = int(capacity.max())
+    steps = np.asarray(local.steps(data.size))
+    client_model = model.clone(experts=slots)
+
+    def apply(params: Params, images: Array, held: Array) -> tuple[Array, Routing]:
+        variables = {"params": merge_params(params)}
+        outputs: Any = client_model.apply(variables, prepare(images), held)
+        return outputs
+
+    def features(shared: PyTree, images: Array) -> Array:
+        outputs: Any = model.apply({"params": shared}, prepare(images), method="features")
+        return outputs
+
+    def classify(params: Params, shared_features: Array, held: Array) -> Array:
+        variables = {"params": merge_params(params)}
+        outputs: Any = client_model.apply(variables, shared_features, held, method="classify")
+        return outputs[0]
+
+    @jax.jit
+    def init(key: Key) -> State:
+        held = jnp.ones(experts, bool)
+        model_key, gate_key = jax.random.split(key)
+        image = prepare(data.images[:1])
+        params = split_params(model.init(model_key, image, held)["params"])
+        example = features(params.shared, data.images[:1])
+
+        def init_gate(client: Array) -> PyTree:
+            own = jax.random.fold_in(gate_key, client)
+            return model.init(own, example, held, method="classify")["params"]["gate"]
+
+        shared_optimizer, expert_optimizer = init_server(server, params.shared, params.experts)
+        return State(
+            key=key,
+            round=jnp.zeros((), jnp.int32),
+            shared=params.shared,
+            experts=params.experts,
+            gates=jax.vmap(init_gate)(jnp.arange(clients)),
+            shared_optimizer=shared_optimizer,
+            expert_optimizer=expert_optimizer,
+            fitness=jnp.full((clients, experts), fitness.initial, jnp.float32),
+            slots=jnp.full((clients, slots), experts, jnp.int32),
+            held_rounds=jnp.zeros((clients, experts), jnp.int32),
+            usage=jnp.zeros((clients, experts)),
+            load=jnp.zeros(experts),
+            deficit=jnp.zeros(experts),
+        )
+
+    def assign(state: State, cohort: np.ndarray) -> Solution:
+        known = jax.device_get(
+            {name: getattr(state, name) for name in ("fitness", "held_rounds", "usage")}
+        )
+        known = {name: table[cohort] for name, table in known.items()}
+        untried = known["held_rounds"] == 0
+        return policy(
+            Request(
+                fitness=known["fitness"] + fitness.optimism * untried,
+                capacity=capacity[cohort],
+                clients=cohort,
+                round=int(state.round),
+                seed=seed,
+                load_weight=load_model(state, cohort),
+                deficit=np.asarray(state.deficit),
+                usage=known["usage"],
+                descriptor=np.asarray(data.label_share)[cohort],
+            )
+        )
+
+    def plan(state: State, cohort: np.ndarray, solution: Solution) -> Plan:
+        return make_plan(
+            cohort,
+            solution.assignment,
+            solution.load,
+            update_deficit(np.asarray(state.deficit), solution.load),
+            steps=steps[cohort],
+            slots=slots,
+            clients=clients,
+            block_size=resolve_block_size(block_size, len(cohort)),
+        )
+
+    @partial(jax.jit, donate_argnums=0)
+    def run_round(state: State, data: ClientData, plan: Plan) -> tuple[State, RoundReport]:
+        key = jax.random.fold_in(state.key, state.round)
+        result = train_cohort(
+            make_client(apply, local, data),
+            local,
+            data,
+            state.shared,
+            state.experts,
+            state.gates,
+            plan,
+            key,
+            resolve_block_size(block_size, plan.clients.shape[0]),
+        )
+        aggregated = apply_sums(
+            server,
+            result.sums,
+            state.shared,
+            state.experts,
+            state.shared_optimizer,
+            state.expert_optimizer,
+        )
+        pairs = plan.clients[:, None], plan.slots
+        usage = state.usage.at[pairs].add(result.feedback.usage, mode="drop")
+        following = State(
+            key=state.key,
+            round=state.round + 1,
+            **aggregated._asdict(),
+            gates=jax.tree.map(
+                lambda gates, new: gates.at[pairs].set(new, mode="drop"), state.gates, result.gates
+            ),
+            fitness=update_fitness(
+                state.fitness, *pairs, result.feedback, fitness.beta, fitness.score
+            ),
+            slots=state.slots.at[plan.clients].set(plan.slots, mode="drop"),
+            held_rounds=state.held_rounds.at[pairs].add(1, mode="drop"),
+            usage=usage,
+            load=state.load + plan.load,
+            deficit=plan.deficit,
+        )
+        report = RoundReport(
+            loss=result.loss,
+            examples=result.examples,
+            usage=result.sums.expert_weight,
+        )
+        return following, report
+
+    return Algorithm(
+        init=init,
+        assign=assign,
+        plan=plan,
+        round=run_round,
+        evaluate=jax.jit(partial(evaluate, features, classify)),
+    )

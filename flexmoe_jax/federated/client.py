@@ -1,0 +1,178 @@
+"""Local training: one client's part of a round, as three pure functions.
+
+Nothing here knows of other clients: `execute` maps these functions over blocks of clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flexmoe_jax.data import ClientData
+from flexmoe_jax.models import Routing, balance_loss, router_z_loss
+from flexmoe_jax.types import Array, Feedback, Key, Params, PyTree
+
+Apply = Callable[[Params, Array, Array], tuple[Array, Routing]]
+"""(params, uint8 images (B, ...), held (K,)) -> class logits (B, Y) and routing."""
+
+
+class LocalTraining(NamedTuple):
+    """How a client trains.
+
+    Attributes:
+      optimizer: optax transform over a client's `Params`, started anew each round.
+      epochs: passes over the client's examples in a round.
+      batch_size: B.
+      max_steps: cap on the local steps of a round; 0 for none.
+      balance: weight of the Switch-style balance loss over the experts held.
+      z: weight of the router z-loss.
+    """
+
+    optimizer: optax.GradientTransformation
+    epochs: int = 1
+    batch_size: int = 32
+    max_steps: int = 0
+    balance: float = 0.0
+    z: float = 0.0
+
+    def steps(self, size: Array) -> Array:
+        """Local steps of a round for a client of `size` examples, elementwise, int32."""
+        steps = self.epochs * self.steps_per_epoch(size)
+        return jnp.minimum(steps, self.max_steps) if self.max_steps else steps
+
+    def steps_per_epoch(self, size: Array) -> Array:
+        """Batches that it takes to see `size` examples once; the last may be smaller."""
+        return -(-size // self.batch_size)
+
+
+class ClientState(NamedTuple):
+    """A client in the middle of its local training.
+
+    Attributes:
+      params: current parameters, experts and gate cut to the K slots.
+      optimizer: the local optimiser's state.
+      order: (epochs, N) a fresh permutation of the client's examples for each epoch.
+      feedback: running sums per slot, (K,).
+      loss: () running sum of the cross-entropy.
+      examples: () running count of examples trained on.
+    """
+
+    params: Params
+    optimizer: PyTree
+    order: Array
+    feedback: Feedback
+    loss: Array
+    examples: Array
+
+
+class ClientUpdate(NamedTuple):
+    """What training leaves behind: deltas for the server, a gate for the client.
+
+    Attributes:
+      shared: change of ψ.
+      experts: change of each held expert, leaves (K, ...).
+      gate: the new gate, leaves (K, ...).
+      feedback: (K,) sums per slot.
+      loss: () mean cross-entropy per example, in nats; 0 if nothing was trained.
+      examples: () examples trained on.
+    """
+
+    shared: PyTree
+    experts: PyTree
+    gate: PyTree
+    feedback: Feedback
+    loss: Array
+    examples: Array
+
+
+class Client(NamedTuple):
+    """Local training of one client.
+
+    Attributes:
+      init: (params, examples held (), key) -> ClientState.
+      step: (ClientState, row of `data.index` (N,), size (), held (K,), t) -> ClientState; leaves
+        the state as it was once t has passed the client's own number of steps.
+      final: (params at the start, ClientState) -> ClientUpdate.
+    """
+
+    init: Callable[[Params, Array, Key], ClientState]
+    step: Callable[[ClientState, Array, Array, Array, Array], ClientState]
+    final: Callable[[Params, ClientState], ClientUpdate]
+
+
+def make_client(apply: Apply, local: LocalTraining, data: ClientData) -> Client:
+    """Builds the local training of a client that draws its examples from `data`."""
+
+    def init(params: Params, size: Array, key: Key) -> ClientState:
+        slots = jax.tree.leaves(params.gate)[0].shape[0]
+        zeros = jnp.zeros(slots)
+        return ClientState(
+            params=params,
+            optimizer=local.optimizer.init(params),
+            order=_orders(key, local.epochs, data.index.shape[1], size),
+            feedback=Feedback(zeros, zeros, zeros),
+            loss=jnp.zeros(()),
+            examples=jnp.zeros(()),
+        )
+
+    def objective(
+        params: Params, images: Array, labels: Array, valid: Array, held: Array
+    ) -> tuple[Array, tuple[Array, Array, Array]]:
+        logits, routing = apply(params, images, held)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        loss = jnp.dot(losses, valid) / jnp.maximum(valid.sum(), 1.0)
+        if local.balance:
+            loss += local.balance * balance_loss(routing, held, valid)
+        if local.z:
+            loss += local.z * router_z_loss(routing, held, valid)
+        return loss, (losses, logits.argmax(axis=-1) == labels, routing.selected)
+
+    def step(state: ClientState, index: Array, size: Array, held: Array, t: Array) -> ClientState:
+        per_epoch = local.steps_per_epoch(size)
+        epoch, batch = t // per_epoch, t % per_epoch
+        place = batch * local.batch_size + jnp.arange(local.batch_size)
+        rows = index[state.order[epoch, jnp.minimum(place, index.shape[0] - 1)]]
+        valid = (place < size).astype(jnp.float32)
+
+        gradient, (losses, correct, selected) = jax.grad(objective, has_aux=True)(
+            state.params, data.images[rows], data.labels[rows], valid, held
+        )
+        updates, optimizer = local.optimizer.update(gradient, state.optimizer, state.params)
+        routed = selected * valid[:, None]  # (B, K)
+        stepped = ClientState(
+            params=optax.apply_updates(state.params, updates),
+            optimizer=optimizer,
+            order=state.order,
+            feedback=Feedback(
+                usage=state.feedback.usage + routed.sum(axis=0),
+                correct=state.feedback.correct + correct @ routed,
+                loss=state.feedback.loss + losses @ routed,
+            ),
+            loss=state.loss + losses @ valid,
+            examples=state.examples + valid.sum(),
+        )
+        active = t < local.steps(size)
+        return jax.tree.map(lambda new, old: jnp.where(active, new, old), stepped, state)
+
+    def final(params: Params, state: ClientState) -> ClientUpdate:
+        return ClientUpdate(
+            shared=jax.tree.map(jnp.subtract, state.params.shared, params.shared),
+            experts=jax.tree.map(jnp.subtract, state.params.experts, params.experts),
+            gate=state.params.gate,
+            feedback=state.feedback,
+            loss=state.loss / jnp.maximum(state.examples, 1.0),
+            examples=state.examples,
+        )
+
+    return Client(init, step, final)
+
+
+def _orders(key: Key, epochs: int, padded: int, size: Array) -> Array:
+    """(epochs, padded) int32: a permutation of 0..size-1 for each epoch, then the padding."""
+    rank = jax.random.uniform(key, (epochs, padded))
+    rank = jnp.where(jnp.arange(padded) < size, rank, jnp.inf)
+    return jnp.argsort(rank, axis=1).astype(jnp.int32)

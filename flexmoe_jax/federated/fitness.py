@@ -1,0 +1,62 @@
+"""The client-expert fitness Q, learnt from training feedback (FLEX-MoE)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from flexmoe_jax.types import Array, Feedback, InputError
+
+Score = Callable[[Feedback], Array]
+"""Feedback (..., K) -> score (..., K) of each pair, in [0, 1]; void where `usage` is 0."""
+
+
+def accuracy_score(feedback: Feedback) -> Array:
+    """Score a: the share of the examples routed to the expert that were classified correctly."""
+    return feedback.correct / jnp.maximum(feedback.usage, 1.0)
+
+
+def loss_score(alpha: float = 1.0) -> Score:
+    """Score exp(-α l), with l the mean cross-entropy of the examples routed to the expert."""
+
+    def score(feedback: Feedback) -> Array:
+        return jnp.exp(-alpha * feedback.loss / jnp.maximum(feedback.usage, 1.0))
+
+    return score
+
+
+def make_score(name: str, alpha: float = 1.0) -> Score:
+    """Looks a score up by name: `accuracy` or `loss`.
+
+    Raises:
+      InputError: if the name is neither, or alpha is not positive.
+    """
+    scores = {"accuracy": accuracy_score, "loss": loss_score(alpha)}
+    if name not in scores:
+        raise InputError("fitness.score", name, f"choose one of {', '.join(scores)}")
+    if not alpha > 0:
+        raise InputError("fitness.alpha", alpha, "choose a number above 0")
+    return scores[name]
+
+
+def update_fitness(
+    fitness: Array, clients: Array, slots: Array, feedback: Feedback, beta: float, score: Score
+) -> Array:
+    """Q ← (1-β) Q + β s for every held pair with feedback; all others keep their value.
+
+    Args:
+      fitness: (C, E) Q.
+      clients: (P,) int32 the cohort; C marks padding.
+      slots: (P, K) int32 the experts held; E marks an empty slot.
+      feedback: (P, K).
+      beta: β in (0, 1].
+      score: the pair's score from its feedback.
+
+    Returns:
+      (C, E) the new Q.
+    """
+    rows = clients[:, None]
+    held = fitness.at[rows, slots].get(mode="fill", fill_value=0.0)  # (P, K)
+    learnt = (1 - beta) * held + beta * score(feedback)
+    return fitness.at[rows, slots].set(jnp.where(feedback.usage > 0, learnt, held), mode="drop")

@@ -1,0 +1,51 @@
+"""Load models: how much load a client puts on an expert that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from flexmoe_jax.types import InputError, State
+
+LoadModel = Callable[[State, np.ndarray], np.ndarray | float]
+"""(state, cohort (P,)) -> load weight w: a scalar, (P,) or (P, E)."""
+
+LOAD_MODELS = ("clients", "samples", "usage")
+
+
+def make_load_model(name: str, examples: np.ndarray, capacity: np.ndarray) -> LoadModel:
+    """Builds a load model by name.
+
+    `clients`: every holder weighs 1. `samples`: a holder weighs the examples it trains on in a
+    round. `usage`: a holder weighs the examples that it is predicted to route to the expert: the
+    mean over the rounds in which it held the expert, or an even split before the first.
+
+    Args:
+      name: one of `LOAD_MODELS`.
+      examples: (C,) examples that each client trains on in a round, counted once a step.
+      capacity: (C,) k_c.
+
+    Returns:
+      The load model.
+
+    Raises:
+      InputError: if the name is none of these.
+    """
+
+    def clients(state: State, cohort: np.ndarray) -> float:
+        return 1.0
+
+    def samples(state: State, cohort: np.ndarray) -> np.ndarray:
+        return examples[cohort].astype(np.float64)
+
+    def usage(state: State, cohort: np.ndarray) -> np.ndarray:
+        routed = np.asarray(state.usage, np.float64)[cohort]
+        rounds = np.asarray(state.held_rounds)[cohort]
+        even = (examples / np.maximum(capacity, 1))[cohort, None]
+        return np.where(rounds > 0, routed / np.maximum(rounds, 1), even)
+
+    models: dict[str, LoadModel] = {"clients": clients, "samples": samples, "usage": usage}
+    if name not in models:
+        raise InputError("assignment.load", name, f"choose one of {', '.join(LOAD_MODELS)}")
+    return models[name]

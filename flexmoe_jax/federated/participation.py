@@ -1,0 +1,81 @@
+"""Who takes part in a round."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from flexmoe_jax.types import Plan
+
+
+def sample_cohort(clients: int, per_round: int, *, seed: int, round_index: int) -> np.ndarray:
+    """Draws a cohort uniformly, without replacement.
+
+    Args:
+      clients: C.
+      per_round: P.
+      seed: of the run.
+      round_index: of the round; the same round always draws the same cohort.
+
+    Returns:
+      (P,) int32 client ids in rising order.
+    """
+    generator = np.random.default_rng([seed, round_index])
+    return np.sort(generator.choice(clients, per_round, replace=False)).astype(np.int32)
+
+
+def make_plan(
+    cohort: np.ndarray,
+    assignment: np.ndarray,
+    load: np.ndarray,
+    deficit: np.ndarray,
+    *,
+    steps: np.ndarray,
+    slots: int,
+    clients: int,
+    block_size: int,
+) -> Plan:
+    """Lays a cohort and its assignment out for training.
+
+    Clients are put in order of their local steps, longest first, so that those side by side finish
+    together, and padded to whole blocks.
+
+    Args:
+      cohort: (P,) client ids.
+      assignment: (P, E) bool.
+      load: (E,) assigned load.
+      deficit: (E,) load that each expert is owed after this round.
+      steps: (P,) local steps of each client of the cohort.
+      slots: K, at least the largest number of experts held.
+      clients: C.
+      block_size: clients side by side.
+
+    Returns:
+      The plan, on the device, with P rounded up to a multiple of `block_size`.
+    """
+    order = np.lexsort((cohort, -steps))
+    padded = -(-len(cohort) // block_size) * block_size
+    plan_clients = np.full(padded, clients, np.int32)
+    plan_clients[: len(cohort)] = cohort[order]
+    plan_slots = np.full((padded, slots), assignment.shape[1], np.int32)
+    plan_slots[: len(cohort)] = assignment_slots(assignment[order], slots)
+    return Plan(
+        clients=jnp.asarray(plan_clients),
+        slots=jnp.asarray(plan_slots),
+        load=jnp.asarray(load, jnp.float32),
+        deficit=jnp.asarray(deficit, jnp.float32),
+    )
+
+
+def assignment_slots(assignment: np.ndarray, slots: int) -> np.ndarray:
+    """Turns (P, E) bool into (P, K) int32 expert numbers, rising, with E for an empty slot."""
+    experts = assignment.shape[1]
+    numbered = np.where(assignment, np.arange(experts), experts)
+    return np.sort(numbered, axis=1)[:, :slots].astype(np.int32)
+
+
+def slots_assignment(slots: np.ndarray, experts: int) -> np.ndarray:
+    """Inverse of `assignment_slots`: (P, K) expert numbers to (P, E) bool."""
+    assignment = np.zeros((len(slots), experts + 1), bool)
+    np.put_along_axis(assignment, slots, True, axis=1)
+    return assignment[:, :experts]

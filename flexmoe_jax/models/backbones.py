@@ -1,0 +1,179 @@
+"""Backbones: the part of the shared extractor that turns images into features.
+
+Each is a Linen module that maps images (B, h, w, channels) to features (B, D). Normalisation is by
+group, never by batch: batch statistics would mix clients' label distributions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flexmoe_jax.models.conv import Conv, Convolution, conv_matmul
+from flexmoe_jax.types import Array, InputError
+
+
+class MLP(nn.Module):
+    """Fully connected layers on the flattened image.
+
+    Attributes:
+      widths: units of each layer; the last is D.
+    """
+
+    widths: Sequence[int] = (128, 64)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps (B, h, w, channels) to (B, D)."""
+        x = x.reshape(x.shape[0], -1)
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return x
+
+
+class ConvNet(nn.Module):
+    """Convolutions of 3×3, every second one with stride 2, then the mean over pixels.
+
+    Attributes:
+      widths: output channels of each convolution; the last is D.
+      groups: groups of the normalisation after each convolution; 0 for none.
+      conv: the convolution's implementation.
+    """
+
+    widths: Sequence[int] = (32, 32, 64, 64)
+    groups: int = 0
+    conv: Convolution = conv_matmul
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps (B, h, w, channels) to (B, D)."""
+        for layer, width in enumerate(self.widths):
+            x = Conv(width, stride=1 + layer % 2, use_bias=not self.groups, conv=self.conv)(x)
+            if self.groups:
+                x = nn.GroupNorm(self.groups)(x)
+            x = nn.relu(x)
+        return x.mean(axis=(1, 2))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut (He et al. 2016), normalised by group.
+
+    Attributes:
+      width: output channels.
+      stride: of the first convolution and of the shortcut.
+      groups: groups of each normalisation.
+      conv: the convolution's implementation.
+    """
+
+    width: int
+    stride: int
+    groups: int
+    conv: Convolution
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps (B, h, w, channels) to (B, h/stride, w/stride, width)."""
+        y = Conv(self.width, stride=self.stride, conv=self.conv)(x)
+        y = nn.relu(nn.GroupNorm(self.groups)(y))
+        y = Conv(self.width, conv=self.conv)(y)
+        y = nn.GroupNorm(self.groups)(y)
+        if x.shape != y.shape:
+            x = Conv(self.width, kernel_size=1, stride=self.stride, conv=self.conv)(x)
+            x = nn.GroupNorm(self.groups)(x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """CIFAR-style residual network of depth 6n+2 (He et al. 2016) with group normalisation.
+
+    Attributes:
+      depth: 8, 14, 20, ...: three stages of n = (depth - 2) / 6 blocks.
+      width: channels of the first stage; each later stage doubles them, so D = 4 * width.
+      groups: groups of each normalisation.
+      conv: the convolution's implementation.
+    """
+
+    depth: int = 8
+    width: int = 16
+    groups: int = 8
+    conv: Convolution = conv_matmul
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps (B, h, w, channels) to (B, 4 * width)."""
+        x = Conv(self.width, conv=self.conv)(x)
+        x = nn.relu(nn.GroupNorm(self.groups)(x))
+        for stage in range(3):
+            for block in range((self.depth - 2) // 6):
+                stride = 2 if stage and not block else 1
+                x = ResidualBlock(self.width * 2**stage, stride, self.groups, self.conv)(x)
+        return jnp.mean(x, axis=(1, 2))
+
+
+def _mlp(widths: Sequence[int], depth: int, groups: int, conv: Convolution) -> nn.Module:
+    return MLP(tuple(widths) or MLP.widths)
+
+
+def _convnet(widths: Sequence[int], depth: int, groups: int, conv: Convolution) -> nn.Module:
+    widths = tuple(widths) or ConvNet.widths
+    _check_groups(groups, widths)
+    return ConvNet(widths, groups, conv)
+
+
+def _resnet(widths: Sequence[int], depth: int, groups: int, conv: Convolution) -> nn.Module:
+    width = widths[0] if widths else ResNet.width
+    depth = depth or ResNet.depth
+    if depth < 8 or (depth - 2) % 6:
+        raise InputError("model.depth", depth, "choose 6n+2: 8, 14, 20, 26, 32, ...")
+    groups = groups or min(ResNet.groups, width)
+    _check_groups(groups, (width,))
+    return ResNet(depth, width, groups, conv)
+
+
+def _check_groups(groups: int, widths: Sequence[int]) -> None:
+    if groups < 0 or (groups and any(width % groups for width in widths)):
+        raise InputError(
+            "model.groups", groups, f"choose a divisor of every width in {tuple(widths)}, or 0"
+        )
+
+
+BACKBONES: dict[str, Callable[[Sequence[int], int, int, Convolution], nn.Module]] = {
+    "mlp": _mlp,
+    "convnet": _convnet,
+    "resnet": _resnet,
+}
+
+
+def make_backbone(
+    name: str,
+    *,
+    widths: Sequence[int] = (),
+    depth: int = 0,
+    groups: int = 0,
+    conv: Convolution = conv_matmul,
+) -> nn.Module:
+    """Builds a backbone by name.
+
+    Args:
+      name: `mlp`, `convnet` or `resnet`.
+      widths: of each layer (`resnet`: of the first stage); empty for the module's default.
+      depth: of the `resnet`; 0 for its default.
+      groups: groups of the normalisation; 0 for the backbone's default.
+      conv: the convolution's implementation.
+
+    Returns:
+      A Linen module that maps images (B, h, w, channels) to features (B, D).
+
+    Raises:
+      InputError: naming the field that does not fit.
+    """
+    if name not in BACKBONES:
+        near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0)
+        remedy = f"did you mean {near[0]}? choose one of {', '.join(BACKBONES)}"
+        raise InputError("model.backbone", name, remedy)
+    if any(width < 1 for width in widths):
+        raise InputError("model.widths", tuple(widths), "choose widths of 1 or more")
+    return BACKBONES[name](widths, depth, groups, conv)

@@ -1,0 +1,206 @@
+"""The mixture-of-experts layer: a masked gate, stacked experts, and the classifier around them.
+
+Axes: `B` batch, `D` features, `H` hidden units, `Y` classes, and `E` experts. A client holds only
+`K` of them: the same code then runs on a stack whose leading axis is `K`, with a mask of the slots
+that are filled. How examples reach experts is data (a `Routing`), not a branch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flexmoe_jax.types import Array, Params, PyTree
+
+# Below every logit, and finite: a client without any expert still gives numbers, not NaN.
+_NEVER = -1e30
+
+
+class Routing(NamedTuple):
+    """Where a batch of examples goes.
+
+    Attributes:
+      logits: (B, E) the gate's logits, as they were before masking.
+      probability: (B, E) softmax over the held experts; exactly 0 for the others.
+      selected: (B, E) bool, the `top_k` most probable held experts of each example.
+      combine: (B, E) weight of each expert in the layer's output.
+    """
+
+    logits: Array
+    probability: Array
+    selected: Array
+    combine: Array
+
+
+def route(logits: Array, held: Array, top_k: int = 1) -> Routing:
+    """Routes each example to its `top_k` most probable experts among those held.
+
+    The combine weights are the probabilities themselves (Fedus et al. 2022, eq. 2), so that the
+    task loss teaches the gate even where one expert is chosen; with two or more chosen they are
+    normalised to sum to 1 over the chosen (Shazeer et al. 2017; Lepikhin et al. 2021).
+
+    Args:
+      logits: (B, E).
+      held: (E,) bool, the experts that may be chosen. If none may, nothing is selected.
+      top_k: experts per example; fewer where fewer are held.
+
+    Returns:
+      The routing of the batch.
+    """
+    masked = jnp.where(held, logits, _NEVER)
+    probability = jnp.where(held, jax.nn.softmax(masked, axis=-1), 0.0)
+    chosen = lax.top_k(masked, min(top_k, logits.shape[-1]))[1]  # (B, top_k)
+    selected = jax.nn.one_hot(chosen, logits.shape[-1], dtype=bool).any(axis=-2) & held
+    combine = jnp.where(selected, probability, 0.0)
+    if top_k > 1:
+        combine = combine / jnp.maximum(combine.sum(axis=-1, keepdims=True), 1e-9)
+    return Routing(logits, probability, selected, combine)
+
+
+def balance_loss(routing: Routing, held: Array, valid: Array) -> Array:
+    """Switch-style load-balance loss over the experts held (Fedus et al. 2022, eq. 4).
+
+    Args:
+      routing: of a batch.
+      held: (E,) bool.
+      valid: (B,) 1.0 for examples that count, 0.0 for padding.
+
+    Returns:
+      (): held · Σ_e f_e p_e, at its minimum when both the fraction of examples routed to each held
+      expert `f` and the mean probability `p` are uniform; then 1 for top-1 routing.
+    """
+    count = jnp.maximum(valid.sum(), 1.0)
+    fraction = jnp.einsum("be,b->e", routing.selected.astype(valid.dtype), valid) / count
+    probability = jnp.einsum("be,b->e", routing.probability, valid) / count
+    return held.sum() * jnp.dot(fraction, probability)
+
+
+def router_z_loss(routing: Routing, held: Array, valid: Array) -> Array:
+    """Mean squared log-partition of the gate (Zoph et al. 2022, eq. 5): keeps its logits small.
+
+    Args:
+      routing: of a batch.
+      held: (E,) bool; only these logits count.
+      valid: (B,) 1.0 for examples that count, 0.0 for padding.
+
+    Returns:
+      (): the loss.
+    """
+    log_z = jax.nn.logsumexp(routing.logits, axis=-1, where=held)
+    return jnp.dot(jnp.where(held.any(), log_z, 0.0) ** 2, valid) / jnp.maximum(valid.sum(), 1.0)
+
+
+def expert_mlp(experts: PyTree, x: Array) -> Array:
+    """Applies every stacked expert D→H→D to every example.
+
+    Args:
+      experts: `{"w_in": (E, D, H), "b_in": (E, H), "w_out": (E, H, D), "b_out": (E, D)}`.
+      x: (B, D).
+
+    Returns:
+      (B, E, D).
+    """
+    hidden = jnp.einsum("bd,edh->ebh", x, experts["w_in"]) + experts["b_in"][:, None]
+    output = jnp.einsum("ebh,ehd->ebd", nn.relu(hidden), experts["w_out"])
+    return jnp.swapaxes(output + experts["b_out"][:, None], 0, 1)
+
+
+class Experts(nn.Module):
+    """A stack of residual MLP experts; its parameters are what `expert_mlp` takes.
+
+    Attributes:
+      count: E, or K for the experts of one client.
+      hidden: H.
+    """
+
+    count: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps (B, D) to (B, count, D)."""
+        fan_in = nn.initializers.variance_scaling(
+            2.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
+        )
+        features = x.shape[-1]
+        zeros = nn.initializers.zeros
+        experts = {
+            "w_in": self.param("w_in", fan_in, (self.count, features, self.hidden)),
+            "b_in": self.param("b_in", zeros, (self.count, self.hidden)),
+            "w_out": self.param("w_out", fan_in, (self.count, self.hidden, features)),
+            "b_out": self.param("b_out", zeros, (self.count, features)),
+        }
+        return expert_mlp(experts, x)
+
+
+class Gate(nn.Module):
+    """A linear gate; every parameter leads with the expert axis, as the experts' do.
+
+    Attributes:
+      count: E, or K for the gate of one client.
+    """
+
+    count: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps (B, D) to logits (B, count)."""
+        small = nn.initializers.normal(0.02)
+        kernel = self.param("kernel", small, (self.count, x.shape[-1]))
+        bias = self.param("bias", nn.initializers.zeros, (self.count,))
+        return jnp.einsum("bd,ed->be", x, kernel) + bias
+
+
+class MoEClassifier(nn.Module):
+    """Backbone, one mixture-of-experts layer, and a linear head.
+
+    y = head(h + Σ_e combine_e(h) · expert_e(h)),  h = backbone(x).
+
+    Attributes:
+      backbone: Linen module (B, ...) -> (B, D).
+      classes: Y.
+      experts: E; clone with K (`module.clone(experts=K)`) for the parameters of one client.
+      hidden: H of each expert.
+      top_k: experts per example.
+    """
+
+    backbone: nn.Module
+    classes: int
+    experts: int
+    hidden: int = 128
+    top_k: int = 1
+
+    def setup(self) -> None:
+        """Names the parts of the parameter tree."""
+        self.expert = Experts(self.experts, self.hidden)
+        self.gate = Gate(self.experts)
+        self.head = nn.Dense(self.classes)
+
+    def features(self, x: Array) -> Array:
+        """Shared features (B, D) of images (B, h, w, channels): no expert, no gate."""
+        return self.backbone(x)
+
+    def classify(self, features: Array, held: Array) -> tuple[Array, Routing]:
+        """Class logits (B, Y) and routing, from shared features and the experts `held` (E,)."""
+        routing = route(self.gate(features), held, self.top_k)
+        mixed = jnp.einsum("be,bed->bd", routing.combine, self.expert(features))
+        return self.head(features + mixed), routing
+
+    def __call__(self, x: Array, held: Array) -> tuple[Array, Routing]:
+        """Class logits (B, Y) and routing, from images and the experts `held` (E,)."""
+        return self.classify(self.features(x), held)
+
+
+def split_params(params: PyTree) -> Params:
+    """Splits a `MoEClassifier`'s parameters into what is shared, the experts and the gate."""
+    shared = {name: leaf for name, leaf in params.items() if name not in ("expert", "gate")}
+    return Params(shared=shared, experts=params["expert"], gate=params["gate"])
+
+
+def merge_params(params: Params) -> PyTree:
+    """Inverse of `split_params`."""
+    return {**params.shared, "expert": params.experts, "gate": params.gate}

@@ -1,0 +1,148 @@
+"""Types that more than one room of the package uses.
+
+Axis legend: `C` clients, `P` clients in this round's cohort, `E` experts, `K` expert slots (the
+largest capacity), `N` examples of a client, `B` batch, `S` local steps, `D` features, `H` hidden
+units, `Y` classes, `T` rounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import struct
+
+Array = jax.Array
+Key = jax.Array
+PyTree = Any
+
+
+class InputError(ValueError):
+    """A value that the user gave cannot be used.
+
+    Prints as one line, `field=value: remedy`, which is all that the launcher shows.
+
+    Attributes:
+      field: dotted name of the config field, or the name of the argument.
+      value: what was given.
+      remedy: what to give instead.
+    """
+
+    def __init__(self, field: str, value: object, remedy: str) -> None:
+        """Stores the three parts and composes the line."""
+        self.field = field
+        self.value = value
+        self.remedy = remedy
+        super().__init__(f"{field}={value}: {remedy}")
+
+
+class Params(NamedTuple):
+    """Parameters by who owns them; the experts' and the gate's leaves lead with the expert axis.
+
+    Attributes:
+      shared: ψ, the backbone and the head, averaged over clients.
+      experts: θ, leaves (E, ...), or (K, ...) for the experts that one client holds.
+      gate: φ of one client, leaves (E, ...) or (K, ...); it never leaves its client.
+    """
+
+    shared: PyTree
+    experts: PyTree
+    gate: PyTree
+
+
+class Feedback(NamedTuple):
+    """What a client tells the server about the experts it held, summed over its local steps.
+
+    Every batch is scored before the step that learns from it. Attributes (..., K):
+      usage: examples routed to the expert.
+      correct: of those, how many the client's model classified correctly.
+      loss: of those, the sum of the cross-entropy, in nats.
+    """
+
+    usage: Array
+    correct: Array
+    loss: Array
+
+
+class Plan(NamedTuple):
+    """Who trains in a round, and what each holds; shapes never change between rounds.
+
+    Attributes:
+      clients: (P,) int32 the cohort's client ids; C marks padding, which trains nothing.
+      slots: (P, K) int32 the experts of each, rising; E marks an empty slot.
+      load: (E,) assigned load, in the units of the load model.
+      deficit: (E,) load that each expert is owed after this round.
+    """
+
+    clients: Array
+    slots: Array
+    load: Array
+    deficit: Array
+
+
+@struct.dataclass
+class State:
+    """All that a federation carries from round to round.
+
+    Attributes:
+      key: () typed random key of the run; never advanced, only folded.
+      round: () int32 rounds completed.
+      shared: ψ.
+      experts: θ, leaves (E, ...).
+      gates: φ of every client, leaves (C, E, ...).
+      shared_optimizer: server optimiser state of ψ.
+      expert_optimizer: server optimiser state of each θ_e, leaves (E, ...).
+      fitness: (C, E) Q.
+      slots: (C, K) int32 each client's latest experts; E marks an empty slot.
+      held_rounds: (C, E) int32 rounds in which client c held expert e.
+      usage: (C, E) examples that c has routed to e so far.
+      load: (E,) assigned load so far.
+      deficit: (E,) load that each expert was owed and did not get.
+    """
+
+    key: Key
+    round: Array
+    shared: PyTree
+    experts: PyTree
+    gates: PyTree
+    shared_optimizer: PyTree
+    expert_optimizer: PyTree
+    fitness: Array
+    slots: Array
+    held_rounds: Array
+    usage: Array
+    load: Array
+    deficit: Array
+
+
+class RoundReport(NamedTuple):
+    """What a round of training reports.
+
+    Attributes:
+      loss: (P,) mean training cross-entropy of each client of the plan, in nats; 0 for padding.
+      examples: (P,) examples that each client trained on, counted once a step.
+      usage: (E,) examples routed to each expert.
+    """
+
+    loss: Array
+    examples: Array
+    usage: Array
+
+
+class Evaluation(NamedTuple):
+    """Accuracies on the test set, of clients that have held an expert.
+
+    Attributes:
+      class_accuracy: (C, Y) accuracy of each client's model on each class; NaN where the test set
+        has no example of it.
+      global_accuracy: (C,) accuracy on the whole test set.
+      personal_accuracy: (C,) accuracy weighted to the client's own label shares.
+      server_accuracy: () accuracy of the mean of the clients' class probabilities.
+      evaluated: (C,) bool, clients that have held an expert; the others' figures are void.
+    """
+
+    class_accuracy: Array
+    global_accuracy: Array
+    personal_accuracy: Array
+    server_accuracy: Array
+    evaluated: Array

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Examples = list[tuple[np.ndarray, int]]
+
+
+def png(image: np.ndarray) -> io.BytesIO:
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="png")
+    file.seek(0)
+    return file
+
+
+def define_builder(
+    name: str,
+    splits: Mapping[str, Examples],
+    *,
+    shape: tuple[int | None, int | None, int],
+    classes: int,
+    as_arrays: bool = False,
+    features: Callable[[Any], dict[str, Any]] | None = None,
+    supervised: tuple[str, str] | None = ("image", "label"),
+    version: str = "1.0.0",
+) -> Any:
+    """A TFDS builder class of the given examples, which TFDS registers under `name`."""
+    import tensorflow_datasets as tfds
+
+    def info(self: Any) -> Any:
+        columns = {
+            "image": tfds.features.Image(shape=shape),
+            "label": tfds.features.ClassLabel(names=[f"class {y}" for y in range(classes)]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features(tfds) if features else columns),
+            supervised_keys=supervised,
+        )
+
+    def examples(self: Any, rows: Examples) -> Any:
+        for position, (image, label) in enumerate(rows):
+            row = {"image": image if as_arrays else png(image), "label": label}
+            for extra in set(self.info.features) - set(row):
+                row[extra] = png(image)
+            yield position, row
+
+    def generators(self: Any, _: Any) -> Any:
+        return {split: self._generate_examples(rows) for split, rows in splits.items()}
+
+    camel = "".join(part.title() for part in name.split("_"))
+    return type(
+        camel,
+        (tfds.core.GeneratorBasedBuilder,),
+        {
+            "VERSION": tfds.core.Version(version),
+            "name": name,
+            "pkg_dir_path": Path(__file__).parent,
+            "_info": info,
+            "_split_generators": generators,
+            "_generate_examples": examples,
+        },
+    )
+
+
+@pytest.fixture
+def write_dataset(tmp_path: Path) -> Callable[..., Path]:
+    """Prepares a data set under tmp_path/tfds, as TFDS itself does, and returns that folder."""
+
+    def write(name: str, splits: Mapping[str, Examples], **options: Any) -> Path:
+        import tensorflow_datasets as tfds
+
+        tfds.disable_progress_bar()
+        with tfds.core.registered.skip_registration():
+            builder = define_builder(name, splits, **options)
+        folder = tmp_path / "tfds"
+        builder(data_dir=folder, file_format="array_record").download_and_prepare()
+        return folder
+
+    return write
+
+
+def flat(identity: int, height: int, width: int, channels: int) -> np.ndarray:
+    """An image whose every pixel is its identity, in channel i shifted by i."""
+    pixel = (identity + np.arange(channels)).astype(np.uint8)
+    return np.broadcast_to(pixel, (height, width, channels)).copy()
+
+
+@pytest.fixture
+def make_examples() -> Callable[..., Examples]:
+    """Makes flat images of varying or fixed size, whose label is their identity modulo Y."""
+
+    def make(
+        count: int, *, channels: int, classes: int, size: tuple[int, int] | None = None
+    ) -> Examples:
+        return [
+            (flat(i, *(size or (5 + i % 4, 9 - i % 3)), channels), i % classes)
+            for i in range(count)
+        ]
+
+    return make
+
+
+@pytest.fixture
+def define() -> Callable[..., Any]:
+    """Registers a builder with TFDS, as data sets that can be downloaded are."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    return define_builder

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flexmoe_jax.models import conv_lax, make_backbone
+from flexmoe_jax.types import InputError
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "features"),
+    [
+        ("mlp", {}, 64),
+        ("mlp", {"widths": (16,)}, 16),
+        ("convnet", {}, 64),
+        ("convnet", {"widths": (8, 12), "groups": 4}, 12),
+        ("resnet", {}, 64),
+        ("resnet", {"depth": 14, "widths": (4,)}, 16),
+    ],
+)
+@pytest.mark.parametrize("image", [(8, 8, 1), (9, 7, 3)])
+def test_features_have_the_stated_width(name, options, features, image):
+    backbone = make_backbone(name, **options)
+    x = jax.random.normal(jax.random.key(0), (2, *image))
+    y, _ = jax.jit(backbone.init_with_output)(jax.random.key(1), x)
+    assert y.shape == (2, features)
+    assert jnp.isfinite(y).all()
+
+
+def test_resnet_depth_counts_its_layers():
+    backbone = make_backbone("resnet", depth=20)
+    params = jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    # Depth 20: one stem, 3 stages × 3 blocks × 2 convolutions, and the head that is not here.
+    assert sum(name.startswith("ResidualBlock") for name in params) == 9
+
+
+def test_both_convolutions_give_the_same_network():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    ours, theirs = make_backbone("resnet"), make_backbone("resnet", conv=conv_lax)
+    params = jax.jit(ours.init)(jax.random.key(1), x)
+    actual, expected = jax.jit(ours.apply)(params, x), jax.jit(theirs.apply)(params, x)
+    assert jnp.allclose(actual, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        ("renset", {}, r"model\.backbone=renset: did you mean resnet\?"),
+        ("resnet", {"depth": 9}, r"model\.depth=9: choose 6n\+2"),
+        ("convnet", {"groups": 5}, r"model\.groups=5: choose a divisor"),
+        ("mlp", {"widths": (0,)}, r"model\.widths=\(0,\): choose widths of 1 or more"),
+    ],
+)
+def test_bad_options_are_refused(name, options, line):
+    with pytest.raises(InputError, match=line):
+        make_backbone(name, **options)

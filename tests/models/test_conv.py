@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flexmoe_jax.models import Conv, conv_lax, conv_matmul, convolution
+from flexmoe_jax.types import InputError
+
+# Odd and even sizes, with a pixel left over or none; kernels below, at and above the stride.
+CASES = [
+    ((6, 8), 3, 1, "SAME"),
+    ((6, 8), 3, 2, "SAME"),
+    ((7, 5), 3, 1, "VALID"),
+    ((7, 5), 3, 2, "SAME"),
+    ((7, 8), 3, 2, "VALID"),
+    ((8, 6), 1, 1, "SAME"),
+    ((8, 7), 1, 2, "SAME"),
+    ((9, 6), 2, 2, "VALID"),
+    ((9, 6), 2, 3, "SAME"),
+    ((9, 8), 5, 1, "SAME"),
+    ((9, 8), 5, 2, "VALID"),
+    ((10, 9), 4, 3, "SAME"),
+]
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def value_and_gradients(conv, x, kernel, stride, padding):
+    def loss(x, kernel):
+        y = conv(x, kernel, stride, padding)
+        # Unequal weights: a gradient in the wrong place shows.
+        return jnp.vdot(y, jnp.sin(jnp.arange(y.size).reshape(y.shape))), y
+
+    gradients, y = jax.grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
+    return y, gradients
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride", "padding"), CASES)
+def test_matmul_equals_lax_in_value_and_gradient(size, kernel, stride, padding):
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (2, *size, 3))
+    weights = jax.random.normal(keys[1], (kernel, kernel, 3, 4))
+    ours = value_and_gradients(conv_matmul, x, weights, (stride, stride), padding)
+    theirs = value_and_gradients(conv_lax, x, weights, (stride, stride), padding)
+    chex.assert_trees_all_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_unequal_strides_and_a_kernel_that_is_not_square():
+    keys = jax.random.split(jax.random.key(1))
+    x, weights = (
+        jax.random.normal(keys[0], (1, 7, 9, 2)),
+        jax.random.normal(keys[1], (3, 2, 2, 5)),
+    )
+    ours = value_and_gradients(conv_matmul, x, weights, (2, 1), "SAME")
+    chex.assert_trees_all_close(
+        ours, value_and_gradients(conv_lax, x, weights, (2, 1), "SAME"), atol=2e-5, rtol=2e-5
+    )
+
+
+def test_kernels_may_carry_a_client_axis():
+    keys = jax.random.split(jax.random.key(2))
+    x = jax.random.normal(keys[0], (3, 2, 6, 6, 2))
+    weights = jax.random.normal(keys[1], (3, 3, 3, 2, 4))
+
+    @partial(jax.jit, static_argnums=0)
+    def gradients(conv):
+        def loss(x, kernel):
+            return (conv(x, kernel, (2, 2), "SAME") ** 2).sum()
+
+        return jax.vmap(jax.grad(loss, argnums=(0, 1)))(x, weights)
+
+    chex.assert_trees_all_close(gradients(conv_matmul), gradients(conv_lax), atol=1e-3, rtol=1e-4)
+
+
+def test_layer_by_hand():
+    # 2×2 ones over [[1, 2], [3, 4]], VALID: 1 + 2 + 3 + 4 = 10, plus a bias of 0.5.
+    layer = Conv(1, kernel_size=2, padding="VALID", use_bias=True)
+    params = {"kernel": jnp.ones((2, 2, 1, 1)), "bias": jnp.array([0.5])}
+    image = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
+    chex.assert_trees_all_close(
+        layer.apply({"params": params}, image), jnp.full((1, 1, 1, 1), 10.5)
+    )
+
+
+def test_unknown_implementation_is_refused():
+    assert convolution("auto") is conv_matmul
+    with pytest.raises(InputError, match=r"model\.conv=fft: choose one of auto, matmul, lax"):
+        convolution("fft")
