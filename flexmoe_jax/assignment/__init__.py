@@ -4,8 +4,10 @@ Imports neither Flax nor the other rooms of the package. Axis legend: `C` client
 this round's cohort, `E` experts.
 """
 
-from flexmoe_jax.assignment.bounds import load_bounds, update_deficit
+from flexmoe_jax.assignment.bounds import load_bounds, update_deficit, window_deficit
+from flexmoe_jax.assignment.dual import DualSolution, dual_assign
 from flexmoe_jax.assignment.engine import ROUNDINGS, SOLVERS, solve
+from flexmoe_jax.assignment.layers import solve_layers
 from flexmoe_jax.assignment.policies import POLICIES, Policy, Request, make_policy
 from flexmoe_jax.assignment.problem import Problem, Solution
 
@@ -13,12 +15,16 @@ __all__ = [
     "POLICIES",
     "ROUNDINGS",
     "SOLVERS",
+    "DualSolution",
     "Policy",
     "Problem",
     "Request",
     "Solution",
+    "dual_assign",
     "load_bounds",
     "make_policy",
     "solve",
+    "solve_layers",
     "update_deficit",
+    "window_deficit",
 ]

@@ -94,6 +94,17 @@ def update_deficit(
     return decay * np.asarray(deficit, np.float64) + owed - load
 
 
+def window_deficit(loads: FloatArray, *, share: FloatArray | None = None) -> FloatArray:
+    """Deficit [E] that the last rounds left, from their loads [T, E]; older rounds are forgotten.
+
+    Args:
+      loads: [T, E] loads of the rounds in the window, in any order.
+      share: [E] part that each expert is meant to get (any positive scale); default: the same.
+    """
+    total = np.asarray(loads, np.float64).sum(axis=0)
+    return normalise_share(share, total.shape[0]) * total.sum() - total
+
+
 def normalise_share(share: FloatArray | None, experts: int) -> FloatArray:
     """Shares [E] scaled to sum to 1; None stands for equal ones."""
     if share is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from flexmoe_jax.assignment.heuristics import take_top
-from flexmoe_jax.assignment.problem import FloatArray, Problem
+from flexmoe_jax.assignment.problem import FloatArray, IntArray, Problem
 
 
 def effective_bounds(problem: Problem) -> tuple[FloatArray, FloatArray]:
@@ -49,7 +49,7 @@ def price_bound(problem: Problem, prices: FloatArray, low: FloatArray, high: Flo
     return of_clients + float(high[dear] @ prices[dear]) + float(low[cheap] @ prices[cheap])
 
 
-def _knapsack_bound(worth: FloatArray, size: FloatArray, capacity: FloatArray) -> float:
+def _knapsack_bound(worth: FloatArray, size: FloatArray, capacity: IntArray | FloatArray) -> float:
     """Dantzig's bound: each client fills up by worth per size, the last expert in part."""
     order = np.argsort(-worth / size, axis=1)
     gain = np.maximum(np.take_along_axis(worth, order, axis=1), 0.0)

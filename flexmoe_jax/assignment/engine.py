@@ -43,10 +43,10 @@ from flexmoe_jax.types import InputError
 # Part of the relaxation's value that mending the load bounds may cost.
 _MENDING = MappingProxyType({"shmoys_tardos": 0.0, "repair": 0.01})
 ROUNDINGS = tuple(_MENDING)
-# A gap at which `dual` is as good as it needs to be: local search would take longer than it.
-_POLISHED = 1e-3
+# Gaps at which local search is not worth its time, for large problems and for small ones.
+_GOOD, _CLOSED = 1e-3, 1e-9
 # Pairs up to which prices from nil, or all of the relaxation's pairs, are the faster way.
-_FEW_PAIRS, _MANY_PAIRS = 2_000, 100_000
+_FEW_PAIRS, _MANY_PAIRS = 2_000, 20_000
 
 
 class _Answer(NamedTuple):
@@ -127,8 +127,7 @@ def _relaxation(problem: Problem, rounding: str, seed: int) -> _Answer:
         held = round_knapsack(problem, relaxed.x)
     else:
         held = round_shmoys_tardos(problem, relaxed.x)
-    least = min(objective(problem, held), relaxed.bound - _MENDING[rounding] * abs(relaxed.bound))
-    held = polish(problem, held, relaxed.prices, least)
+    held = _polished(problem, held, relaxed.prices, relaxed.bound, rounding)
     return _Answer(held, relaxed.prices, relaxed.bound, relaxed.excess > 0)
 
 
@@ -193,14 +192,23 @@ def _dual(problem: Problem, rounding: str, seed: int) -> _Answer:
     bound = (
         float(found.bound) if mixed else price_bound(problem, prices, *effective_bounds(problem))
     )
-    value = objective(problem, held)
-    broken = load_violation(problem, expert_load(problem, held)).any()
-    if broken or bound - value > _POLISHED * abs(bound):
-        least = min(value, bound - _MENDING[rounding] * abs(bound)) if broken else value
-        held = polish(problem, held, prices, least)
+    held = _polished(problem, held, prices, bound, rounding)
     broken = load_violation(problem, expert_load(problem, held)).any()
     # At equal weights the paths mend whatever can be mended.
     return _Answer(held, prices, bound, bool(broken and problem.unit is not None))
+
+
+def _polished(
+    problem: Problem, held: BoolArray, prices: FloatArray, bound: float, rounding: str
+) -> BoolArray:
+    """Local search where there is something to win: broken load bounds, or a gap."""
+    value = objective(problem, held)
+    broken = load_violation(problem, expert_load(problem, held)).any()
+    good = _GOOD if problem.fitness.size > _MANY_PAIRS else _CLOSED
+    if not broken and bound - value <= good * abs(bound):
+        return held
+    least = min(value, bound - _MENDING[rounding] * abs(bound)) if broken else value
+    return polish(problem, held, prices, least)
 
 
 def _auto(problem: Problem, rounding: str, seed: int) -> _Answer:

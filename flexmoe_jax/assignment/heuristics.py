@@ -22,7 +22,7 @@ def client_keys(seed: list[int], clients: IntArray, experts: int) -> FloatArray:
     the array instead of one generator a client.
     """
     start = np.random.default_rng(seed).integers(2**63, dtype=np.uint64)
-    keys = _mix(clients.astype(np.uint64) + start)
+    keys = _mix(np.asarray(clients, np.uint64) + np.uint64(start))
     keys = _mix(keys[:, None] + np.arange(1, experts + 1, dtype=np.uint64))
     return (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -18,7 +18,7 @@ from types import MappingProxyType
 import numpy as np
 
 from flexmoe_jax.assignment.bounds import load_bounds, normalise_share
-from flexmoe_jax.assignment.engine import SOLVERS, require_name, solve
+from flexmoe_jax.assignment.engine import ROUNDINGS, SOLVERS, require_name, solve
 from flexmoe_jax.assignment.heuristics import (
     client_keys,
     take_best,
@@ -34,7 +34,9 @@ from flexmoe_jax.assignment.problem import (
     Problem,
     Solution,
     make_solution,
+    objective,
 )
+from flexmoe_jax.types import InputError
 
 # Breaks ties between clients of equal fitness fairly, and is far below any fitness that matters.
 _TIE_NOISE = 1e-6
@@ -77,6 +79,9 @@ def make_policy(
     solver: str = "auto",
     rounding: str = "repair",
     share: FloatArray | None = None,
+    holders_min: int = 0,
+    balance: float = 0.0,
+    diversity: float = 0.0,
 ) -> Policy:
     """Makes the policy of that name.
 
@@ -86,18 +91,39 @@ def make_policy(
       solver: a name in `SOLVERS` (`flex`).
       rounding: a name in `ROUNDINGS` (`flex`).
       share: [E] part of the load meant for each expert (`flex`); default: the same for all.
+      holders_min: least number of clients that hold each expert (`flex`).
+      balance: worth of one squared unit of load off target (`flex`).
+      diversity: worth of one unit by which an expert's holders deviate, in sum, from the cohort's
+        mean descriptor (`flex`); needs the request's descriptor.
 
     Raises:
-      InputError: an unknown policy or solver, or a slack below 0.
+      InputError: an unknown policy, solver or rounding, or a number out of range.
     """
     require_name("assignment.policy", name, POLICIES)
     require_name("assignment.solver", solver, SOLVERS)
+    require_name("assignment.rounding", rounding, ROUNDINGS)
     load_bounds(np.ones(1, np.int64), np.zeros(1), slack=slack)
+    for field, number in (
+        ("holders_min", holders_min),
+        ("balance", balance),
+        ("diversity", diversity),
+    ):
+        if not (np.isfinite(number) and number >= 0):
+            raise InputError(f"assignment.{field}", number, "give a number of at least 0")
     if share is not None:
         normalise_share(share, np.size(share))
     chosen = POLICIES[name]
     if name == "flex":
-        chosen = partial(flex, slack=slack, solver=solver, rounding=rounding, share=share)
+        chosen = partial(
+            flex,
+            slack=slack,
+            solver=solver,
+            rounding=rounding,
+            share=share,
+            holders_min=holders_min,
+            balance=balance,
+            diversity=diversity,
+        )
     return partial(_in_order, chosen)
 
 
@@ -108,14 +134,34 @@ def flex(
     solver: str = "auto",
     rounding: str = "repair",
     share: FloatArray | None = None,
+    holders_min: int = 0,
+    balance: float = 0.0,
+    diversity: float = 0.0,
 ) -> Solution:
-    """FLEX-MoE: greatest fitness with every expert's load close to what it is owed."""
+    """FLEX-MoE: greatest fitness with every expert's load close to what it is owed.
+
+    The arguments are those of `make_policy`.
+    """
+    if diversity and request.descriptor is None:
+        raise InputError("assignment.diversity", diversity, "needs a descriptor of the clients")
     experts = request.fitness.shape[1]
     deficit = np.zeros(experts) if request.deficit is None else request.deficit
     low, high = load_bounds(
         request.capacity, deficit, slack=slack, load_weight=request.load_weight, share=share
     )
-    problem = Problem(request.fitness, request.capacity, low, high, request.load_weight)
+    problem = Problem(
+        request.fitness,
+        request.capacity,
+        low,
+        high,
+        request.load_weight,
+        holders_min=holders_min,
+        # Where the load is meant to go: the middle of the bounds.
+        target=0.5 * (low + high),
+        balance=balance,
+        descriptor=request.descriptor,
+        diversity=diversity,
+    )
     noise = _TIE_NOISE * _keys(request, request.round)
     found = solve(
         replace(problem, fitness=problem.fitness + noise),
@@ -124,7 +170,7 @@ def flex(
         seed=request.seed,
     )
     # The noise only adds fitness, so the noisy problem's bound holds for the true one.
-    value = float(np.sum(problem.fitness, where=found.assignment))
+    value = objective(problem, found.assignment)
     gap = max(found.bound - value, 0.0) / max(abs(found.bound), TINY)
     return replace(found, value=value, gap=gap)
 

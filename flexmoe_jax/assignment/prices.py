@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flexmoe_jax.types import Array
 
-_COARSE, _FINE = 2e-3, 1e-4
+_COARSE, _FINE = 1e-2, 1e-4
 _COARSE_STEPS, _FINE_STEPS = 24, 12
 # A step moves no price further than this many temperatures: Newton's model is good that far.
 _TRUST = 3.0
@@ -65,10 +66,10 @@ def ascend_prices(
     """
     clients, _ = fitness.shape
     dtype = fitness.dtype
-    tiny = jnp.finfo(dtype).tiny
+    tiny = float(np.finfo(dtype).tiny)
     centred = fitness - fitness.mean(axis=1, keepdims=True)
-    span = jnp.maximum(jnp.max(jnp.abs(centred)) * 2, jnp.sqrt(tiny))
-    unit = jnp.maximum(load_weight.mean(), jnp.sqrt(tiny))
+    span = jnp.maximum(jnp.max(jnp.abs(centred)) * 2, tiny**0.5)
+    unit = jnp.maximum(load_weight.mean(), tiny**0.5)
     worth, weight = centred / span, (load_weight / unit).astype(dtype)
     low, high = _consistent(capacity, load_min / unit, load_max / unit, weight)
     share = jnp.asarray(diversity, dtype) / span
@@ -107,7 +108,7 @@ def dual_bound(
     of_bounds = _price_of_bounds(prices.load, load_min, load_max)
     magnitude = jnp.abs(taken).sum() + jnp.abs(of_bounds).sum()
     terms = taken.shape[0] ** 0.5 + taken.shape[1]
-    error = 2 * terms * jnp.finfo(fitness.dtype).eps * magnitude
+    error = 2 * terms * float(np.finfo(fitness.dtype).eps) * magnitude
     return _two_level_sum(of_clients) + of_bounds.sum() + error
 
 

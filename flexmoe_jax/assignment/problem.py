@@ -216,16 +216,18 @@ class Solution:
 
     def __str__(self) -> str:
         """One readable line."""
-        clients, experts = self.assignment.shape
+        *layers, clients, experts = self.assignment.shape
+        size = f"{layers[0]} layers x " if layers else ""
         text = (
-            f"{self.status}: {clients} clients x {experts} experts, value {self.value:.6g}, "
+            f"{self.status}: {size}{clients} clients x {experts} experts, value {self.value:.6g}, "
             f"bound {self.bound:.6g}, gap {self.gap:.2%}, "
             f"load {self.load.min():.6g} to {self.load.max():.6g}, {self.seconds:.3f} s"
         )
-        broken = np.flatnonzero(self.violation)
+        violation = self.violation.ravel()
+        broken = np.flatnonzero(violation)
         if broken.size:
             text += "; out of bounds: " + ", ".join(
-                f"expert {e} by {self.violation[e]:.6g}" for e in broken[:8]
+                f"expert {e} by {violation[e]:.6g}" for e in broken[:8]
             )
             text += f" and {broken.size - 8} more" if broken.size > 8 else ""
         return text

@@ -57,11 +57,8 @@ def solve_relaxation(problem: Problem, backend: str = "HIGHS") -> Relaxed:
     Raises:
       InputError: the CVXPY solver is not installed.
     """
-    import cvxpy as cp
-
-    installed: list[str] = cp.installed_solvers()  # type: ignore[no-untyped-call]
-    if backend not in installed:
-        raise InputError("assignment.backend", backend, f"give one of {', '.join(installed)}")
+    if backend not in _installed():
+        raise InputError("assignment.backend", backend, f"give one of {', '.join(_installed())}")
     clients, experts = problem.fitness.shape
     if clients == 0:
         return Relaxed(np.zeros((0, experts)), np.zeros(experts), 0.0, 0.0)
@@ -133,8 +130,7 @@ class Program:
         extras: Problem | None = None,
     ) -> None:
         """Builds the firm and the elastic problems."""
-        import cvxpy as cp
-
+        cp = _cvxpy()
         pairs = client.size
         self._x = cp.Variable(pairs, bounds=[0, 1])
         self._fitness = cp.Parameter(pairs)
@@ -148,7 +144,7 @@ class Program:
         rows = scipy.sparse.csr_array((one, (client, column)), shape=(clients, pairs))
         columns = scipy.sparse.csr_array((one, (expert, column)), shape=(experts, pairs))
         if self._weight is None:
-            load = columns.multiply(weight) @ self._x
+            load = columns @ scipy.sparse.diags_array(np.asarray(weight)) @ self._x
         else:
             load = columns @ cp.multiply(self._weight, self._x)
         worth: Any = self._fitness @ self._x
@@ -211,7 +207,7 @@ class Program:
         if not give_way:
             return Found(np.zeros(fitness.size), np.zeros(low.size), 0.0, np.inf)
         _run(self._least, backend)
-        excess = max(float(self._least.value), 0.0)  # type: ignore[arg-type]
+        excess = max(float(self._least.value), 0.0)
         self._allowed.value = excess + _EXCESS_ROOM * max(1.0, excess)
         _run(self._elastic, backend)
         return self._found(self._elastic, self._elastic_bounds, excess)
@@ -242,10 +238,21 @@ def _all_pairs(clients: int, experts: int) -> tuple[IntArray, IntArray]:
     return np.repeat(np.arange(clients), experts), np.tile(np.arange(experts), clients)
 
 
+@lru_cache(maxsize=1)
+def _installed() -> tuple[str, ...]:
+    return tuple(_cvxpy().installed_solvers())
+
+
+def _cvxpy() -> Any:
+    """CVXPY, loaded when it is first needed."""
+    import cvxpy
+
+    return cvxpy
+
+
 def _run(program: Any, backend: str) -> bool:
     """Solves; says whether it was feasible."""
-    import cvxpy as cp
-
+    cp = _cvxpy()
     linear = backend == "HIGHS" and program.objective.expr.is_pwl()
     program.solve(solver=backend, **(_HIGHS_OPTIONS if linear else {}))
     # `infeasible_inaccurate` and `infeasible_or_unbounded` too: nothing here is unbounded.

@@ -21,6 +21,8 @@ Axis legend: `C` clients, `E` experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.optimize
 import scipy.sparse
@@ -119,7 +121,8 @@ def _integral_flow(
     per_client = scipy.sparse.csr_array((one, (owner, column)), shape=(owners.size, edges))
     per_pair = scipy.sparse.csr_array((one, (pair, column)), shape=(pairs, edges))
     per_bin = scipy.sparse.csr_array((one, (bin_of, column)), shape=(bins, edges))
-    found = scipy.optimize.linprog(
+    linprog: Any = scipy.optimize.linprog
+    found = linprog(
         -fitness[client[pair], expert[pair]],
         A_ub=scipy.sparse.vstack([per_pair, per_bin[~full]]),
         b_ub=np.ones(pairs + int((~full).sum())),

@@ -1,0 +1,116 @@
+"""Several MoE layers at once.
+
+With a number of experts a layer, layers do not compete and are solved one by one. With expert
+sizes, a client's capacity is one budget for all its layers, and the layers become one problem of
+G·E experts.
+
+Axis legend: `G` layers, `C` clients, `E` experts of a layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexmoe_jax.assignment.engine import solve
+from flexmoe_jax.assignment.problem import TINY, Problem, Solution
+from flexmoe_jax.types import InputError
+
+_WORST_LAST = ("optimal", "feasible", "relaxed", "violated")
+
+
+def solve_layers(
+    fitness: npt.ArrayLike,
+    capacity: npt.ArrayLike,
+    load_min: npt.ArrayLike,
+    load_max: npt.ArrayLike,
+    *,
+    expert_size: npt.ArrayLike | None = None,
+    solver: str = "relaxation",
+    rounding: str = "repair",
+    seed: int = 0,
+    **fields: Any,
+) -> Solution:
+    """Solves an assignment problem with a leading axis of layers.
+
+    Args:
+      fitness: [G, C, E].
+      capacity: experts that each client holds in each layer, [C] or [G, C]; with `expert_size`,
+        [C], what the experts of all its layers may weigh in sum.
+      load_min: least load, a scalar, [E] or [G, E].
+      load_max: greatest load, a scalar, [E] or [G, E].
+      expert_size: size of the experts, [E] or [G, E], or None.
+      solver: as in `solve`.
+      rounding: as in `solve`.
+      seed: as in `solve`.
+      **fields: further fields of `Problem`, the same for every layer.
+
+    Returns:
+      A solution whose arrays lead with the layers; value and bound are sums over them, and the
+      status is that of the layer that fared worst.
+
+    Raises:
+      InputError: a wrong shape, or what `Problem` and `solve` refuse.
+    """
+    worth = np.asarray(fitness, np.float64)
+    if worth.ndim != 3 or worth.shape[0] == 0:
+        raise InputError("fitness", worth.shape, "give a (G, C, E) array with at least 1 layer")
+    layers, clients, experts = worth.shape
+    low, high = (
+        _spread(name, b, (layers, experts))
+        for name, b in (("load_min", load_min), ("load_max", load_max))
+    )
+    if expert_size is None:
+        held = _spread("capacity", capacity, (layers, clients))
+        problems = [Problem(worth[g], held[g], low[g], high[g], **fields) for g in range(layers)]
+        return _stack(
+            [solve(problem, solver, rounding, seed + g) for g, problem in enumerate(problems)]
+        )
+    if fields:
+        raise InputError(next(iter(fields)), "given", "leave it out where layers share a budget")
+    size = _spread("expert_size", expert_size, (layers, experts))
+    joint = solve(
+        Problem(
+            worth.transpose(1, 0, 2).reshape(clients, layers * experts),
+            np.asarray(capacity),
+            low.ravel(),
+            high.ravel(),
+            expert_size=size.ravel(),
+        ),
+        solver,
+        rounding,
+        seed,
+    )
+    return Solution(
+        joint.assignment.reshape(clients, layers, experts).transpose(1, 0, 2),
+        joint.value,
+        joint.bound,
+        joint.gap,
+        joint.load.reshape(layers, experts),
+        joint.violation.reshape(layers, experts),
+        joint.status,
+        joint.seconds,
+    )
+
+
+def _spread(name: str, value: npt.ArrayLike, shape: tuple[int, int]) -> npt.NDArray[np.float64]:
+    try:
+        return np.broadcast_to(np.asarray(value, np.float64), shape)
+    except ValueError:
+        raise InputError(name, np.shape(value), f"give a scalar, {shape[1:]} or {shape}") from None
+
+
+def _stack(parts: list[Solution]) -> Solution:
+    value, bound = sum(part.value for part in parts), sum(part.bound for part in parts)
+    return Solution(
+        np.stack([part.assignment for part in parts]),
+        value,
+        bound,
+        max(bound - value, 0.0) / max(abs(bound), TINY),
+        np.stack([part.load for part in parts]),
+        np.stack([part.violation for part in parts]),
+        max((part.status for part in parts), key=_WORST_LAST.index),
+        sum(part.seconds for part in parts),
+    )

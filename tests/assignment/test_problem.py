@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flexmoe_jax.assignment import Problem, solve
+from flexmoe_jax.types import InputError
+
+GOOD = {
+    "fitness": np.full((3, 2), 0.5),
+    "capacity": [1, 1, 2],
+    "load_min": 0,
+    "load_max": [3, 3],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("fitness", [[np.nan, 1.0]] * 3, "finite"),
+        ("fitness", [[np.inf, 1.0]] * 3, "finite"),
+        ("fitness", [1.0, 2.0], "(C, E)"),
+        ("fitness", np.zeros((3, 0)), "at least 1 expert"),
+        ("fitness", "high", "numbers"),
+        ("capacity", [1, 1, 3], "from 0 to 2"),
+        ("capacity", [1, 1, -1], "from 0 to 2"),
+        ("capacity", [1, 1, 1.5], "from 0 to 2"),
+        ("capacity", [1, 1], "(3,)"),
+        ("load_min", [0, 0, 0], "(2,)"),
+        ("load_min", np.nan, "below infinity"),
+        ("load_max", np.nan, "above minus infinity"),
+        ("load_weight", -1.0, "at least 0"),
+        ("load_weight", [1.0, 2.0], "(3,) or (3, 2)"),
+        ("load_weight", np.inf, "finite"),
+        ("violation_weight", 0.0, "above 0"),
+        ("holders_min", -1, "at least 0"),
+        ("balance", -1.0, "at least 0"),
+        ("diversity", 1.0, "descriptor"),
+        ("descriptor", np.zeros((2, 4)), "(3, F)"),
+        ("expert_size", [1.0, 0.0], "above 0"),
+        ("target", [np.nan, 1.0], "finite"),
+    ],
+)
+def test_a_bad_field_is_refused_by_name(field: str, value: object, remedy: str) -> None:
+    with pytest.raises(InputError) as error:
+        Problem(**{**GOOD, field: value})
+    assert error.value.field == field
+    assert remedy in error.value.remedy
+    assert "\n" not in str(error.value)
+
+
+def test_contradicting_bounds_name_the_expert() -> None:
+    with pytest.raises(InputError, match="expert 1"):
+        Problem(**{**GOOD, "load_min": [0, 4]})
+
+
+def test_summary_says_what_gave_way() -> None:
+    # Three clients of one expert each put 3 on two experts that may hold 1 each: 1 is over.
+    found = solve(Problem(np.array([[1.0, 0.0]] * 3), 1, 0, 1))
+    text = str(found)
+    assert found.status == "relaxed"
+    assert text.startswith("relaxed: 3 clients x 2 experts, value 2,")
+    assert "out of bounds: expert 0 by 1" in text
+
+
+@pytest.mark.parametrize("solver", ["relaxation", "paths", "flow", "dual", "auto", "greedy"])
+class TestDegenerate:
+    def test_no_clients(self, solver: str) -> None:
+        found = solve(Problem(np.zeros((0, 2)), np.zeros(0), 0, 1), solver)
+        assert found.assignment.shape == (0, 2)
+        assert (found.value, found.gap) == (0.0, 0.0)
+
+    def test_one_expert(self, solver: str) -> None:
+        found = solve(Problem(np.array([[0.3], [-0.2]]), 1, 0, 2), solver)
+        assert found.assignment.all()
+        assert found.value == pytest.approx(0.1)
+
+    def test_everyone_holds_everything(self, solver: str) -> None:
+        found = solve(Problem(np.array([[0.3, 0.1], [0.2, 0.4]]), 2, 0, 2), solver)
+        assert found.assignment.all()
+        assert found.status == "optimal" or found.gap < 1e-5
+
+    def test_nobody_holds_anything(self, solver: str) -> None:
+        found = solve(Problem(np.ones((3, 2)), 0, 0, 2), solver)
+        assert not found.assignment.any()
+
+
+@pytest.mark.parametrize("solver", ["relaxation", "paths", "flow", "dual", "auto"])
+class TestHostile:
+    def test_all_equal_fitness(self, solver: str) -> None:
+        # 6 holders over 3 experts with room for 2 each: any balanced answer, worth 6 · 0.5.
+        found = solve(Problem(np.full((6, 3), 0.5), 1, 2, 2), solver)
+        assert found.load.tolist() == [2, 2, 2]
+        assert found.value == pytest.approx(3.0)
+
+    def test_negative_fitness(self, solver: str) -> None:
+        # Both prefer expert 0 at -1; only one may: the one that loses least by moving is client 1.
+        found = solve(Problem([[-1.0, -9.0], [-1.0, -3.0]], 1, 0, 1), solver)
+        assert found.assignment.tolist() == [[True, False], [False, True]]
+        assert found.value == pytest.approx(-4.0)
+        assert found.bound >= -4.0 - 1e-9
+
+    def test_bounds_beyond_reach_give_way_least(self, solver: str) -> None:
+        # 4 holders in all, yet each of 2 experts should have at least 3: 2 are missing, not more.
+        rng = np.random.default_rng(0)
+        found = solve(Problem(rng.random((4, 2)), 1, 3, 9), solver)
+        assert found.violation.sum() == pytest.approx(2.0)
+        assert found.status == "relaxed"
+
+    def test_a_bound_that_one_expert_cannot_meet(self, solver: str) -> None:
+        # Expert 0 should have 5 holders of the 3 clients: all 3 hold it, and 2 stay missing.
+        found = solve(Problem([[0.0, 1.0, 1.0]] * 3, 2, [5, 0, 0], [9, 3, 3]), solver)
+        assert found.load[0] == 3
+        assert found.violation.tolist() == [2, 0, 0]
+
+    def test_huge_and_tiny_fitness(self, solver: str) -> None:
+        rng = np.random.default_rng(1)
+        fitness = rng.random((6, 3))
+        plain = solve(Problem(fitness, 1, 2, 2), solver).value
+        for scale in (1e9, 1e-9):
+            scaled = solve(Problem(fitness * scale, 1, 2, 2), solver).value
+            assert scaled / scale == pytest.approx(plain, rel=1e-3)

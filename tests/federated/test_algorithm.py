@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+from flexmoe_jax.assignment import make_policy
+from flexmoe_jax.federated import LocalTraining, sample_cohort, slots_assignment
+from flexmoe_jax.metrics import round_bytes, tree_bytes
+from tests.federated.conftest import CAPACITY, EXPERTS
+
+
+def run(algorithm, data, rounds=3, per_round=7, seed=0):
+    state = algorithm.init(jax.random.key(seed))
+    reports = []
+    for t in range(rounds):
+        cohort = sample_cohort(len(CAPACITY), per_round, seed=seed, round_index=t)
+        solution = algorithm.assign(state, cohort)
+        state, report = algorithm.round(state, data, algorithm.plan(state, cohort, solution))
+        reports.append((cohort, solution, jax.device_get(report)))
+    return state, reports
+
+
+def test_block_size_changes_nothing_beyond_rounding(make_algorithm, clients):
+    states = [run(make_algorithm(block_size=size), clients)[0] for size in (1, 3, 7)]
+    for other in states[1:]:
+        chex.assert_trees_all_equal(states[0].slots, other.slots)
+        for name in ("shared", "experts", "gates", "fitness", "usage", "load"):
+            chex.assert_trees_all_close(
+                getattr(states[0], name), getattr(other, name), atol=1e-5, rtol=1e-5
+            )
+
+
+def test_the_order_of_the_cohort_changes_nothing_beyond_rounding(make_algorithm, clients):
+    algorithm = make_algorithm(policy=make_policy("flex", solver="relaxation"))
+    finals = []
+    for order in (np.arange(7), np.array([3, 0, 6, 1, 5, 2, 4])):
+        state = algorithm.init(jax.random.key(0))
+        for _ in range(2):
+            solution = algorithm.assign(state, order)
+            state, _ = algorithm.round(state, clients, algorithm.plan(state, order, solution))
+        finals.append(state)
+    chex.assert_trees_all_equal(finals[0].slots, finals[1].slots)
+    chex.assert_trees_all_close(finals[0].shared, finals[1].shared, atol=1e-6)
+    chex.assert_trees_all_close(finals[0].gates, finals[1].gates, atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_numbers(make_algorithm, clients):
+    one, two = (run(make_algorithm(), clients)[0] for _ in range(2))
+    chex.assert_trees_all_equal(
+        (one.shared, one.experts, one.gates, one.fitness),
+        (two.shared, two.experts, two.gates, two.fitness),
+    )
+    other = run(make_algorithm(), clients, seed=1)[0]
+    assert not np.allclose(one.fitness, other.fitness)
+
+
+def test_one_compilation_whatever_the_cohort_and_the_assignment(make_algorithm, clients):
+    algorithm = make_algorithm()
+    _, reports = run(algorithm, clients, rounds=5, per_round=4)
+    cohorts = {tuple(cohort) for cohort, _, _ in reports}
+    assignments = {solution.assignment.tobytes() for _, solution, _ in reports}
+    assert len(cohorts) > 1
+    assert len(assignments) > 1
+    assert len({tuple(CAPACITY[list(cohort)]) for cohort in cohorts}) > 1
+    assert algorithm.round._cache_size() == 1
+
+
+def test_a_round_needs_no_hidden_transfer(make_algorithm, clients):
+    algorithm = make_algorithm()
+    state, cohort = algorithm.init(jax.random.key(0)), np.arange(7)
+    plan = algorithm.plan(state, cohort, algorithm.assign(state, cohort))
+    with jax.transfer_guard("disallow"):
+        state, _ = algorithm.round(state, clients, plan)
+
+
+def test_who_sat_out_is_untouched(make_algorithm, clients):
+    algorithm = make_algorithm()
+    state = algorithm.init(jax.random.key(0))
+    before = jax.device_get((state.gates, state.fitness, state.experts))
+    cohort = np.array([0, 2])  # capacities 1 and 2: one expert at least is left over
+    solution = algorithm.assign(state, cohort)
+    state, report = algorithm.round(state, clients, algorithm.plan(state, cohort, solution))
+    out = np.setdiff1d(np.arange(7), cohort)
+    for old, new in zip(
+        jax.tree.leaves(before[0]), jax.tree.leaves(jax.device_get(state.gates)), strict=True
+    ):
+        assert (old[out] == new[out]).all()
+        assert (old[cohort] != new[cohort]).any()
+        # Of the cohort's gates, the columns of experts not held are as they were, too.
+        assert (old[cohort][~solution.assignment] == new[cohort][~solution.assignment]).all()
+    assert (np.asarray(state.fitness)[out] == before[1][out]).all()
+    assert (np.asarray(state.slots)[out] == EXPERTS).all()
+    unheld = ~solution.assignment.any(axis=0)
+    assert unheld.any()
+    for old, new in zip(
+        jax.tree.leaves(before[2]), jax.tree.leaves(jax.device_get(state.experts)), strict=True
+    ):
+        assert (old[unheld] == new[unheld]).all()
+    assert report.usage[unheld].sum() == 0
+
+
+def test_the_books_balance(make_algorithm, clients):
+    state, reports = run(make_algorithm(), clients, rounds=4, per_round=5)
+    sizes = np.asarray(clients.size)
+    examples = sum(2 * sizes[cohort].sum() for cohort, _, _ in reports)  # 2 epochs
+    assert float(state.usage.sum()) == examples
+    assert sum(report.examples.sum() for _, _, report in reports) == examples
+    held = sum(solution.assignment.sum() for _, solution, _ in reports)
+    assert int(state.held_rounds.sum()) == held
+    load = sum(solution.load for _, solution, _ in reports)
+    assert np.allclose(state.load, load)
+    # Owed: an even share of all load so far, less what was given.
+    assert np.allclose(state.deficit, load.mean() - load, atol=1e-4)
+    cohort, solution, _ = reports[-1]
+    latest = slots_assignment(np.asarray(state.slots), EXPERTS)
+    assert (latest[cohort] == solution.assignment).all()
+    assert (solution.assignment.sum(axis=1) == CAPACITY[cohort]).all()
+
+
+def test_optimism_sends_clients_to_what_they_never_tried(make_algorithm, clients):
+    from flexmoe_jax.federated import FitnessOptions
+
+    algorithm = make_algorithm(policy=make_policy("greedy"), fitness=FitnessOptions(optimism=9.0))
+    state, _ = run(algorithm, clients, rounds=4)
+    assert (state.held_rounds > 0).all()  # capacity 1 tries all 4 experts in 4 rounds
+    plain, _ = run(make_algorithm(policy=make_policy("greedy")), clients, rounds=4)
+    assert not (plain.held_rounds > 0).all()
+
+
+def test_bytes_by_hand(make_algorithm):
+    state = make_algorithm().init(jax.random.key(0))
+    # ψ: MLP 64·16 + 16, head 16·10 + 10; an expert: 16·8 + 8 + 8·16 + 16. Four bytes each.
+    shared, expert = 4 * (64 * 16 + 16 + 16 * 10 + 10), 4 * (16 * 8 + 8 + 8 * 16 + 16)
+    assert tree_bytes(state.shared) == shared
+    assignment = np.array([[True, False, False, True], [False, True, False, False]])
+    down = 2 * shared + 3 * expert
+    assert round_bytes(state, assignment) == {
+        "comm/bytes_down": down,
+        "comm/bytes_up": down + 3 * 3 * 4,
+    }
+
+
+@pytest.mark.parametrize("server", [optax.sgd(0.5), optax.adam(0.01)])
+def test_any_server_optimizer(make_algorithm, clients, server):
+    state, reports = run(make_algorithm(server=server), clients, rounds=2)
+    assert np.isfinite(reports[-1][2].loss).all()
+    moved = jax.tree.leaves(state.expert_optimizer)
+    assert all(leaf.shape[0] == EXPERTS for leaf in moved)
+
+
+def test_half_the_server_step_moves_half_as_far(make_algorithm, clients):
+    start = make_algorithm().init(jax.random.key(0)).shared
+    whole = run(make_algorithm(), clients, rounds=1)[0].shared
+    half = run(make_algorithm(server=optax.sgd(0.5)), clients, rounds=1)[0].shared
+    for a, b, c in zip(*map(jax.tree.leaves, (start, whole, half)), strict=True):
+        chex.assert_trees_all_close(c, a + 0.5 * (b - a), atol=1e-6)
+
+
+def test_a_diverging_client_shows_in_the_report(make_algorithm, clients):
+    algorithm = make_algorithm(local=LocalTraining(optax.sgd(1e30), batch_size=8))
+    _, reports = run(algorithm, clients, rounds=1)
+    assert not np.isfinite(reports[0][2].loss).all()

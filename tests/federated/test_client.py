@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexmoe_jax.federated import LocalTraining, make_client
+from flexmoe_jax.models import MLP, MoEClassifier, merge_params, split_params
+
+MODEL = MoEClassifier(MLP((6,)), classes=10, experts=2, hidden=4)
+
+
+def apply(params, images, held):
+    images = images.astype(jnp.float32) / 255
+    return MODEL.apply({"params": merge_params(params)}, images, held)
+
+
+@pytest.fixture(scope="module")
+def start():
+    params = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.ones(2, bool))
+    return split_params(params["params"])
+
+
+def train(client, start, local, index, size, held, key=0):
+    @jax.jit
+    def run(start, index, size, held, key):
+        state = client.init(start, size, key)
+        steps = local.steps(size)
+        state = jax.lax.fori_loop(
+            0, steps, lambda t, s: client.step(s, index, size, held, t), state
+        )
+        return client.final(start, state)
+
+    size = jnp.asarray(size, jnp.int32)
+    return run(start, jnp.asarray(index), size, jnp.asarray(held), jax.random.key(key))
+
+
+@given(st.integers(1, 500), st.integers(1, 7), st.integers(1, 64), st.integers(0, 20))
+def test_steps_cover_every_epoch(size, epochs, batch, cap):
+    local = LocalTraining(optax.sgd(0.1), epochs, batch, max_steps=cap)
+    steps = int(local.steps(jnp.asarray(size)))
+    whole = epochs * int(np.ceil(size / batch))
+    assert steps == (min(whole, cap) if cap else whole)
+
+
+def test_every_example_counts_once_an_epoch(clients, start):
+    local = LocalTraining(optax.sgd(0.0), epochs=3, batch_size=8)
+    client = make_client(apply, local, clients)
+    size = int(clients.size[0])
+    update = train(client, start, local, clients.index[0], size, [True, True])
+    assert update.examples == 3 * size
+    assert update.feedback.usage.sum() == 3 * size
+    # With a learning rate of 0 the mean loss is that of one pass over the client's own examples.
+    rows = np.asarray(clients.index[0][:size])
+    logits, _ = jax.jit(apply)(start, clients.images[rows], jnp.ones(2, bool))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, clients.labels[rows])
+    assert update.loss == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert update.feedback.loss.sum() == pytest.approx(3 * float(losses.sum()), rel=1e-5)
+    hits = (logits.argmax(axis=1) == clients.labels[rows]).sum()
+    assert update.feedback.correct.sum() == 3 * hits
+
+
+def test_padding_never_trains(clients, start):
+    # The same 11 examples, once with the padding full of other images, once with zeros.
+    local = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=4)
+    client = make_client(apply, local, clients)
+    rows = np.asarray(clients.index[0][:11])
+    padded = np.concatenate([rows, np.full(13, 200)]).astype(np.int32)
+    zeros = np.concatenate([rows, np.zeros(13)]).astype(np.int32)
+    one = train(client, start, local, padded, 11, [True, True])
+    two = train(client, start, local, zeros, 11, [True, True])
+    chex.assert_trees_all_equal(one, two)
+
+
+def test_steps_beyond_the_clients_own_change_nothing(clients, start):
+    local = LocalTraining(optax.adam(0.01), epochs=1, batch_size=4)
+    client = make_client(apply, local, clients)
+    index, size, held = clients.index[0], jnp.asarray(9), jnp.ones(2, bool)
+    state = client.init(start, size, jax.random.key(0))
+    step = jax.jit(client.step)
+    for t in range(3):  # ceil(9 / 4)
+        state = step(state, index, size, held, t)
+    chex.assert_trees_all_equal(step(state, index, size, held, 3), state)
+
+
+def test_an_empty_slot_neither_moves_nor_reports(clients, start):
+    local = LocalTraining(optax.sgd(0.1), batch_size=8, balance=0.1, z=0.01)
+    client = make_client(apply, local, clients)
+    update = train(client, start, local, clients.index[1], clients.size[1], [True, False])
+    for leaf in jax.tree.leaves(update.experts):
+        assert jnp.abs(leaf[0]).max() > 0
+        assert not leaf[1].any()
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda g: g[1], update.gate), jax.tree.map(lambda g: g[1], start.gate)
+    )
+    assert update.feedback.usage[1] == 0
+
+
+def test_training_lowers_the_loss(clients, start):
+    local = LocalTraining(optax.sgd(0.3), epochs=12, batch_size=8)
+    client = make_client(apply, local, clients)
+    update = train(client, start, local, clients.index[0], clients.size[0], [True, True])
+    trained = start._replace(
+        shared=jax.tree.map(jnp.add, start.shared, update.shared),
+        experts=jax.tree.map(jnp.add, start.experts, update.experts),
+        gate=update.gate,
+    )
+    rows = clients.index[0][: int(clients.size[0])]
+
+    def loss(params):
+        logits, _ = jax.jit(apply)(params, clients.images[rows], jnp.ones(2, bool))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, clients.labels[rows]).mean()
+
+    assert loss(trained) < 0.5 * loss(start)

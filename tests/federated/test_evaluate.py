@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexmoe_jax.federated import chunk_test_set
+from flexmoe_jax.metrics import accuracies
+
+
+@pytest.fixture(scope="module")
+def federation(make_algorithm):
+    algorithm = make_algorithm()
+    state = algorithm.init(jax.random.key(0))
+    slots = jnp.array([[0, 1, 4], [2, 4, 4], [1, 2, 3], [0, 4, 4], [0, 3, 4], [1, 2, 3], [4, 4, 4]])
+    return algorithm, dataclasses.replace(state, slots=slots)
+
+
+def test_chunks_keep_every_example_once():
+    images = np.arange(7 * 4, dtype=np.uint8).reshape(7, 2, 2, 1)
+    test = chunk_test_set(images, np.arange(7), batch_size=3)
+    assert test.labels.tolist() == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
+    assert (np.asarray(test.images).reshape(9, 2, 2, 1)[:7] == images).all()
+
+
+def test_against_a_plain_loop(federation, clients, digits):
+    """One client at a time, one whole model each, in NumPy."""
+    from flexmoe_jax import models
+    from tests.federated.conftest import EXPERTS, prepare
+
+    algorithm, state = federation
+    labels = digits.test_labels
+    test = chunk_test_set(digits.test_images, labels, batch_size=33)
+    result = algorithm.evaluate(state, test, clients.label_share)
+
+    model = models.MoEClassifier(models.MLP((16,)), classes=10, experts=EXPERTS, hidden=8)
+    images = prepare(jnp.asarray(digits.test_images))
+    mean = 0.0
+    for client in range(6):  # client 6 has never held an expert
+        held = jnp.zeros(EXPERTS, bool).at[state.slots[client]].set(True, mode="drop")
+        gate = jax.tree.map(lambda leaf, client=client: leaf[client], state.gates)
+        params = models.merge_params(
+            models.split_params({**state.shared, "expert": state.experts, "gate": gate})
+        )
+        logits = np.asarray(jax.jit(model.apply)({"params": params}, images, held)[0])
+        hit = logits.argmax(axis=1) == labels
+        mean = mean + np.asarray(jax.nn.softmax(logits)) / 6
+        assert result.global_accuracy[client] == pytest.approx(hit.mean(), abs=1e-6)
+        by_class = np.array([hit[labels == y].mean() for y in range(10)])
+        assert np.allclose(result.class_accuracy[client], by_class, atol=1e-6)
+        personal = by_class @ np.asarray(clients.label_share[client])
+        assert result.personal_accuracy[client] == pytest.approx(personal, abs=1e-5)
+    assert result.server_accuracy == pytest.approx((mean.argmax(axis=1) == labels).mean(), abs=1e-6)
+    assert result.evaluated.tolist() == [True] * 6 + [False]
+    summary = accuracies(result)
+    assert summary["eval/clients"] == 6
+    assert summary["eval/global_accuracy"] == pytest.approx(
+        float(result.global_accuracy[:6].mean()), abs=1e-6
+    )
+
+
+def test_a_class_that_the_test_set_lacks_is_left_out(federation, clients, digits):
+    algorithm, state = federation
+    some = digits.test_labels != 3
+    test = chunk_test_set(digits.test_images[some], digits.test_labels[some])
+    result = algorithm.evaluate(state, test, clients.label_share)
+    assert np.isnan(result.class_accuracy[:, 3]).all()
+    assert np.isfinite(result.personal_accuracy).all()
+    shares = np.asarray(clients.label_share[0]).copy()
+    shares[3] = 0
+    expected = np.nansum(np.asarray(result.class_accuracy[0]) * shares) / shares.sum()
+    assert result.personal_accuracy[0] == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexmoe_jax.federated import make_load_model
+from flexmoe_jax.types import InputError
+
+
+@pytest.fixture(scope="module")
+def state(make_algorithm):
+    return make_algorithm().init(jax.random.key(0))
+
+
+def test_clients_and_samples(state):
+    cohort, examples = np.array([0, 2]), np.array([10, 20, 30, 0, 0, 0, 0])
+    capacity = np.full(7, 2)
+    assert make_load_model("clients", examples, capacity)(state, cohort) == 1.0
+    assert make_load_model("samples", examples, capacity)(state, cohort).tolist() == [10, 30]
+
+
+def test_usage_by_hand(state):
+    # Client 0 held expert 1 twice and routed 30 examples to it in all: 15 a round. What it never
+    # held is predicted at an even split of its 40 examples over k = 2: 20.
+    state = dataclasses.replace(
+        state,
+        usage=state.usage.at[0, 1].set(30.0),
+        held_rounds=jnp.zeros((7, 4), jnp.int32).at[0, 1].set(2),
+    )
+    model = make_load_model("usage", np.full(7, 40), np.full(7, 2))
+    assert model(state, np.array([0])).tolist() == [[20, 15, 20, 20]]
+
+
+def test_unknown_model_is_refused():
+    with pytest.raises(InputError, match=r"assignment\.load=bytes: choose one of clients, samples"):
+        make_load_model("bytes", np.ones(1), np.ones(1))

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexmoe_jax.federated import assignment_slots, make_plan, sample_cohort, slots_assignment
+
+
+@given(st.integers(1, 50), st.data(), st.integers(0, 5), st.integers(0, 9))
+def test_cohorts_are_distinct_and_repeatable(clients, data, seed, round_index):
+    size = data.draw(st.integers(1, clients))
+    cohort = sample_cohort(clients, size, seed=seed, round_index=round_index)
+    assert len(set(cohort.tolist())) == size
+    assert cohort.min() >= 0
+    assert cohort.max() < clients
+    assert (cohort == sample_cohort(clients, size, seed=seed, round_index=round_index)).all()
+
+
+def test_cohorts_change_from_round_to_round():
+    cohorts = {tuple(sample_cohort(30, 5, seed=0, round_index=t)) for t in range(10)}
+    assert len(cohorts) == 10
+
+
+@given(st.integers(0, 2**16 - 1), st.integers(1, 4))
+def test_slots_and_assignment_are_inverse(bits, rows):
+    assignment = (np.arange(16) < 0) | (bits >> np.arange(16) & 1).astype(bool)
+    assignment = np.resize(assignment, (rows, 6))
+    slots = assignment_slots(assignment, 6)
+    assert (np.diff(slots, axis=1) >= 0).all()
+    assert (slots_assignment(slots, 6) == assignment).all()
+
+
+def test_plan_by_hand():
+    assignment = np.array([[True, False, True], [False, True, False], [True, True, False]])
+    plan = make_plan(
+        np.array([4, 7, 9]),
+        assignment,
+        np.array([2.0, 2.0, 1.0]),
+        np.zeros(3),
+        steps=np.array([5, 8, 8]),
+        slots=2,
+        clients=10,
+        block_size=2,
+    )
+    # Longest first, equal ones by id, then padding (client 10 = C, slots 3 = E) to a whole block.
+    assert plan.clients.tolist() == [7, 9, 4, 10]
+    assert plan.slots.tolist() == [[1, 3], [0, 1], [0, 2], [3, 3]]
