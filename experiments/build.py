@@ -47,7 +47,13 @@ def build(config: ConfigDict) -> Experiment:
     """
     check_numbers(config)
     policy = assignment.make_policy(
-        config.assignment.policy, slack=config.assignment.slack, solver=config.assignment.solver
+        config.assignment.policy,
+        slack=config.assignment.slack,
+        solver=config.assignment.solver,
+        rounding=config.assignment.rounding,
+        holders_min=config.assignment.holders_min,
+        balance=config.assignment.balance,
+        diversity=config.assignment.diversity,
     )
     backbone = models.make_backbone(
         config.model.backbone,
@@ -95,6 +101,7 @@ def build(config: ConfigDict) -> Experiment:
             score, config.fitness.beta, config.fitness.initial, config.fitness.optimism
         ),
         server=server_optimizer(config.server),
+        deficit_decay=config.assignment.deficit_decay,
         seed=config.seed,
         block_size=config.execution.client_block_size,
     )

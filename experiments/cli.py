@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_dict
 
 from flexmoe_jax.types import InputError
@@ -18,6 +20,8 @@ def run_cli(main: Callable[[list[str]], None]) -> None:
     """Runs `main` under absl; an `InputError` becomes one line on stderr and exit code 2."""
 
     def guarded(argv: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
         try:
             main(argv)
         except InputError as error:
@@ -50,18 +54,15 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _refuse(f"--{error.flagname}: no such flag; did you mean --{near}? --help lists them all")
     except (AttributeError, KeyError) as error:
         _refuse(_unknown_field(argv, error))
-    except FileNotFoundError as error:
-        _refuse(f"--config={error.filename}: no such file; experiments/configs/ holds examples")
     except (flags.Error, TypeError, ValueError) as error:
-        _refuse(_wrong_value(error))
+        _refuse(_wrong_value(argv, error))
 
 
 def _unknown_field(argv: Sequence[str], error: Exception) -> str:
     """Names the field of an override that the config does not have, and the nearest one it has."""
     given = [re.match(r"--(?:no)?config\.([\w.]+)", argument) for argument in argv]
     names = [match[1] for match in given if match]
-    path = next(a.split("=", 1)[1] for a in argv if a.startswith("--config="))
-    fields = flat_fields(_load_config(path))
+    fields = flat_fields(_load_config(argv))
     for name in names:
         if name not in fields:
             near = nearest(name, fields)
@@ -69,9 +70,22 @@ def _unknown_field(argv: Sequence[str], error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _load_config(path: str) -> config_dict.ConfigDict:
-    import importlib.util
+def read_config(value: object, path: str | None) -> config_dict.ConfigDict:
+    """The config of a flag, or a refusal where its file gave none.
 
+    Raises:
+      InputError: no file was named, or it cannot be read as a config.
+    """
+    if path is None:
+        raise InputError("--config", path, "name a file, as experiments/configs/digits.py")
+    if not isinstance(value, config_dict.ConfigDict):
+        reason = "does not define get_config()" if os.path.exists(path) else "no such file"
+        raise InputError("--config", path, f"{reason}; experiments/configs/ holds examples")
+    return value
+
+
+def _load_config(argv: Sequence[str]) -> config_dict.ConfigDict:
+    path = next(a.split("=", 1)[1] for a in argv if a.startswith("--config="))
     spec = importlib.util.spec_from_file_location("experiment_config", path)
     assert spec is not None
     assert spec.loader is not None
@@ -81,10 +95,23 @@ def _load_config(path: str) -> config_dict.ConfigDict:
     return config
 
 
-def _wrong_value(error: Exception) -> str:
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: 'a tuple, as "(32, 64)"',
+}
+
+
+def _wrong_value(argv: Sequence[str], error: Exception) -> str:
+    """Names the field, what was given, and what kind of value belongs there."""
     line = " ".join(str(error).split())
-    match = re.match(r"flag --([\w.]+)=(.*?): (.*)", line)
-    return f"{match[1]}={match[2]}: {match[3]}" if match else line
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", line)
+    if not match:
+        return line
+    kind = _KINDS.get(type(flat_fields(_load_config(argv)).get(match[1])))
+    remedy = f"give {kind}" if kind else "is a group of fields: set one of them"
+    return f"config.{match[1]}={match[2]}: {remedy}"
 
 
 def _refuse(line: str) -> NoReturn:

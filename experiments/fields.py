@@ -47,6 +47,15 @@ def check_numbers(config: ConfigDict) -> None:
             value = _value(config, field)
             if not fits(value):
                 raise InputError(field, value, remedy)
+    widths = config.model.widths
+    if widths is not None and not all(isinstance(width, int) and width >= 1 for width in widths):
+        raise InputError("model.widths", widths, 'choose whole numbers of 1 or more: "(32, 64)"')
+    if not 0 <= config.assignment.deficit_decay <= 1:
+        raise InputError(
+            "assignment.deficit_decay",
+            config.assignment.deficit_decay,
+            "choose a number in [0, 1]",
+        )
     if not 0 < config.fitness.beta <= 1:
         raise InputError("fitness.beta", config.fitness.beta, "choose a number in (0, 1]")
     for field in ("fitness.initial", "fitness.optimism"):

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 import flexmoe_jax
 from experiments.build import Experiment, build
-from experiments.cli import run_cli
+from experiments.cli import read_config, run_cli
 from experiments.progress import ProgressDisplay
 from experiments.tensorboard import TensorBoard
 from experiments.workdir import Metrics, Workdir
@@ -48,12 +48,11 @@ def main(argv: list[str]) -> None:
     """Trains, then writes the report."""
     if len(argv) > 1:
         raise InputError("argument", argv[1], "flags begin with --")
-    if _CONFIG.value is None:
-        raise InputError("--config", None, "name a file, as experiments/configs/digits.py")
+    config = read_config(_CONFIG.value, config_flags.get_config_filename(flags.FLAGS["config"]))
     if not _WORKDIR.value:
         raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/digits")
     workdir = Workdir(_WORKDIR.value)
-    status = train(_CONFIG.value, workdir)
+    status = train(config, workdir)
 
     from experiments.report import write_report
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +51,7 @@ class Checkpoints:
         restored: State = self._manager.restore(
             self.latest(), args=ocp.args.StandardRestore(target)
         )
-        return dataclasses.replace(restored, key=jax.random.wrap_key_data(restored.key))
+        return restored._replace(key=jax.random.wrap_key_data(restored.key))
 
     def close(self) -> None:
         """Ends the manager's threads."""
@@ -60,4 +59,4 @@ class Checkpoints:
 
 
 def _with_raw_key(state: State) -> State:
-    return dataclasses.replace(state, key=jax.random.key_data(state.key))
+    return state._replace(key=jax.random.key_data(state.key))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-from flax import struct
 
 Array = jax.Array
 Key = jax.Array
@@ -80,8 +79,7 @@ class Plan(NamedTuple):
     deficit: Array
 
 
-@struct.dataclass
-class State:
+class State(NamedTuple):
     """All that a federation carries from round to round.
 
     Attributes:

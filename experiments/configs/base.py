@@ -65,10 +65,15 @@ def get_config() -> ConfigDict:
     config.server.momentum = 0.0  # of sgd
 
     config.assignment = ConfigDict()
-    config.assignment.policy = "flex"
+    config.assignment.policy = "flex"  # or greedy, greedy_usage, random, round_robin, static, full
     config.assignment.solver = "auto"
     config.assignment.load = "clients"  # clients | samples | usage
     config.assignment.slack = 0.1  # δ: by how much of the mean load an expert's load may miss it
+    config.assignment.deficit_decay = 1.0  # 1 never forgets what an expert was owed, 0 always does
+    config.assignment.rounding = "repair"  # repair | shmoys_tardos, where loads are weighted
+    config.assignment.holders_min = 0  # least holders of every expert
+    config.assignment.balance = 0.0  # price of the squared distance of loads from their target
+    config.assignment.diversity = 0.0  # price of holders whose label mix differs from all clients'
 
     config.fitness = ConfigDict()
     config.fitness.score = "accuracy"  # accuracy | loss

@@ -12,12 +12,11 @@ from experiments.configs import base
 
 
 def get_config() -> ConfigDict:
-    """32 local steps a round; group normalisation, which colour images need more than digits do."""
+    """32 local steps a round."""
     config = base.get_config()
     config.rounds = 20
     config.data.name = "cifar10"
     config.partition.name = "k_class"
     config.clients.capacity = 2
-    config.model.groups = 8
     config.local.max_steps = 32
     return config

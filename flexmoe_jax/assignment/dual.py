@@ -83,8 +83,12 @@ def dual_assign(
     play = 0.0 if equal else weight.mean()
     low_at = jnp.where(prices.load > 0, jnp.maximum(low_in, high_in - play), low_in)
     high_at = jnp.where(prices.load < 0, jnp.minimum(high_in, low_in + play), high_in)
-    held = _mend(reduced, weight, low_at, high_at, held)
-    held = _mend(reduced, weight, low_in, high_in, held)
+    # First towards those bounds, then to where the true ones are met.
+    held, _ = jax.lax.scan(
+        lambda held, ends: (_mend(reduced, weight, *ends, held), None),
+        held,
+        (jnp.stack([low_at, low_in]), jnp.stack([high_at, high_in])),
+    )
     if equal:
         held = _mend_by_paths(reduced, given, low, high, held)
     load = _load(weight, held)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from flexmoe_jax.assignment.certificate import effective_bounds, price_bound
 from flexmoe_jax.assignment.columns import solve_by_columns
+from flexmoe_jax.assignment.device import device_prices, run_dual
 from flexmoe_jax.assignment.flow import solve_flow
 from flexmoe_jax.assignment.heuristics import (
     client_keys,
@@ -120,7 +120,7 @@ def _relaxation(problem: Problem, rounding: str, seed: int) -> _Answer:
     plain = not (problem.balance or problem.diversity or problem.expert_size is not None)
     floors = bool(np.any(problem.holders_min)) and not problem.unit
     if plain and not floors and problem.fitness.size > _MANY_PAIRS:
-        relaxed = solve_by_columns(problem, _device_prices(problem))
+        relaxed = solve_by_columns(problem, device_prices(problem))
     else:
         relaxed = solve_relaxation(problem)
     if problem.expert_size is not None:
@@ -138,34 +138,46 @@ def _paths(problem: Problem, rounding: str, seed: int) -> _Answer:
         raise InputError(
             "assignment.solver", "paths", "takes one weight, no diversity and no sizes; use auto"
         )
-    clients, experts = problem.fitness.shape
+    experts = problem.experts
     low, high = effective_bounds(problem)
     low, high = (low / unit, high / unit) if unit else (np.zeros(experts), np.full(experts, 1e18))
     low = np.maximum(low, 0.0)
-    # One unit of violation outweighs any path of swaps.
-    span = float(np.ptp(problem.fitness)) if problem.fitness.size else 0.0
-    dear = 1e6 * (span + problem.balance * unit**2 * clients + 1e-9)
-    weight = dear * np.asarray(problem.violation_weight) / np.max(problem.violation_weight)
     target, curve = problem.load_target / (unit or 1.0), problem.balance * unit**2
+    quantum = _quantum(problem, curve)
+    # One unit of violation outweighs any path of swaps, each worth 2^32 quanta at the most.
+    priority = np.asarray(problem.violation_weight / np.min(problem.violation_weight))
+    weight = np.rint(np.minimum(priority, 1024.0) * 2**33 * (experts + 1))
 
     def marginal(y: FloatArray) -> FloatArray:
         outside = weight * ((y >= high).astype(float) - (y < low))
-        return outside + curve * (2 * (y - target) + 1)
+        return outside + np.rint(curve * (2 * (y - target) + 1) / quantum)
 
     few = problem.fitness.size <= _FEW_PAIRS or curve
-    prices = np.zeros(experts) if few else _device_prices(problem) * unit
-    load = take_top(problem.fitness - prices, problem.capacity).sum(axis=0)
+    prices = np.zeros(experts) if few else device_prices(problem) * unit
+    prices, fitness = np.rint(prices / quantum), np.rint(problem.fitness / quantum)
+    load = take_top(fitness - prices, problem.capacity).sum(axis=0)
     if curve:
         start = np.clip(np.ceil(target - 0.5), low, high)
     else:
         start = np.where(prices > 0, high, np.where(prices < 0, low, np.clip(load, low, high)))
-    found = augment(problem.fitness, problem.capacity, marginal, prices, start)
+    found = augment(fitness, problem.capacity, marginal, prices, start)
     held = found.assignment
     count = held.sum(axis=0)
     relaxed = bool(((count < low) | (count > high)).any())
-    if curve:
-        return _Answer(held, bound=objective(problem, held), relaxed=relaxed)
-    return _Answer(held, found.prices / unit if unit else None, objective(problem, held), relaxed)
+    if curve or not unit:
+        # A quantum misjudges no pair by more than half of itself.
+        bound = objective(problem, held) + quantum * float(problem.capacity.sum())
+        return _Answer(held, bound=bound, relaxed=relaxed and bool(unit))
+    # The prices prove the optimum; no trust in the search is needed.
+    return _Answer(held, found.prices * quantum / unit, relaxed=relaxed)
+
+
+def _quantum(problem: Problem, curve: float) -> float:
+    """The grain of whole-number costs: sums of them are exact, so no path can go in circles."""
+    span = float(np.ptp(problem.fitness)) if problem.fitness.size else 0.0
+    most = float(np.max(np.abs(problem.fitness), initial=0.0))
+    widest = span + 2 * curve * problem.clients
+    return max(widest * 2.0**-32, most * 2.0**-45, 1e-290)
 
 
 def _flow(problem: Problem, rounding: str, seed: int) -> _Answer:
@@ -185,7 +197,7 @@ def _dual(problem: Problem, rounding: str, seed: int) -> _Answer:
         raise InputError("assignment.solver", "dual", "takes holders_min at equal weights only")
     if problem.clients == 0:
         return _relaxation(problem, rounding, 0)
-    found = _run_dual(problem)
+    found = run_dual(problem)
     held = np.asarray(found.assignment)
     prices = np.asarray(found.prices.load, np.float64)
     mixed = bool(problem.diversity)
@@ -272,62 +284,3 @@ def _require_plain(problem: Problem, solver: str) -> None:
         raise InputError(
             "assignment.solver", solver, "takes no balance, diversity or sizes; use auto"
         )
-
-
-def _device_prices(problem: Problem) -> FloatArray:
-    """Prices [E] per unit of load from the smoothed dual."""
-    return np.asarray(_compiled()[0](*_device_inputs(problem), slots=_slots(problem)), np.float64)
-
-
-def _run_dual(problem: Problem) -> Any:
-    return _compiled()[1](*_device_inputs(problem), slots=_slots(problem))
-
-
-def _slots(problem: Problem) -> int:
-    # Rounded up to a power of two, so that few cohorts compile anew.
-    most = max(1, int(problem.capacity.max(initial=0)))
-    return min(problem.experts, 1 << (most - 1).bit_length())
-
-
-def _device_inputs(problem: Problem) -> tuple[Any, ...]:
-    import jax.numpy as jnp
-
-    low, high = effective_bounds(problem)
-    weight = problem.load_weight if problem.unit is None else float(problem.unit)
-    descriptor = problem.deviation
-    return (
-        jnp.asarray(problem.fitness, jnp.float32),
-        jnp.asarray(problem.capacity, jnp.int32),
-        jnp.asarray(low, jnp.float32),
-        jnp.asarray(high, jnp.float32),
-        jnp.asarray(weight, jnp.float32),
-        jnp.asarray(descriptor, jnp.float32),
-        jnp.asarray(problem.diversity, jnp.float32),
-    )
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> tuple[Any, Any]:
-    import jax
-    import jax.numpy as jnp
-
-    from flexmoe_jax.assignment.dual import dual_assign
-    from flexmoe_jax.assignment.prices import ascend_prices
-
-    def prices(
-        fitness: Any,
-        capacity: Any,
-        low: Any,
-        high: Any,
-        weight: Any,
-        z: Any,
-        gamma: Any,
-        slots: int,
-    ) -> Any:
-        wide = jnp.broadcast_to(weight[:, None] if weight.ndim == 1 else weight, fitness.shape)
-        return ascend_prices(fitness, capacity, low, high, wide, z, gamma, slots).load
-
-    return (
-        jax.jit(prices, static_argnames="slots"),
-        jax.jit(dual_assign, static_argnames="slots"),
-    )

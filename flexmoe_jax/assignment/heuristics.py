@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from flexmoe_jax.assignment.problem import BoolArray, FloatArray, IntArray
 
+_Bits = npt.NDArray[np.uint64]
+
 
 def client_keys(seed: list[int], clients: IntArray, experts: int) -> FloatArray:
     """Uniform numbers in [0, 1), [C, E], each a function of (seed, client id, expert) alone.
@@ -21,13 +23,15 @@ def client_keys(seed: list[int], clients: IntArray, experts: int) -> FloatArray:
     The finaliser of SplitMix64 (Steele, Lea and Flood 2014) over a seeded start: one pass over
     the array instead of one generator a client.
     """
-    start = np.random.default_rng(seed).integers(2**63, dtype=np.uint64)
-    keys = _mix(np.asarray(clients, np.uint64) + np.uint64(start))
-    keys = _mix(keys[:, None] + np.arange(1, experts + 1, dtype=np.uint64))
+    start = np.random.default_rng(seed).integers(2**63, size=1, dtype=np.uint64)
+    ids: _Bits = np.asarray(clients).astype(np.uint64)
+    keys = _mix(ids + start)
+    lanes: _Bits = np.arange(1, experts + 1, dtype=np.uint64)
+    keys = _mix(keys[:, None] + lanes)
     return (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _mix(state: _Bits) -> _Bits:
     state = state * np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

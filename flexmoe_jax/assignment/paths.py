@@ -10,6 +10,9 @@ beyond them more than any fitness can repay, so that bounds give way only where 
 smallest weighted violation. (Successive shortest paths with convex costs: Ahuja, Magnanti and
 Orlin 1993, chapters 9 and 14.)
 
+Costs are whole numbers below 2^53: their sums are exact, so rounding can never leave a cycle that
+looks cheaper each time round.
+
 Axis legend: `C` clients, `E` experts.
 """
 
@@ -52,10 +55,10 @@ def augment(
     """Best assignment for `Σ Q x - Σ φ(load)`, loads being counts of holders.
 
     Args:
-      fitness: [C, E].
+      fitness: [C, E] whole numbers.
       capacity: [C].
-      marginal: `φ(y + 1) - φ(y)` for whole y [E]; never falls as y grows.
-      prices: [E] prices to start from; good ones save paths.
+      marginal: `φ(y + 1) - φ(y)` for whole y [E], whole numbers; never falls as y grows.
+      prices: [E] whole prices to start from; good ones save paths.
       start: [E] whole loads at which the prices are slopes of φ:
         `marginal(start - 1) <= prices <= marginal(start)`.
     """
@@ -149,13 +152,11 @@ def _shortest_path(arcs: FloatArray, surplus: FloatArray) -> list[int]:
     nodes = np.arange(arcs.shape[0])
     distance = np.where(surplus > 0, 0.0, np.inf)
     before = np.full(arcs.shape[0], -1)
-    precision = 1e-13 * float(np.max(np.abs(arcs), where=np.isfinite(arcs), initial=1e-300))
-    for _ in range(4 * arcs.shape[0]):
+    for _ in range(arcs.shape[0]):
         through = distance[:, None] + arcs
         via = through.argmin(axis=0)
         reached = through[via, nodes]
-        shorter = reached < distance - precision
-        shorter |= np.isinf(distance) & np.isfinite(reached)
+        shorter = reached < distance
         if not shorter.any():
             break
         distance = np.where(shorter, reached, distance)

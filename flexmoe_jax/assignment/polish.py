@@ -1,8 +1,9 @@
 """Local search that makes an assignment better and never worse.
 
 Moves: a client swaps one expert that it holds for one that it does not; two clients exchange
-experts. A move must not push any expert further out of its bounds, so what rounding guarantees of
-violations stays true. Moves that mend bounds may cost value, up to a stated amount.
+experts; in small problems, two clients swap at once. A move must not push any expert further out
+of its bounds, so what rounding guarantees of violations stays true. Moves that mend bounds may
+cost value, up to a stated amount.
 
 Axis legend: `C` clients, `E` experts, `H` held pairs under consideration.
 """
@@ -26,6 +27,7 @@ _MOVES = 1000
 # A search over more swaps than this looks at the clients nearest to a change of mind only.
 _SWAPS = 200_000
 _EXCHANGE_PAIRS = 400
+_DOUBLE_SWAPS = 400
 _STEP = 1e-9
 
 
@@ -83,30 +85,42 @@ def _best_move(
     client = rows[row]
     if client.size == 0:
         return None
-    swap = _swaps(problem, held, state, client, expert)
-    best = _choose(*swap, budget)
-    exchange = None
-    if client.size <= _EXCHANGE_PAIRS:
-        exchange = _choose(*_exchanges(problem, held, state, client, expert), budget)
-    if best is None and exchange is None:
-        return None
-    if exchange is None or (best is not None and best[0] >= exchange[0]):
-        assert best is not None
+    found: list[tuple[_Rank, list[tuple[int, int, int]]]] = []
+    swaps = _swaps(problem, held, state, client, expert)
+    if best := _choose(*swaps, budget):
         h, f = best[1]
-        return [(int(client[h]), int(expert[h]), f)]
-    g, h = exchange[1]
-    return [
-        (int(client[g]), int(expert[g]), int(expert[h])),
-        (int(client[h]), int(expert[h]), int(expert[g])),
-    ]
+        found.append((best[0], [(int(client[h]), int(expert[h]), f)]))
+    if client.size <= _EXCHANGE_PAIRS:
+        exchanges = _exchanges(problem, held, state, client, expert)
+        if best := _choose(*exchanges, budget):
+            g, h = best[1]
+            first = (int(client[g]), int(expert[g]), int(expert[h]))
+            found.append((best[0], [first, (int(client[h]), int(expert[h]), int(expert[g]))]))
+    plain = not (problem.diversity or problem.balance or np.any(problem.holders_min))
+    few = 0 < np.count_nonzero(~held[client]) <= _DOUBLE_SWAPS
+    if not found and plain and few and problem.expert_size is None:
+        places = np.argwhere(~held[client])
+        doubles = _double_swaps(problem, state, client, expert, swaps[0], places)
+        if best := _choose(*doubles, budget):
+            found.append(
+                (
+                    best[0],
+                    [
+                        (int(client[h]), int(expert[h]), int(f))
+                        for h, f in (places[best[1][0]], places[best[1][1]])
+                    ],
+                )
+            )
+    return max(found, key=lambda move: move[0])[1] if found else None
 
 
-Scored = tuple[FloatArray, FloatArray, BoolArray]
+_Scored = tuple[FloatArray, FloatArray, BoolArray]
+_Rank = tuple[int, float]
 
 
 def _choose(
     gain: FloatArray, mended: FloatArray, allowed: BoolArray, budget: float
-) -> tuple[tuple[int, float], tuple[int, int]] | None:
+) -> tuple[_Rank, tuple[int, int]] | None:
     """Rank and place of the best of the moves; the rank puts mending before gaining."""
     mends = allowed & (mended > _STEP) & (gain >= -max(budget, 0.0))
     if mends.any():
@@ -122,7 +136,7 @@ def _choose(
 
 def _swaps(
     problem: Problem, held: BoolArray, state: _State, client: IntArray, expert: IntArray
-) -> Scored:
+) -> _Scored:
     """Gain, mended violation and admissibility [H, E] of giving pair h up for expert f."""
     weight = problem.weights
     out, into = weight[client, expert][:, None], weight[client]
@@ -147,7 +161,7 @@ def _swaps(
 
 def _exchanges(
     problem: Problem, held: BoolArray, state: _State, client: IntArray, expert: IntArray
-) -> Scored:
+) -> _Scored:
     """The same [H, H] for two pairs that exchange their experts."""
     weight, fitness = problem.weights, problem.fitness
     own = weight[client, expert]
@@ -172,6 +186,31 @@ def _exchanges(
         fits = size[expert][None] - size[expert][:, None] <= room[:, None] + _STEP
         allowed &= fits & fits.T
     return gain, mended + mended.T, allowed
+
+
+def _double_swaps(
+    problem: Problem,
+    state: _State,
+    client: IntArray,
+    expert: IntArray,
+    gain: FloatArray,
+    places: IntArray,
+) -> _Scored:
+    """The same for two swaps at once by different clients, each at one of `places` (h, f)."""
+    h, f = places.T
+    count = np.arange(h.size)
+    change = np.zeros((h.size, problem.experts))
+    change[count, expert[h]] -= problem.weights[client[h], expert[h]]
+    change[count, f] += problem.weights[client[h], f]
+
+    def violation(load: FloatArray) -> FloatArray:
+        return np.maximum(np.maximum(problem.load_min - load, load - problem.load_max), 0.0)
+
+    both = violation(state.load + change[:, None] + change[None])
+    mended = (violation(state.load) - both) * np.asarray(problem.violation_weight)
+    allowed = (mended >= -_STEP).all(axis=2) & (client[h][:, None] != client[h])
+    single = gain[h, f]
+    return single[:, None] + single, mended.sum(axis=2), allowed
 
 
 def _load_terms(

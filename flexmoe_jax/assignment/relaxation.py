@@ -27,7 +27,7 @@ _HIGHS_OPTIONS = {"dual_feasibility_tolerance": 1e-9, "primal_feasibility_tolera
 # Pairs up to which weights may be parameters: canonical form then is 4096² numbers at most.
 _FEW_PAIRS = 4096
 # Room that a solver's rounding error needs when it must keep to the least violation.
-_EXCESS_ROOM = 1e-8
+_EXCESS_ROOM = 1e-7
 
 
 class Relaxed(NamedTuple):
@@ -52,7 +52,7 @@ def solve_relaxation(problem: Problem, backend: str = "HIGHS") -> Relaxed:
 
     Args:
       problem: what to solve.
-      backend: any CVXPY solver that is installed.
+      backend: any CVXPY solver that is installed; HiGHS leaves quadratic terms to Clarabel.
 
     Raises:
       InputError: the CVXPY solver is not installed.
@@ -253,8 +253,11 @@ def _cvxpy() -> Any:
 def _run(program: Any, backend: str) -> bool:
     """Solves; says whether it was feasible."""
     cp = _cvxpy()
-    linear = backend == "HIGHS" and program.objective.expr.is_pwl()
-    program.solve(solver=backend, **(_HIGHS_OPTIONS if linear else {}))
+    options = _HIGHS_OPTIONS if backend == "HIGHS" else {}
+    if backend == "HIGHS" and not program.objective.expr.is_pwl():
+        # HiGHS' active-set method for quadratics can cycle for ever on degenerate problems.
+        backend, options = "CLARABEL", {}
+    program.solve(solver=backend, **options)
     # `infeasible_inaccurate` and `infeasible_or_unbounded` too: nothing here is unbounded.
     if program.status.startswith(cp.INFEASIBLE):
         return False

@@ -82,6 +82,7 @@ def flexmoe(
     local: LocalTraining,
     fitness: FitnessOptions,
     server: optax.GradientTransformation | None = None,
+    deficit_decay: float = 1.0,
     seed: int = 0,
     block_size: int = 0,
 ) -> Algorithm:
@@ -98,6 +99,7 @@ def flexmoe(
       local: how clients train.
       fitness: how Q is learnt.
       server: optax transform of the mean update; None for `optax.sgd(1.0)`, plain averaging.
+      deficit_decay: how much of an expert's deficit lasts from round to round, in [0, 1].
       seed: of the policy's ties and draws.
       block_size: clients side by side; 0 for automatic.
 
@@ -178,7 +180,7 @@ def flexmoe(
             cohort,
             solution.assignment,
             solution.load,
-            update_deficit(np.asarray(state.deficit), solution.load),
+            update_deficit(np.asarray(state.deficit), solution.load, decay=deficit_decay),
             steps=steps[cohort],
             slots=slots,
             clients=clients,

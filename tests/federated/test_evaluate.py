@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +14,7 @@ def federation(make_algorithm):
     algorithm = make_algorithm()
     state = algorithm.init(jax.random.key(0))
     slots = jnp.array([[0, 1, 4], [2, 4, 4], [1, 2, 3], [0, 4, 4], [0, 3, 4], [1, 2, 3], [4, 4, 4]])
-    return algorithm, dataclasses.replace(state, slots=slots)
+    return algorithm, state._replace(slots=slots)
 
 
 def test_chunks_keep_every_example_once():

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +24,7 @@ def test_clients_and_samples(state):
 def test_usage_by_hand(state):
     # Client 0 held expert 1 twice and routed 30 examples to it in all: 15 a round. What it never
     # held is predicted at an even split of its 40 examples over k = 2: 20.
-    state = dataclasses.replace(
-        state,
+    state = state._replace(
         usage=state.usage.at[0, 1].set(30.0),
         held_rounds=jnp.zeros((7, 4), jnp.int32).at[0, 1].set(2),
     )

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexmoe_jax.assignment import POLICIES, Request, load_bounds, make_policy, update_deficit
+from flexmoe_jax.types import InputError
+
+
+def favouring_few(seed: int, clients: int = 20, experts: int = 8) -> np.ndarray:
+    """Fitness that puts the same few experts first for most clients."""
+    rng = np.random.default_rng(seed)
+    return 0.5 * rng.random((clients, experts)) + 0.5 * (np.arange(experts) < 2)
+
+
+def request(seed: int = 0, **fields: object) -> Request:
+    rng = np.random.default_rng(seed)
+    values = {
+        "fitness": favouring_few(seed),
+        "capacity": rng.integers(1, 5, 20),
+        "clients": rng.permutation(50)[:20],
+        "round": 3,
+        "seed": 11,
+        "usage": rng.integers(0, 9, (20, 8)).astype(float),
+        "deficit": rng.permutation(np.arange(8) - 3.5),
+    }
+    return Request(**{**values, **fields})
+
+
+def cumulative_cv(name: str, fitness: np.ndarray, capacity: np.ndarray, seed: int) -> float:
+    policy = make_policy(name)
+    deficit, total = np.zeros(8), np.zeros(8)
+    for turn in range(40):
+        found = policy(Request(fitness, capacity, np.arange(20), turn, seed, deficit=deficit))
+        deficit, total = update_deficit(deficit, found.load), total + found.load
+    return float(total.std() / total.mean())
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_flex_evens_out_what_greedy_does_not(seed: int, mixed: bool) -> None:
+    capacity = np.random.default_rng(seed).integers(1, 5, 20) if mixed else np.full(20, 2)
+    fitness = favouring_few(seed)
+    flex = cumulative_cv("flex", fitness, capacity, seed % 1000)
+    greedy = cumulative_cv("greedy", fitness, capacity, seed % 1000)
+    assert flex <= 0.02
+    assert greedy >= 10 * max(flex, 0.02)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_order_of_the_cohort_changes_nothing(name: str) -> None:
+    given_order = request()
+    order = np.random.default_rng(1).permutation(20)
+    shuffled = replace(
+        given_order,
+        fitness=given_order.fitness[order],
+        capacity=given_order.capacity[order],
+        clients=given_order.clients[order],
+        usage=given_order.usage[order],
+    )
+    policy = make_policy(name)
+    first, second = policy(given_order), policy(shuffled)
+    assert (first.assignment[order] == second.assignment).all()
+    assert first.load.tolist() == second.load.tolist()
+    holds = np.full(20, 8) if name == "full" else given_order.capacity
+    assert (first.assignment.sum(axis=1) == holds).all()
+
+
+def test_flex_breaks_ties_alike_in_any_order() -> None:
+    flat = request(fitness=np.full((20, 8), 0.5))
+    order = np.arange(20)[::-1]
+    turned = replace(flat, capacity=flat.capacity[order], clients=flat.clients[order])
+    for solver in ("auto", "relaxation"):
+        policy = make_policy("flex", solver=solver)
+        assert (policy(flat).assignment[order] == policy(turned).assignment).all()
+
+
+def test_static_stays_whatever_the_round_and_the_cohort_and_random_does_not() -> None:
+    now, later = request(), request(round=4)
+    fewer = Request(*(getattr(now, f)[5:] for f in ("fitness", "capacity", "clients")), 9, 11)
+    static, random = make_policy("static"), make_policy("random")
+    assert (static(now).assignment == static(later).assignment).all()
+    assert (static(now).assignment[5:] == static(fewer).assignment).all()
+    assert (random(now).assignment != random(later).assignment).any()
+    assert (random(now).assignment == random(request()).assignment).all()
+
+
+def test_round_robin_by_hand() -> None:
+    # Client 6 of capacity 3 in round 3 of 8 experts: (6 + 3 + 0, 1, 2) mod 8 = 1, 2, 3.
+    found = make_policy("round_robin")(
+        Request(np.zeros((1, 8)), np.array([3]), np.array([6]), 3, 0)
+    )
+    assert np.flatnonzero(found.assignment[0]).tolist() == [1, 2, 3]
+
+
+def test_greedy_goes_by_fitness_and_greedy_usage_by_use() -> None:
+    asked = Request(
+        np.array([[0.1, 0.9, 0.5]]),
+        np.array([2]),
+        np.array([4]),
+        0,
+        0,
+        usage=np.array([[7.0, 1.0, 3.0]]),
+    )
+    assert make_policy("greedy")(asked).assignment.tolist() == [[False, True, True]]
+    assert make_policy("greedy_usage")(asked).assignment.tolist() == [[True, False, True]]
+
+
+def test_greedy_ties_are_fair() -> None:
+    clients = np.arange(4000)
+    asked = Request(np.zeros((4000, 4)), np.ones(4000, int), clients, 0, 5)
+    # 4000 draws of 1 in 4: 1000 each, give or take 4 standard deviations of 27.
+    assert np.abs(make_policy("greedy")(asked).load - 1000).max() < 110
+
+
+def test_flex_options_reach_the_problem() -> None:
+    share = np.array([2.0, 1, 1, 1, 1, 1, 1, 1])
+    asked = request(deficit=None, capacity=np.full(20, 2))
+    # 40 holders, of which 2/9 are 8.9 and 1/9 is 4.4.
+    load = make_policy("flex", share=share, slack=0.0)(asked).load
+    assert load[0] in (8, 9)
+    assert set(load[1:]) <= {4, 5}
+    floors = make_policy("flex", slack=5.0, holders_min=3)(asked).load
+    assert floors.min() >= 3
+    labels = np.eye(4)[np.arange(20) % 4]
+    mixed = make_policy("flex", diversity=0.2)(replace(asked, descriptor=labels)).assignment
+    plain = make_policy("flex")(asked).assignment
+    deviation = [np.abs(a.T @ (labels - 0.25)).sum() for a in (mixed, plain)]
+    assert deviation[0] < deviation[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"name": "flexx"}, "assignment.policy"),
+        ({"name": "flex", "solver": "magic"}, "assignment.solver"),
+        ({"name": "flex", "rounding": "up"}, "assignment.rounding"),
+        ({"name": "flex", "slack": -0.1}, "assignment.slack"),
+        ({"name": "flex", "diversity": -1.0}, "assignment.diversity"),
+        ({"name": "flex", "share": np.array([1.0, -1.0])}, "assignment.share"),
+    ],
+)
+def test_bad_options_are_refused_before_any_round(fields: dict, field: str) -> None:
+    with pytest.raises(InputError) as error:
+        make_policy(**fields)
+    assert error.value.field == field
+
+
+def test_bounds_follow_the_deficit_by_hand() -> None:
+    # 4 clients of 2 on 4 experts: 2 each. Expert 0 is owed 1: target 3, and 2 ± 0.2 shifted.
+    low, high = load_bounds(np.full(4, 2), np.array([1.0, -1.0, 0.0, 0.0]), slack=0.1)
+    assert low.tolist() == high.tolist() == [3, 1, 2, 2]
+    # Owed more than 4 clients can hold: 4, and the others share the other 4 evenly.
+    low, high = load_bounds(np.full(4, 2), np.array([6.0, -2.0, -2.0, -2.0]), slack=0.0)
+    assert (low[0], high[0]) == (4, 4)
+    assert low[1:].tolist() == [1, 1, 1]
+    assert high[1:].tolist() == [2, 2, 2]
+    # Samples: 30 · 1 + 10 · 2 = 50 on 2 experts, 10 % either side of 25.
+    low, high = load_bounds(np.array([1, 2]), np.zeros(2), load_weight=np.array([30.0, 10.0]))
+    np.testing.assert_allclose([low, high], [[22.5, 22.5], [27.5, 27.5]])
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 2))
+@settings(max_examples=200, deadline=None)
+def test_bounds_of_counts_can_be_met(seed: int, slack: float) -> None:
+    rng = np.random.default_rng(seed)
+    clients, experts = rng.integers(1, 30), rng.integers(1, 10)
+    capacity = rng.integers(0, experts + 1, clients)
+    deficit = rng.normal(size=experts) * rng.choice([0, 1, 30])
+    low, high = load_bounds(capacity, deficit - deficit.mean(), slack=slack)
+    assert (low <= high).all()
+    assert low.sum() <= capacity.sum() <= high.sum()
+    assert (low % 1 == 0).all()
+    assert (low >= 0).all()
+    assert (high <= (capacity > 0).sum()).all()
+
+
+def test_deficit_by_hand() -> None:
+    # Loads 3 and 1 of 4, equal shares of 2: expert 0 got 1 too much.
+    assert update_deficit(np.zeros(2), np.array([3.0, 1.0])).tolist() == [-1, 1]
+    # Half forgotten, and shares 3 to 1: 0.5 · (-1, 1) + (3, 1) - (3, 1).
+    again = update_deficit(
+        np.array([-1.0, 1.0]), np.array([3.0, 1.0]), share=np.array([3.0, 1.0]), decay=0.5
+    )
+    assert again.tolist() == [-0.5, 0.5]
+    with pytest.raises(InputError, match=r"assignment\.decay"):
+        update_deficit(np.zeros(2), np.ones(2), decay=1.5)

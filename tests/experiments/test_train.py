@@ -1,0 +1,212 @@
+"""The launcher, run as its users run it: as a process."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "--config.rounds=4",
+    "--config.clients.count=6",
+    "--config.clients.per_round=4",
+    "--config.clients.capacity=1-3",
+    "--config.model.backbone=mlp",
+    "--config.model.experts=4",
+    "--config.data.train_limit=300",
+    "--config.data.test_limit=100",
+    "--config.eval.every=2",
+    "--config.checkpoint.every=1",
+)
+KEYS = {
+    "round",
+    "train/loss",
+    "load/assigned_cv",
+    "load/assigned_cv_cumulative",
+    "load/usage_cv",
+    "load/usage_cv_cumulative",
+    "load/assigned",
+    "load/usage",
+    "assignment/gap",
+    "assignment/solve_seconds",
+    "assignment/status",
+    "comm/bytes_down",
+    "comm/bytes_up",
+    "time/round_seconds",
+    "time/train_examples_per_second",
+}
+EVALUATION = {
+    "eval/global_accuracy",
+    "eval/personal_accuracy",
+    "eval/server_accuracy",
+    "eval/clients",
+}
+
+
+def command(*arguments: str, config: str = "experiments/configs/digits.py") -> list[str]:
+    return [sys.executable, "-m", "experiments.train", f"--config={config}", *arguments]
+
+
+def launch(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, **options), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(workdir: Path) -> list[dict]:
+    """The rounds without what the clock says."""
+    return [
+        {key: value for key, value in row.items() if "time/" not in key and "seconds" not in key}
+        for row in rows(workdir)
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    return workdir, launch(f"--workdir={workdir}", *SMALL)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    workdir, process = finished
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert "finished" in process.stdout
+    metrics = rows(workdir)
+    assert [row["round"] for row in metrics] == [1, 2, 3, 4]
+    for row in metrics:
+        expected = KEYS | EVALUATION if row["round"] % 2 == 0 else KEYS
+        assert row.keys() == expected
+        assert sum(row["load/assigned"]) > 0
+        assert len(row["load/usage"]) == 4
+    assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["rounds"] == 4
+    assert summary["final/train/loss"] == metrics[-1]["train/loss"]
+    accuracies = [row["eval/server_accuracy"] for row in metrics if "eval/clients" in row]
+    assert summary["best/eval/server_accuracy"] == max(accuracies)
+    assert {"flexmoe_jax", "jax", "cvxpy"} <= summary["versions"].keys()
+    assert json.loads((workdir / "config.json").read_text())["clients"]["capacity"] == "1-3"
+    assert list((workdir / "checkpoints").iterdir())
+    assert "<html" in (workdir / "report" / "index.html").read_text()
+
+
+def test_the_arrays_agree_with_the_metrics(finished):
+    workdir, _ = finished
+    arrays = np.load(workdir / "arrays.npz")
+    assert arrays["label_counts"].sum() == 300
+    assert np.allclose(
+        arrays["usage"].sum(axis=0), np.sum([r["load/usage"] for r in rows(workdir)], 0)
+    )
+    assert (
+        arrays["held_rounds"].sum(axis=0) == np.sum([r["load/assigned"] for r in rows(workdir)], 0)
+    ).all()
+    assert (arrays["holds"].sum(axis=1) <= arrays["capacity"]).all()
+    assert sorted(arrays["capacity"]) == [1, 1, 2, 2, 3, 3]
+
+
+def test_the_same_seed_gives_the_same_metrics(finished, tmp_path):
+    workdir, _ = finished
+    again = tmp_path / "again"
+    assert launch(f"--workdir={again}", *SMALL).returncode == 0
+    assert timeless(again) == timeless(workdir)
+
+
+def test_ctrl_c_keeps_what_was_reached_and_a_restart_goes_on(finished, tmp_path):
+    workdir, _ = finished
+    stopped = tmp_path / "stopped"
+    arguments = (f"--workdir={stopped}", *SMALL)
+    # Its own group, so that the signal reaches it alone, as from a terminal.
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 90
+    metrics = stopped / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0
+    reached = len(rows(stopped))
+    assert 1 <= reached <= 4
+    status = json.loads((stopped / "summary.json").read_text())["status"]
+    assert status == ("finished" if reached == 4 else "interrupted")
+    assert status in output
+    assert launch(*arguments).returncode == 0
+    assert timeless(stopped) == timeless(workdir)
+    assert json.loads((stopped / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_diverging_run_names_round_clients_and_learning_rate(tmp_path):
+    workdir = tmp_path / "diverged"
+    process = launch(f"--workdir={workdir}", *SMALL, "--config.local.learning_rate=1e30")
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    assert "round 1: the loss of clients" in process.stdout
+    assert "local.learning_rate=1e+30" in process.stdout
+    assert json.loads((workdir / "summary.json").read_text())["status"] == "diverged"
+
+
+BAD = {
+    "--config.ronds=3": "config.ronds: no such field; did you mean config.rounds?",
+    "--config.local.learning_rat=1": "did you mean config.local.learning_rate?",
+    "--config.rounds=1.5": "config.rounds=1.5: give a whole number",
+    "--config.data.download=maybe": "config.data.download=maybe: give true or false",
+    "--config.data=3": "config.data=3: is a group of fields",
+    "--rounds=3": "--rounds: no such flag; did you mean --config.rounds?",
+    "--config.clients.capacity=9": "clients.capacity=9: choose 1 to model.experts=8",
+    "--config.data.name=cifar10 --config.data.dir=/no/such/folder": "data.dir=/no/such/folder",
+    "stray": "argument=stray",
+}
+
+
+def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path):
+    def refuse(item: tuple[str, str]) -> None:
+        arguments, line = item
+        workdir = tmp_path / "refused"
+        process = launch(f"--workdir={workdir}", *arguments.split())
+        assert process.returncode == 2, process.stderr
+        assert process.stdout == ""
+        assert len(process.stderr.splitlines()) == 1
+        assert line in process.stderr
+        assert not workdir.exists()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(refuse, BAD.items()))
+
+
+def test_a_config_that_is_none_is_refused(tmp_path):
+    for path, line in (
+        ("no/such/file.py", "no such file"),
+        ("experiments/fields.py", "does not define get_config()"),
+    ):
+        process = launch(f"--workdir={tmp_path / 'refused'}", config=path)
+        assert process.returncode == 2
+        assert process.stderr.startswith(f"--config={path}: {line}")
+        assert len(process.stderr.splitlines()) == 1
+
+
+def test_another_experiments_workdir_is_refused(finished, tmp_path):
+    workdir, _ = finished
+    before = timeless(workdir)
+    process = launch(f"--workdir={workdir}", *SMALL, "--config.seed=1")
+    assert process.returncode == 2
+    assert f"workdir={workdir}: holds a run with seed=0, not 1" in process.stderr
+    assert timeless(workdir) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    process = launch(f"--workdir={tmp_path}", *SMALL)
+    assert process.returncode == 2
+    assert "holds files but no run" in process.stderr

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def test_import_pulls_in_no_other_framework():
+    heavy = (
+        "tensorflow",
+        "torch",
+        "cvxpy",
+        "ortools",
+        "sklearn",
+        "matplotlib",
+        "tensorflow_datasets",
+    )
+    code = (
+        "import sys, flexmoe_jax, flexmoe_jax.assignment, flexmoe_jax.data, flexmoe_jax.federated\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
