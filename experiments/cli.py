@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,8 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 
 from flexmoe_jax.types import InputError
+
+_NO_CONFIG = "does not define get_config(); experiments/configs/ holds examples"
 
 
 def run_cli(main: Callable[[list[str]], None]) -> None:
@@ -79,8 +80,7 @@ def read_config(value: object, path: str | None) -> config_dict.ConfigDict:
     if path is None:
         raise InputError("--config", path, "name a file, as experiments/configs/digits.py")
     if not isinstance(value, config_dict.ConfigDict):
-        reason = "does not define get_config()" if os.path.exists(path) else "no such file"
-        raise InputError("--config", path, f"{reason}; experiments/configs/ holds examples")
+        raise InputError("--config", path, "no such file; experiments/configs/ holds examples")
     return value
 
 
@@ -91,6 +91,8 @@ def _load_config(argv: Sequence[str]) -> config_dict.ConfigDict:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        _refuse(f"--config={path}: {_NO_CONFIG}")
     config: config_dict.ConfigDict = module.get_config()
     return config
 

@@ -82,14 +82,17 @@ def train(config: ConfigDict, workdir: Workdir) -> str:
     algorithm = experiment.algorithm
     state = algorithm.init(jax.random.key(config.seed))
 
+    workdir.open(config)
     checkpoints = Checkpoints(workdir.path / "checkpoints", config.checkpoint.keep)
     if checkpoints.latest() is not None:
         state = checkpoints.restore(state)
     done = int(state.round)
-    workdir.open(config, done)
+    workdir.keep_rounds(done)
     status = "finished"
     with ProgressDisplay(config.rounds, done) as display, _interruptible() as interrupted:
-        if done:
+        if done == config.rounds:
+            display.say("all rounds are done; to train anew, delete the folder of the run")
+        elif done:
             display.say(f"continuing after round {done} of {config.rounds}")
         for round_index in range(done, config.rounds):
             try:

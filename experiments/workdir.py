@@ -63,10 +63,13 @@ class Workdir:
                 )
                 raise InputError("workdir", self.path, remedy)
 
-    def open(self, config: ConfigDict, rounds_done: int) -> None:
-        """Writes config.json, and cuts metrics.jsonl back to the rounds that a checkpoint holds."""
+    def open(self, config: ConfigDict) -> None:
+        """Makes the folder and writes config.json; from here on it is this experiment's."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "config.json", json.dumps(as_json(config), indent=2) + "\n")
+
+    def keep_rounds(self, rounds_done: int) -> None:
+        """Cuts metrics.jsonl back to the rounds that the newest checkpoint holds."""
         kept = [json.dumps(row) + "\n" for row in self.read() if row["round"] <= rounds_done]
         write_atomically(self.metrics_path, "".join(kept))
 

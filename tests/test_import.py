@@ -20,3 +20,9 @@ def test_import_pulls_in_no_other_framework():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_assignment_needs_no_flax():
+    code = "import sys, flexmoe_jax.assignment; print('flax' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"

@@ -12,11 +12,13 @@ from experiments.configs import base
 
 
 def get_config() -> ConfigDict:
-    """16 local steps a round."""
+    """16 local steps a round, by Adam: plain SGD learns far more slowly here."""
     config = base.get_config()
     config.rounds = 20
     config.data.name = "emnist/digits"
     config.partition.name = "k_class"
     config.clients.capacity = 2
     config.local.max_steps = 16
+    config.local.optimizer = "adam"
+    config.local.learning_rate = 0.002
     return config

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -56,6 +57,8 @@ def add_updates(
     Returns:
       The sums with the block added.
     """
+    chex.assert_rank(examples, 1)
+    chex.assert_equal_shape([slots, usage])
     held = jax.nn.one_hot(slots, sums.expert_weight.shape[0], dtype=usage.dtype)
     weight = jnp.einsum("pk,pke->pke", usage, held)
     return Sums(

@@ -43,13 +43,13 @@ class FitnessOptions(NamedTuple):
     Attributes:
       score: of a pair, from its feedback.
       beta: β in (0, 1], weight of the newest score.
-      initial: start value of Q.
+      initial: start value of Q; 1, the best score, tries every pair before it settles.
       optimism: added to Q, for the assignment alone, for pairs that have never been tried.
     """
 
     score: Score = accuracy_score
     beta: float = 0.5
-    initial: float = 0.0
+    initial: float = 1.0
     optimism: float = 0.0
 
 
@@ -219,7 +219,12 @@ def flexmoe(
                 lambda gates, new: gates.at[pairs].set(new, mode="drop"), state.gates, result.gates
             ),
             fitness=update_fitness(
-                state.fitness, *pairs, result.feedback, fitness.beta, fitness.score
+                state.fitness,
+                plan.clients,
+                plan.slots,
+                result.feedback,
+                fitness.beta,
+                fitness.score,
             ),
             slots=state.slots.at[plan.clients].set(plan.slots, mode="drop"),
             held_rounds=state.held_rounds.at[pairs].add(1, mode="drop"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import chex
 import jax.numpy as jnp
 
 from flexmoe_jax.types import Array, Feedback, InputError
@@ -56,6 +57,8 @@ def update_fitness(
     Returns:
       (C, E) the new Q.
     """
+    chex.assert_rank([clients, slots], [1, 2])
+    chex.assert_equal_shape([slots, *feedback])
     rows = clients[:, None]
     held = fitness.at[rows, slots].get(mode="fill", fill_value=0.0)  # (P, K)
     learnt = (1 - beta) * held + beta * score(feedback)

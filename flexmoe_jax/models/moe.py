@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,7 @@ def route(logits: Array, held: Array, top_k: int = 1) -> Routing:
     Returns:
       The routing of the batch.
     """
+    chex.assert_shape(held, logits.shape[-1:])
     masked = jnp.where(held, logits, _NEVER)
     probability = jnp.where(held, jax.nn.softmax(masked, axis=-1), 0.0)
     chosen = lax.top_k(masked, min(top_k, logits.shape[-1]))[1]  # (B, top_k)

@@ -121,8 +121,10 @@ def test_the_arrays_agree_with_the_metrics(finished):
 def test_the_same_seed_gives_the_same_metrics(finished, tmp_path):
     workdir, _ = finished
     again = tmp_path / "again"
-    assert launch(f"--workdir={again}", *SMALL).returncode == 0
+    assert launch(f"--workdir={again}", *SMALL, "--config.tensorboard=true").returncode == 0
     assert timeless(again) == timeless(workdir)
+    events = list((again / "tensorboard").iterdir())
+    assert events[0].stat().st_size > 1000
 
 
 def test_ctrl_c_keeps_what_was_reached_and_a_restart_goes_on(finished, tmp_path):
@@ -197,6 +199,15 @@ def test_a_config_that_is_none_is_refused(tmp_path):
         assert process.returncode == 2
         assert process.stderr.startswith(f"--config={path}: {line}")
         assert len(process.stderr.splitlines()) == 1
+
+
+def test_a_finished_run_is_not_done_twice(finished):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    process = launch(f"--workdir={workdir}", *SMALL)
+    assert process.returncode == 0
+    assert "all rounds are done" in process.stdout
+    assert (workdir / "metrics.jsonl").read_text() == before
 
 
 def test_another_experiments_workdir_is_refused(finished, tmp_path):

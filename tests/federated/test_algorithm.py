@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from flexmoe_jax import models
 from flexmoe_jax.assignment import make_policy
-from flexmoe_jax.federated import LocalTraining, sample_cohort, slots_assignment
+from flexmoe_jax.federated import FitnessOptions, LocalTraining, sample_cohort, slots_assignment
 from flexmoe_jax.metrics import round_bytes, tree_bytes
-from tests.federated.conftest import CAPACITY, EXPERTS
+from tests.federated.conftest import CAPACITY, EXPERTS, prepare
 
 
 def run(algorithm, data, rounds=3, per_round=7, seed=0):
@@ -91,7 +92,11 @@ def test_who_sat_out_is_untouched(make_algorithm, clients):
         assert (old[cohort] != new[cohort]).any()
         # Of the cohort's gates, the columns of experts not held are as they were, too.
         assert (old[cohort][~solution.assignment] == new[cohort][~solution.assignment]).all()
-    assert (np.asarray(state.fitness)[out] == before[1][out]).all()
+    # Fitness is learnt for the pairs that were held and used, and for no other.
+    used = np.asarray(state.usage) > 0
+    assert used[cohort].any(axis=1).all()
+    assert not used[cohort][~solution.assignment].any()
+    assert ((np.asarray(state.fitness) != before[1]) <= used).all()
     assert (np.asarray(state.slots)[out] == EXPERTS).all()
     unheld = ~solution.assignment.any(axis=0)
     assert unheld.any()
@@ -100,6 +105,31 @@ def test_who_sat_out_is_untouched(make_algorithm, clients):
     ):
         assert (old[unheld] == new[unheld]).all()
     assert report.usage[unheld].sum() == 0
+
+
+def test_fitness_is_the_training_accuracy_of_each_pair(make_algorithm, clients):
+    """By a plain loop: with a learning rate of 0 a client's model is the one it started with."""
+    still = LocalTraining(optax.sgd(0.0), epochs=1, batch_size=8)
+    algorithm = make_algorithm(local=still, fitness=FitnessOptions(beta=0.5, initial=0.2))
+    start = algorithm.init(jax.random.key(0))
+    model = models.MoEClassifier(models.MLP((16,)), classes=10, experts=EXPERTS, hidden=8)
+    gates = jax.device_get(start.gates)
+    shared, experts = jax.device_get((start.shared, start.experts))
+    state, [(cohort, solution, _)] = run(algorithm, clients, rounds=1)
+    expected = np.full((7, EXPERTS), 0.2)
+    apply = jax.jit(model.apply)
+    for client, held in zip(cohort, solution.assignment, strict=True):
+        rows = np.asarray(clients.index[client][: int(clients.size[client])])
+        gate = jax.tree.map(lambda leaf, client=client: leaf[client], gates)
+        params = {**shared, "expert": experts, "gate": gate}
+        logits, routing = apply({"params": params}, prepare(clients.images[rows]), held)
+        hit = np.asarray(logits.argmax(axis=1) == clients.labels[rows])
+        for e in np.flatnonzero(held):
+            routed = np.asarray(routing.selected[:, e])
+            if routed.any():
+                expected[client, e] = 0.5 * 0.2 + 0.5 * hit[routed].mean()
+    assert np.allclose(state.fitness, expected, atol=1e-6)
+    assert len(np.unique(expected)) > 4
 
 
 def test_the_books_balance(make_algorithm, clients):
@@ -121,8 +151,6 @@ def test_the_books_balance(make_algorithm, clients):
 
 
 def test_optimism_sends_clients_to_what_they_never_tried(make_algorithm, clients):
-    from flexmoe_jax.federated import FitnessOptions
-
     algorithm = make_algorithm(policy=make_policy("greedy"), fitness=FitnessOptions(optimism=9.0))
     state, _ = run(algorithm, clients, rounds=4)
     assert (state.held_rounds > 0).all()  # capacity 1 tries all 4 experts in 4 rounds
