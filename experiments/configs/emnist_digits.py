@@ -2,6 +2,8 @@
 
 python -m experiments.train --config=experiments/configs/emnist_digits.py \
         --config.data.dir=TFDS_DIR --workdir=runs/emnist_digits
+
+TFDS_DIR is a folder with the data set as TFDS prepares it (array_record).
 """
 
 from __future__ import annotations
