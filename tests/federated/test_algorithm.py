@@ -151,10 +151,12 @@ def test_the_books_balance(make_algorithm, clients):
 
 
 def test_optimism_sends_clients_to_what_they_never_tried(make_algorithm, clients):
-    algorithm = make_algorithm(policy=make_policy("greedy"), fitness=FitnessOptions(optimism=9.0))
+    hopeful = FitnessOptions(initial=0.0, optimism=9.0)
+    algorithm = make_algorithm(policy=make_policy("greedy"), fitness=hopeful)
     state, _ = run(algorithm, clients, rounds=4)
     assert (state.held_rounds > 0).all()  # capacity 1 tries all 4 experts in 4 rounds
-    plain, _ = run(make_algorithm(policy=make_policy("greedy")), clients, rounds=4)
+    settled = make_algorithm(policy=make_policy("greedy"), fitness=FitnessOptions(initial=0.0))
+    plain, _ = run(settled, clients, rounds=4)
     assert not (plain.held_rounds > 0).all()
 
 
