@@ -120,6 +120,23 @@ def build(config: ConfigDict) -> Experiment:
 
 def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray, ...]]:
     """Loads the data set and gives every training example to a client."""
+    options = {
+        "classes_per_client": config.partition.classes_per_client,
+        "alpha": config.partition.alpha,
+        "shards_per_client": config.partition.shards_per_client,
+        "quantity_skew": config.partition.quantity_skew,
+        "min_per_client": config.partition.min_per_client,
+    }
+
+    def accept(classes: int, examples: int) -> None:
+        data.check(
+            config.partition.name,
+            num_clients=config.clients.count,
+            num_classes=classes,
+            num_examples=examples,
+            **options,
+        )
+
     dataset = data.load(
         config.data.name,
         data_dir=config.data.dir or None,
@@ -127,17 +144,14 @@ def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray
         test_limit=config.data.test_limit,
         image_size=config.data.image_size,
         download=config.data.download,
+        accept=accept,
     )
     parts = data.partition(
         config.partition.name,
         dataset.train_labels,
         config.clients.count,
         seed=config.seed,
-        classes_per_client=config.partition.classes_per_client,
-        alpha=config.partition.alpha,
-        shards_per_client=config.partition.shards_per_client,
-        quantity_skew=config.partition.quantity_skew,
-        min_per_client=config.partition.min_per_client,
+        **options,
     )
     return dataset, parts
 

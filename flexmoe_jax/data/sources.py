@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,7 @@ def load(
     download: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    accept: Callable[[int, int], None] = lambda classes, examples: None,
 ) -> Dataset:
     """Loads a data set.
 
@@ -80,6 +82,8 @@ def load(
       cache_dir: folder of the decoded pixels; `$XDG_CACHE_HOME/flexmoe_jax`, else
         `~/.cache/flexmoe_jax`, when empty.
       seed: of the examples that the limits keep.
+      accept: called with the number of classes and of training examples, as soon as they are
+        known and before images are decoded, to refuse a data set that will not do by raising.
 
     Returns:
       The data set.
@@ -94,10 +98,15 @@ def load(
     ):
         if value < 0:
             raise InputError(field, value, "give 0 or more; 0 keeps what the data set has")
+
+    def accept_limited(classes: int, examples: int) -> None:
+        accept(classes, min(train_limit or examples, examples))
+
     if name == layout.EMBEDDED:
         whole = _digits(image_size)
     else:
-        whole = _prepared(name, data_dir, image_size, download, cache_dir)
+        whole = _prepared(name, data_dir, image_size, download, cache_dir, accept_limited)
+    accept_limited(whole.num_classes, len(whole.train_labels))
     train = stratified_sample(whole.train_labels, train_limit, np.random.default_rng([seed, 0]))
     test = stratified_sample(whole.test_labels, test_limit, np.random.default_rng([seed, 1]))
     return dataclasses.replace(
@@ -162,6 +171,7 @@ def _prepared(
     image_size: int,
     download: bool,
     cache_dir: str | os.PathLike[str] | None,
+    accept: Callable[[int, int], None],
 ) -> Dataset:
     """A data set in TFDS's format, from the cache when it holds these very files decoded."""
     reference = layout.parse(name)
@@ -179,7 +189,7 @@ def _prepared(
     arrays = cached(
         (Path(os.path.expanduser(cache_dir)) if cache_dir else default_folder()) / f"{stem}.npz",
         tfds_source.fingerprint(version_folder),
-        lambda: tfds_source.read(name, version_folder, image_size),
+        lambda: tfds_source.read(name, version_folder, image_size, accept),
     )
     return Dataset(
         name=name,

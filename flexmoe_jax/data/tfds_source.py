@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,12 @@ class _Columns(NamedTuple):
     shape: tuple[int, int, int]
 
 
-def read(name: str, version_folder: Path, image_size: int) -> Arrays:
+def read(
+    name: str,
+    version_folder: Path,
+    image_size: int,
+    accept: Callable[[int, int], None] = lambda classes, examples: None,
+) -> Arrays:
     """Decodes a prepared data set.
 
     The test examples are those of the split `test`, or of `validation` where `test` is missing or
@@ -48,6 +53,8 @@ def read(name: str, version_folder: Path, image_size: int) -> Arrays:
       version_folder: the folder of one prepared version.
       image_size: side in pixels to resize images to; 0 keeps the data set's own size, or takes
         `DEFAULT_IMAGE_SIZE` when its images vary.
+      accept: called with the number of classes and of training examples before anything is
+        decoded, where the metadata knows both; refuses by raising.
 
     Returns:
       `train_images` (M, height, width, channels) uint8, `train_labels` (M,) int32, the same two
@@ -62,6 +69,8 @@ def read(name: str, version_folder: Path, image_size: int) -> Arrays:
 
         builder = tfds.builder_from_directory(version_folder)
         columns = _columns(name, builder.info, image_size)
+        if columns.classes and "train" in builder.info.splits:
+            accept(len(columns.classes), builder.info.splits["train"].num_examples)
         train = _read_split(name, builder, "train", columns)
         tests = (_read_split(name, builder, split, columns) for split in _TEST_SPLITS)
         test = next((found for found in tests if found is not None), None)

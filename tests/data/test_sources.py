@@ -80,9 +80,9 @@ def test_images_are_decoded_once(
     reads: list[int] = []
     read = tfds_source.read
 
-    def counted(name: str, version_folder: Path, image_size: int) -> Any:
+    def counted(name: str, version_folder: Path, image_size: int, *rest: Any) -> Any:
         reads.append(image_size)
-        return read(name, version_folder, image_size)
+        return read(name, version_folder, image_size, *rest)
 
     monkeypatch.setattr(tfds_source, "read", counted)
     cache = tmp_path / "cache"
@@ -97,6 +97,29 @@ def test_images_are_decoded_once(
         file.write_bytes(b"damaged")
     load("once", data_dir=folder, cache_dir=cache)
     assert reads == [0, 8, 0]
+
+
+def test_what_will_not_do_is_refused_before_it_is_decoded(
+    write_dataset: Write, make_examples: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_examples(6, channels=1, classes=3)
+    folder = write_dataset("small", {"train": rows, "test": rows}, shape=(None, None, 1), classes=3)
+    seen: list[tuple[int, int]] = []
+
+    def refuse(classes: int, examples: int) -> None:
+        seen.append((classes, examples))
+        raise InputError("clients.count", 9, "too many")
+
+    def decoding(*arguments: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(tfds_source, "_read_split", decoding)
+    options = {"data_dir": folder, "cache_dir": tmp_path / "cache", "accept": refuse}
+    for limit, examples in ((0, 6), (4, 4), (50, 6)):
+        with pytest.raises(InputError, match=r"clients\.count=9: too many"):
+            load("small", train_limit=limit, **options)
+        assert seen.pop() == (3, examples)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_changed_data_set_is_decoded_again(
