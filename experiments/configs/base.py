@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
     config.fitness.score = "accuracy"  # accuracy | loss
     config.fitness.alpha = 1.0  # α of the loss score exp(-α l)
     config.fitness.beta = 0.5  # β: weight of the newest score
-    config.fitness.initial = 1.0  # start value of Q: 1 tries every pair before it settles
+    config.fitness.initial = 1.0  # start value of Q: at 1 no pair beats an untried one
     config.fitness.optimism = 0.0  # bonus for pairs never tried
 
     config.execution = ConfigDict()

@@ -175,7 +175,7 @@ def environment(run: Run) -> str:
         (key, _scalar_text(value))
         for key, value in run.summary.items()
         if key not in PLACED
-        and not key.startswith(("final/", "best/"))
+        and not key.startswith(("final/", "best/", "total/"))
         and isinstance(value, str | int | float)
     ]
     rows.append(("Workdir", str(run.workdir)))

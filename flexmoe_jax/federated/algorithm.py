@@ -43,7 +43,7 @@ class FitnessOptions(NamedTuple):
     Attributes:
       score: of a pair, from its feedback.
       beta: β in (0, 1], weight of the newest score.
-      initial: start value of Q; 1, the best score, tries every pair before it settles.
+      initial: start value of Q; at 1, the best score, no tried pair beats an untried one.
       optimism: added to Q, for the assignment alone, for pairs that have never been tried.
     """
 
