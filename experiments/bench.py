@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from flexmoe_jax.assignment import Problem, load_bounds, solve
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 ASSIGNMENT = (
     ("relaxation", 100, 8, "clients"),
@@ -99,7 +99,10 @@ def draw(seed: int, clients: int, experts: int, load: str) -> Problem:
 
 def _peak_bytes() -> int:
     # Linux counts kilobytes, macOS bytes.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = max(
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     return peak if sys.platform == "darwin" else 1024 * peak
 
 

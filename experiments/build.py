@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from experiments.cli import nearest
 from experiments.fields import check_numbers, client_capacities
 from flexmoe_jax import assignment, data, federated, models
-from flexmoe_jax.types import Array, InputError
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.types import Array
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def build(config: ConfigDict) -> Experiment:
         slack=config.assignment.slack,
         solver=config.assignment.solver,
         rounding=config.assignment.rounding,
+        backend=config.assignment.backend,
         holders_min=config.assignment.holders_min,
         balance=config.assignment.balance,
         diversity=config.assignment.diversity,

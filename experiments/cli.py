@@ -12,7 +12,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_dict
 
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 _NO_CONFIG = "does not define get_config(); experiments/configs/ holds examples"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 
 def check_numbers(config: ConfigDict) -> None:

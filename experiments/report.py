@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments.reporting.runs import read_run
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 
 def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | Path | None = None) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 
 class TensorBoard:

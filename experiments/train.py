@@ -32,9 +32,10 @@ from experiments.tensorboard import TensorBoard
 from experiments.workdir import Metrics, Workdir
 from flexmoe_jax.assignment import Solution
 from flexmoe_jax.checkpoint import Checkpoints
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import sample_cohort, slots_assignment
 from flexmoe_jax.metrics import accuracies, coefficient_of_variation, round_bytes
-from flexmoe_jax.types import InputError, RoundReport, State
+from flexmoe_jax.types import RoundReport, State
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -143,7 +144,7 @@ def run_round(
         config.clients.count, experiment.per_round, seed=config.seed, round_index=round_index
     )
     solution = algorithm.assign(state, cohort)
-    plan = algorithm.plan(state, cohort, solution)
+    plan = algorithm.plan(cohort, solution)
     state, report = algorithm.round(state, experiment.data, plan)
     report = jax.device_get(report)
     seconds = time.monotonic() - begin

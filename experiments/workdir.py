@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.cli import flat_fields
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 Metrics = dict[str, Any]
 

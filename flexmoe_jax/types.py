@@ -16,25 +16,6 @@ Key = jax.Array
 PyTree = Any
 
 
-class InputError(ValueError):
-    """A value that the user gave cannot be used.
-
-    Prints as one line, `field=value: remedy`, which is all that the launcher shows.
-
-    Attributes:
-      field: dotted name of the config field, or the name of the argument.
-      value: what was given.
-      remedy: what to give instead.
-    """
-
-    def __init__(self, field: str, value: object, remedy: str) -> None:
-        """Stores the three parts and composes the line."""
-        self.field = field
-        self.value = value
-        self.remedy = remedy
-        super().__init__(f"{field}={value}: {remedy}")
-
-
 class Params(NamedTuple):
     """Parameters by who owns them; the experts' and the gate's leaves lead with the expert axis.
 
@@ -70,13 +51,11 @@ class Plan(NamedTuple):
       clients: (P,) int32 the cohort's client ids; C marks padding, which trains nothing.
       slots: (P, K) int32 the experts of each, rising; E marks an empty slot.
       load: (E,) assigned load, in the units of the load model.
-      deficit: (E,) load that each expert is owed after this round.
     """
 
     clients: Array
     slots: Array
     load: Array
-    deficit: Array
 
 
 class State(NamedTuple):

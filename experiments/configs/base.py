@@ -71,6 +71,7 @@ def get_config() -> ConfigDict:
     config.assignment.slack = 0.1  # δ: by how much of the mean load an expert's load may miss it
     config.assignment.deficit_decay = 1.0  # 1 never forgets what an expert was owed, 0 always does
     config.assignment.rounding = "repair"  # repair | shmoys_tardos, where loads are weighted
+    config.assignment.backend = "HIGHS"  # CVXPY solver of relaxations, of those installed
     config.assignment.holders_min = 0  # least holders of every expert
     config.assignment.balance = 0.0  # price of the squared distance of loads from their target
     config.assignment.diversity = 0.0  # price of holders whose label mix differs from all clients'

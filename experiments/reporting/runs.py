@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.reporting.quantities import better
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 Floats = NDArray[np.float64]
 Numbers = NDArray[Any]

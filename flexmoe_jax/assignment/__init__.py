@@ -1,15 +1,22 @@
 """Who holds which expert: problems, solvers with certificates, and policies for federated rounds.
 
-Imports neither Flax nor the other rooms of the package. Axis legend: `C` clients, `P` clients in
-this round's cohort, `E` experts.
+Imports neither Flax nor the other rooms of the package, and JAX only for `dual_assign`.
+
+Axis legend: `C` clients, `P` clients in this round's cohort, `E` experts.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from flexmoe_jax.assignment.bounds import load_bounds, update_deficit, window_deficit
-from flexmoe_jax.assignment.dual import DualSolution, dual_assign
 from flexmoe_jax.assignment.engine import ROUNDINGS, SOLVERS, solve
 from flexmoe_jax.assignment.layers import solve_layers
 from flexmoe_jax.assignment.policies import POLICIES, Policy, Request, make_policy
 from flexmoe_jax.assignment.problem import Problem, Solution
+
+if TYPE_CHECKING:
+    from flexmoe_jax.assignment.dual import DualSolution, dual_assign
 
 __all__ = [
     "POLICIES",
@@ -28,3 +35,12 @@ __all__ = [
     "update_deficit",
     "window_deficit",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what needs JAX when it is first asked for."""
+    if name not in ("DualSolution", "dual_assign"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from flexmoe_jax.assignment import dual
+
+    return getattr(dual, name)

@@ -9,10 +9,14 @@ Axis legend: `P` clients in this round's cohort, `E` experts.
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
 
 from flexmoe_jax.assignment.problem import FloatArray, IntArray
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
+
+Loads = TypeVar("Loads", bound=Any)  # numpy.ndarray or jax.Array, [E]
 
 
 def load_bounds(
@@ -69,13 +73,15 @@ def load_bounds(
 
 
 def update_deficit(
-    deficit: FloatArray,
-    load: FloatArray,
+    deficit: Loads,
+    load: Loads,
     *,
     share: FloatArray | None = None,
     decay: float = 1.0,
-) -> FloatArray:
+) -> Loads:
     """Deficit after a round: `decay · deficit + share · Σ load - load`, [E].
+
+    Takes NumPy arrays, or JAX arrays inside a jitted program.
 
     Args:
       deficit: [E] deficit before the round; zeros at the start.
@@ -89,9 +95,9 @@ def update_deficit(
     """
     if not 0.0 <= decay <= 1.0:
         raise InputError("assignment.decay", decay, "give a number from 0 to 1")
-    load = np.asarray(load, np.float64)
     owed = normalise_share(share, load.shape[0]) * load.sum()
-    return decay * np.asarray(deficit, np.float64) + owed - load
+    new: Loads = decay * deficit + owed - load
+    return new
 
 
 def window_deficit(loads: FloatArray, *, share: FloatArray | None = None) -> FloatArray:

@@ -1,4 +1,4 @@
-"""From a problem in NumPy to the compiled device functions and back.
+"""From a problem in NumPy to the compiled `dual_assign` and back.
 
 Axis legend: `C` clients, `E` experts, `F` numbers that describe a client.
 """
@@ -10,22 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flexmoe_jax.assignment.certificate import effective_bounds
 from flexmoe_jax.assignment.dual import DualSolution, dual_assign
-from flexmoe_jax.assignment.prices import ascend_prices
-from flexmoe_jax.assignment.problem import FloatArray, Problem
-
-
-def device_prices(problem: Problem) -> FloatArray:
-    """Prices [E] per unit of load from the smoothed dual."""
-    return np.asarray(_compiled()[0](*_device_inputs(problem), slots=_slots(problem)), np.float64)
+from flexmoe_jax.assignment.problem import Problem
 
 
 def run_dual(problem: Problem) -> DualSolution:
     """`dual_assign` of the problem, in single precision."""
-    return _compiled()[1](*_device_inputs(problem), slots=_slots(problem))
+    return _compiled()(*_device_inputs(problem), slots=_slots(problem))
 
 
 def _slots(problem: Problem) -> int:
@@ -50,21 +43,5 @@ def _device_inputs(problem: Problem) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> tuple[Any, Any]:
-    def prices(
-        fitness: Any,
-        capacity: Any,
-        low: Any,
-        high: Any,
-        weight: Any,
-        z: Any,
-        gamma: Any,
-        slots: int,
-    ) -> Any:
-        wide = jnp.broadcast_to(weight[:, None] if weight.ndim == 1 else weight, fitness.shape)
-        return ascend_prices(fitness, capacity, low, high, wide, z, gamma, slots).load
-
-    return (
-        jax.jit(prices, static_argnames="slots"),
-        jax.jit(dual_assign, static_argnames="slots"),
-    )
+def _compiled() -> Any:
+    return jax.jit(dual_assign, static_argnames="slots")

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flexmoe_jax.assignment.prices import Prices, ascend_prices, dual_bound, reduced_fitness
+from flexmoe_jax.assignment.prices import Prices, ascend_prices, reduced_fitness
 from flexmoe_jax.types import Array
 
 # Loads are sums of floats: a bound missed by less than this part of a weight is kept.
@@ -96,6 +97,28 @@ def dual_assign(
     value = jnp.sum(jnp.where(held, fitness, 0.0), axis=1).sum() - diversity * mix
     bound = dual_bound(fitness, capacity, low, high, weight, z, prices, slots)
     return DualSolution(held, value, bound, load, prices)
+
+
+def dual_bound(
+    fitness: Array,
+    capacity: Array,
+    load_min: Array,
+    load_max: Array,
+    load_weight: Array,
+    descriptor: Array,
+    prices: Prices,
+    slots: int | None = None,
+) -> Array:
+    """`D(λ, u)` plus what rounding may have taken from the sum: a valid upper bound, scalar."""
+    reduced = reduced_fitness(fitness, load_weight, descriptor, prices)
+    best = jax.lax.top_k(reduced, slots or reduced.shape[1])[0]
+    taken = jnp.where(jnp.arange(best.shape[1]) < capacity[:, None], best, 0.0)
+    of_clients = taken.sum(axis=1)
+    of_bounds = _price_of_bounds(prices.load, load_min, load_max)
+    magnitude = jnp.abs(taken).sum() + jnp.abs(of_bounds).sum()
+    terms = taken.shape[0] ** 0.5 + taken.shape[1]
+    error = 2 * terms * float(np.finfo(fitness.dtype).eps) * magnitude
+    return _two_level_sum(of_clients) + of_bounds.sum() + error
 
 
 def _take_top(score: Array, capacity: Array, slots: int) -> Array:
@@ -251,3 +274,16 @@ def _mend_by_paths(worth: Array, unit: Array, low: Array, high: Array, held: Arr
 
     held, _ = jax.lax.while_loop(more, follow, (held, jnp.array(True)))
     return held
+
+
+def _price_of_bounds(load: Array, load_min: Array, load_max: Array) -> Array:
+    above = jnp.where(load > 0, load_max * jnp.where(load > 0, load, 1.0), 0.0)
+    below = jnp.where(load < 0, load_min * jnp.where(load < 0, load, 1.0), 0.0)
+    return above + below
+
+
+def _two_level_sum(values: Array) -> Array:
+    """Sums blocks of about √C first, so that rounding errors grow with √C instead of C."""
+    block = max(1, int(values.shape[0] ** 0.5))
+    padded = jnp.pad(values, (0, -values.shape[0] % block))
+    return padded.reshape(-1, block).sum(axis=1).sum()

@@ -15,7 +15,6 @@ import numpy as np
 
 from flexmoe_jax.assignment.certificate import effective_bounds, price_bound
 from flexmoe_jax.assignment.columns import solve_by_columns
-from flexmoe_jax.assignment.device import device_prices, run_dual
 from flexmoe_jax.assignment.flow import solve_flow
 from flexmoe_jax.assignment.heuristics import (
     client_keys,
@@ -26,6 +25,7 @@ from flexmoe_jax.assignment.heuristics import (
 )
 from flexmoe_jax.assignment.paths import augment
 from flexmoe_jax.assignment.polish import polish
+from flexmoe_jax.assignment.prices import estimate_prices
 from flexmoe_jax.assignment.problem import (
     BoolArray,
     FloatArray,
@@ -38,7 +38,7 @@ from flexmoe_jax.assignment.problem import (
 )
 from flexmoe_jax.assignment.relaxation import solve_relaxation
 from flexmoe_jax.assignment.rounding import round_knapsack, round_shmoys_tardos
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 # Part of the relaxation's value that mending the load bounds may cost.
 _MENDING = MappingProxyType({"shmoys_tardos": 0.0, "repair": 0.01})
@@ -47,6 +47,14 @@ ROUNDINGS = tuple(_MENDING)
 _GOOD, _CLOSED = 1e-3, 1e-9
 # Pairs up to which prices from nil, or all of the relaxation's pairs, are the faster way.
 _FEW_PAIRS, _MANY_PAIRS = 2_000, 20_000
+
+
+class Options(NamedTuple):
+    """How to solve; the attributes are those of `solve`."""
+
+    rounding: str = "repair"
+    seed: int = 0
+    backend: str = "HIGHS"
 
 
 class _Answer(NamedTuple):
@@ -63,6 +71,7 @@ def solve(
     solver: str = "relaxation",
     rounding: str = "repair",
     seed: int = 0,
+    backend: str = "HIGHS",
 ) -> Solution:
     """Solves an assignment problem.
 
@@ -76,18 +85,21 @@ def solve(
         within an expert's largest single weight. `shmoys_tardos` is worth at least the
         relaxation; `repair` (the default) gives up to 1 % of it to mend load bounds.
       seed: of ties and random choices.
+      backend: which CVXPY solver the relaxation goes to: any that is installed, by CVXPY's name
+        (`cvxpy.installed_solvers()`). An interior-point or first-order solver is as good as its
+        tolerance, and the certificate says how good that was.
 
     Returns:
       The assignment with its certificate. Load bounds that cannot all hold give way, smallest
       weighted violation first, and the solution says which.
 
     Raises:
-      InputError: unknown solver or rounding, or one that does not take the problem.
+      InputError: unknown solver, rounding or backend, or one that does not take the problem.
     """
     require_name("assignment.solver", solver, SOLVERS)
     require_name("assignment.rounding", rounding, ROUNDINGS)
     begin = time.perf_counter()
-    answer = SOLVERS[solver](problem, rounding, seed)
+    answer = SOLVERS[solver](problem, Options(rounding, seed, backend))
     bound = _certify(problem, answer)
     seconds = time.perf_counter() - begin
     return make_solution(problem, answer.assignment, bound, seconds, relaxed=answer.relaxed)
@@ -115,24 +127,22 @@ def _certify(problem: Problem, answer: _Answer) -> float:
     return min(answer.bound, price_bound(problem, answer.prices, low, high))
 
 
-def _relaxation(problem: Problem, rounding: str, seed: int) -> _Answer:
-    del seed
+def _relaxation(problem: Problem, options: Options) -> _Answer:
     plain = not (problem.balance or problem.diversity or problem.expert_size is not None)
     floors = bool(np.any(problem.holders_min)) and not problem.unit
     if plain and not floors and problem.fitness.size > _MANY_PAIRS:
-        relaxed = solve_by_columns(problem, device_prices(problem))
+        relaxed = solve_by_columns(problem, estimate_prices(problem), options.backend)
     else:
-        relaxed = solve_relaxation(problem)
+        relaxed = solve_relaxation(problem, options.backend)
     if problem.expert_size is not None:
         held = round_knapsack(problem, relaxed.x)
     else:
         held = round_shmoys_tardos(problem, relaxed.x)
-    held = _polished(problem, held, relaxed.prices, relaxed.bound, rounding)
+    held = _polished(problem, held, relaxed.prices, relaxed.bound, options.rounding)
     return _Answer(held, relaxed.prices, relaxed.bound, relaxed.excess > 0)
 
 
-def _paths(problem: Problem, rounding: str, seed: int) -> _Answer:
-    del rounding, seed
+def _paths(problem: Problem, options: Options) -> _Answer:
     unit = problem.unit
     if unit is None or problem.diversity or problem.expert_size is not None:
         raise InputError(
@@ -153,7 +163,7 @@ def _paths(problem: Problem, rounding: str, seed: int) -> _Answer:
         return outside + np.rint(curve * (2 * (y - target) + 1) / quantum)
 
     few = problem.fitness.size <= _FEW_PAIRS or curve
-    prices = np.zeros(experts) if few else device_prices(problem) * unit
+    prices = np.zeros(experts) if few else estimate_prices(problem) * unit
     prices, fitness = np.rint(prices / quantum), np.rint(problem.fitness / quantum)
     load = take_top(fitness - prices, problem.capacity).sum(axis=0)
     if curve:
@@ -180,15 +190,13 @@ def _quantum(problem: Problem, curve: float) -> float:
     return max(widest * 2.0**-32, most * 2.0**-45, 1e-290)
 
 
-def _flow(problem: Problem, rounding: str, seed: int) -> _Answer:
-    del rounding, seed
+def _flow(problem: Problem, options: Options) -> _Answer:
     _require_plain(problem, "flow")
     held, bound, relaxed = solve_flow(problem)
     return _Answer(held, bound=bound, relaxed=relaxed)
 
 
-def _dual(problem: Problem, rounding: str, seed: int) -> _Answer:
-    del seed
+def _dual(problem: Problem, options: Options) -> _Answer:
     if problem.balance or problem.expert_size is not None:
         raise InputError(
             "assignment.solver", "dual", "takes no balance term and no sizes; use auto"
@@ -196,7 +204,10 @@ def _dual(problem: Problem, rounding: str, seed: int) -> _Answer:
     if np.any(problem.holders_min) and not problem.unit:
         raise InputError("assignment.solver", "dual", "takes holders_min at equal weights only")
     if problem.clients == 0:
-        return _relaxation(problem, rounding, 0)
+        return _relaxation(problem, options)
+    # JAX is loaded here alone: no other solver needs it.
+    from flexmoe_jax.assignment.device import run_dual
+
     found = run_dual(problem)
     held = np.asarray(found.assignment)
     prices = np.asarray(found.prices.load, np.float64)
@@ -204,7 +215,7 @@ def _dual(problem: Problem, rounding: str, seed: int) -> _Answer:
     bound = (
         float(found.bound) if mixed else price_bound(problem, prices, *effective_bounds(problem))
     )
-    held = _polished(problem, held, prices, bound, rounding)
+    held = _polished(problem, held, prices, bound, options.rounding)
     broken = load_violation(problem, expert_load(problem, held)).any()
     # At equal weights the paths mend whatever can be mended.
     return _Answer(held, prices, bound, bool(broken and problem.unit is not None))
@@ -223,37 +234,34 @@ def _polished(
     return polish(problem, held, prices, least)
 
 
-def _auto(problem: Problem, rounding: str, seed: int) -> _Answer:
+def _auto(problem: Problem, options: Options) -> _Answer:
     if problem.expert_size is not None:
-        return _relaxation(problem, rounding, seed)
+        return _relaxation(problem, options)
     if problem.unit is not None and not problem.diversity:
-        return _paths(problem, rounding, seed)
+        return _paths(problem, options)
     floors = bool(np.any(problem.holders_min)) and not problem.unit
     if problem.diversity and not problem.balance and not floors and problem.fitness.size > 20_000:
-        return _dual(problem, rounding, seed)
-    return _relaxation(problem, rounding, seed)
+        return _dual(problem, options)
+    return _relaxation(problem, options)
 
 
-def _greedy(problem: Problem, rounding: str, seed: int) -> _Answer:
-    del rounding
-    keys = client_keys([seed], np.arange(problem.clients), problem.experts)
+def _greedy(problem: Problem, options: Options) -> _Answer:
+    keys = client_keys([options.seed], np.arange(problem.clients), problem.experts)
     return _unpriced(problem, take_best(problem.fitness, _counts(problem, "greedy"), keys))
 
 
-def _random(problem: Problem, rounding: str, seed: int) -> _Answer:
-    del rounding
-    keys = client_keys([seed], np.arange(problem.clients), problem.experts)
+def _random(problem: Problem, options: Options) -> _Answer:
+    keys = client_keys([options.seed], np.arange(problem.clients), problem.experts)
     return _unpriced(problem, take_random(_counts(problem, "random"), keys))
 
 
-def _round_robin(problem: Problem, rounding: str, seed: int) -> _Answer:
-    del rounding, seed
+def _round_robin(problem: Problem, options: Options) -> _Answer:
     clients = np.arange(problem.clients)
     counts = _counts(problem, "round_robin")
     return _unpriced(problem, take_in_turn(counts, clients, 0, problem.experts))
 
 
-SOLVERS: MappingProxyType[str, Callable[[Problem, str, int], _Answer]] = MappingProxyType(
+SOLVERS: MappingProxyType[str, Callable[[Problem, Options], _Answer]] = MappingProxyType(
     {
         "auto": _auto,
         "dual": _dual,

@@ -25,7 +25,7 @@ import numpy as np
 
 from flexmoe_jax.assignment.certificate import effective_bounds
 from flexmoe_jax.assignment.problem import BoolArray, Problem
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 # Costs times nodes must stay within 64 bits.
 _LARGEST_SUM = 2.0**60

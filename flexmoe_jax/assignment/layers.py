@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from flexmoe_jax.assignment.engine import solve
 from flexmoe_jax.assignment.problem import TINY, Problem, Solution
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 _WORST_LAST = ("optimal", "feasible", "relaxed", "violated")
 

@@ -35,7 +35,7 @@ from flexmoe_jax.assignment.problem import (
     make_solution,
     objective,
 )
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 # Breaks ties between clients of equal fitness fairly, and is far below any fitness that matters.
 _TIE_NOISE = 1e-6
@@ -77,6 +77,7 @@ def make_policy(
     slack: float = 0.1,
     solver: str = "auto",
     rounding: str = "repair",
+    backend: str = "HIGHS",
     share: FloatArray | None = None,
     holders_min: int = 0,
     balance: float = 0.0,
@@ -89,6 +90,7 @@ def make_policy(
       slack: δ, by how much of its share an expert's load may miss its target (`flex`).
       solver: a name in `SOLVERS` (`flex`).
       rounding: a name in `ROUNDINGS` (`flex`).
+      backend: the CVXPY solver that relaxations go to, by CVXPY's name (`flex`).
       share: [E] part of the load meant for each expert (`flex`); default: the same for all.
       holders_min: least number of clients that hold each expert (`flex`).
       balance: worth of one squared unit of load off target (`flex`).
@@ -118,6 +120,7 @@ def make_policy(
             slack=slack,
             solver=solver,
             rounding=rounding,
+            backend=backend,
             share=share,
             holders_min=holders_min,
             balance=balance,
@@ -132,6 +135,7 @@ def flex(
     slack: float = 0.1,
     solver: str = "auto",
     rounding: str = "repair",
+    backend: str = "HIGHS",
     share: FloatArray | None = None,
     holders_min: int = 0,
     balance: float = 0.0,
@@ -167,6 +171,7 @@ def flex(
         solver,
         rounding,
         seed=request.seed,
+        backend=backend,
     )
     # The noise only adds fitness, so the bound holds for the true problem, too. The gap stays that
     # of the noisy one: a millionth of a pair's fitness that nobody could win is no loss.

@@ -20,10 +20,12 @@ import scipy.sparse
 
 from flexmoe_jax.assignment.certificate import effective_bounds, price_bound
 from flexmoe_jax.assignment.problem import FloatArray, IntArray, Problem
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 # Tight enough that fitness values 1e-8 apart are told apart.
 _HIGHS_OPTIONS = {"dual_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
+# Solvers that stop near the optimum: prices prove a bound even so, their optimum does not.
+_FIRST_ORDER = ("CUOPT", "OSQP", "PDLP", "SCS")
 # Pairs up to which weights may be parameters: canonical form then is 4096² numbers at most.
 _FEW_PAIRS = 4096
 # Room that a solver's rounding error needs when it must keep to the least violation.
@@ -55,7 +57,8 @@ def solve_relaxation(problem: Problem, backend: str = "HIGHS") -> Relaxed:
       backend: any CVXPY solver that is installed; HiGHS leaves quadratic terms to Clarabel.
 
     Raises:
-      InputError: the CVXPY solver is not installed.
+      InputError: the CVXPY solver is not installed or cannot solve the problem; or it is a
+        first-order one, and the problem has terms for which only its optimum proves a bound.
     """
     if backend not in _installed():
         raise InputError("assignment.backend", backend, f"give one of {', '.join(_installed())}")
@@ -67,6 +70,9 @@ def solve_relaxation(problem: Problem, backend: str = "HIGHS") -> Relaxed:
     floors = bool(np.any(problem.holders_min)) and not problem.unit
     extended = bool(problem.diversity or problem.balance) or problem.expert_size is not None
     unit = 1.0 if extended or not problem.unit else problem.unit
+    if (extended or floors) and backend in _FIRST_ORDER:
+        terms = "balance, diversity, sizes or weighted floors"
+        raise InputError("assignment.backend", backend, f"too inexact for {terms}; use HIGHS")
     weight = None
     if extended:
         program = _program(problem, floors, problem.weights.ravel(), problem)
@@ -257,7 +263,11 @@ def _run(program: Any, backend: str) -> bool:
     if backend == "HIGHS" and not program.objective.expr.is_pwl():
         # HiGHS' active-set method for quadratics can cycle for ever on degenerate problems.
         backend, options = "CLARABEL", {}
-    program.solve(solver=backend, **options)
+    try:
+        program.solve(solver=backend, **options)
+    except (cp.SolverError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError("assignment.backend", backend, f"{reason}; use HIGHS") from error
     # `infeasible_inaccurate` and `infeasible_or_unbounded` too: nothing here is unbounded.
     if program.status.startswith(cp.INFEASIBLE):
         return False

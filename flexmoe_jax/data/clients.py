@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexmoe_jax.data.sources import Dataset
-from flexmoe_jax.types import Array, InputError
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.types import Array
 
 
 @flax.struct.dataclass

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 EMBEDDED = "digits"
 

@@ -19,7 +19,7 @@ from flexmoe_jax.data.partitioners import (
     k_class,
     shards,
 )
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 PARTITIONS: dict[str, Callable[..., Partitioner]] = {
     "iid": iid,

@@ -19,7 +19,7 @@ from flexmoe_jax.data.ownership import (
     floors_for_minimum,
     parts_of,
 )
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 Partitioner = Callable[[np.ndarray, int, np.random.Generator], list[np.ndarray]]
 """(labels (M,) int, C, generator) -> C increasing int64 arrays of positions in `labels`."""

@@ -13,7 +13,7 @@ import numpy as np
 from flexmoe_jax.data import decode, layout, tfds_source
 from flexmoe_jax.data.apportion import apportion
 from flexmoe_jax.data.cache import cached, default_folder
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 _DIGITS_TEST_SHARE = 0.2
 _DIGITS_SPLIT_SEED = 0

@@ -14,7 +14,7 @@ from absl import logging
 
 from flexmoe_jax.data import decode, layout
 from flexmoe_jax.data.cache import Arrays
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 DEFAULT_IMAGE_SIZE = 32  # pixels a side, for data sets whose images vary in size
 _TEST_SPLITS = ("test", "validation")  # in order of preference

@@ -59,14 +59,14 @@ class Algorithm(NamedTuple):
     Attributes:
       init: key -> State.
       assign: (State, cohort (P,)) -> Solution for that cohort. Runs on the host.
-      plan: (State, cohort (P,), Solution) -> Plan: the arrays that `round` takes, on the host.
+      plan: (cohort (P,), Solution) -> Plan: the arrays that `round` takes, on the host.
       round: (State, ClientData, Plan) -> (State, RoundReport). Jitted; the state is donated.
       evaluate: (State, TestSet, label shares (C, Y)) -> Evaluation. Jitted.
     """
 
     init: Callable[[Key], State]
     assign: Callable[[State, np.ndarray], Solution]
-    plan: Callable[[State, np.ndarray, Solution], Plan]
+    plan: Callable[[np.ndarray, Solution], Plan]
     round: Callable[[State, ClientData, Plan], tuple[State, RoundReport]]
     evaluate: Callable[[State, TestSet, Array], Evaluation]
 
@@ -95,7 +95,7 @@ def flexmoe(
       prepare: uint8 images -> what the model takes; runs on device.
       capacity: (C,) int k_c.
       policy: who holds which experts.
-      load_model: what an assignment weighs.
+      load_model: what an assignment weighs, and what counts as given.
       local: how clients train.
       fitness: how Q is learnt.
       server: optax transform of the mean update; None for `optax.sgd(1.0)`, plain averaging.
@@ -168,19 +168,18 @@ def flexmoe(
                 clients=cohort,
                 round=int(state.round),
                 seed=seed,
-                load_weight=load_model(state, cohort),
+                load_weight=load_model.weigh(state, cohort),
                 deficit=np.asarray(state.deficit),
                 usage=known["usage"],
                 descriptor=np.asarray(data.label_share)[cohort],
             )
         )
 
-    def plan(state: State, cohort: np.ndarray, solution: Solution) -> Plan:
+    def plan(cohort: np.ndarray, solution: Solution) -> Plan:
         return make_plan(
             cohort,
             solution.assignment,
             solution.load,
-            update_deficit(np.asarray(state.deficit), solution.load, decay=deficit_decay),
             steps=steps[cohort],
             slots=slots,
             clients=clients,
@@ -211,6 +210,7 @@ def flexmoe(
         )
         pairs = plan.clients[:, None], plan.slots
         usage = state.usage.at[pairs].add(result.feedback.usage, mode="drop")
+        given = load_model.settle(plan.load, result.sums.expert_weight)
         following = State(
             key=state.key,
             round=state.round + 1,
@@ -230,7 +230,7 @@ def flexmoe(
             held_rounds=state.held_rounds.at[pairs].add(1, mode="drop"),
             usage=usage,
             load=state.load + plan.load,
-            deficit=plan.deficit,
+            deficit=update_deficit(state.deficit, given, decay=deficit_decay),
         )
         report = RoundReport(
             loss=result.loss,

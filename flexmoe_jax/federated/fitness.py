@@ -7,7 +7,8 @@ from collections.abc import Callable
 import chex
 import jax.numpy as jnp
 
-from flexmoe_jax.types import Array, Feedback, InputError
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.types import Array, Feedback
 
 Score = Callable[[Feedback], Array]
 """Feedback (..., K) -> score (..., K) of each pair, in [0, 1]; void where `usage` is 0."""

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from flexmoe_jax.types import InputError, State
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.types import Array, State
 
-LoadModel = Callable[[State, np.ndarray], np.ndarray | float]
-"""(state, cohort (P,)) -> load weight w: a scalar, (P,) or (P, E)."""
+
+class LoadModel(NamedTuple):
+    """What load is: foreseen for the assignment, and settled after the round.
+
+    Attributes:
+      weigh: (state, cohort (P,)) -> load weight w of a holder on its expert: a scalar, (P,) or
+        (P, E). Runs on the host.
+      settle: (assigned load (E,), realised usage (E,)) -> the load (E,) that the experts were
+        given, which is what their deficits are reckoned from. Runs inside the round's jit.
+    """
+
+    weigh: Callable[[State, np.ndarray], np.ndarray | float]
+    settle: Callable[[Array, Array], Array]
+
 
 LOAD_MODELS = ("clients", "samples", "usage")
 
@@ -19,7 +33,9 @@ def make_load_model(name: str, examples: np.ndarray, capacity: np.ndarray) -> Lo
 
     `clients`: every holder weighs 1. `samples`: a holder weighs the examples it trains on in a
     round. `usage`: a holder weighs the examples that it is predicted to route to the expert: the
-    mean over the rounds in which it held the expert, or an even split before the first.
+    mean over the rounds in which it held the expert, or an even split before the first. Gates are
+    free to do otherwise, so there the load given is what was used, not what was assigned: an expert
+    that its holders neglect is owed the difference.
 
     Args:
       name: one of `LOAD_MODELS`.
@@ -45,7 +61,17 @@ def make_load_model(name: str, examples: np.ndarray, capacity: np.ndarray) -> Lo
         even = (examples / np.maximum(capacity, 1))[cohort, None]
         return np.where(rounds > 0, routed / np.maximum(rounds, 1), even)
 
-    models: dict[str, LoadModel] = {"clients": clients, "samples": samples, "usage": usage}
+    def assigned_load(assigned: Array, used: Array) -> Array:
+        return assigned
+
+    def used_load(assigned: Array, used: Array) -> Array:
+        return used
+
+    models = {
+        "clients": LoadModel(clients, assigned_load),
+        "samples": LoadModel(samples, assigned_load),
+        "usage": LoadModel(usage, used_load),
+    }
     if name not in models:
         raise InputError("assignment.load", name, f"choose one of {', '.join(LOAD_MODELS)}")
     return models[name]

@@ -28,7 +28,6 @@ def make_plan(
     cohort: np.ndarray,
     assignment: np.ndarray,
     load: np.ndarray,
-    deficit: np.ndarray,
     *,
     steps: np.ndarray,
     slots: int,
@@ -44,7 +43,6 @@ def make_plan(
       cohort: (P,) client ids.
       assignment: (P, E) bool.
       load: (E,) assigned load.
-      deficit: (E,) load that each expert is owed after this round.
       steps: (P,) local steps of each client of the cohort.
       slots: K, at least the largest number of experts held.
       clients: C.
@@ -63,7 +61,6 @@ def make_plan(
         clients=jnp.asarray(plan_clients),
         slots=jnp.asarray(plan_slots),
         load=jnp.asarray(load, jnp.float32),
-        deficit=jnp.asarray(deficit, jnp.float32),
     )
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.conv import Conv, Convolution, conv_matmul
-from flexmoe_jax.types import Array, InputError
+from flexmoe_jax.types import Array
 
 
 class MLP(nn.Module):

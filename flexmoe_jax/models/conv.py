@@ -15,7 +15,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from flexmoe_jax.types import Array, InputError
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.types import Array
 
 Padding = Literal["SAME", "VALID"]
 Strides = tuple[int, int]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.optimize
 
 from flexmoe_jax.assignment import Problem, Solution, load_bounds, solve
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 # Few shapes, so that the device solver compiles few times; all instances have C ≤ 12, E ≤ 6.
 SHAPES = [(5, 3), (8, 4), (12, 6)]
@@ -205,3 +207,39 @@ def test_solvers_refuse_what_they_cannot_take() -> None:
     for solver in ("paths", "flow", "dual", "greedy", "random", "round_robin"):
         with pytest.raises(InputError, match="sizes"):
             solve(sized, solver)
+
+
+@pytest.mark.parametrize("backend", ["CLARABEL", "SCIPY", "SCS"])
+def test_any_cvxpy_solver_answers_the_same(backend: str) -> None:
+    problem = weighted_problem()
+    best, other = solve(problem, "relaxation"), solve(problem, "relaxation", backend=backend)
+    assert other.bound == pytest.approx(best.bound, rel=1e-3)
+    assert other.bound >= best.value
+    assert other.gap <= best.gap + 0.01
+
+
+def test_a_backend_that_cannot_is_refused() -> None:
+    problem = weighted_problem()
+    curved = replace(problem, balance=0.01)
+    for given, backend, remedy in (
+        (problem, "HIGH", "give one of"),
+        (curved, "SCS", "too inexact"),
+        (curved, "SCIPY", "use HIGHS"),
+    ):
+        with pytest.raises(InputError, match=f"assignment.backend={backend}: .*{remedy}"):
+            solve(given, "relaxation", backend=backend)
+
+
+def test_flow_without_or_tools_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"assignment\.solver=flow: .*flexmoe_jax\[flow\]"):
+        solve(Problem(np.eye(3), np.ones(3, int), np.zeros(3), np.ones(3)), "flow")
+
+
+def weighted_problem() -> Problem:
+    rng = np.random.default_rng(3)
+    fitness, capacity = rng.random((20, 5)), rng.integers(1, 4, 20)
+    weight = rng.integers(5, 50, 20).astype(float)
+    return Problem(
+        fitness, capacity, *load_bounds(capacity, np.zeros(5), load_weight=weight), weight
+    )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmoe_jax.assignment import POLICIES, Request, load_bounds, make_policy, update_deficit
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 
 def favouring_few(seed: int, clients: int = 20, experts: int = 8) -> np.ndarray:

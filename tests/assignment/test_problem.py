@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.assignment import Problem, solve
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 GOOD = {
     "fitness": np.full((3, 2), 0.5),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.data import Dataset, build_clients, label_counts
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 
 @pytest.fixture

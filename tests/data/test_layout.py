@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flexmoe_jax.data import layout
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 
 def prepare(folder: Path, *names: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flexmoe_jax.data import PARTITIONS, Partitioner, check, partition, skewed
 from flexmoe_jax.data.clients import label_counts
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 
 @st.composite

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmoe_jax.data import dirichlet, iid, k_class, label_counts, shards
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 
 def rng(seed: int = 0) -> np.random.Generator:

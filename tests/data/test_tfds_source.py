@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.data import load, tfds_source
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 Write = Callable[..., Path]
 Make = Callable[..., list[tuple[np.ndarray, int]]]

@@ -10,7 +10,7 @@ from experiments.build import build
 from experiments.cli import flat_fields
 from experiments.configs import base, cifar10, digits, emnist_digits
 from experiments.fields import client_capacities
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(0, 7), st.integers(0, 5))

@@ -20,7 +20,7 @@ from experiments.reporting.ink import spread, thin
 from experiments.reporting.orders import by_clients, by_label, pool
 from experiments.reporting.quantities import duration, ratio, show, size
 from experiments.reporting.runs import differing_fields, name_runs, read_run
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 C, E, Y, T = 12, 4, 3, 6

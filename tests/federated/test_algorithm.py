@@ -19,7 +19,7 @@ def run(algorithm, data, rounds=3, per_round=7, seed=0):
     for t in range(rounds):
         cohort = sample_cohort(len(CAPACITY), per_round, seed=seed, round_index=t)
         solution = algorithm.assign(state, cohort)
-        state, report = algorithm.round(state, data, algorithm.plan(state, cohort, solution))
+        state, report = algorithm.round(state, data, algorithm.plan(cohort, solution))
         reports.append((cohort, solution, jax.device_get(report)))
     return state, reports
 
@@ -41,7 +41,7 @@ def test_the_order_of_the_cohort_changes_nothing_beyond_rounding(make_algorithm,
         state = algorithm.init(jax.random.key(0))
         for _ in range(2):
             solution = algorithm.assign(state, order)
-            state, _ = algorithm.round(state, clients, algorithm.plan(state, order, solution))
+            state, _ = algorithm.round(state, clients, algorithm.plan(order, solution))
         finals.append(state)
     chex.assert_trees_all_equal(finals[0].slots, finals[1].slots)
     chex.assert_trees_all_close(finals[0].shared, finals[1].shared, atol=1e-6)
@@ -72,7 +72,7 @@ def test_one_compilation_whatever_the_cohort_and_the_assignment(make_algorithm, 
 def test_a_round_needs_no_hidden_transfer(make_algorithm, clients):
     algorithm = make_algorithm()
     state, cohort = algorithm.init(jax.random.key(0)), np.arange(7)
-    plan = algorithm.plan(state, cohort, algorithm.assign(state, cohort))
+    plan = algorithm.plan(cohort, algorithm.assign(state, cohort))
     with jax.transfer_guard("disallow"):
         state, _ = algorithm.round(state, clients, plan)
 
@@ -83,7 +83,7 @@ def test_who_sat_out_is_untouched(make_algorithm, clients):
     before = jax.device_get((state.gates, state.fitness, state.experts))
     cohort = np.array([0, 2])  # capacities 1 and 2: one expert at least is left over
     solution = algorithm.assign(state, cohort)
-    state, report = algorithm.round(state, clients, algorithm.plan(state, cohort, solution))
+    state, report = algorithm.round(state, clients, algorithm.plan(cohort, solution))
     out = np.setdiff1d(np.arange(7), cohort)
     for old, new in zip(
         jax.tree.leaves(before[0]), jax.tree.leaves(jax.device_get(state.gates)), strict=True

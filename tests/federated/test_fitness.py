@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import accuracy_score, loss_score, make_score, update_fitness
-from flexmoe_jax.types import Feedback, InputError
+from flexmoe_jax.types import Feedback
 
 
 def feedback(usage, correct, loss):

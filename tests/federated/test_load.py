@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexmoe_jax.federated import make_load_model
-from flexmoe_jax.types import InputError
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.federated import LOAD_MODELS, make_load_model
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +17,8 @@ def state(make_algorithm):
 def test_clients_and_samples(state):
     cohort, examples = np.array([0, 2]), np.array([10, 20, 30, 0, 0, 0, 0])
     capacity = np.full(7, 2)
-    assert make_load_model("clients", examples, capacity)(state, cohort) == 1.0
-    assert make_load_model("samples", examples, capacity)(state, cohort).tolist() == [10, 30]
+    assert make_load_model("clients", examples, capacity).weigh(state, cohort) == 1.0
+    assert make_load_model("samples", examples, capacity).weigh(state, cohort).tolist() == [10, 30]
 
 
 def test_usage_by_hand(state):
@@ -29,9 +29,18 @@ def test_usage_by_hand(state):
         held_rounds=jnp.zeros((7, 4), jnp.int32).at[0, 1].set(2),
     )
     model = make_load_model("usage", np.full(7, 40), np.full(7, 2))
-    assert model(state, np.array([0])).tolist() == [[20, 15, 20, 20]]
+    assert model.weigh(state, np.array([0])).tolist() == [[20, 15, 20, 20]]
 
 
 def test_unknown_model_is_refused():
     with pytest.raises(InputError, match=r"assignment\.load=bytes: choose one of clients, samples"):
         make_load_model("bytes", np.ones(1), np.ones(1))
+
+
+def test_what_was_used_is_what_usage_settles():
+    assigned, used = jnp.array([2.0, 2.0]), jnp.array([3.0, 1.0])
+    settled = {
+        name: make_load_model(name, np.ones(1), np.ones(1)).settle(assigned, used).tolist()
+        for name in LOAD_MODELS
+    }
+    assert settled == {"clients": [2, 2], "samples": [2, 2], "usage": [3, 1]}

@@ -37,7 +37,6 @@ def test_plan_by_hand():
         np.array([4, 7, 9]),
         assignment,
         np.array([2.0, 2.0, 1.0]),
-        np.zeros(3),
         steps=np.array([5, 8, 8]),
         slots=2,
         clients=10,

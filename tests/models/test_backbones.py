@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.models import conv_lax, make_backbone
-from flexmoe_jax.types import InputError
 
 
 @pytest.mark.parametrize(

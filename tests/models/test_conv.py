@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.models import Conv, conv_lax, conv_matmul, convolution
-from flexmoe_jax.types import InputError
 
 # Odd and even sizes, with a pixel left over or none; kernels below, at and above the stride.
 CASES = [
