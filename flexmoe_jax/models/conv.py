@@ -9,9 +9,11 @@ becomes a batched product. Both forms are here as plain functions with one signa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -24,11 +26,13 @@ Convolution = Callable[[Array, Array, Strides, Padding], Array]
 """(images (B, h, w, i), kernel (kh, kw, i, o), strides, padding) -> (B, h', w', o)."""
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv_matmul(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
     """2-D convolution as one matrix product.
 
     The window under every output pixel is laid out as one row, so the product with the flattened
-    kernel is the convolution. Differentiation gives two more such products.
+    kernel is the convolution. The backward pass is two more such products: of the rows with the
+    output's gradient, and of the latter with the kernel.
 
     Args:
       x: (B, h, w, i) images.
@@ -39,19 +43,56 @@ def conv_matmul(x: Array, kernel: Array, strides: Strides, padding: Padding) -> 
     Returns:
       (B, h', w', o), equal to `conv_lax` up to rounding.
     """
-    taps = kernel.shape[:2]
+    rows = _windows(x, (kernel.shape[0], kernel.shape[1]), strides, padding)
+    return rows @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _windows(x: Array, taps: tuple[int, int], strides: Strides, padding: Padding) -> Array:
+    """The window under every output pixel as one row, (B, h', w', kh*kw*i)."""
     pads = lax.padtype_to_pads(x.shape[1:3], taps, strides, padding)
     padded = jnp.pad(x, [(0, 0), *pads, (0, 0)])
     spans = [size - tap + 1 for size, tap in zip(padded.shape[1:3], taps, strict=True)]
-    columns = jnp.concatenate(
+    return jnp.concatenate(
         [
             padded[:, i : i + spans[0] : strides[0], j : j + spans[1] : strides[1], :]
             for i in range(taps[0])
             for j in range(taps[1])
         ],
         axis=-1,
-    )  # (B, h', w', kh*kw*i)
-    return columns @ kernel.reshape(-1, kernel.shape[-1])
+    )
+
+
+_Residuals = tuple[Array, Array, Array]
+
+
+def _conv_forward(
+    x: Array, kernel: Array, strides: Strides, padding: Padding
+) -> tuple[Array, _Residuals]:
+    rows = _windows(x, (kernel.shape[0], kernel.shape[1]), strides, padding)
+    # Of the images only shape and type are needed; an unused residual costs nothing.
+    return rows @ kernel.reshape(-1, kernel.shape[-1]), (x, rows, kernel)
+
+
+def _conv_backward(
+    strides: Strides, padding: Padding, residuals: _Residuals, dy: Array
+) -> tuple[Array, Array]:
+    x, rows, kernel = residuals
+    features, width = kernel.shape[-1], rows.shape[-1]
+    dy_rows = dy.reshape(-1, features)
+    # As (o, kh*kw*i), the small side first, XLA's CPU backend runs this product 1.4 times as fast.
+    # The barrier keeps the compiler from turning it round.
+    contract = (((0,), (0,)), ((), ()))
+    product = lax.dot_general(dy_rows, rows.reshape(-1, width), contract)
+    d_kernel: Array = lax.optimization_barrier(product)  # type: ignore[no-untyped-call]
+    d_rows = (dy_rows @ kernel.reshape(width, features).T).reshape(rows.shape)
+    windows = partial(
+        _windows, taps=(kernel.shape[0], kernel.shape[1]), strides=strides, padding=padding
+    )
+    (dx,) = jax.linear_transpose(windows, x)(d_rows)
+    return dx, d_kernel.T.reshape(kernel.shape)
+
+
+conv_matmul.defvjp(_conv_forward, _conv_backward)
 
 
 def conv_lax(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
