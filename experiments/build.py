@@ -72,6 +72,7 @@ def build(config: ConfigDict) -> Experiment:
         max_steps=config.local.max_steps,
         balance=config.local.balance,
         z=config.local.z,
+        tile=config.execution.tile,
     )
     capacity = client_capacities(
         config.clients.capacity, config.clients.count, config.model.experts, config.seed
@@ -81,8 +82,9 @@ def build(config: ConfigDict) -> Experiment:
     if config.assignment.load not in federated.LOAD_MODELS:
         federated.make_load_model(config.assignment.load, capacity, capacity)
 
+    mesh = federated.client_mesh(config.execution.devices)
     dataset, parts = load_partitioned(config)
-    clients = data.build_clients(dataset, parts)
+    clients = federated.replicate(data.build_clients(dataset, parts), mesh)
     steps = np.asarray(local.steps(clients.size))
     examples = np.minimum(np.asarray(clients.size) * local.epochs, steps * local.batch_size)
     algorithm = federated.flexmoe(
@@ -106,12 +108,13 @@ def build(config: ConfigDict) -> Experiment:
         deficit_decay=config.assignment.deficit_decay,
         seed=config.seed,
         block_size=config.execution.client_block_size,
+        mesh=mesh,
     )
     return Experiment(
         algorithm=algorithm,
         data=clients,
         test=federated.chunk_test_set(
-            dataset.test_images, dataset.test_labels, config.eval.batch_size
+            dataset.test_images, dataset.test_labels, config.eval.batch_size, mesh
         ),
         classes=dataset.classes,
         label_counts=data.label_counts(dataset.train_labels, parts, dataset.num_classes),

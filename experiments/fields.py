@@ -29,6 +29,8 @@ def check_numbers(config: ConfigDict) -> None:
         "seed",
         "clients.per_round",
         "execution.client_block_size",
+        "execution.devices",
+        "execution.tile",
         "local.max_steps",
         "local.momentum",
         "local.clip_norm",

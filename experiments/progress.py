@@ -28,11 +28,12 @@ class ProgressDisplay:
     Args:
       rounds: T.
       done: rounds completed before this start.
+      quiet: shows nothing, as in all processes of a run but one.
     """
 
-    def __init__(self, rounds: int, done: int) -> None:
+    def __init__(self, rounds: int, done: int, quiet: bool = False) -> None:
         """Prepares the display; nothing is shown yet."""
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._progress = Progress(
             TextColumn("[bold]round"),
             MofNCompleteColumn(),

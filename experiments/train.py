@@ -22,11 +22,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 import flexmoe_jax
 from experiments.build import Experiment, build
 from experiments.cli import read_config, run_cli
+from experiments.devices import prepare_devices
 from experiments.progress import ProgressDisplay
 from experiments.tensorboard import TensorBoard
 from experiments.workdir import Metrics, Workdir
@@ -52,8 +54,11 @@ def main(argv: list[str]) -> None:
     config = read_config(_CONFIG.value, config_flags.get_config_filename(flags.FLAGS["config"]))
     if not _WORKDIR.value:
         raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/digits")
-    workdir = Workdir(_WORKDIR.value)
+    prepare_devices(config.execution.devices)
+    workdir = Workdir(_WORKDIR.value, writes=jax.process_index() == 0)
     status = train(config, workdir)
+    if not workdir.writes:
+        return
 
     from experiments.report import write_report
 
@@ -79,7 +84,9 @@ def train(config: ConfigDict, workdir: Workdir) -> str:
     begin = time.monotonic()
     workdir.check(config)
     experiment = build(config)
-    tensorboard = TensorBoard(workdir.path / "tensorboard" if config.tensorboard else None)
+    tensorboard = TensorBoard(
+        workdir.path / "tensorboard" if config.tensorboard and workdir.writes else None
+    )
     algorithm = experiment.algorithm
     state = algorithm.init(jax.random.key(config.seed))
 
@@ -90,7 +97,8 @@ def train(config: ConfigDict, workdir: Workdir) -> str:
     done = int(state.round)
     workdir.keep_rounds(done)
     status = "finished"
-    with ProgressDisplay(config.rounds, done) as display, _interruptible() as interrupted:
+    display = ProgressDisplay(config.rounds, done, quiet=not workdir.writes)
+    with display, _interruptible() as interrupted:
         if done == config.rounds:
             display.say("all rounds are done; to train anew, delete the folder of the run")
         elif done:
@@ -105,10 +113,11 @@ def train(config: ConfigDict, workdir: Workdir) -> str:
             workdir.append(metrics)
             tensorboard.write(metrics)
             display.update(metrics)
-            last = round_index + 1 == config.rounds or bool(interrupted)
+            stop = _anywhere(bool(interrupted))
+            last = round_index + 1 == config.rounds or stop
             if last or (round_index + 1) % config.checkpoint.every == 0:
                 checkpoints.save(state)
-            if interrupted:
+            if stop:
                 status = "interrupted"
                 break
     checkpoints.close()
@@ -234,6 +243,11 @@ def environment() -> dict[str, Any]:
         },
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
+
+
+def _anywhere(here: bool) -> bool:
+    """Whether it holds in any of the run's processes, which all must do the same."""
+    return bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
 @contextmanager

@@ -27,11 +27,13 @@ class Workdir:
 
     Args:
       path: of the folder.
+      writes: False in all processes of a run but one: they read, and leave the files alone.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
         """Only remembers the path."""
         self.path = Path(path)
+        self.writes = writes
 
     def check(self, config: ConfigDict) -> None:
         """Refuses a folder that holds another experiment, or something else altogether.
@@ -66,12 +68,12 @@ class Workdir:
     def open(self, config: ConfigDict) -> None:
         """Makes the folder and writes config.json; from here on it is this experiment's."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "config.json", json.dumps(as_json(config), indent=2) + "\n")
+        self._write(self.path / "config.json", json.dumps(as_json(config), indent=2) + "\n")
 
     def keep_rounds(self, rounds_done: int) -> None:
         """Cuts metrics.jsonl back to the rounds that the newest checkpoint holds."""
         kept = [json.dumps(row) + "\n" for row in self.read() if row["round"] <= rounds_done]
-        write_atomically(self.metrics_path, "".join(kept))
+        self._write(self.metrics_path, "".join(kept))
 
     @property
     def metrics_path(self) -> Path:
@@ -80,8 +82,9 @@ class Workdir:
 
     def append(self, metrics: Metrics) -> None:
         """Adds a round to metrics.jsonl; it is on disk when this returns."""
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        if self.writes:
+            with self.metrics_path.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
 
     def read(self) -> list[Metrics]:
         """The rounds in metrics.jsonl; a last line cut off by a kill is left out."""
@@ -96,7 +99,7 @@ class Workdir:
 
     def write_summary(self, summary: Metrics) -> None:
         """Writes summary.json."""
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self._write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def summary(self) -> Metrics | None:
         """summary.json, if it is there."""
@@ -108,9 +111,15 @@ class Workdir:
 
     def write_arrays(self, **arrays: np.ndarray) -> None:
         """Writes arrays.npz."""
+        if not self.writes:
+            return
         temporary = self.path / "arrays.tmp.npz"
         np.savez_compressed(temporary, allow_pickle=False, **arrays)
         os.replace(temporary, self.path / "arrays.npz")
+
+    def _write(self, path: Path, text: str) -> None:
+        if self.writes:
+            write_atomically(path, text)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -84,7 +84,9 @@ def get_config() -> ConfigDict:
     config.fitness.optimism = 0.0  # bonus for pairs never tried
 
     config.execution = ConfigDict()
-    config.execution.client_block_size = 0  # clients side by side; 0 for automatic
+    config.execution.devices = 0  # that share a round; 0 for all (on CPU: one a core)
+    config.execution.client_block_size = 0  # clients side by side on a device; 0 for automatic
+    config.execution.tile = 0  # examples whose gradient is taken at once; 0 for automatic
 
     config.eval = ConfigDict()
     config.eval.every = 1  # rounds; the last round is always evaluated

@@ -4,7 +4,13 @@ from flexmoe_jax.federated.aggregate import Sums, add_updates, apply_sums, init_
 from flexmoe_jax.federated.algorithm import Algorithm, FitnessOptions, flexmoe
 from flexmoe_jax.federated.client import Client, ClientUpdate, LocalTraining, make_client
 from flexmoe_jax.federated.evaluate import TestSet, chunk_test_set, evaluate
-from flexmoe_jax.federated.execute import CohortResult, resolve_block_size, train_cohort
+from flexmoe_jax.federated.execute import (
+    CohortResult,
+    client_mesh,
+    replicate,
+    resolve_block_size,
+    train_cohort,
+)
 from flexmoe_jax.federated.fitness import accuracy_score, loss_score, make_score, update_fitness
 from flexmoe_jax.federated.load import LOAD_MODELS, LoadModel, make_load_model
 from flexmoe_jax.federated.participation import (
@@ -30,6 +36,7 @@ __all__ = [
     "apply_sums",
     "assignment_slots",
     "chunk_test_set",
+    "client_mesh",
     "evaluate",
     "flexmoe",
     "init_server",
@@ -39,6 +46,7 @@ __all__ = [
     "make_load_model",
     "make_plan",
     "make_score",
+    "replicate",
     "resolve_block_size",
     "sample_cohort",
     "slots_assignment",

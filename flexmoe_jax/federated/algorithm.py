@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax.assignment import Policy, Request, Solution, update_deficit
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.federated.aggregate import apply_sums, init_server
 from flexmoe_jax.federated.client import LocalTraining, make_client
 from flexmoe_jax.federated.evaluate import TestSet, evaluate
-from flexmoe_jax.federated.execute import resolve_block_size, train_cohort
+from flexmoe_jax.federated.execute import client_mesh, replicate, resolve_block_size, train_cohort
 from flexmoe_jax.federated.fitness import Score, accuracy_score, update_fitness
 from flexmoe_jax.federated.load import LoadModel
 from flexmoe_jax.federated.participation import make_plan
@@ -85,6 +86,7 @@ def flexmoe(
     deficit_decay: float = 1.0,
     seed: int = 0,
     block_size: int = 0,
+    mesh: Mesh | None = None,
 ) -> Algorithm:
     """Builds the federation of a mixture-of-experts classifier.
 
@@ -101,12 +103,16 @@ def flexmoe(
       server: optax transform of the mean update; None for `optax.sgd(1.0)`, plain averaging.
       deficit_decay: how much of an expert's deficit lasts from round to round, in [0, 1].
       seed: of the policy's ties and draws.
-      block_size: clients side by side; 0 for automatic.
+      block_size: clients side by side on a device; 0 for automatic.
+      mesh: the devices that share a cohort, from `client_mesh`; None for one. Give `round` and
+        `evaluate` arrays that `replicate` has put there.
 
     Returns:
       The algorithm.
     """
     server = server or optax.sgd(1.0)
+    mesh = mesh or client_mesh(1)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     clients, experts = len(capacity), model.experts
     slots = int(capacity.max())
     steps = np.asarray(local.steps(data.size))
@@ -126,13 +132,15 @@ def flexmoe(
         outputs: Any = client_model.apply(variables, shared_features, held, method="classify")
         return outputs[0]
 
-    @jax.jit
+    # On the host: a compiled program may not close over what other processes hold.
+    image = np.asarray(data.images.addressable_data(0)[:1])
+
+    @partial(jax.jit, out_shardings=everywhere)
     def init(key: Key) -> State:
         held = jnp.ones(experts, bool)
         model_key, gate_key = jax.random.split(key)
-        image = prepare(data.images[:1])
-        params = split_params(model.init(model_key, image, held)["params"])
-        example = features(params.shared, data.images[:1])
+        params = split_params(model.init(model_key, prepare(jnp.asarray(image)), held)["params"])
+        example = features(params.shared, jnp.asarray(image))
 
         def init_gate(client: Array) -> PyTree:
             own = jax.random.fold_in(gate_key, client)
@@ -176,21 +184,23 @@ def flexmoe(
         )
 
     def plan(cohort: np.ndarray, solution: Solution) -> Plan:
-        return make_plan(
+        laid_out = make_plan(
             cohort,
             solution.assignment,
             solution.load,
             steps=steps[cohort],
             slots=slots,
             clients=clients,
-            block_size=resolve_block_size(block_size, len(cohort)),
+            block_size=resolve_block_size(block_size, len(cohort), mesh.size),
+            devices=mesh.size,
         )
+        return replicate(laid_out, mesh)
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def run_round(state: State, data: ClientData, plan: Plan) -> tuple[State, RoundReport]:
         key = jax.random.fold_in(state.key, state.round)
         result = train_cohort(
-            make_client(apply, local, data),
+            partial(make_client, apply, local),
             local,
             data,
             state.shared,
@@ -198,7 +208,8 @@ def flexmoe(
             state.gates,
             plan,
             key,
-            resolve_block_size(block_size, plan.clients.shape[0]),
+            resolve_block_size(block_size, plan.clients.shape[0], mesh.size),
+            mesh,
         )
         aggregated = apply_sums(
             server,
@@ -240,9 +251,9 @@ def flexmoe(
         return following, report
 
     return Algorithm(
-        init=init,
+        init=lambda key: init(replicate(key, mesh)),
         assign=assign,
         plan=plan,
         round=run_round,
-        evaluate=jax.jit(partial(evaluate, features, classify)),
+        evaluate=jax.jit(partial(evaluate, features, classify, mesh), out_shardings=everywhere),
     )

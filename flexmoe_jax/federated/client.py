@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.models import Routing, balance_loss, router_z_loss
@@ -18,6 +19,10 @@ from flexmoe_jax.types import Array, Feedback, Key, Params, PyTree
 
 Apply = Callable[[Params, Array, Array], tuple[Array, Routing]]
 """(params, uint8 images (B, ...), held (K,)) -> class logits (B, Y) and routing."""
+
+
+# Examples whose activations in a small convolutional network stay in a core's cache.
+_CACHED = 16
 
 
 class LocalTraining(NamedTuple):
@@ -30,6 +35,9 @@ class LocalTraining(NamedTuple):
       max_steps: cap on the local steps of a round; 0 for none.
       balance: weight of the Switch-style balance loss over the experts held.
       z: weight of the router z-loss.
+      tile: examples whose gradient is taken at once, to stay in cache; the batch's gradient is the
+        sum over its tiles. 0 for automatic: 16 on CPU, the batch elsewhere. With a balance loss, it
+        is always the batch, over which that loss is defined.
     """
 
     optimizer: optax.GradientTransformation
@@ -38,6 +46,14 @@ class LocalTraining(NamedTuple):
     max_steps: int = 0
     balance: float = 0.0
     z: float = 0.0
+    tile: int = 0
+
+    def tiles(self) -> int:
+        """Number of equal tiles of a batch: as few as make none larger than asked for."""
+        automatic = _CACHED if jax.default_backend() == "cpu" else self.batch_size
+        most = self.batch_size if self.balance else self.tile or automatic
+        tiles = -(-self.batch_size // most)
+        return next(n for n in range(tiles, self.batch_size + 1) if self.batch_size % n == 0)
 
     def steps(self, size: Array) -> Array:
         """Local steps of a round for a client of `size` examples, elementwise, int32."""
@@ -131,6 +147,23 @@ def make_client(apply: Apply, local: LocalTraining, data: ClientData) -> Client:
             loss += local.z * router_z_loss(routing, held, valid)
         return loss, (losses, logits.argmax(axis=-1) == labels, routing.selected)
 
+    def gradient(params: Params, batch: tuple[Array, ...], held: Array) -> tuple[PyTree, tuple]:
+        """Gradient of the batch's mean loss, a tile of its examples at a time."""
+        take = jax.grad(objective, has_aux=True)
+        tiles = local.tiles()
+        if tiles == 1:
+            return take(params, *batch, held)
+        cut = jax.tree.map(lambda x: x.reshape(tiles, -1, *x.shape[1:]), batch)
+        count = jnp.maximum(batch[2].sum(), 1.0)
+
+        def add(total: PyTree, tile: tuple[Array, ...]) -> tuple[PyTree, tuple]:
+            part, seen = take(params, *tile, held)
+            weight = tile[2].sum() / count
+            return jax.tree.map(lambda t, g: t + weight * g, total, part), seen
+
+        total, seen = lax.scan(add, jax.tree.map(jnp.zeros_like, params), cut)
+        return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
+
     def step(state: ClientState, index: Array, size: Array, held: Array, t: Array) -> ClientState:
         per_epoch = local.steps_per_epoch(size)
         epoch, batch = t // per_epoch, t % per_epoch
@@ -138,10 +171,10 @@ def make_client(apply: Apply, local: LocalTraining, data: ClientData) -> Client:
         rows = index[state.order[epoch, jnp.minimum(place, index.shape[0] - 1)]]
         valid = (place < size).astype(jnp.float32)
 
-        gradient, (losses, correct, selected) = jax.grad(objective, has_aux=True)(
-            state.params, data.images[rows], data.labels[rows], valid, held
+        slope, (losses, correct, selected) = gradient(
+            state.params, (data.images[rows], data.labels[rows], valid), held
         )
-        updates, optimizer = local.optimizer.update(gradient, state.optimizer, state.params)
+        updates, optimizer = local.optimizer.update(slope, state.optimizer, state.params)
         routed = selected * valid[:, None]  # (B, K)
         stepped = ClientState(
             params=optax.apply_updates(state.params, updates),

@@ -1,21 +1,30 @@
-"""Runs a cohort: blocks of clients side by side, blocks one after the other, sums in between.
+"""Runs a cohort: devices share its blocks of clients, and a block's clients run side by side.
 
-How many clients run side by side decides speed alone. On a CPU one client at a time keeps its
-activations in cache; on an accelerator the mapped client axis is what fills the chip.
+A device takes its blocks one after the other and keeps a running sum; the sums of all devices are
+added at the end. How many devices there are and how many clients run side by side decides speed
+alone. On a CPU one client at a time keeps its activations in cache; on an accelerator the mapped
+client axis is what fills the chip.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax.data import ClientData
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated.aggregate import Sums, add_updates, init_sums
 from flexmoe_jax.federated.client import Client, LocalTraining
 from flexmoe_jax.types import Array, Feedback, Key, Params, Plan, PyTree
+
+AXIS = "clients"
+"""The mesh axis over which devices share a cohort."""
 
 
 class CohortResult(NamedTuple):
@@ -36,17 +45,35 @@ class CohortResult(NamedTuple):
     examples: Array
 
 
-def resolve_block_size(block_size: int, cohort: int) -> int:
-    """Turns 0 (automatic) into a number, and cuts it to the cohort.
+def client_mesh(devices: int = 0) -> Mesh:
+    """A mesh of this many devices, over all processes; 0 for all there are.
 
-    Automatic is 1 on CPU and the whole cohort, up to 64 clients, elsewhere.
+    Raises:
+      InputError: there are fewer.
+    """
+    there = jax.device_count()
+    if not 0 <= devices <= there:
+        raise InputError("execution.devices", devices, f"give 0 (all) to {there}")
+    chosen = jax.devices()[: devices or there]
+    return jax.make_mesh((len(chosen),), (AXIS,), (AxisType.Auto,), devices=chosen)
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Puts a whole copy of every array on each device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def resolve_block_size(block_size: int, cohort: int, devices: int = 1) -> int:
+    """Turns 0 (automatic) into a number, and cuts it to a device's share of the cohort.
+
+    Automatic is 1 on CPU and the device's whole share, up to 64 clients, elsewhere.
     """
     automatic = 1 if jax.default_backend() == "cpu" else 64
-    return min(block_size or automatic, cohort)
+    return min(block_size or automatic, -(-cohort // devices))
 
 
 def train_cohort(
-    client: Client,
+    make_client: Callable[[ClientData], Client],
     local: LocalTraining,
     data: ClientData,
     shared: PyTree,
@@ -55,54 +82,73 @@ def train_cohort(
     plan: Plan,
     key: Key,
     block_size: int,
+    mesh: Mesh,
 ) -> CohortResult:
     """Trains every client of the plan and aggregates while it goes.
 
     Args:
-      client: local training.
+      make_client: builds the local training of a client that draws from the data.
       local: its settings.
       data: all clients' examples.
       shared: ψ.
       experts: θ, leaves (E, ...).
       gates: φ, leaves (C, E, ...).
-      plan: cohort and slots, P a multiple of `block_size`.
+      plan: cohort and slots, P a multiple of `block_size` times the number of devices.
       key: the round's key; each client folds its own id into it.
-      block_size: clients side by side.
+      block_size: clients side by side on a device.
+      mesh: devices that share the cohort, along its axis `AXIS`.
 
     Returns:
       The result; padding has zero examples and zero usage.
     """
-    clients_total, experts_total = data.size.shape[0], jax.tree.leaves(experts)[0].shape[0]
 
-    def train_block(sums: Sums, block: tuple[Array, Array]) -> tuple[Sums, tuple]:
-        clients, slots = block  # (p,), (p, K)
-        held = slots < experts_total
-        index = jnp.take(data.index, clients, axis=0, mode="clip")
-        size = jnp.where(
-            clients < clients_total, jnp.take(data.size, clients, axis=0, mode="clip"), 0
-        )
-        start = Params(
-            shared=jax.tree.map(lambda x: jnp.broadcast_to(x, (*clients.shape, *x.shape)), shared),
-            experts=take_slots(experts, slots),
-            gate=jax.tree.map(lambda g: _take_pairs(g, clients, slots), gates),
-        )
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, clients)
-        state = jax.vmap(client.init)(start, size, keys)
-        steps = local.steps(size).max()
-        train = jax.vmap(client.step, (0, 0, 0, 0, None))
-        state = lax.fori_loop(0, steps, lambda t, s: train(s, index, size, held, t), state)
-        update = jax.vmap(client.final)(start, state)
-        sums = add_updates(
-            sums, update.shared, update.experts, slots, update.examples, update.feedback.usage
-        )
-        return sums, (update.gate, update.feedback, update.loss, update.examples)
-
-    blocks = jax.tree.map(
-        lambda x: x.reshape(-1, block_size, *x.shape[1:]), (plan.clients, plan.slots)
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(AXIS), PartitionSpec()),
+        out_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+        check_vma=False,
     )
-    sums, outputs = lax.scan(train_block, init_sums(shared, experts), blocks)
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
-    return CohortResult(sums, *flat)
+    def train_share(
+        share: tuple[Array, Array], known: tuple[ClientData, PyTree, PyTree, PyTree, Key]
+    ) -> tuple[Sums, tuple]:
+        data, shared, experts, gates, key = known
+        client = make_client(data)
+        clients_total, experts_total = data.size.shape[0], jax.tree.leaves(experts)[0].shape[0]
+
+        def train_block(sums: Sums, block: tuple[Array, Array]) -> tuple[Sums, tuple]:
+            clients, slots = block  # (p,), (p, K)
+            held = slots < experts_total
+            index = jnp.take(data.index, clients, axis=0, mode="clip")
+            size = jnp.where(
+                clients < clients_total, jnp.take(data.size, clients, axis=0, mode="clip"), 0
+            )
+            start = Params(
+                shared=jax.tree.map(
+                    lambda x: jnp.broadcast_to(x, (*clients.shape, *x.shape)), shared
+                ),
+                experts=take_slots(experts, slots),
+                gate=jax.tree.map(lambda g: _take_pairs(g, clients, slots), gates),
+            )
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, clients)
+            state = jax.vmap(client.init)(start, size, keys)
+            steps = local.steps(size).max()
+            train = jax.vmap(client.step, (0, 0, 0, 0, None))
+            state = lax.fori_loop(0, steps, lambda t, s: train(s, index, size, held, t), state)
+            update = jax.vmap(client.final)(start, state)
+            sums = add_updates(
+                sums, update.shared, update.experts, slots, update.examples, update.feedback.usage
+            )
+            return sums, (update.gate, update.feedback, update.loss, update.examples)
+
+        blocks = jax.tree.map(lambda x: x.reshape(-1, block_size, *x.shape[1:]), share)
+        sums, outputs = lax.scan(train_block, init_sums(shared, experts), blocks)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+        return lax.psum(sums, AXIS), flat
+
+    known = data, shared, experts, gates, key
+    sums, outputs = train_share((plan.clients, plan.slots), known)
+    return CohortResult(sums, *outputs)
 
 
 def take_slots(stack: PyTree, slots: Array) -> PyTree:

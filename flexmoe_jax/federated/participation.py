@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+from typing import cast
+
 import numpy as np
 
-from flexmoe_jax.types import Plan
+from flexmoe_jax.types import Array, Plan
 
 
 def sample_cohort(clients: int, per_round: int, *, seed: int, round_index: int) -> np.ndarray:
@@ -33,11 +34,13 @@ def make_plan(
     slots: int,
     clients: int,
     block_size: int,
+    devices: int = 1,
 ) -> Plan:
     """Lays a cohort and its assignment out for training.
 
     Clients are put in order of their local steps, longest first, so that those side by side finish
-    together, and padded to whole blocks.
+    together, padded to whole blocks, and the blocks dealt out to the devices in turn, so that each
+    has as much to do as the next.
 
     Args:
       cohort: (P,) client ids.
@@ -46,22 +49,21 @@ def make_plan(
       steps: (P,) local steps of each client of the cohort.
       slots: K, at least the largest number of experts held.
       clients: C.
-      block_size: clients side by side.
+      block_size: clients side by side on a device.
+      devices: how many share the cohort; each gets an equal run of the plan's rows.
 
     Returns:
-      The plan, on the device, with P rounded up to a multiple of `block_size`.
+      The plan in NumPy arrays, with P rounded up to a multiple of `block_size · devices`.
     """
     order = np.lexsort((cohort, -steps))
-    padded = -(-len(cohort) // block_size) * block_size
+    padded = -(-len(cohort) // (block_size * devices)) * block_size * devices
     plan_clients = np.full(padded, clients, np.int32)
     plan_clients[: len(cohort)] = cohort[order]
     plan_slots = np.full((padded, slots), assignment.shape[1], np.int32)
     plan_slots[: len(cohort)] = assignment_slots(assignment[order], slots)
-    return Plan(
-        clients=jnp.asarray(plan_clients),
-        slots=jnp.asarray(plan_slots),
-        load=jnp.asarray(load, jnp.float32),
-    )
+    dealt = np.arange(padded).reshape(-1, devices, block_size).swapaxes(0, 1).ravel()
+    parts = plan_clients[dealt], plan_slots[dealt], np.asarray(load, np.float32)
+    return Plan(*(cast(Array, part) for part in parts))
 
 
 def assignment_slots(assignment: np.ndarray, slots: int) -> np.ndarray:

@@ -83,7 +83,7 @@ def _conv_backward(
     # The barrier keeps the compiler from turning it round.
     contract = (((0,), (0,)), ((), ()))
     product = lax.dot_general(dy_rows, rows.reshape(-1, width), contract)
-    d_kernel: Array = lax.optimization_barrier(product)  # type: ignore[no-untyped-call]
+    d_kernel: Array = lax.optimization_barrier(product)
     d_rows = (dy_rows @ kernel.reshape(width, features).T).reshape(rows.shape)
     windows = partial(
         _windows, taps=(kernel.shape[0], kernel.shape[1]), strides=strides, padding=padding
