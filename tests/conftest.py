@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Many tests compile the same programs, some of them in processes of their own.
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis
 import jax
@@ -14,6 +19,8 @@ from flexmoe_jax import data
 
 # Unit tests compile far more than they compute; the launcher's tests run with all optimisations.
 jax.config.update("jax_disable_most_optimizations", True)
+# Nothing runs on more than one of them unless its mesh says so.
+jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("default")
 

@@ -32,6 +32,7 @@ def record() -> list[dict]:
     config = digits.get_config()
     config.model.backbone = "mlp"
     config.clients.per_round = 12
+    config.execution.devices = 1
     experiment = build(config)
     state = experiment.algorithm.init(jax.random.key(config.seed))
     rounds = []

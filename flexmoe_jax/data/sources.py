@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def load(
         accept(classes, min(train_limit or examples, examples))
 
     if name == layout.EMBEDDED:
-        whole = _digits(image_size)
+        whole = _digits(image_size, cache_dir)
     else:
         whole = _prepared(name, data_dir, image_size, download, cache_dir, accept_limited)
     accept_limited(whole.num_classes, len(whole.train_labels))
@@ -142,15 +143,22 @@ def stratified_sample(
     return np.sort(np.concatenate(chosen))
 
 
-def _digits(image_size: int) -> Dataset:
+def _digits(image_size: int, cache_dir: str | os.PathLike[str] | None) -> Dataset:
     """The embedded data set: (8, 8, 1) images whose grey levels 0..16 become 0..255."""
-    from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    def read() -> dict[str, np.ndarray]:
+        # Loading scikit-learn takes longer than all else that a launch loads: once is enough.
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+        return {"images": images, "labels": bunch.target.astype(np.int32)}
+
+    folder = Path(os.path.expanduser(cache_dir)) if cache_dir else default_folder()
+    kept = cached(folder / "digits.npz", f"scikit-learn {version('scikit-learn')}", read)
+    images, labels = kept["images"], kept["labels"]
     if image_size:
         images = np.stack([decode.resize(image, image_size, image_size) for image in images])
-    labels = bunch.target.astype(np.int32)
     is_test = np.zeros(len(labels), bool)
     test_count = round(_DIGITS_TEST_SHARE * len(labels))
     # The run's seed has no part in the split: results on digits compare across seeds.
@@ -161,7 +169,7 @@ def _digits(image_size: int) -> Dataset:
         train_labels=labels[~is_test],
         test_images=images[is_test],
         test_labels=labels[is_test],
-        classes=tuple(str(y) for y in bunch.target_names),
+        classes=tuple(str(y) for y in range(10)),
     )
 
 

@@ -59,7 +59,12 @@ def client_mesh(devices: int = 0) -> Mesh:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Puts a whole copy of every array on each device of the mesh."""
+    """Puts a whole copy of every array on each device of the mesh.
+
+    Of several processes each hands over its own copy, which must be equal to the others'.
+    """
+    if jax.process_count() > 1:
+        tree = jax.device_get(tree)
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 

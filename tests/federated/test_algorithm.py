@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from flexmoe_jax import models
+from flexmoe_jax import federated, models
 from flexmoe_jax.assignment import make_policy
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import FitnessOptions, LocalTraining, sample_cohort, slots_assignment
 from flexmoe_jax.metrics import round_bytes, tree_bytes
 from tests.federated.conftest import CAPACITY, EXPERTS, prepare
@@ -32,6 +33,34 @@ def test_block_size_changes_nothing_beyond_rounding(make_algorithm, clients):
             chex.assert_trees_all_close(
                 getattr(states[0], name), getattr(other, name), atol=1e-5, rtol=1e-5
             )
+
+
+@pytest.fixture(scope="module")
+def alone(make_algorithm, clients):
+    return run(make_algorithm(block_size=1), clients)[0]
+
+
+@pytest.mark.parametrize(("devices", "block_size"), [(2, 2), (4, 1), (8, 1)])
+def test_devices_change_nothing_beyond_rounding(
+    make_algorithm, clients, alone, devices, block_size
+):
+    mesh = federated.client_mesh(devices)
+    shared = run(
+        make_algorithm(block_size=block_size, mesh=mesh), federated.replicate(clients, mesh)
+    )[0]
+    chex.assert_trees_all_equal(alone.slots, shared.slots)
+    for name in ("shared", "experts", "gates", "fitness", "usage", "load"):
+        chex.assert_trees_all_close(
+            jax.device_get(getattr(alone, name)),
+            jax.device_get(getattr(shared, name)),
+            atol=1e-5,
+            rtol=1e-5,
+        )
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(InputError, match=r"execution.devices=9: give 0 \(all\) to 8"):
+        federated.client_mesh(9)
 
 
 def test_the_order_of_the_cohort_changes_nothing_beyond_rounding(make_algorithm, clients):

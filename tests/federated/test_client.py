@@ -117,3 +117,22 @@ def test_training_lowers_the_loss(clients, start):
         return optax.softmax_cross_entropy_with_integer_labels(logits, clients.labels[rows]).mean()
 
     assert loss(trained) < 0.5 * loss(start)
+
+
+def test_tiles_change_nothing_beyond_rounding(clients, start):
+    updates = []
+    for tile in (12, 4, 3):
+        local = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=12, z=0.1, tile=tile)
+        client = make_client(apply, local, clients)
+        # 20 examples: the last batch of each epoch is part padding, and so are its tiles.
+        updates.append(train(client, start, local, clients.index[0], 20, [True, True]))
+    for other in updates[1:]:
+        chex.assert_trees_all_close(updates[0], other, atol=1e-5, rtol=1e-5)
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_tiles_are_equal_and_no_larger_than_asked_for(batch, most):
+    tiles = LocalTraining(optax.sgd(0.1), batch_size=batch, tile=most).tiles()
+    assert batch % tiles == 0
+    assert batch // tiles <= most
+    assert LocalTraining(optax.sgd(0.1), batch_size=batch, tile=most, balance=0.1).tiles() == 1

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexmoe_jax import federated
 from flexmoe_jax.federated import chunk_test_set
 from flexmoe_jax.metrics import accuracies
 
@@ -22,6 +24,20 @@ def test_chunks_keep_every_example_once():
     test = chunk_test_set(images, np.arange(7), batch_size=3)
     assert test.labels.tolist() == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
     assert (np.asarray(test.images).reshape(9, 2, 2, 1)[:7] == images).all()
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_devices_share_the_images(make_algorithm, federation, clients, digits, devices):
+    algorithm, state = federation
+    mesh = federated.client_mesh(devices)
+    images, labels = digits.test_images[:37], digits.test_labels[:37]
+    alone = algorithm.evaluate(state, chunk_test_set(images, labels, 20), clients.label_share)
+    shared = make_algorithm(mesh=mesh).evaluate(
+        federated.replicate(state, mesh),
+        chunk_test_set(images, labels, 20, mesh),
+        federated.replicate(clients.label_share, mesh),
+    )
+    chex.assert_trees_all_close(jax.device_get(alone), jax.device_get(shared), atol=1e-6)
 
 
 def test_against_a_plain_loop(federation, clients, digits):

@@ -1,0 +1,77 @@
+"""One run over several processes, as on several hosts; here they talk over the loopback."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.experiments.test_train import ROOT, SMALL, command, rows
+
+TWO_ROUNDS = (*SMALL, "--config.rounds=2", "--config.eval.every=1")
+
+
+def launch_together(count: int, workdir: Path, *arguments: str) -> list[tuple[int, str]]:
+    """Exit code and stderr of each of the processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    together = (f"--coordinator=localhost:{port}", f"--process_count={count}")
+    processes = [
+        subprocess.Popen(
+            command(f"--workdir={workdir}", *arguments, *together, f"--process_id={number}"),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+    subprocess.run(
+        command(f"--workdir={tmp_path / 'one'}", *TWO_ROUNDS, "--config.execution.devices=1"),
+        cwd=ROOT,
+        check=True,
+        timeout=120,
+    )
+    # Two devices in each: four in all, for a cohort of four clients.
+    ended = launch_together(2, tmp_path / "two", *TWO_ROUNDS, "--config.execution.devices=4")
+    assert [code for code, _ in ended] == [0, 0], ended
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [row["round"] for row in two] == [1, 2]
+    for alone, together in zip(one, two, strict=True):
+        for key in ("train/loss", "eval/global_accuracy", "eval/server_accuracy"):
+            assert together[key] == pytest.approx(alone[key], abs=1e-4)
+        assert together["load/assigned"] == alone["load/assigned"]
+        assert together["load/usage"] == pytest.approx(alone["load/usage"])
+    assert (tmp_path / "two" / "checkpoints" / "2").is_dir()
+    assert (tmp_path / "two" / "report" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--process_id=0",), "--coordinator=None: give all of"),
+        (
+            ("--coordinator=localhost:1", "--process_count=2", "--process_id=2"),
+            "--process_id=2: give 0 to 1",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit_together(tmp_path: Path, flags: tuple[str, ...], line: str) -> None:
+    ended = subprocess.run(
+        command(f"--workdir={tmp_path / 'run'}", *flags),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert line in ended.stderr
+    assert not (tmp_path / "run").exists()
