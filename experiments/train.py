@@ -103,23 +103,22 @@ def train(config: ConfigDict, workdir: Workdir) -> str:
             display.say("all rounds are done; to train anew, delete the folder of the run")
         elif done:
             display.say(f"continuing after round {done} of {config.rounds}")
-        for round_index in range(done, config.rounds):
-            try:
-                state, metrics = run_round(config, experiment, state, round_index)
-            except DivergedError as error:
-                status = "diverged"
-                display.say(str(error))
-                break
-            workdir.append(metrics)
-            tensorboard.write(metrics)
-            display.update(metrics)
-            stop = _anywhere(bool(interrupted))
-            last = round_index + 1 == config.rounds or stop
-            if last or (round_index + 1) % config.checkpoint.every == 0:
-                checkpoints.save(state)
-            if stop:
-                status = "interrupted"
-                break
+        rounds = run_rounds(config, experiment, state, done)
+        try:
+            for state, metrics in rounds:
+                workdir.append(metrics)
+                tensorboard.write(metrics)
+                display.update(metrics)
+                stop = _anywhere(bool(interrupted))
+                last = metrics["round"] == config.rounds or stop
+                if last or metrics["round"] % config.checkpoint.every == 0:
+                    checkpoints.save(state)
+                if stop:
+                    status = "interrupted"
+                    break
+        except DivergedError as error:
+            status = "diverged"
+            display.say(str(error))
     checkpoints.close()
     tensorboard.close()
     if status != "diverged":
@@ -136,38 +135,54 @@ def train(config: ConfigDict, workdir: Workdir) -> str:
     return status
 
 
-def run_round(
-    config: ConfigDict, experiment: Experiment, state: State, round_index: int
-) -> tuple[State, Metrics]:
-    """Assigns, trains, and evaluates where the config asks for it.
+def run_rounds(
+    config: ConfigDict, experiment: Experiment, state: State, first: int = 0
+) -> Iterator[tuple[State, Metrics]]:
+    """Runs rounds from number `first` (from 0) to the last, one each time the next is asked for.
 
-    Returns:
-      The new state, and the round's line of metrics.jsonl.
+    While the device evaluates a round, the host assigns the experts of the next.
+
+    Yields:
+      The new state, which the next round consumes, and the round's line of metrics.jsonl.
 
     Raises:
       DivergedError: a client's loss is not a number.
     """
     algorithm = experiment.algorithm
-    begin = time.monotonic()
-    cohort = sample_cohort(
-        config.clients.count, experiment.per_round, seed=config.seed, round_index=round_index
-    )
-    solution = algorithm.assign(state, cohort)
-    plan = algorithm.plan(cohort, solution)
-    state, report = algorithm.round(state, experiment.data, plan)
-    report = jax.device_get(report)
-    seconds = time.monotonic() - begin
-    check_finite(report, np.asarray(plan.clients), round_index, config.local.learning_rate)
-    metrics: Metrics = {
-        "round": round_index + 1,
-        **round_metrics(state, solution, report),
-        "time/round_seconds": seconds,
-        "time/train_examples_per_second": float(report.examples.sum()) / seconds,
-    }
-    if (round_index + 1) % config.eval.every == 0 or round_index + 1 == config.rounds:
-        share = experiment.data.label_share
-        metrics |= accuracies(algorithm.evaluate(state, experiment.test, share))
-    return state, metrics
+
+    def assign(state: State, round_index: int) -> tuple[np.ndarray, Solution]:
+        cohort = sample_cohort(
+            config.clients.count, experiment.per_round, seed=config.seed, round_index=round_index
+        )
+        return cohort, algorithm.assign(state, cohort)
+
+    ahead = assign(state, first) if first < config.rounds else None
+    for round_index in range(first, config.rounds):
+        assert ahead is not None
+        cohort, solution = ahead
+        begin = time.monotonic()
+        plan = algorithm.plan(cohort, solution)
+        clients = np.asarray(plan.clients)
+        state, report = algorithm.round(state, experiment.data, plan)
+        report = jax.device_get(report)
+        seconds = solution.seconds + time.monotonic() - begin
+        check_finite(report, clients, round_index, config.local.learning_rate)
+        last = round_index + 1 == config.rounds
+        evaluation = None
+        if (round_index + 1) % config.eval.every == 0 or last:
+            share = experiment.data.label_share
+            evaluation = algorithm.evaluate(state, experiment.test, share)
+        ahead = None if last else assign(state, round_index + 1)
+        yield (
+            state,
+            {
+                "round": round_index + 1,
+                **round_metrics(state, solution, report),
+                "time/round_seconds": seconds,
+                "time/train_examples_per_second": float(report.examples.sum()) / seconds,
+                **(accuracies(evaluation) if evaluation else {}),
+            },
+        )
 
 
 def round_metrics(state: State, solution: Solution, report: RoundReport) -> Metrics:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from experiments.build import build
 from experiments.configs import digits
-from experiments.train import run_round
+from experiments.train import run_rounds
 
 GOLDEN = Path(__file__).parent / "golden" / "digits.json"
 FIGURES = (
@@ -35,11 +36,8 @@ def record() -> list[dict]:
     config.execution.devices = 1
     experiment = build(config)
     state = experiment.algorithm.init(jax.random.key(config.seed))
-    rounds = []
-    for index in range(3):
-        state, metrics = run_round(config, experiment, state, index)
-        rounds.append({key: metrics[key] for key in FIGURES})
-    return rounds
+    rounds = itertools.islice(run_rounds(config, experiment, state), 3)
+    return [{key: metrics[key] for key in FIGURES} for _, metrics in rounds]
 
 
 def test_rounds_are_as_recorded():

@@ -1,7 +1,7 @@
 """Federated training: the algorithm and the pure functions it is made of."""
 
 from flexmoe_jax.federated.aggregate import Sums, add_updates, apply_sums, init_server, init_sums
-from flexmoe_jax.federated.algorithm import Algorithm, FitnessOptions, flexmoe
+from flexmoe_jax.federated.algorithm import Algorithm, FitnessOptions, Setting, flexmoe
 from flexmoe_jax.federated.client import Client, ClientUpdate, LocalTraining, make_client
 from flexmoe_jax.federated.evaluate import TestSet, chunk_test_set, evaluate
 from flexmoe_jax.federated.execute import (
@@ -13,6 +13,7 @@ from flexmoe_jax.federated.execute import (
 )
 from flexmoe_jax.federated.fitness import accuracy_score, loss_score, make_score, update_fitness
 from flexmoe_jax.federated.load import LOAD_MODELS, LoadModel, make_load_model
+from flexmoe_jax.federated.on_device import DeviceReport, round_on_device, run_on_device
 from flexmoe_jax.federated.participation import (
     assignment_slots,
     make_plan,
@@ -26,9 +27,11 @@ __all__ = [
     "Client",
     "ClientUpdate",
     "CohortResult",
+    "DeviceReport",
     "FitnessOptions",
     "LoadModel",
     "LocalTraining",
+    "Setting",
     "Sums",
     "TestSet",
     "accuracy_score",
@@ -48,6 +51,8 @@ __all__ = [
     "make_score",
     "replicate",
     "resolve_block_size",
+    "round_on_device",
+    "run_on_device",
     "sample_cohort",
     "slots_assignment",
     "train_cohort",

@@ -54,6 +54,26 @@ class FitnessOptions(NamedTuple):
     optimism: float = 0.0
 
 
+class Setting(NamedTuple):
+    """What all rounds of a federation have in common, for whoever plans them on the device.
+
+    Attributes:
+      capacity: (C,) int k_c.
+      steps: (C,) int local steps of each client in a round.
+      optimism: added to Q, for the assignment alone, for pairs that have never been tried.
+      block_size: clients side by side on a device; 0 for automatic.
+      devices: how many share a cohort.
+      equal_load: whether every holder weighs 1 in the load.
+    """
+
+    capacity: np.ndarray
+    steps: np.ndarray
+    optimism: float
+    block_size: int
+    devices: int
+    equal_load: bool
+
+
 class Algorithm(NamedTuple):
     """A federation as pure functions.
 
@@ -63,6 +83,7 @@ class Algorithm(NamedTuple):
       plan: (cohort (P,), Solution) -> Plan: the arrays that `round` takes, on the host.
       round: (State, ClientData, Plan) -> (State, RoundReport). Jitted; the state is donated.
       evaluate: (State, TestSet, label shares (C, Y)) -> Evaluation. Jitted.
+      setting: what the functions above were built with.
     """
 
     init: Callable[[Key], State]
@@ -70,6 +91,7 @@ class Algorithm(NamedTuple):
     plan: Callable[[np.ndarray, Solution], Plan]
     round: Callable[[State, ClientData, Plan], tuple[State, RoundReport]]
     evaluate: Callable[[State, TestSet, Array], Evaluation]
+    setting: Setting
 
 
 def flexmoe(
@@ -135,8 +157,12 @@ def flexmoe(
     # On the host: a compiled program may not close over what other processes hold.
     image = np.asarray(data.images.addressable_data(0)[:1])
 
-    @partial(jax.jit, out_shardings=everywhere)
-    def init(key: Key) -> State:
+    # Run once, so quick compilation is worth more than quick code: it halves XLA's time here.
+    @partial(
+        jax.jit, out_shardings=everywhere, compiler_options={"xla_backend_optimization_level": 1}
+    )
+    def init_from(key_data: Array) -> State:
+        key = jax.random.wrap_key_data(key_data)
         held = jnp.ones(experts, bool)
         model_key, gate_key = jax.random.split(key)
         params = split_params(model.init(model_key, prepare(jnp.asarray(image)), held)["params"])
@@ -162,6 +188,9 @@ def flexmoe(
             load=jnp.zeros(experts),
             deficit=jnp.zeros(experts),
         )
+
+    def init(key: Key) -> State:
+        return init_from(replicate(jax.random.key_data(key), mesh))
 
     def assign(state: State, cohort: np.ndarray) -> Solution:
         known = jax.device_get(
@@ -251,9 +280,10 @@ def flexmoe(
         return following, report
 
     return Algorithm(
-        init=lambda key: init(replicate(key, mesh)),
+        init=init,
         assign=assign,
         plan=plan,
         round=run_round,
         evaluate=jax.jit(partial(evaluate, features, classify, mesh), out_shardings=everywhere),
+        setting=Setting(capacity, steps, fitness.optimism, block_size, mesh.size, load_model.equal),
     )

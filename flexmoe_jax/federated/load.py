@@ -19,10 +19,12 @@ class LoadModel(NamedTuple):
         (P, E). Runs on the host.
       settle: (assigned load (E,), realised usage (E,)) -> the load (E,) that the experts were
         given, which is what their deficits are reckoned from. Runs inside the round's jit.
+      equal: whether every pair weighs 1.
     """
 
     weigh: Callable[[State, np.ndarray], np.ndarray | float]
     settle: Callable[[Array, Array], Array]
+    equal: bool = False
 
 
 LOAD_MODELS = ("clients", "samples", "usage")
@@ -68,7 +70,7 @@ def make_load_model(name: str, examples: np.ndarray, capacity: np.ndarray) -> Lo
         return used
 
     models = {
-        "clients": LoadModel(clients, assigned_load),
+        "clients": LoadModel(clients, assigned_load, equal=True),
         "samples": LoadModel(samples, assigned_load),
         "usage": LoadModel(usage, used_load),
     }

@@ -1,0 +1,201 @@
+"""Whole rounds on the device: cohort, assignment and training in one compiled program.
+
+The host path asks the host for a cohort and an assignment before every round. Here both are part
+of the program, with the assignment from `dual_assign`, so that many rounds are one `lax.scan` and
+many seeds one `vmap` over their states:
+
+    run = run_on_device(algorithm, rounds=20)
+    state, reports = jax.jit(run, donate_argnums=0)(state, data)
+    states, reports = jax.jit(jax.vmap(run, (0, None)), donate_argnums=0)(states, data)
+
+The load model is `clients`: every holder weighs 1, so the algorithm must be built with it. Its
+policy is not asked. Seeds differ in all that their `state.key` decides; the host path's draws
+(cohorts by `sample_cohort`, ties by `Request.seed`) are other draws of the same distributions.
+
+Nothing stops a run that diverges: look at the losses. Load bounds hold while fitness is finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flexmoe_jax.assignment import dual_assign, load_bounds
+from flexmoe_jax.data import ClientData
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.federated.algorithm import Algorithm
+from flexmoe_jax.federated.execute import resolve_block_size
+from flexmoe_jax.types import Array, Key, Plan, RoundReport, State
+
+# Breaks ties: far below any fitness that matters, yet many steps of single precision near 1.
+_TIE_NOISE = 1e-5
+# Targets are sums of many rounds in single precision: a whole load missed by less is that load.
+_SLIP = 1e-3
+# Halvings that exhaust single precision.
+_HALVINGS = 32
+
+
+class DeviceReport(NamedTuple):
+    """What a round on the device reports; stacked over rounds, every array leads with T.
+
+    Attributes:
+      training: what the host path's round reports.
+      plan: who trained, what each held, and the load (E,) assigned, in clients.
+      load_min: (E,) least load of this round.
+      load_max: (E,) greatest load of this round.
+      value: () worth of the assignment, in the fitness that the solver saw.
+      bound: () no assignment within the load bounds is worth more.
+    """
+
+    training: RoundReport
+    plan: Plan
+    load_min: Array
+    load_max: Array
+    value: Array
+    bound: Array
+
+
+Rounds = Callable[[State, ClientData], tuple[State, DeviceReport]]
+"""(State, ClientData) -> (State, DeviceReport); pure, to be jitted, scanned or vmapped."""
+
+
+def run_on_device(
+    algorithm: Algorithm, rounds: int, *, per_round: int = 0, slack: float = 0.1
+) -> Rounds:
+    """Makes the function that runs many rounds without touching the host.
+
+    Args:
+      algorithm: from `flexmoe`, with the load model `clients`. Its block size and mesh hold here
+        too; a `vmap` over seeds wants a mesh of one device.
+      rounds: T.
+      per_round: P clients in a cohort; 0 for all.
+      slack: δ ≥ 0, the part of its share by which an expert's load may miss its target.
+
+    Returns:
+      The function, with reports stacked over rounds (T, ...).
+
+    Raises:
+      InputError: a number out of range.
+    """
+    if rounds < 1:
+        raise InputError("rounds", rounds, "give a number of at least 1")
+    run_round = round_on_device(algorithm, per_round=per_round, slack=slack)
+
+    def run(state: State, data: ClientData) -> tuple[State, DeviceReport]:
+        return lax.scan(lambda state, _: run_round(state, data), state, length=rounds)
+
+    return run
+
+
+def round_on_device(algorithm: Algorithm, *, per_round: int = 0, slack: float = 0.1) -> Rounds:
+    """Makes the function that `run_on_device` repeats; it takes that function's arguments."""
+    setting = algorithm.setting
+    clients, slots = len(setting.capacity), int(setting.capacity.max())
+    if not 0 <= per_round <= clients:
+        raise InputError("per_round", per_round, f"give 0 (all) to {clients}")
+    if not setting.equal_load:
+        raise InputError("assignment.load", "weighted", "on the device the load model is clients")
+    load_bounds(np.ones(1, np.int64), np.zeros(1), slack=slack)
+    size = per_round or clients
+    block_size = resolve_block_size(setting.block_size, size, setting.devices)
+
+    def run_round(state: State, data: ClientData) -> tuple[State, DeviceReport]:
+        # The round's key as such, and with a client's id folded in, belongs to the training.
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.round), clients + 1)
+        cohort_key, tie_key = jax.random.split(key)
+        cohort = draw_cohort(cohort_key, clients, size)
+        capacity = jnp.asarray(setting.capacity)[cohort]
+        low, high = device_load_bounds(capacity, state.deficit, slack)
+        untried = state.held_rounds == 0
+        ties = jax.random.uniform(tie_key, state.fitness.shape)
+        fitness = state.fitness + setting.optimism * untried + _TIE_NOISE * ties
+        found = dual_assign(fitness[cohort], capacity, low, high, slots=slots)
+        plan = device_plan(
+            cohort,
+            found.assignment,
+            found.load,
+            steps=jnp.asarray(setting.steps)[cohort],
+            slots=slots,
+            clients=clients,
+            block_size=block_size,
+            devices=setting.devices,
+        )
+        state, training = algorithm.round(state, data, plan)
+        return state, DeviceReport(training, plan, low, high, found.value, found.bound)
+
+    return run_round
+
+
+def draw_cohort(key: Key, clients: int, per_round: int) -> Array:
+    """(P,) int32 client ids of C, rising: uniform, without replacement; all of them if P is C."""
+    everyone = jnp.arange(clients, dtype=jnp.int32)
+    if per_round == clients:
+        return everyone
+    return jnp.sort(jax.random.choice(key, everyone, (per_round,), replace=False))
+
+
+def device_load_bounds(capacity: Array, deficit: Array, slack: float) -> tuple[Array, Array]:
+    """`load_bounds` on the device, for equal shares and holders that all weigh 1.
+
+    Args:
+      capacity: (P,) int experts that each client holds.
+      deficit: (E,) load owed from earlier rounds.
+      slack: δ ≥ 0, the part of its share by which an expert's load may miss its target.
+
+    Returns:
+      `load_min` and `load_max`, (E,) each: whole numbers with room for the ones just below and
+      above the target. A target is taken for the whole number that it is within 0.001 of.
+    """
+    reachable = (capacity > 0).sum().astype(deficit.dtype)
+    total = capacity.sum().astype(deficit.dtype)
+    fair = total / deficit.shape[0]
+    target = _shift_into(fair + deficit, reachable, total)
+    low, high = target - slack * fair, target + slack * fair
+    low = jnp.minimum(jnp.ceil(low - _SLIP), jnp.floor(target + _SLIP))
+    high = jnp.maximum(jnp.floor(high + _SLIP), jnp.ceil(target - _SLIP))
+    return jnp.clip(low, 0.0, reachable), jnp.clip(high, 0.0, reachable)
+
+
+def device_plan(
+    cohort: Array,
+    assignment: Array,
+    load: Array,
+    *,
+    steps: Array,
+    slots: int,
+    clients: int,
+    block_size: int,
+    devices: int = 1,
+) -> Plan:
+    """`make_plan` on the device, for a cohort (P,) in rising order; the arguments are its own."""
+    size, experts = assignment.shape
+    padding = -size % (block_size * devices)
+    order = jnp.argsort(-steps, stable=True)
+    numbered = jnp.where(assignment[order], jnp.arange(experts, dtype=jnp.int32), experts)
+    held = jnp.sort(numbered, axis=1)[:, :slots]
+    dealt = np.arange(size + padding).reshape(-1, devices, block_size).swapaxes(0, 1).ravel()
+    return Plan(
+        clients=jnp.pad(cohort[order], (0, padding), constant_values=clients)[dealt],
+        slots=jnp.pad(held, ((0, padding), (0, 0)), constant_values=experts)[dealt],
+        load=load,
+    )
+
+
+def _shift_into(target: Array, reachable: Array, total: Array) -> Array:
+    """Clips targets to [0, reachable], with one common shift that keeps their sum at `total`."""
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = 0.5 * (low + high)
+        short = jnp.clip(target + middle, 0.0, reachable).sum() < total
+        return jnp.where(short, middle, low), jnp.where(short, high, middle)
+
+    ends = jnp.minimum(-target.max(), 0.0), jnp.maximum((reachable - target).max(), 0.0)
+    _, shift = lax.fori_loop(0, _HALVINGS, halve, ends)
+    inside = ((target >= 0) & (target <= reachable)).all()
+    return jnp.where(inside, target, jnp.clip(target + shift, 0.0, reachable))

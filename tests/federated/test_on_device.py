@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexmoe_jax.assignment import load_bounds, update_deficit
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.federated import (
+    Algorithm,
+    DeviceReport,
+    FitnessOptions,
+    make_load_model,
+    make_plan,
+    round_on_device,
+    run_on_device,
+    slots_assignment,
+)
+from flexmoe_jax.federated.on_device import device_load_bounds, device_plan, draw_cohort
+from flexmoe_jax.types import State
+from tests.federated.conftest import CAPACITY, EXPERTS
+
+ROUNDS, PER_ROUND, SLACK, SEEDS = 12, 5, 0.1, 3
+# Padded to 6 rows: blocks of 2 clients.
+PADDED = 6
+
+
+class Run(NamedTuple):
+    state: State
+    reports: DeviceReport  # (T, ...)
+
+
+@pytest.fixture(scope="module")
+def algorithm(make_algorithm) -> Algorithm:
+    return make_algorithm(block_size=2, fitness=FitnessOptions(optimism=0.1))
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return jax.random.split(jax.random.key(5), SEEDS)
+
+
+@pytest.fixture(scope="module")
+def scan(algorithm):
+    return jax.jit(run_on_device(algorithm, ROUNDS, per_round=PER_ROUND, slack=SLACK))
+
+
+@pytest.fixture(scope="module")
+def runs(algorithm, clients, scan, keys) -> list[Run]:
+    """One scanned run for each seed."""
+    return [Run(*scan(algorithm.init(key), clients)) for key in keys]
+
+
+def assert_equal_runs(one: Run, other: Run) -> None:
+    chex.assert_trees_all_equal(one.reports.plan, other.reports.plan)
+    for name in ("round", "slots", "held_rounds", "load"):
+        assert (getattr(one.state, name) == getattr(other.state, name)).all()
+    floats = [(run.state._replace(key=None), run.reports) for run in (one, other)]
+    chex.assert_trees_all_close(*floats, atol=1e-4, rtol=1e-4)
+
+
+def test_a_scanned_run_is_its_rounds_one_at_a_time(algorithm, clients, keys, runs):
+    one_round = jax.jit(round_on_device(algorithm, per_round=PER_ROUND, slack=SLACK))
+    state, reports = algorithm.init(keys[0]), []
+    for _ in range(ROUNDS):
+        state, report = one_round(state, clients)
+        reports.append(jax.device_get(report))
+    assert one_round._cache_size() == 1
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *reports)
+    assert int(state.round) == ROUNDS
+    assert_equal_runs(runs[0], Run(state, stacked))
+
+
+def test_vmapped_seeds_are_their_runs_one_by_one(algorithm, clients, keys, runs):
+    run = run_on_device(algorithm, ROUNDS, per_round=PER_ROUND, slack=SLACK)
+    together = Run(*jax.jit(jax.vmap(run, (0, None)))(jax.vmap(algorithm.init)(keys), clients))
+    for seed, alone in enumerate(runs):
+        assert_equal_runs(alone, Run(*jax.tree.map(lambda x, seed=seed: x[seed], together)))
+    cohorts = np.asarray(together.reports.plan.clients)
+    assert (cohorts[0] != cohorts[1]).any()
+
+
+def test_capacities_and_load_bounds_hold_in_every_round(runs):
+    for run in runs:
+        reports = jax.device_get(run.reports)
+        deficit = np.zeros(EXPERTS)
+        for t in range(ROUNDS):
+            plan = jax.tree.map(lambda x, t=t: x[t], reports.plan)
+            cohort = plan.clients[plan.clients < len(CAPACITY)]
+            assert len(plan.clients) == PADDED
+            assert len(set(cohort)) == PER_ROUND
+            held = slots_assignment(plan.slots, EXPERTS)
+            assert (held[:PER_ROUND].sum(axis=1) == CAPACITY[cohort]).all()
+            assert (plan.load == held.sum(axis=0)).all()
+            low, high = load_bounds(CAPACITY[cohort], deficit, slack=SLACK)
+            assert (reports.load_min[t] == low).all()
+            assert (reports.load_max[t] == high).all()
+            assert (low <= plan.load).all()
+            assert (plan.load <= high).all()
+            deficit = update_deficit(deficit, plan.load)
+        assert np.allclose(run.state.deficit, deficit, atol=1e-4)
+
+
+def test_assigned_loads_even_out_and_fitness_is_well_served(runs):
+    for run in runs:
+        assert run.state.load.max() - run.state.load.min() <= 2
+        assert run.state.load.std() / run.state.load.mean() < 0.03
+        gap = (run.reports.bound - run.reports.value) / run.reports.value
+        assert (gap >= 0).all()
+        assert (gap < 0.05).all()
+
+
+def test_training_happens(runs):
+    for run in runs:
+        loss = np.asarray(run.reports.training.loss).sum(axis=1) / PER_ROUND
+        assert loss[-1] < 0.5 * loss[0]
+        assert (np.asarray(run.reports.training.examples) > 0).sum() == ROUNDS * PER_ROUND
+
+
+def test_a_run_touches_no_host_and_compiles_once(algorithm, clients, keys, scan, runs):
+    state = algorithm.init(keys[0])
+    with jax.transfer_guard("disallow"):
+        again = jax.block_until_ready(scan(state, clients))
+    chex.assert_trees_all_equal(Run(*again).reports.plan, runs[0].reports.plan)
+    assert scan._cache_size() == 1
+
+
+bounds_on_device = jax.jit(device_load_bounds)
+
+
+@pytest.mark.parametrize("experts", [2, 5])
+@given(data=st.data())
+def test_load_bounds_are_the_hosts(experts, data):
+    def integers(least, most, count):
+        numbers = st.lists(st.integers(least, most), min_size=count, max_size=count)
+        return np.array(data.draw(numbers))
+
+    capacity = integers(0, experts, 6)
+    deficit = integers(-6, 6, experts).astype(float)
+    deficit -= deficit.mean()
+    slack = data.draw(st.sampled_from([0.0, 0.1, 0.5, 2.0]))
+    # The device is given the deficit with its rounding errors, the host without.
+    low, high = bounds_on_device(jnp.asarray(capacity), jnp.asarray(deficit, jnp.float32), slack)
+    expected = load_bounds(capacity, deficit, slack=slack)
+    assert np.array_equal((low, high), expected)
+    assert low.sum() <= capacity.sum() <= high.sum()
+
+
+@pytest.mark.parametrize(("block_size", "devices"), [(1, 1), (3, 1), (2, 2)])
+def test_plans_are_the_hosts(block_size, devices):
+    rng = np.random.default_rng(block_size)
+    cohort = np.sort(rng.choice(9, 5, replace=False)).astype(np.int32)
+    assignment = rng.random((5, EXPERTS)) < 0.5
+    layout = {
+        "steps": np.array([2, 7, 7, 1, 2]),
+        "slots": EXPERTS,
+        "clients": 9,
+        "block_size": block_size,
+        "devices": devices,
+    }
+    load = assignment.sum(axis=0).astype(np.float32)
+    expected = make_plan(cohort, assignment, load, **layout)
+    layout["steps"] = jnp.asarray(layout["steps"])
+    plan = device_plan(*map(jnp.asarray, (cohort, assignment, load)), **layout)
+    chex.assert_trees_all_equal(plan, expected)
+    chex.assert_trees_all_equal_dtypes(plan, expected)
+
+
+def test_cohorts_are_uniform_and_without_replacement():
+    draw = jax.jit(jax.vmap(lambda key: draw_cohort(key, 7, 3)))
+    cohorts = np.asarray(draw(jax.random.split(jax.random.key(0), 2000)))
+    assert (np.diff(cohorts, axis=1) > 0).all()
+    # Each client is in 3/7 of the cohorts, give or take 4 standard deviations.
+    share = np.bincount(cohorts.ravel(), minlength=7) / 2000
+    assert np.allclose(share, 3 / 7, atol=4 * np.sqrt(3 / 7 * 4 / 7 / 2000))
+    assert draw_cohort(jax.random.key(0), 7, 7).tolist() == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "rounds=0"),
+        ({"rounds": 1, "per_round": 8}, "per_round=8: give 0 \\(all\\) to 7"),
+        ({"rounds": 1, "slack": -1.0}, r"assignment\.slack=-1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(algorithm, options, message):
+    with pytest.raises(InputError, match=message):
+        run_on_device(algorithm, **options)
+
+
+def test_weighted_loads_are_refused(make_algorithm):
+    samples = make_load_model("samples", CAPACITY, CAPACITY)
+    with pytest.raises(InputError, match=r"assignment.load=weighted: .* clients"):
+        run_on_device(make_algorithm(load_model=samples), 2)
