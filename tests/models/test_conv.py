@@ -89,3 +89,17 @@ def test_unknown_implementation_is_refused():
     assert convolution("auto") is conv_matmul
     with pytest.raises(InputError, match=r"model\.conv=fft: choose one of auto, matmul, lax"):
         convolution("fft")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_on_accelerators_a_client_axis_becomes_batched_products(platform):
+    def loss(kernel, x):
+        return (conv_matmul(x, kernel, (2, 2), "SAME") ** 2).sum()
+
+    clients = jax.jit(jax.vmap(jax.grad(loss, (0, 1))))
+    traced = clients.trace(jnp.zeros((7, 3, 3, 4, 5)), jnp.zeros((7, 6, 9, 9, 4)))
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    # Forward, kernel gradient, image gradient: products over the clients, and no convolution.
+    assert program.count("stablehlo.dot_general") == 3
+    assert program.count("batching_dims = [0] x [0]") == 3
+    assert "stablehlo.convolution" not in program
