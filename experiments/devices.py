@@ -43,6 +43,7 @@ def prepare_devices(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices // processes or _cores())
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(default_folder() / "programs"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -1,6 +1,6 @@
 """Models as Linen modules: backbones, the mixture-of-experts layer and a fast convolution."""
 
-from flexmoe_jax.models.backbones import BACKBONES, MLP, ConvNet, ResNet, make_backbone
+from flexmoe_jax.models.backbones import BACKBONES, MLP, ConvNet, ResNet, make_backbone, max_pool
 from flexmoe_jax.models.conv import Conv, conv_lax, conv_matmul, convolution
 from flexmoe_jax.models.moe import (
     Experts,
@@ -31,6 +31,7 @@ __all__ = [
     "convolution",
     "expert_mlp",
     "make_backbone",
+    "max_pool",
     "merge_params",
     "route",
     "router_z_loss",

@@ -17,6 +17,18 @@ from flexmoe_jax.models.conv import Conv, Convolution, conv_matmul
 from flexmoe_jax.types import Array
 
 
+def max_pool(x: Array, window: int = 2) -> Array:
+    """Maximum over non-overlapping square windows, (B, h, w, channels) to (B, h/n, w/n, channels).
+
+    Rows and columns that fill no window are left out. By reshaping: the gradient of XLA's own
+    reduction over windows takes four times as long on a CPU.
+    """
+    batch, height, width, channels = x.shape
+    rows, columns = height // window, width // window
+    x = x[:, : rows * window, : columns * window]
+    return x.reshape(batch, rows, window, columns, window, channels).max(axis=(2, 4))
+
+
 class MLP(nn.Module):
     """Fully connected layers on the flattened image.
 

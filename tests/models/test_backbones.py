@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.models import conv_lax, make_backbone
+from flexmoe_jax.models import conv_lax, make_backbone, max_pool
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,11 @@ def test_both_convolutions_give_the_same_network():
 def test_bad_options_are_refused(name, options, line):
     with pytest.raises(InputError, match=line):
         make_backbone(name, **options)
+
+
+def test_max_pool_is_that_of_flax():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+    assert (max_pool(x) == nn.max_pool(x, (2, 2), strides=(2, 2))).all()
+    gradient = jax.grad(lambda x: (max_pool(x) ** 2).sum())(x)
+    expected = jax.grad(lambda x: (nn.max_pool(x, (2, 2), strides=(2, 2)) ** 2).sum())(x)
+    assert (gradient == expected).all()

@@ -1,0 +1,84 @@
+"""Suite `assignment`: solvers by problem size.
+
+A line per solver, clients C, experts E and load model: seconds warm, the best and the worst of
+three problems, seconds cold, peak memory and gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks.process import Figures, peak_bytes, run_case
+from flexmoe_jax.assignment import Problem, load_bounds, solve
+from flexmoe_jax.errors import InputError
+
+CASES = (
+    ("relaxation", 100, 8, "clients"),
+    ("relaxation", 1_000, 64, "clients"),
+    ("auto", 1_000, 64, "clients"),
+    ("auto", 1_000, 64, "samples"),
+    ("auto", 10_000, 64, "clients"),
+    ("auto", 10_000, 64, "samples"),
+    ("auto", 10_000, 64, "usage"),
+    ("flow", 10_000, 64, "clients"),
+    ("dual", 10_000, 64, "clients"),
+    ("auto", 100_000, 8, "clients"),
+    ("auto", 100_000, 64, "clients"),
+)
+
+
+def run(words: list[str]) -> Iterator[Figures]:
+    """Figures of each case of `CASES`, or of the one that four words give.
+
+    Raises:
+      InputError: other than none or four words.
+    """
+    if len(words) == 4:
+        solver, clients, experts, load = words
+        yield measure(solver, int(clients), int(experts), load)
+    elif words:
+        raise InputError("assignment", " ".join(words), "give SOLVER CLIENTS EXPERTS LOAD, or none")
+    else:
+        for case in CASES:
+            yield run_case("assignment", *case)
+
+
+def measure(solver: str, clients: int, experts: int, load: str) -> Figures:
+    """Solves four problems of a size, the first of them cold."""
+    before = peak_bytes()
+    answers = [solve(draw(seed, clients, experts, load), solver) for seed in range(4)]
+    warm = [answer.seconds for answer in answers[1:]]
+    return {
+        "suite": "assignment",
+        "solver": solver,
+        "clients": clients,
+        "experts": experts,
+        "load": load,
+        "seconds": min(warm),
+        "seconds_worst": max(warm),
+        "seconds_cold": answers[0].seconds,
+        "peak_bytes": peak_bytes(),
+        "peak_bytes_per_pair": (peak_bytes() - before) / (clients * experts),
+        "gap_worst": max(answer.gap for answer in answers),
+        "violation_worst": max(float(answer.violation.max()) for answer in answers),
+        "status": answers[-1].status,
+    }
+
+
+def draw(seed: int, clients: int, experts: int, load: str) -> Problem:
+    """A problem in which ten kinds of clients compete for the same experts."""
+    rng = np.random.default_rng([seed, clients, experts])
+    kind = rng.integers(0, 10, clients)
+    noise = 0.05 * rng.normal(size=(clients, experts))
+    fitness = np.clip(rng.random((10, experts))[kind] + noise, 0, 1)
+    capacity = rng.integers(1, 5, clients)
+    weight: float | np.ndarray[Any, np.dtype[np.float64]] = 1.0
+    if load == "samples":
+        weight = rng.integers(20, 200, clients).astype(np.float64)
+    elif load == "usage":
+        weight = rng.gamma(2.0, 20.0, (clients, experts))
+    low, high = load_bounds(capacity, np.zeros(experts), load_weight=weight)
+    return Problem(fitness, capacity, low, high, weight)

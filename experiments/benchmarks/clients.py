@@ -1,0 +1,69 @@
+"""Suite `clients`: a round of local training and aggregation, by workload.
+
+A line per workload: seconds of a round, the best and the median; examples trained on per second;
+seconds of the naive round (all clients under one `vmap`, XLA's own convolution, one device) and its
+ratio to ours; the round's arithmetic, the machine's best rate at it (1024×1024 float32 products on
+every device at once) and the share that the round reaches. All is measured in turn in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from statistics import median
+
+from experiments.benchmarks.process import Figures
+from experiments.benchmarks.timing import interleave, make_products, set_up
+from experiments.benchmarks.workloads import (
+    WORKLOADS,
+    Workload,
+    make_naive_rounds,
+    make_rounds,
+    training_flop,
+)
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.federated import client_mesh
+
+_ALONE = "alone"
+
+
+def run(words: list[str]) -> Iterator[Figures]:
+    """Figures of all workloads, or of those named; without the naive round after `alone`.
+
+    Raises:
+      InputError: a word that is none of these.
+    """
+    names = [word for word in words if word != _ALONE]
+    for name in names:
+        if name not in WORKLOADS:
+            raise InputError("workload", name, f"choose of {', '.join(WORKLOADS)}, {_ALONE}")
+    set_up()
+    for name in names or WORKLOADS:
+        yield measure(name, WORKLOADS[name], reference=_ALONE not in words)
+
+
+def measure(name: str, workload: Workload, reference: bool = True) -> Figures:
+    """Times rounds of a workload, naive ones if asked for, and the machine's own rate."""
+    mesh = client_mesh()
+    products, flop = make_products(mesh)
+    contestants: list[Callable[[], object]] = [make_rounds(workload, mesh), products]
+    if reference:
+        contestants.append(make_naive_rounds(workload))
+    ours, peak, *naive = interleave(contestants)
+    seconds, peak_rate = min(ours), flop / min(peak)
+    gflop = training_flop(workload) / 1e9
+    compared: Figures = {}
+    if naive:
+        compared = {"reference_seconds": min(naive[0]), "ratio": min(naive[0]) / seconds}
+    return {
+        "suite": "clients",
+        "workload": name,
+        "seconds": seconds,
+        "seconds_median": median(ours),
+        "examples_per_second": workload.clients * workload.examples / seconds,
+        **compared,
+        "gflop": gflop,
+        "gflop_per_second": gflop / seconds,
+        "peak_gflop_per_second": peak_rate / 1e9,
+        "share_of_peak": 1e9 * gflop / seconds / peak_rate,
+        "devices": mesh.size,
+    }

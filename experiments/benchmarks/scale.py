@@ -1,0 +1,87 @@
+"""Suite `scale`: rounds of a federation of very many clients, of which a few take part.
+
+A line per cohort size P, each measured in a process of its own: seconds of a round, those of its
+assignment and plan among them, seconds per client of the cohort, bytes of the federation's state (a
+gate for every client is most of it), and peak memory. Every device keeps a copy of the state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from statistics import median
+
+import jax
+import numpy as np
+import optax
+
+from experiments.benchmarks.process import Figures, peak_bytes, run_case
+from experiments.benchmarks.timing import set_up
+from experiments.benchmarks.workloads import make_federation
+from experiments.build import standardise
+from flexmoe_jax import data, federated, models
+from flexmoe_jax.errors import InputError
+
+_PER_ROUND = (10, 100, 1_000)
+_CLIENTS, _EXPERTS = 100_000, 64
+_EXAMPLES, _BATCH = 50, 10
+_WARM_UP, _ROUNDS = 2, 5
+
+
+def run(words: list[str]) -> Iterator[Figures]:
+    """Figures by cohort size, or of the one given.
+
+    Raises:
+      InputError: more than one word, or no number.
+    """
+    if not words:
+        for per_round in _PER_ROUND:
+            yield run_case("scale", per_round)
+    elif len(words) > 1 or not words[0].isdigit() or not 0 < int(words[0]) <= _CLIENTS:
+        raise InputError("scale", " ".join(words), f"give one cohort size, 1 to {_CLIENTS}")
+    else:
+        set_up()
+        yield measure(_CLIENTS, _EXPERTS, int(words[0]))
+
+
+def measure(clients: int, experts: int, per_round: int) -> Figures:
+    """Times rounds of clients that each own 50 of scikit-learn's digits, drawn at random."""
+    mesh = federated.client_mesh()
+    rng = np.random.default_rng(0)
+    dataset = data.load("digits")
+    owned = rng.integers(0, len(dataset.train_labels), (clients, _EXAMPLES))
+    client_data = federated.replicate(data.build_clients(dataset, list(owned)), mesh)
+    algorithm = make_federation(
+        models.MLP(),
+        client_data,
+        rng.integers(1, 5, clients),
+        prepare=standardise(dataset.train_images),
+        local=federated.LocalTraining(optax.sgd(0.1), batch_size=_BATCH),
+        experts=experts,
+        mesh=mesh,
+    )
+    state = algorithm.init(jax.random.key(0))
+    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    rounds, assignments = [], []
+    for number in range(_WARM_UP + _ROUNDS):
+        cohort = federated.sample_cohort(clients, per_round, seed=0, round_index=number)
+        begin = time.perf_counter()
+        plan = algorithm.plan(cohort, algorithm.assign(state, cohort))
+        assigned = time.perf_counter()
+        state, _ = jax.block_until_ready(algorithm.round(state, client_data, plan))
+        assignments.append(assigned - begin)
+        rounds.append(time.perf_counter() - begin)
+    rounds, assignments = rounds[_WARM_UP:], assignments[_WARM_UP:]
+    return {
+        "suite": "scale",
+        "clients": clients,
+        "experts": experts,
+        "per_round": per_round,
+        "seconds": min(rounds),
+        "seconds_median": median(rounds),
+        "assign_seconds": min(assignments),
+        "seconds_per_client": min(rounds) / per_round,
+        "state_bytes": state_bytes,
+        "peak_bytes": peak_bytes(),
+        "devices": mesh.size,
+    }

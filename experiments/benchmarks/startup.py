@@ -1,0 +1,69 @@
+"""Suite `startup`: from launch to the first round of the main job.
+
+A line per launch, each of a process of its own: seconds until the first line of metrics.jsonl, and
+until the process has ended, one round in all, and bytes of compiled programs on disk afterwards.
+The first launch finds none there, the others what it left.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments.benchmarks.process import Figures, refuse_words
+
+_LAUNCHES = 3
+_POLL_SECONDS = 0.02
+
+
+def run(words: list[str]) -> Iterator[Figures]:
+    """Figures of each launch.
+
+    Raises:
+      InputError: any words.
+    """
+    refuse_words("startup", words)
+    with tempfile.TemporaryDirectory() as programs:
+        for launch in range(_LAUNCHES):
+            yield measure(Path(programs)) | {"launch": launch + 1}
+
+
+def measure(programs: Path, *overrides: str) -> Figures:
+    """Trains for one round, as a user would.
+
+    Args:
+      programs: folder of compiled programs, which is read and filled.
+      overrides: of the config, as on the command line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder) / "run"
+        command = [
+            *(sys.executable, "-m", "experiments.train"),
+            *("--config=experiments/configs/digits.py", f"--workdir={workdir}"),
+            *("--config.rounds=1", *overrides),
+        ]
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(programs)}
+        begin = time.monotonic()
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+            while not _has_line(workdir / "metrics.jsonl") and process.poll() is None:
+                time.sleep(_POLL_SECONDS)
+            first = time.monotonic() - begin
+            code = process.wait()
+            ended = time.monotonic() - begin
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+    return {
+        "suite": "startup",
+        "seconds_to_first_round": first,
+        "seconds": ended,
+        "program_bytes": sum(file.stat().st_size for file in programs.iterdir()),
+    }
+
+
+def _has_line(path: Path) -> bool:
+    return path.exists() and b"\n" in path.read_bytes()
