@@ -21,8 +21,9 @@ Apply = Callable[[Params, Array, Array], tuple[Array, Routing]]
 """(params, uint8 images (B, ...), held (K,)) -> class logits (B, Y) and routing."""
 
 
-# Examples whose activations in a small convolutional network stay in a core's cache.
-_CACHED = 16
+# Examples whose activations in a small convolutional network stay in a core's cache, and batches
+# that are not worth cutting: every tile adds a gradient as large as the model.
+_CACHED, _WHOLE = 8, 12
 
 
 class LocalTraining(NamedTuple):
@@ -36,8 +37,8 @@ class LocalTraining(NamedTuple):
       balance: weight of the Switch-style balance loss over the experts held.
       z: weight of the router z-loss.
       tile: examples whose gradient is taken at once, to stay in cache; the batch's gradient is the
-        sum over its tiles. 0 for automatic: 16 on CPU, the batch elsewhere. With a balance loss, it
-        is always the batch, over which that loss is defined.
+        sum over its tiles. 0 for automatic: on CPU 8 for batches above 12; the batch elsewhere.
+        With a balance loss it is always the batch, over which that loss is defined.
     """
 
     optimizer: optax.GradientTransformation
@@ -50,7 +51,8 @@ class LocalTraining(NamedTuple):
 
     def tiles(self) -> int:
         """Number of equal tiles of a batch: as few as make none larger than asked for."""
-        automatic = _CACHED if jax.default_backend() == "cpu" else self.batch_size
+        cut = jax.default_backend() == "cpu" and self.batch_size > _WHOLE
+        automatic = _CACHED if cut else self.batch_size
         most = self.batch_size if self.balance else self.tile or automatic
         tiles = -(-self.batch_size // most)
         return next(n for n in range(tiles, self.batch_size + 1) if self.batch_size % n == 0)
@@ -110,8 +112,8 @@ class Client(NamedTuple):
 
     Attributes:
       init: (params, examples held (), key) -> ClientState.
-      step: (ClientState, row of `data.index` (N,), size (), held (K,), t) -> ClientState; leaves
-        the state as it was once t has passed the client's own number of steps.
+      step: (ClientState, row of `data.index` (N,), size (), held (K,), t) -> ClientState, for t
+        below the client's own number of steps.
       final: (params at the start, ClientState) -> ClientUpdate.
     """
 
@@ -176,7 +178,7 @@ def make_client(apply: Apply, local: LocalTraining, data: ClientData) -> Client:
         )
         updates, optimizer = local.optimizer.update(slope, state.optimizer, state.params)
         routed = selected * valid[:, None]  # (B, K)
-        stepped = ClientState(
+        return ClientState(
             params=optax.apply_updates(state.params, updates),
             optimizer=optimizer,
             order=state.order,
@@ -188,8 +190,6 @@ def make_client(apply: Apply, local: LocalTraining, data: ClientData) -> Client:
             loss=state.loss + losses @ valid,
             examples=state.examples + valid.sum(),
         )
-        active = t < local.steps(size)
-        return jax.tree.map(lambda new, old: jnp.where(active, new, old), stepped, state)
 
     def final(params: Params, state: ClientState) -> ClientUpdate:
         return ClientUpdate(

@@ -136,11 +136,18 @@ def train_cohort(
                 gate=jax.tree.map(lambda g: _take_pairs(g, clients, slots), gates),
             )
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, clients)
-            state = jax.vmap(client.init)(start, size, keys)
-            steps = local.steps(size).max()
-            train = jax.vmap(client.step, (0, 0, 0, 0, None))
-            state = lax.fori_loop(0, steps, lambda t, s: train(s, index, size, held, t), state)
-            update = jax.vmap(client.final)(start, state)
+            state = _side_by_side(client.init)(start, size, keys)
+            steps = local.steps(size)
+
+            def step(t: Array, state: PyTree) -> PyTree:
+                stepped = _side_by_side(client.step, (0, 0, 0, 0, None))(
+                    state, index, size, held, t
+                )
+                # A client alone in its block never goes on beyond its own steps.
+                return stepped if block_size == 1 else _where(t < steps, stepped, state)
+
+            state = lax.fori_loop(0, steps.max(), step, state)
+            update = _side_by_side(client.final)(start, state)
             sums = add_updates(
                 sums, update.shared, update.experts, slots, update.examples, update.feedback.usage
             )
@@ -154,6 +161,34 @@ def train_cohort(
     known = data, shared, experts, gates, key
     sums, outputs = train_share((plan.clients, plan.slots), known)
     return CohortResult(sums, *outputs)
+
+
+def _side_by_side(
+    function: Callable[..., PyTree], axes: tuple[int | None, ...] | int = 0
+) -> Callable[..., PyTree]:
+    """`vmap` over a block's clients; one alone is taken out of its block and put back.
+
+    XLA would keep the axis of one, and its products over such an axis are slower.
+    """
+
+    def run(*arguments: PyTree) -> PyTree:
+        mapped = axes if isinstance(axes, tuple) else (axes,) * len(arguments)
+        if jax.tree.leaves(arguments[0])[0].shape[0] > 1:
+            return jax.vmap(function, mapped)(*arguments)
+        alone = [
+            argument if axis is None else jax.tree.map(lambda leaf: leaf[0], argument)
+            for argument, axis in zip(arguments, mapped, strict=True)
+        ]
+        return jax.tree.map(lambda leaf: leaf[None], function(*alone))
+
+    return run
+
+
+def _where(active: Array, new: PyTree, old: PyTree) -> PyTree:
+    """The new leaves (p, ...) of clients that are active (p,), the old ones of the others."""
+    return jax.tree.map(
+        lambda n, o: jnp.where(active.reshape(-1, *[1] * (n.ndim - 1)), n, o), new, old
+    )
 
 
 def take_slots(stack: PyTree, slots: Array) -> PyTree:
