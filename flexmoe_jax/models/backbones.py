@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.conv import Conv, Convolution, conv_matmul
@@ -27,6 +28,38 @@ def max_pool(x: Array, window: int = 2) -> Array:
     rows, columns = height // window, width // window
     x = x[:, : rows * window, : columns * window]
     return x.reshape(batch, rows, window, columns, window, channels).max(axis=(2, 4))
+
+
+class GroupNorm(nn.Module):
+    """Normalisation over groups of channels (Wu and He 2018), as `flax.linen.GroupNorm`.
+
+    Sums run over pixels first and over a group's channels last, and every channel is then scaled
+    and shifted once: passes over the image that a CPU can vectorise.
+
+    Attributes:
+      groups: a divisor of the channels.
+      epsilon: added to the variance.
+    """
+
+    groups: int
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps (B, h, w, channels) to the same shape."""
+        batch, height, width, channels = x.shape
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+
+        def over_group(of_channel: Array) -> Array:
+            grouped = of_channel.reshape(batch, self.groups, -1)
+            mean = jnp.broadcast_to(grouped.mean(axis=-1, keepdims=True), grouped.shape)
+            return mean.reshape(batch, channels) / (height * width)
+
+        mean = over_group(x.sum(axis=(1, 2)))  # (B, channels)
+        square = over_group((x * x).sum(axis=(1, 2)))
+        factor = scale * lax.rsqrt(jnp.maximum(square - mean**2, 0.0) + self.epsilon)
+        return x * factor[:, None, None] + (bias - mean * factor)[:, None, None]
 
 
 class MLP(nn.Module):
@@ -66,7 +99,7 @@ class ConvNet(nn.Module):
         for layer, width in enumerate(self.widths):
             x = Conv(width, stride=1 + layer % 2, use_bias=not self.groups, conv=self.conv)(x)
             if self.groups:
-                x = nn.GroupNorm(self.groups)(x)
+                x = GroupNorm(self.groups)(x)
             x = nn.relu(x)
         return x.mean(axis=(1, 2))
 
@@ -90,12 +123,12 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps (B, h, w, channels) to (B, h/stride, w/stride, width)."""
         y = Conv(self.width, stride=self.stride, conv=self.conv)(x)
-        y = nn.relu(nn.GroupNorm(self.groups)(y))
+        y = nn.relu(GroupNorm(self.groups)(y))
         y = Conv(self.width, conv=self.conv)(y)
-        y = nn.GroupNorm(self.groups)(y)
+        y = GroupNorm(self.groups)(y)
         if x.shape != y.shape:
             x = Conv(self.width, kernel_size=1, stride=self.stride, conv=self.conv)(x)
-            x = nn.GroupNorm(self.groups)(x)
+            x = GroupNorm(self.groups)(x)
         return nn.relu(x + y)
 
 
@@ -118,7 +151,7 @@ class ResNet(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps (B, h, w, channels) to (B, 4 * width)."""
         x = Conv(self.width, conv=self.conv)(x)
-        x = nn.relu(nn.GroupNorm(self.groups)(x))
+        x = nn.relu(GroupNorm(self.groups)(x))
         for stage in range(3):
             for block in range((self.depth - 2) // 6):
                 stride = 2 if stage and not block else 1

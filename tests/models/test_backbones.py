@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from functools import partial
+
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +10,7 @@ import pytest
 
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.models import conv_lax, make_backbone, max_pool
+from flexmoe_jax.models.backbones import GroupNorm
 
 
 @pytest.mark.parametrize(
@@ -64,3 +68,20 @@ def test_max_pool_is_that_of_flax():
     gradient = jax.grad(lambda x: (max_pool(x) ** 2).sum())(x)
     expected = jax.grad(lambda x: (nn.max_pool(x, (2, 2), strides=(2, 2)) ** 2).sum())(x)
     assert (gradient == expected).all()
+
+
+def test_group_norm_is_that_of_flax():
+    x = 2 + jax.random.normal(jax.random.key(0), (3, 5, 4, 12))
+    ours, flax = GroupNorm(4), nn.GroupNorm(4)
+    weights = jax.random.normal(jax.random.key(1), (2, 12))
+    params = {"params": {"scale": weights[0], "bias": weights[1]}}
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), x)) == jax.tree.map(
+        jnp.shape, params
+    )
+
+    def loss(model, x, params):
+        return (model.apply(params, x) ** 3).sum()
+
+    chex.assert_trees_all_close(ours.apply(params, x), flax.apply(params, x), atol=1e-5)
+    gradients = (jax.grad(partial(loss, model), (0, 1))(x, params) for model in (ours, flax))
+    chex.assert_trees_all_close(*gradients, rtol=1e-4, atol=1e-4)
