@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +23,23 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Opens the folder."""
+        """Only remembers the folder."""
+        self._folder, self._keep = folder.resolve(), keep
+
+    @cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        # Opened when first needed: loading orbax would hold up a run's first round.
         import orbax.checkpoint as ocp
 
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager: ocp.CheckpointManager = ocp.CheckpointManager(
-            folder.resolve(), options=options
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, enable_async_checkpointing=False
         )
+        return ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
         """The newest saved round, or None."""
+        if not self._folder.exists():
+            return None
         step: int | None = self._manager.latest_step()
         return step
 
@@ -54,8 +62,9 @@ class Checkpoints:
         return restored._replace(key=jax.random.wrap_key_data(restored.key))
 
     def close(self) -> None:
-        """Ends the manager's threads."""
-        self._manager.close()
+        """Ends the manager's threads, if it has any."""
+        if "_manager" in self.__dict__:
+            self._manager.close()
 
 
 def _with_raw_key(state: State) -> State:

@@ -77,17 +77,6 @@ def test_padding_never_trains(clients, start):
     chex.assert_trees_all_equal(one, two)
 
 
-def test_steps_beyond_the_clients_own_change_nothing(clients, start):
-    local = LocalTraining(optax.adam(0.01), epochs=1, batch_size=4)
-    client = make_client(apply, local, clients)
-    index, size, held = clients.index[0], jnp.asarray(9), jnp.ones(2, bool)
-    state = client.init(start, size, jax.random.key(0))
-    step = jax.jit(client.step)
-    for t in range(3):  # ceil(9 / 4)
-        state = step(state, index, size, held, t)
-    chex.assert_trees_all_equal(step(state, index, size, held, 3), state)
-
-
 def test_an_empty_slot_neither_moves_nor_reports(clients, start):
     local = LocalTraining(optax.sgd(0.1), batch_size=8, balance=0.1, z=0.01)
     client = make_client(apply, local, clients)
