@@ -166,10 +166,7 @@ def train_cohort(
 def _side_by_side(
     function: Callable[..., PyTree], axes: tuple[int | None, ...] | int = 0
 ) -> Callable[..., PyTree]:
-    """`vmap` over a block's clients; one alone is taken out of its block and put back.
-
-    XLA would keep the axis of one, and its products over such an axis are slower.
-    """
+    """`vmap` over a block's clients; one alone is taken out of its block and put back."""
 
     def run(*arguments: PyTree) -> PyTree:
         mapped = axes if isinstance(axes, tuple) else (axes,) * len(arguments)
