@@ -33,12 +33,12 @@ def prepare_devices(devices: int) -> None:
     Raises:
       InputError: flags of a run over several processes that do not fit together.
     """
-    _join_processes()
     processes = _PROCESSES.value or 1
-    if devices % processes:
+    if processes > 0 and devices % processes:
         raise InputError(
             "execution.devices", devices, f"give a multiple of --process_count={processes}, or 0"
         )
+    _join_processes()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices // processes or _cores())
     if not jax.config.values["jax_compilation_cache_dir"]:

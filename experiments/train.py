@@ -156,10 +156,10 @@ def run_rounds(
         )
         return cohort, algorithm.assign(state, cohort)
 
-    ahead = assign(state, first) if first < config.rounds else None
+    if first == config.rounds:
+        return
+    cohort, solution = assign(state, first)
     for round_index in range(first, config.rounds):
-        assert ahead is not None
-        cohort, solution = ahead
         begin = time.monotonic()
         plan = algorithm.plan(cohort, solution)
         clients = np.asarray(plan.clients)
@@ -167,22 +167,21 @@ def run_rounds(
         report = jax.device_get(report)
         seconds = solution.seconds + time.monotonic() - begin
         check_finite(report, clients, round_index, config.local.learning_rate)
+        metrics: Metrics = {
+            "round": round_index + 1,
+            **round_metrics(state, solution, report),
+            "time/round_seconds": seconds,
+            "time/train_examples_per_second": float(report.examples.sum()) / seconds,
+        }
         last = round_index + 1 == config.rounds
         evaluation = None
         if (round_index + 1) % config.eval.every == 0 or last:
             share = experiment.data.label_share
             evaluation = algorithm.evaluate(state, experiment.test, share)
-        ahead = None if last else assign(state, round_index + 1)
-        yield (
-            state,
-            {
-                "round": round_index + 1,
-                **round_metrics(state, solution, report),
-                "time/round_seconds": seconds,
-                "time/train_examples_per_second": float(report.examples.sum()) / seconds,
-                **(accuracies(evaluation) if evaluation else {}),
-            },
-        )
+        if not last:
+            cohort, solution = assign(state, round_index + 1)
+        # Only now is the evaluation waited for.
+        yield state, metrics | (accuracies(evaluation) if evaluation else {})
 
 
 def round_metrics(state: State, solution: Solution, report: RoundReport) -> Metrics:

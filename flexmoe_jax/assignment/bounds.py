@@ -16,6 +16,8 @@ import numpy as np
 from flexmoe_jax.assignment.problem import FloatArray, IntArray
 from flexmoe_jax.errors import InputError
 
+# Targets are sums of many rounds, kept in single precision: a multiple missed by rounding error
+# alone is that multiple.
 _ERROR = 1e-3
 
 Loads = TypeVar("Loads", bound=Any)  # numpy.ndarray or jax.Array, [E]
@@ -150,8 +152,6 @@ def _common_weight(weight: FloatArray) -> float | None:
     return first if first > 0 and bool((weight == first).all()) else None
 
 
-# Targets are sums of many rounds, kept in single precision: a multiple missed by rounding error
-# alone is that multiple.
 def _floor(value: FloatArray) -> FloatArray:
     return np.floor(value + _ERROR)
 

@@ -267,7 +267,8 @@ def _run(program: Any, backend: str) -> bool:
         program.solve(solver=backend, **options)
     except (cp.SolverError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError("assignment.backend", backend, f"{reason}; use HIGHS") from error
+        others = ", ".join(name for name in _installed() if name != backend)
+        raise InputError("assignment.backend", backend, f"{reason} Try {others}") from error
     # `infeasible_inaccurate` and `infeasible_or_unbounded` too: nothing here is unbounded.
     if program.status.startswith(cp.INFEASIBLE):
         return False

@@ -224,7 +224,7 @@ def test_a_backend_that_cannot_is_refused() -> None:
     for given, backend, remedy in (
         (problem, "HIGH", "give one of"),
         (curved, "SCS", "too inexact"),
-        (curved, "SCIPY", "use HIGHS"),
+        (curved, "SCIPY", "Try CLARABEL"),
     ):
         with pytest.raises(InputError, match=f"assignment.backend={backend}: .*{remedy}"):
             solve(given, "relaxation", backend=backend)

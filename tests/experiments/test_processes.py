@@ -62,6 +62,15 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
             ("--coordinator=localhost:1", "--process_count=2", "--process_id=2"),
             "--process_id=2: give 0 to 1",
         ),
+        (
+            (
+                "--coordinator=localhost:1",
+                "--process_count=2",
+                "--process_id=0",
+                "--config.execution.devices=3",
+            ),
+            "execution.devices=3: give a multiple of --process_count=2",
+        ),
     ],
 )
 def test_flags_that_do_not_fit_together(tmp_path: Path, flags: tuple[str, ...], line: str) -> None:
