@@ -85,7 +85,7 @@ def build(config: ConfigDict) -> Experiment:
     mesh = federated.client_mesh(config.execution.devices)
     dataset, parts = load_partitioned(config)
     clients = federated.replicate(data.build_clients(dataset, parts), mesh)
-    steps = np.asarray(local.steps(clients.size))
+    steps = np.asarray(local.steps(np.asarray(clients.size)))
     examples = np.minimum(np.asarray(clients.size) * local.epochs, steps * local.batch_size)
     algorithm = federated.flexmoe(
         models.MoEClassifier(

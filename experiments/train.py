@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from types import FrameType
 from typing import Any
@@ -35,7 +36,7 @@ from experiments.workdir import Metrics, Workdir
 from flexmoe_jax.assignment import Solution
 from flexmoe_jax.checkpoint import Checkpoints
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.federated import sample_cohort, slots_assignment
+from flexmoe_jax.federated import compile_ahead, sample_cohort, slots_assignment
 from flexmoe_jax.metrics import accuracies, coefficient_of_variation, round_bytes
 from flexmoe_jax.types import RoundReport, State
 
@@ -87,7 +88,10 @@ def train(config: ConfigDict, workdir: Workdir) -> str:
     tensorboard = TensorBoard(
         workdir.path / "tensorboard" if config.tensorboard and workdir.writes else None
     )
-    algorithm = experiment.algorithm
+    algorithm = compile_ahead(
+        experiment.algorithm, experiment.data, experiment.test, experiment.per_round
+    )
+    experiment = replace(experiment, algorithm=algorithm)
     state = algorithm.init(jax.random.key(config.seed))
 
     workdir.open(config)

@@ -49,7 +49,7 @@ class Checkpoints:
 
         step = int(state.round)
         if step != self.latest():
-            self._manager.save(step, args=ocp.args.StandardSave(_with_raw_key(state)))
+            self._manager.save(step, args=ocp.args.StandardSave(_on_host(_with_raw_key(state))))
 
     def restore(self, like: State) -> State:
         """Reads the newest state; `like` gives its structure, shapes and types."""
@@ -69,3 +69,11 @@ class Checkpoints:
 
 def _with_raw_key(state: State) -> State:
     return state._replace(key=jax.random.key_data(state.key))
+
+
+def _on_host(state: State) -> State:
+    # orbax would cut every replicated array into a part for each device, by a program of its own.
+    if jax.process_count() > 1:
+        return state
+    host: State = jax.device_get(state)
+    return host

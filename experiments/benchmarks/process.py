@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -13,10 +14,18 @@ from flexmoe_jax.errors import InputError
 Figures = dict[str, Any]
 
 
-def run_case(suite: str, *words: object) -> Figures:
-    """Runs one case of a suite in a new process, so that its memory is its own."""
+def run_case(suite: str, *words: object, **environment: str) -> Figures:
+    """Runs one case of a suite in a new process, so that its memory is its own.
+
+    Args:
+      suite: that has the case.
+      *words: that name it.
+      **environment: variables to set for the process.
+    """
     command = [sys.executable, "-m", "experiments.bench", suite, *map(str, words)]
-    ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    ended = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+    )
     figures: Figures = json.loads(ended.stdout)
     return figures
 

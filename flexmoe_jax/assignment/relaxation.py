@@ -16,7 +16,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.sparse
 
 from flexmoe_jax.assignment.certificate import effective_bounds, price_bound
 from flexmoe_jax.assignment.problem import FloatArray, IntArray, Problem
@@ -136,6 +135,8 @@ class Program:
         extras: Problem | None = None,
     ) -> None:
         """Builds the firm and the elastic problems."""
+        import scipy.sparse
+
         cp = _cvxpy()
         pairs = client.size
         self._x = cp.Variable(pairs, bounds=[0, 1])

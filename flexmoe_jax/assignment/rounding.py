@@ -24,8 +24,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.optimize
-import scipy.sparse
 
 from flexmoe_jax.assignment.problem import (
     TINY,
@@ -118,6 +116,10 @@ def _integral_flow(
     edges, pairs, bins = pair.size, client.size, full.size
     one, column = np.ones(edges), np.arange(edges)
     owners, owner = np.unique(client[pair], return_inverse=True)
+    # Loaded where it is needed: most answers round nothing, and it takes memory and time.
+    import scipy.optimize
+    import scipy.sparse
+
     per_client = scipy.sparse.csr_array((one, (owner, column)), shape=(owners.size, edges))
     per_pair = scipy.sparse.csr_array((one, (pair, column)), shape=(pairs, edges))
     per_bin = scipy.sparse.csr_array((one, (bin_of, column)), shape=(bins, edges))

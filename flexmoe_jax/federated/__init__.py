@@ -1,6 +1,7 @@
 """Federated training: the algorithm and the pure functions it is made of."""
 
 from flexmoe_jax.federated.aggregate import Sums, add_updates, apply_sums, init_server, init_sums
+from flexmoe_jax.federated.ahead import compile_ahead
 from flexmoe_jax.federated.algorithm import Algorithm, FitnessOptions, Setting, flexmoe
 from flexmoe_jax.federated.client import Client, ClientUpdate, LocalTraining, make_client
 from flexmoe_jax.federated.evaluate import TestSet, chunk_test_set, evaluate
@@ -40,6 +41,7 @@ __all__ = [
     "assignment_slots",
     "chunk_test_set",
     "client_mesh",
+    "compile_ahead",
     "evaluate",
     "flexmoe",
     "init_server",

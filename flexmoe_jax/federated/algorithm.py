@@ -78,7 +78,7 @@ class Algorithm(NamedTuple):
     """A federation as pure functions.
 
     Attributes:
-      init: key -> State.
+      init: key -> State. Jitted.
       assign: (State, cohort (P,)) -> Solution for that cohort. Runs on the host.
       plan: (cohort (P,), Solution) -> Plan: the arrays that `round` takes, on the host.
       round: (State, ClientData, Plan) -> (State, RoundReport). Jitted; the state is donated.
@@ -137,7 +137,7 @@ def flexmoe(
     everywhere = NamedSharding(mesh, PartitionSpec())
     clients, experts = len(capacity), model.experts
     slots = int(capacity.max())
-    steps = np.asarray(local.steps(data.size))
+    steps = np.asarray(local.steps(np.asarray(data.size)))
     client_model = model.clone(experts=slots)
 
     def apply(params: Params, images: Array, held: Array) -> tuple[Array, Routing]:
@@ -155,14 +155,13 @@ def flexmoe(
         return outputs[0]
 
     # On the host: a compiled program may not close over what other processes hold.
-    image = np.asarray(data.images.addressable_data(0)[:1])
+    image = np.asarray(data.images.addressable_data(0))[:1]
 
     # Run once, so quick compilation is worth more than quick code: it halves XLA's time here.
     @partial(
         jax.jit, out_shardings=everywhere, compiler_options={"xla_backend_optimization_level": 1}
     )
-    def init_from(key_data: Array) -> State:
-        key = jax.random.wrap_key_data(key_data)
+    def init(key: Key) -> State:
         held = jnp.ones(experts, bool)
         model_key, gate_key = jax.random.split(key)
         params = split_params(model.init(model_key, prepare(jnp.asarray(image)), held)["params"])
@@ -188,9 +187,6 @@ def flexmoe(
             load=jnp.zeros(experts),
             deficit=jnp.zeros(experts),
         )
-
-    def init(key: Key) -> State:
-        return init_from(replicate(jax.random.key_data(key), mesh))
 
     def assign(state: State, cohort: np.ndarray) -> Solution:
         known = jax.device_get(

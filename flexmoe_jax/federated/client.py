@@ -6,16 +6,20 @@ Nothing here knows of other clients: `execute` maps these functions over blocks 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.models import Routing, balance_loss, router_z_loss
 from flexmoe_jax.types import Array, Feedback, Key, Params, PyTree
+
+Sizes = TypeVar("Sizes", Array, np.ndarray)
+"""Whole numbers, on the device or on the host."""
 
 Apply = Callable[[Params, Array, Array], tuple[Array, Routing]]
 """(params, uint8 images (B, ...), held (K,)) -> class logits (B, Y) and routing."""
@@ -57,12 +61,12 @@ class LocalTraining(NamedTuple):
         tiles = -(-self.batch_size // most)
         return next(n for n in range(tiles, self.batch_size + 1) if self.batch_size % n == 0)
 
-    def steps(self, size: Array) -> Array:
+    def steps(self, size: Sizes) -> Sizes:
         """Local steps of a round for a client of `size` examples, elementwise, int32."""
         steps = self.epochs * self.steps_per_epoch(size)
-        return jnp.minimum(steps, self.max_steps) if self.max_steps else steps
+        return steps.clip(max=self.max_steps) if self.max_steps else steps
 
-    def steps_per_epoch(self, size: Array) -> Array:
+    def steps_per_epoch(self, size: Sizes) -> Sizes:
         """Batches that it takes to see `size` examples once; the last may be smaller."""
         return -(-size // self.batch_size)
 

@@ -222,3 +222,17 @@ def test_a_diverging_client_shows_in_the_report(make_algorithm, clients):
     algorithm = make_algorithm(local=LocalTraining(optax.sgd(1e30), batch_size=8))
     _, reports = run(algorithm, clients, rounds=1)
     assert not np.isfinite(reports[0][2].loss).all()
+
+
+def test_compiled_ahead_it_is_the_same_algorithm(make_algorithm, clients, digits):
+    test = federated.chunk_test_set(digits.test_images, digits.test_labels)
+    plain = make_algorithm()
+    ahead = federated.compile_ahead(plain, clients, test, per_round=7)
+    states = [run(algorithm, clients)[0] for algorithm in (plain, ahead)]
+    chex.assert_trees_all_equal(*(s._replace(key=jax.random.key_data(s.key)) for s in states))
+    chex.assert_trees_all_equal(
+        *(
+            a.evaluate(s, test, clients.label_share)
+            for a, s in zip((plain, ahead), states, strict=True)
+        )
+    )

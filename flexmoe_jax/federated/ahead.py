@@ -1,0 +1,68 @@
+"""Compiles a federation's programs side by side, before they are first called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flexmoe_jax.data import ClientData
+from flexmoe_jax.federated.algorithm import Algorithm
+from flexmoe_jax.federated.evaluate import TestSet
+from flexmoe_jax.federated.execute import resolve_block_size
+from flexmoe_jax.types import Plan
+
+
+def compile_ahead(
+    algorithm: Algorithm, data: ClientData, test: TestSet, per_round: int
+) -> Algorithm:
+    """Starts to compile `init`, `round` and `evaluate`, while the caller goes on.
+
+    XLA compiles a program mostly on one core, so several at a time take little longer than one.
+
+    Args:
+      algorithm: from `flexmoe`.
+      data: that `round` will be given.
+      test: that `evaluate` will be given.
+      per_round: P clients in a cohort.
+
+    Returns:
+      The algorithm with the three functions bound to these shapes; a call waits for its program.
+      In a run over several processes, the algorithm as it is.
+    """
+    if jax.process_count() > 1:
+        return algorithm
+    setting = algorithm.setting
+
+    def like(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=data.index.sharding)
+
+    def whole_numbers(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    init = _jitted(algorithm.init).lower(jax.random.key(0))
+    state = jax.tree.map(like, init.out_info)
+    together = setting.devices * resolve_block_size(setting.block_size, per_round, setting.devices)
+    padded, slots = -(-per_round // together) * together, state.slots.shape[1]
+    plan = jax.tree.map(like, Plan(whole_numbers(padded), whole_numbers(padded, slots), state.load))
+    compiler = ThreadPoolExecutor()
+
+    def start(lower: Callable[[], jax.stages.Lowered]) -> Callable[..., Any]:
+        program = compiler.submit(lambda: lower().compile())
+        return lambda *arguments: program.result()(*arguments)
+
+    ready = algorithm._replace(
+        round=start(lambda: _jitted(algorithm.round).lower(state, data, plan)),
+        init=start(lambda: init),
+        evaluate=start(lambda: _jitted(algorithm.evaluate).lower(state, test, data.label_share)),
+    )
+    compiler.shutdown(wait=False)
+    return ready
+
+
+def _jitted(function: Callable[..., Any]) -> jax.stages.Wrapped:
+    assert isinstance(function, jax.stages.Wrapped)
+    return function
