@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments.cli import nearest
+from experiments.edge import capacity_in_memory, make_devices, make_network, parameter_shapes
 from experiments.fields import check_numbers, client_capacities
 from flexmoe_jax import assignment, data, federated, models
 from flexmoe_jax.errors import InputError
@@ -28,7 +30,8 @@ class Experiment:
       classes: names of the Y classes.
       label_counts: (C, Y) training examples of each client by class.
       capacity: (C,) k_c.
-      per_round: P.
+      network: who takes part in a round, and what arrives.
+      payload: bytes of what travels.
     """
 
     algorithm: federated.Algorithm
@@ -37,7 +40,8 @@ class Experiment:
     classes: tuple[str, ...]
     label_counts: np.ndarray
     capacity: np.ndarray
-    per_round: int
+    network: federated.Network
+    payload: federated.Payload
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -56,6 +60,8 @@ def build(config: ConfigDict) -> Experiment:
         holders_min=config.assignment.holders_min,
         balance=config.assignment.balance,
         diversity=config.assignment.diversity,
+        movement=config.assignment.movement,
+        time_limit=config.assignment.time_limit,
     )
     backbone = models.make_backbone(
         config.model.backbone,
@@ -74,29 +80,42 @@ def build(config: ConfigDict) -> Experiment:
         z=config.local.z,
         tile=config.execution.tile,
     )
-    capacity = client_capacities(
-        config.clients.capacity, config.clients.count, config.model.experts, config.seed
-    )
-    if config.assignment.policy == "full":
-        capacity = np.full_like(capacity, config.model.experts)
+    uplink = make_uplink(config)
+    aggregator = make_aggregator(config.server)
+    devices = make_devices(config.edge, config.clients.count, config.seed)
+    capacity = np.ones(config.clients.count, np.int64)
+    if config.clients.capacity != "memory":
+        capacity = client_capacities(
+            config.clients.capacity, config.clients.count, config.model.experts, config.seed
+        )
+    elif devices is None:
+        raise InputError("clients.capacity", "memory", "say what devices there are: edge.mix")
     if config.assignment.load not in federated.LOAD_MODELS:
         federated.make_load_model(config.assignment.load, capacity, capacity)
 
     mesh = federated.client_mesh(config.execution.devices)
     dataset, parts = load_partitioned(config)
     clients = federated.replicate(data.build_clients(dataset, parts), mesh)
+    model = models.MoEClassifier(
+        backbone=backbone,
+        classes=dataset.num_classes,
+        experts=config.model.experts,
+        hidden=config.model.hidden,
+        top_k=config.model.top_k,
+    )
+    prepare = standardise(dataset.train_images)
+    if config.assignment.policy == "full":
+        capacity = np.full_like(capacity, config.model.experts)
+    elif config.clients.capacity == "memory":
+        assert devices is not None
+        capacity = capacity_in_memory(model, prepare, dataset.train_images[:1], devices, config)
     steps = np.asarray(local.steps(np.asarray(clients.size)))
     examples = np.minimum(np.asarray(clients.size) * local.epochs, steps * local.batch_size)
+    network = make_network(config, devices, steps, examples)
     algorithm = federated.flexmoe(
-        models.MoEClassifier(
-            backbone=backbone,
-            classes=dataset.num_classes,
-            experts=config.model.experts,
-            hidden=config.model.hidden,
-            top_k=config.model.top_k,
-        ),
+        model,
         clients,
-        prepare=standardise(dataset.train_images),
+        prepare=prepare,
         capacity=capacity,
         policy=policy,
         load_model=federated.make_load_model(config.assignment.load, examples, capacity),
@@ -105,6 +124,9 @@ def build(config: ConfigDict) -> Experiment:
             score, config.fitness.beta, config.fitness.initial, config.fitness.optimism
         ),
         server=server_optimizer(config.server),
+        uplink=uplink,
+        aggregator=aggregator,
+        rows=network.asked,
         deficit_decay=config.assignment.deficit_decay,
         seed=config.seed,
         block_size=config.execution.client_block_size,
@@ -119,7 +141,10 @@ def build(config: ConfigDict) -> Experiment:
         classes=dataset.classes,
         label_counts=data.label_counts(dataset.train_labels, parts, dataset.num_classes),
         capacity=capacity,
-        per_round=config.clients.per_round or config.clients.count,
+        network=network,
+        payload=federated.payload(
+            *parameter_shapes(model, prepare, dataset.train_images), uplink.compressor
+        ),
     )
 
 
@@ -159,6 +184,41 @@ def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray
         **options,
     )
     return dataset, parts
+
+
+def make_uplink(config: ConfigDict) -> federated.Uplink:
+    """How updates reach the server."""
+    server = config.server
+    if server.noise_multiplier and not server.clip:
+        remedy = "cut the updates too: without server.clip no noise makes them private"
+        raise InputError("server.noise_multiplier", server.noise_multiplier, remedy)
+    return federated.Uplink(
+        compressor=federated.make_compressor(config.upload.compression, config.upload.kept),
+        error_feedback=config.upload.error_feedback,
+        quarantine=server.quarantine,
+        norm_limit=server.norm_limit,
+        clip=server.clip,
+        noise_multiplier=server.noise_multiplier,
+    )
+
+
+def make_aggregator(server: ConfigDict) -> federated.Aggregator | None:
+    """How the server makes one update of many; None for the weighted mean."""
+    trims = {"mean": 0.0, "median": 0.5, "trimmed_mean": server.trim}
+    if server.aggregator not in trims:
+        raise InputError(
+            "server.aggregator",
+            server.aggregator,
+            f"did you mean {nearest(server.aggregator, trims)}? choose one of {', '.join(trims)}",
+        )
+    if not 0 <= server.trim <= 0.5:
+        raise InputError("server.trim", server.trim, "choose a number in [0, 0.5]")
+    if server.aggregator == "mean":
+        return None
+    if server.noise_multiplier:
+        remedy = "its noise is reckoned for the mean: choose mean, or no noise_multiplier"
+        raise InputError("server.aggregator", server.aggregator, remedy)
+    return partial(federated.trimmed_mean, trim=trims[server.aggregator])
 
 
 def standardise(images: np.ndarray) -> Callable[[Array], Array]:

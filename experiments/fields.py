@@ -37,6 +37,10 @@ def check_numbers(config: ConfigDict) -> None:
         "local.balance",
         "local.z",
         "server.momentum",
+        "server.norm_limit",
+        "server.clip",
+        "server.noise_multiplier",
+        "edge.deadline",
     )
     positive = ("local.learning_rate", "server.learning_rate")
     ranges: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -58,6 +62,14 @@ def check_numbers(config: ConfigDict) -> None:
             config.assignment.deficit_decay,
             "choose a number in [0, 1]",
         )
+    for field in ("edge.mean_on_rounds", "edge.over_select"):
+        if not 1 <= _value(config, field) < float("inf"):
+            raise InputError(field, _value(config, field), "choose a number of at least 1")
+    for field in ("edge.dropout_before", "edge.dropout_during"):
+        if not 0 <= _value(config, field) <= 1:
+            raise InputError(field, _value(config, field), "choose a probability in [0, 1]")
+    if not 0 < config.server.delta < 1:
+        raise InputError("server.delta", config.server.delta, "choose a number between 0 and 1")
     if not 0 < config.fitness.beta <= 1:
         raise InputError("fitness.beta", config.fitness.beta, "choose a number in (0, 1]")
     for field in ("fitness.initial", "fitness.optimism"):
@@ -108,7 +120,7 @@ def _capacity_choices(given: object) -> list[int]:
         return list(range(low, high + 1))
     choices = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     if not choices or not all(isinstance(k, int) and not isinstance(k, bool) for k in choices):
-        remedy = 'give a number (2), a range ("1-4") or a list ([1,2,4])'
+        remedy = 'give a number (2), a range ("1-4"), a list ([1,2,4]) or "memory"'
         raise InputError("clients.capacity", given, remedy)
     return [k for k in choices if isinstance(k, int)]
 

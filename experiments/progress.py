@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -79,12 +80,12 @@ class ProgressDisplay:
         self._progress.update(
             self._task,
             completed=done,
-            loss=f"{metrics['train/loss']:.3f}",
+            loss=f"{metrics.get('train/loss', math.nan):.3f}",
             left="" if left is None else f"{left:.0f} s left",
         )
         if "eval/global_accuracy" in metrics:
             cells = (
-                f"{form.format(metrics[key]):>{max(8, len(heading))}}"
+                f"{form.format(metrics[key]) if key in metrics else '-':>{max(8, len(heading))}}"
                 for heading, key, form in _COLUMNS
             )
             self.say("  ".join(cells))

@@ -3,7 +3,8 @@
     python -m experiments.report DIR [DIR ...] [--out FILE]
 
 One workdir gives DIR/report/index.html, several give a comparison, report.html in the folder that
-they share, unless --out says otherwise. A run that is still going can be reported, too.
+they share, unless --out says otherwise. A run that is still going can be reported, too. The folder
+of a sweep gives the page of its study, with all seeds of a method in one line.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from pathlib import Path
 from absl import flags
 
 from experiments.reporting.runs import read_run
+from experiments.studying.results import is_study, read_results
+from experiments.workdir import write_atomically
 from flexmoe_jax.errors import InputError
 
 
 def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | Path | None = None) -> Path:
-    """Writes the page of one workdir, or the comparison of several.
+    """Writes the page of one workdir or study, or the comparison of several workdirs.
 
     Args:
-      workdirs: folders that training runs wrote; one named twice counts once.
+      workdirs: folders that training runs wrote, or the one that a sweep wrote; one named twice
+        counts once.
       out: the file to write; by default DIR/report/index.html for one workdir and report.html in
         the common parent for several. Replaced at once when the page is complete.
 
@@ -35,20 +39,20 @@ def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | Path | N
     folders = list({Path(w).resolve(): Path(w) for w in workdirs}.values())
     if not folders:
         raise InputError("DIR", "(none)", "give the workdir of at least one training run")
-    runs = [read_run(folder) for folder in folders]
+    study = read_results(folders[0]) if is_study(folders[0]) and len(folders) == 1 else None
+    runs = [] if study else [read_run(folder) for folder in folders]
     page = Path(out) if out is not None else default_out(folders)
     if page.is_dir():
         raise InputError("out", page, f"is a folder; give a file such as {page / 'report.html'}")
 
     # Matplotlib takes most of a second to import; whoever gave a wrong folder need not wait for it.
     from experiments.reporting.page import render
+    from experiments.reporting.study import render_study
 
-    html = render(runs)
-    unfinished = page.with_name(page.name + ".part")
+    html = render_study(study) if study else render(runs)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(html, encoding="utf-8")
-        unfinished.replace(page)
+        write_atomically(page, html)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError("out", page, f"cannot be written ({reason}); choose another") from error

@@ -3,8 +3,9 @@
     python -m experiments.train --config=experiments/configs/digits.py --workdir=runs/digits
 
 Any field of the config can be set on the command line (`--config.clients.capacity=2`). A workdir
-that holds a part of the same run is continued from its newest checkpoint. Ctrl-C ends after the
-round at work, with everything saved; a second one ends at once.
+that holds a part of the same run is continued from its newest whole checkpoint. Ctrl-C or SIGTERM
+ends after the round at work, with everything saved; a second one ends at once. Whatever ends a run
+(kill -9, a full disk), the same command goes on with it, and ends with the same numbers.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,9 +36,10 @@ from experiments.tensorboard import TensorBoard
 from experiments.workdir import Metrics, Workdir
 from flexmoe_jax.assignment import Solution
 from flexmoe_jax.checkpoint import Checkpoints
+from flexmoe_jax.edge import Outcome
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.federated import compile_ahead, sample_cohort, slots_assignment
-from flexmoe_jax.metrics import accuracies, coefficient_of_variation, round_bytes
+from flexmoe_jax.federated import Traffic, compile_ahead, epsilon, slots_assignment, traffic
+from flexmoe_jax.metrics import accuracies, coefficient_of_variation
 from flexmoe_jax.types import RoundReport, State
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the experiment.")
@@ -49,7 +51,7 @@ class DivergedError(RuntimeError):
 
 
 def main(argv: list[str]) -> None:
-    """Trains, then writes the report."""
+    """Trains, then writes the report; exit code 1 if the run diverged or a file fails."""
     if len(argv) > 1:
         raise InputError("argument", argv[1], "flags begin with --")
     config = read_config(_CONFIG.value, config_flags.get_config_filename(flags.FLAGS["config"]))
@@ -57,30 +59,48 @@ def main(argv: list[str]) -> None:
         raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/digits")
     prepare_devices(config.execution.devices)
     workdir = Workdir(_WORKDIR.value, writes=jax.process_index() == 0)
-    status = train(config, workdir)
-    if not workdir.writes:
-        return
+    try:
+        with _interruptible() as interrupted:
+            status = train(config, workdir, stop=lambda: bool(interrupted))
+            if not workdir.writes:
+                return
 
-    from experiments.report import write_report
+            from experiments.report import write_report
 
-    page = write_report([workdir.path], workdir.path / "report" / "index.html")
+            page = write_report([workdir.path], workdir.path / "report" / "index.html")
+    except (OSError, InputError) as error:
+        # The report wraps what it cannot write, as if the user had chosen the file.
+        fault = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(fault, OSError):
+            raise
+        print(
+            f"{fault.filename or workdir.path}: {fault.strerror or fault}; once that is put right "
+            "(free some space?), the same command goes on from the newest checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"ended at once; the same command goes on with {workdir.path}", file=sys.stderr)
+        sys.exit(130)
     print(f"{status} · report: {page}")
     if status == "diverged":
         sys.exit(1)
 
 
-def train(config: ConfigDict, workdir: Workdir) -> str:
+def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambda: False) -> str:
     """Runs an experiment to its last round, or on from where its workdir stands.
 
     Args:
       config: of the experiment.
       workdir: of the run.
+      stop: asked after each round whether that is to be the last for now.
 
     Returns:
       "finished", "interrupted" or "diverged".
 
     Raises:
       InputError: if the config or the workdir cannot be used; nothing is written then.
+      OSError: if a file of the run cannot be written; what was written before counts.
     """
     begin = time.monotonic()
     workdir.check(config)
@@ -89,35 +109,42 @@ def train(config: ConfigDict, workdir: Workdir) -> str:
         workdir.path / "tensorboard" if config.tensorboard and workdir.writes else None
     )
     algorithm = compile_ahead(
-        experiment.algorithm, experiment.data, experiment.test, experiment.per_round
+        experiment.algorithm, experiment.data, experiment.test, experiment.network.asked
     )
     experiment = replace(experiment, algorithm=algorithm)
     state = algorithm.init(jax.random.key(config.seed))
 
     workdir.open(config)
     checkpoints = Checkpoints(workdir.path / "checkpoints", config.checkpoint.keep)
-    if checkpoints.latest() is not None:
-        state = checkpoints.restore(state)
+    restored = checkpoints.restore(state, at_most=len(workdir.read()))
+    if restored.state is not None:
+        state = restored.state
     done = int(state.round)
     workdir.keep_rounds(done)
     status = "finished"
     display = ProgressDisplay(config.rounds, done, quiet=not workdir.writes)
-    with display, _interruptible() as interrupted:
+    with display:
+        for line in restored.passed_over:
+            display.say(line)
         if done == config.rounds:
             display.say("all rounds are done; to train anew, delete the folder of the run")
         elif done:
             display.say(f"continuing after round {done} of {config.rounds}")
+        elif restored.passed_over:
+            display.say("no whole checkpoint is left: starting from the first round")
         rounds = run_rounds(config, experiment, state, done)
         try:
             for state, metrics in rounds:
                 workdir.append(metrics)
                 tensorboard.write(metrics)
                 display.update(metrics)
-                stop = _anywhere(bool(interrupted))
-                last = metrics["round"] == config.rounds or stop
+                if metrics["assignment/status"].startswith("fallback"):
+                    display.say(f"round {metrics['round']}: {metrics['assignment/status']}")
+                stopping = _anywhere(stop())
+                last = metrics["round"] == config.rounds or stopping
                 if last or metrics["round"] % config.checkpoint.every == 0:
                     checkpoints.save(state)
-                if stop:
+                if stopping:
                     status = "interrupted"
                     break
         except DivergedError as error:
@@ -127,12 +154,11 @@ def train(config: ConfigDict, workdir: Workdir) -> str:
     tensorboard.close()
     if status != "diverged":
         workdir.write_arrays(**arrays(experiment, state))
-    earlier = workdir.summary() or {}
     workdir.write_summary(
         {
             "status": status,
             **summarise(workdir.read()),
-            "seconds": earlier.get("seconds", 0.0) + time.monotonic() - begin,
+            "seconds": workdir.seconds() + time.monotonic() - begin,
             **environment(),
         }
     )
@@ -152,46 +178,69 @@ def run_rounds(
     Raises:
       DivergedError: a client's loss is not a number.
     """
-    algorithm = experiment.algorithm
+    algorithm, network = experiment.algorithm, experiment.network
 
-    def assign(state: State, round_index: int) -> tuple[np.ndarray, Solution]:
-        cohort = sample_cohort(
-            config.clients.count, experiment.per_round, seed=config.seed, round_index=round_index
-        )
-        return cohort, algorithm.assign(state, cohort)
+    def assign(state: State, round_index: int) -> Assigned:
+        cohort = network.cohort(round_index)
+        solution = algorithm.assign(state, cohort)
+        fresh = np.asarray(state.fresh)[cohort] if config.edge.cache else None
+        return Assigned(cohort, solution, traffic(solution.assignment, experiment.payload, fresh))
 
     if first == config.rounds:
         return
-    cohort, solution = assign(state, first)
+    assigned = assign(state, first)
     for round_index in range(first, config.rounds):
         begin = time.monotonic()
-        plan = algorithm.plan(cohort, solution)
+        arrival, outcome = network.play(assigned.cohort, assigned.traffic, round_index)
+        plan = algorithm.plan(assigned.cohort, assigned.solution, arrival)
         clients = np.asarray(plan.clients)
         state, report = algorithm.round(state, experiment.data, plan)
         report = jax.device_get(report)
-        seconds = solution.seconds + time.monotonic() - begin
-        check_finite(report, clients, round_index, config.local.learning_rate)
+        seconds = assigned.solution.seconds + time.monotonic() - begin
+        check_health(report, clients, round_index, config)
         metrics: Metrics = {
             "round": round_index + 1,
-            **round_metrics(state, solution, report),
+            **round_metrics(state, assigned, outcome, report),
             "time/round_seconds": seconds,
             "time/train_examples_per_second": float(report.examples.sum()) / seconds,
         }
+        if network.devices is not None:
+            metrics["time/simulated_seconds"] = outcome.seconds
+        if config.server.noise_multiplier:
+            metrics["privacy/epsilon"] = epsilon(
+                config.server.noise_multiplier, round_index + 1, config.server.delta
+            )
         last = round_index + 1 == config.rounds
         evaluation = None
         if (round_index + 1) % config.eval.every == 0 or last:
             share = experiment.data.label_share
             evaluation = algorithm.evaluate(state, experiment.test, share)
         if not last:
-            cohort, solution = assign(state, round_index + 1)
+            assigned = assign(state, round_index + 1)
         # Only now is the evaluation waited for.
         yield state, metrics | (accuracies(evaluation) if evaluation else {})
 
 
-def round_metrics(state: State, solution: Solution, report: RoundReport) -> Metrics:
-    """What a round says of itself: loss, balance, assignment and bytes."""
+class Assigned(NamedTuple):
+    """A round before it begins: who is asked (P,), what each would hold, and its bytes."""
+
+    cohort: np.ndarray
+    solution: Solution
+    traffic: Traffic
+
+
+def round_metrics(
+    state: State, assigned: Assigned, outcome: Outcome, report: RoundReport
+) -> Metrics:
+    """What a round says of itself: loss, balance, assignment, clients and bytes."""
+    solution, traffic = assigned.solution, assigned.traffic
+    trained = report.examples.sum() > 0
     return {
-        "train/loss": float(np.average(report.loss, weights=report.examples)),
+        **(
+            {"train/loss": float(np.average(report.loss, weights=report.examples))}
+            if trained
+            else {}
+        ),
         "load/assigned_cv": coefficient_of_variation(solution.load),
         "load/assigned_cv_cumulative": coefficient_of_variation(np.asarray(state.load)),
         "load/usage_cv": coefficient_of_variation(np.asarray(report.usage)),
@@ -201,24 +250,36 @@ def round_metrics(state: State, solution: Solution, report: RoundReport) -> Metr
         "assignment/gap": float(solution.gap),
         "assignment/solve_seconds": float(solution.seconds),
         "assignment/status": solution.status,
-        **round_bytes(state, solution.assignment),
+        "clients/asked": len(assigned.cohort),
+        "clients/delivered": int(outcome.delivered.sum()),
+        "clients/quarantined": int(report.quarantined.sum()),
+        "comm/bytes_down": int(traffic.down[outcome.reached].sum()),
+        "comm/bytes_up": int(traffic.up[outcome.delivered].sum()),
+        "comm/bytes_cached": int(traffic.cached[outcome.reached].sum()),
     }
 
 
-def check_finite(
-    report: RoundReport, clients: np.ndarray, round_index: int, learning_rate: float
+def check_health(
+    report: RoundReport, clients: np.ndarray, round_index: int, config: ConfigDict
 ) -> None:
-    """Stops a run whose loss is no longer a number.
+    """Stops a run whose loss is no longer a number, or none of whose updates can be used.
 
     Raises:
       DivergedError: naming the round, the clients and the learning rate.
     """
     broken = np.sort(clients[~np.isfinite(report.loss)])
+    remedy = (
+        f"with local.learning_rate={config.local.learning_rate}: lower it, or set local.clip_norm"
+    )
     if broken.size:
         some = ", ".join(map(str, broken[:10])) + (", ..." if broken.size > 10 else "")
         raise DivergedError(
-            f"round {round_index + 1}: the loss of clients {some} is not a number with "
-            f"local.learning_rate={learning_rate}: lower it, or set local.clip_norm"
+            f"round {round_index + 1}: the loss of clients {some} is not a number {remedy}"
+        )
+    if report.quarantined.any() and not report.examples.any():
+        raise DivergedError(
+            f"round {round_index + 1}: every update is not a number, or longer than "
+            f"server.norm_limit={config.server.norm_limit}, {remedy}"
         )
 
 
@@ -245,8 +306,10 @@ def summarise(rows: list[Metrics]) -> dict[str, Any]:
         best = max if "accuracy" in key or key.endswith("per_second") else min
         summary[f"final/{key}"] = values[-1]
         summary[f"best/{key}"] = best(values)
-    for key in ("comm/bytes_down", "comm/bytes_up"):
-        summary[f"total/{key}"] = sum(row[key] for row in rows)
+    totals = ("comm/bytes_down", "comm/bytes_up", "comm/bytes_cached", "time/simulated_seconds")
+    for key in (*totals, "clients/quarantined"):
+        if rows and key in rows[-1]:
+            summary[f"total/{key}"] = sum(row[key] for row in rows)
     return summary
 
 

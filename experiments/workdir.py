@@ -1,9 +1,16 @@
-"""The folder of a run: config.json, metrics.jsonl, summary.json, arrays.npz, checkpoints/."""
+"""The folder of a run: config.json, metrics.jsonl, summary.json, arrays.npz, checkpoints/.
+
+Files are replaced in one step, so a process killed at any moment, or a full disk, leaves the old
+file or the new one. Only metrics.jsonl grows line by line; what is wrong with its end is cut off.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +54,13 @@ class Workdir:
             raise InputError("workdir", self.path, "is a file; choose a folder")
         existing = self.path / "config.json"
         if not existing.exists():
-            if any(self.path.iterdir()):
+            # A process killed in `open` may leave its temporary file.
+            if any(path != _temporary(existing) for path in self.path.iterdir()):
                 remedy = "holds files but no run; choose an empty or a new folder"
                 raise InputError("workdir", self.path, remedy)
             return
         try:
-            there = flat_fields(ConfigDict(json.loads(existing.read_text())))
+            there = flat_fields(ConfigDict(dict(json.loads(existing.read_bytes()))))
         except (ValueError, TypeError) as error:
             remedy = "its config.json cannot be read; choose another folder, or delete this one"
             raise InputError("workdir", self.path, remedy) from error
@@ -71,8 +79,8 @@ class Workdir:
         self._write(self.path / "config.json", json.dumps(as_json(config), indent=2) + "\n")
 
     def keep_rounds(self, rounds_done: int) -> None:
-        """Cuts metrics.jsonl back to the rounds that the newest checkpoint holds."""
-        kept = [json.dumps(row) + "\n" for row in self.read() if row["round"] <= rounds_done]
+        """Cuts metrics.jsonl back to the rounds that the restored checkpoint holds."""
+        kept = [json.dumps(row) + "\n" for row in self.read()[:rounds_done]]
         self._write(self.metrics_path, "".join(kept))
 
     @property
@@ -83,47 +91,78 @@ class Workdir:
     def append(self, metrics: Metrics) -> None:
         """Adds a round to metrics.jsonl; it is on disk when this returns."""
         if self.writes:
-            with self.metrics_path.open("a") as file:
+            with _naming(self.metrics_path), self.metrics_path.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     def read(self) -> list[Metrics]:
-        """The rounds in metrics.jsonl; a last line cut off by a kill is left out."""
+        """The rounds in metrics.jsonl, from the first to the last before anything is amiss."""
         rows: list[Metrics] = []
         if self.metrics_path.exists():
-            for line in self.metrics_path.read_text().splitlines():
+            for line in self.metrics_path.read_bytes().split(b"\n"):
                 try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
+                    row = json.loads(line)
+                except ValueError:
                     break
+                if not isinstance(row, dict) or row.get("round") != len(rows) + 1:
+                    break
+                rows.append(row)
         return rows
 
     def write_summary(self, summary: Metrics) -> None:
         """Writes summary.json."""
         self._write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
-    def summary(self) -> Metrics | None:
-        """summary.json, if it is there."""
-        path = self.path / "summary.json"
-        if not path.exists():
-            return None
-        summary: Metrics = json.loads(path.read_text())
-        return summary
+    def seconds(self) -> float:
+        """Wall time that summary.json states, or 0 where it says nothing of the kind."""
+        try:
+            return float(json.loads((self.path / "summary.json").read_bytes())["seconds"])
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return 0.0
 
     def write_arrays(self, **arrays: np.ndarray) -> None:
         """Writes arrays.npz."""
-        if not self.writes:
-            return
-        temporary = self.path / "arrays.tmp.npz"
-        np.savez_compressed(temporary, allow_pickle=False, **arrays)
-        os.replace(temporary, self.path / "arrays.npz")
+        if self.writes:
+            # In memory first: a zip file that cannot be closed complains once more when collected.
+            packed = BytesIO()
+            np.savez_compressed(packed, allow_pickle=False, **arrays)
+            write_atomically(self.path / "arrays.npz", packed.getvalue())
 
     def _write(self, path: Path, text: str) -> None:
         if self.writes:
             write_atomically(path, text)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step: a reader sees the old text or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file in one step: a reader sees the old content or the new, never a part.
+
+    Raises:
+      OSError: it could not be written; the old content is still there, and nothing beside it.
+    """
+    temporary = _temporary(path)
+    with _naming(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file into errors that do not name it, as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error

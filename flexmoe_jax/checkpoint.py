@@ -1,21 +1,56 @@
-"""Checkpoints of a federation's state, written atomically by orbax."""
+"""Checkpoints of a federation's state: written by orbax, checked before they are read.
+
+A checkpoint is a folder named after its round. It gets that name in one step, when orbax's files
+and a checksum of each are on disk, so a process killed at any moment leaves the earlier ones as
+they were. orbax itself does not notice a changed bit in an array: the checksums do.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import State
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
+_CHECKSUMS = "checksums.json"
+_UNFINISHED = "unfinished"
+
+
+class Restored(NamedTuple):
+    """What was found of a run.
+
+    Attributes:
+      state: the newest that could be used, or None.
+      passed_over: one line on each newer checkpoint, which has been moved out of the way.
+    """
+
+    state: State | None
+    passed_over: tuple[str, ...]
+
 
 class Checkpoints:
     """The checkpoints of one run, one for each saved round; the newest few are kept.
+
+    In a run over several processes all of them call every method, and share the folder.
 
     Args:
       folder: where they lie; made if it is not there.
@@ -26,45 +61,113 @@ class Checkpoints:
         """Only remembers the folder."""
         self._folder, self._keep = folder.resolve(), keep
 
-    @cached_property
-    def _manager(self) -> ocp.CheckpointManager:
-        # Opened when first needed: loading orbax would hold up a run's first round.
-        import orbax.checkpoint as ocp
-
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, enable_async_checkpointing=False
-        )
-        return ocp.CheckpointManager(self._folder, options=options)
-
-    def latest(self) -> int | None:
-        """The newest saved round, or None."""
-        if not self._folder.exists():
-            return None
-        step: int | None = self._manager.latest_step()
-        return step
+    def rounds(self) -> list[int]:
+        """The saved rounds, rising."""
+        if not self._folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
 
     def save(self, state: State) -> None:
-        """Saves the state under its number of completed rounds; does nothing if it is there."""
+        """Saves the state under its number of completed rounds, and deletes the oldest.
+
+        Raises:
+          OSError: it could not be written; the earlier checkpoints are as they were.
+        """
         import orbax.checkpoint as ocp
 
-        step = int(state.round)
-        if step != self.latest():
-            self._manager.save(step, args=ocp.args.StandardSave(_on_host(_with_raw_key(state))))
+        host = _on_host(_with_raw_key(state))
+        unfinished = self._folder / _UNFINISHED
+        with _one_error(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                # What an earlier process left when it was killed.
+                for rest in self._folder.glob(f"{_UNFINISHED}*"):
+                    shutil.rmtree(rest)
+                _require_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(host)))
+            _wait_for_all("ready to save")
+            self._checkpointer.save(unfinished, args=ocp.args.StandardSave(host))
+            if jax.process_index() == 0:
+                _write_checksums(unfinished)
+                os.replace(unfinished, self._folder / str(int(state.round)))
+                for old in self.rounds()[: -self._keep]:
+                    shutil.rmtree(self._folder / str(old))
+        _wait_for_all("saved")
 
-    def restore(self, like: State) -> State:
-        """Reads the newest state; `like` gives its structure, shapes and types."""
+    def restore(self, like: State, at_most: int | None = None) -> Restored:
+        """Reads the newest checkpoint that is whole.
+
+        Those that are newer, yet damaged or not wanted, go to a folder `FOLDER-set-aside`, so that
+        the run can save these rounds again.
+
+        Args:
+          like: gives the structure, shapes, types and places of the arrays.
+          at_most: the newest round that is wanted, if not all are.
+
+        Raises:
+          InputError: a checkpoint is whole, but of another model or another version of the code.
+        """
+        passed_over: list[str] = []
+        for step in reversed(self.rounds()):
+            fault = self._fault(step, at_most)
+            # Process 0 decides for all.
+            if not multihost_utils.broadcast_one_to_all(np.array(fault is not None)):
+                return Restored(self._read(step, like), tuple(passed_over))
+            passed_over.append(f"the checkpoint of round {step} {fault}: moved to {self._aside}")
+            if jax.process_index() == 0:
+                self._set_aside(step)
+            _wait_for_all("set aside")
+        return Restored(None, tuple(passed_over))
+
+    def close(self) -> None:
+        """Ends orbax's threads, if it has any."""
+        if "_checkpointer" in self.__dict__:
+            self._checkpointer.close()
+
+    @cached_property
+    def _checkpointer(self) -> ocp.Checkpointer:
+        # Made when first needed: loading orbax would hold up a run's first round.
+        import orbax.checkpoint as ocp
+
+        return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+
+    @property
+    def _aside(self) -> Path:
+        return self._folder.with_name(f"{self._folder.name}-set-aside")
+
+    def _fault(self, step: int, at_most: int | None) -> str | None:
+        if at_most is not None and step > at_most:
+            return f"is not used, since the metrics reach to round {at_most} only"
+        folder = self._folder / str(step)
+        try:
+            expected, found = json.loads((folder / _CHECKSUMS).read_bytes()), _checksums(folder)
+        except PermissionError:
+            raise  # Not damaged, and well again once it may be read.
+        except (OSError, ValueError) as error:
+            return f"is damaged ({error})"
+        if found == expected:
+            return None
+        known = expected if isinstance(expected, dict) else {}
+        names = sorted({*found, *known})
+        return "is damaged (" + next(n for n in names if found.get(n) != known.get(n)) + ")"
+
+    def _read(self, step: int, like: State) -> State:
         import orbax.checkpoint as ocp
 
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _with_raw_key(like))
-        restored: State = self._manager.restore(
-            self.latest(), args=ocp.args.StandardRestore(target)
-        )
+        folder = self._folder / str(step)
+        try:
+            restored: State = self._checkpointer.restore(
+                folder, args=ocp.args.StandardRestore(target)
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            remedy = "is whole, but not of this model and version of the code; use another workdir"
+            raise InputError("checkpoint", folder, remedy) from error
         return restored._replace(key=jax.random.wrap_key_data(restored.key))
 
-    def close(self) -> None:
-        """Ends the manager's threads, if it has any."""
-        if "_manager" in self.__dict__:
-            self._manager.close()
+    def _set_aside(self, step: int) -> None:
+        shutil.rmtree(self._aside / str(step), ignore_errors=True)
+        self._aside.mkdir(exist_ok=True)
+        os.replace(self._folder / str(step), self._aside / str(step))
 
 
 def _with_raw_key(state: State) -> State:
@@ -77,3 +180,59 @@ def _on_host(state: State) -> State:
         return state
     host: State = jax.device_get(state)
     return host
+
+
+def _wait_for_all(event: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(event)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint, by its path in it."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != _CHECKSUMS)
+    return {str(path.relative_to(folder)): _sha256(path) for path in sorted(paths)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_checksums(folder: Path) -> None:
+    with (folder / _CHECKSUMS).open("w") as file:
+        json.dump(_checksums(folder), file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _require_space(folder: Path, size: int) -> None:
+    # Asked first, since orbax reports a full disk from several threads at once, at great length.
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+@contextmanager
+def _one_error(folder: Path) -> Iterator[None]:
+    """Makes one `OSError` that names the folder of all the ways in which orbax says it."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    before, logger.disabled = logger.disabled, True
+
+    def skip_late_answers(unraisable: Any) -> None:
+        # Of TensorStore's threads, after orbax has given up: they may come at any time from then.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = skip_late_answers
+    try:
+        yield
+        sys.unraisablehook = hook
+    except Exception as error:
+        number: Any = error.errno if isinstance(error, OSError) else None
+        # TensorStore has no exception of its own for it.
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            number = int(code[1])
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from error
+    finally:
+        logger.disabled = before

@@ -1,11 +1,11 @@
-"""Figures that describe a federation: balance, accuracy, bytes."""
+"""Figures that describe a federation: balance and accuracy."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
 
-from flexmoe_jax.types import Evaluation, PyTree, State
+from flexmoe_jax.types import Evaluation
 
 
 def coefficient_of_variation(load: np.ndarray) -> float:
@@ -25,24 +25,3 @@ def accuracies(evaluation: Evaluation) -> dict[str, float | int]:
         "eval/server_accuracy": float(result.server_accuracy),
         "eval/clients": int(evaluated.sum()),
     }
-
-
-def tree_bytes(tree: PyTree) -> int:
-    """Bytes that the leaves of a pytree hold."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def round_bytes(state: State, assignment: np.ndarray) -> dict[str, int]:
-    """Bytes that travel in a round, all clients together.
-
-    Down: ψ and the assigned experts. Up: their updates, and three float32 of feedback per expert.
-    Gates stay with their clients.
-
-    Args:
-      state: of the federation; only its shapes matter.
-      assignment: (P, E) bool.
-    """
-    clients, experts = assignment.shape
-    held = int(assignment.sum())
-    payload = clients * tree_bytes(state.shared) + held * (tree_bytes(state.experts) // experts)
-    return {"comm/bytes_down": payload, "comm/bytes_up": payload + held * 3 * 4}

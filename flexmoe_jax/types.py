@@ -51,11 +51,17 @@ class Plan(NamedTuple):
       clients: (P,) int32 the cohort's client ids; C marks padding, which trains nothing.
       slots: (P, K) int32 the experts of each, rising; E marks an empty slot.
       load: (E,) assigned load, in the units of the load model.
+      steps: (P,) int32 the local steps that each completes and delivers; 0 for a client whose work
+        never arrives, and for padding.
+      tamper: (P,) factor on each client's update on its way to the server: 1 for an honest client,
+        -1 for one that turns its update around, NaN for one that sends no numbers.
     """
 
     clients: Array
     slots: Array
     load: Array
+    steps: Array
+    tamper: Array
 
 
 class State(NamedTuple):
@@ -75,6 +81,10 @@ class State(NamedTuple):
       usage: (C, E) examples that c has routed to e so far.
       load: (E,) assigned load so far.
       deficit: (E,) load that each expert was owed and did not get.
+      fresh: (C, E) bool, client c still has expert e as the server has it now; it has those that it
+        received last.
+      residual: what compression has so far kept back of each client's updates, for error feedback:
+        a pair of trees like ψ and θ, leaves (C, ...) and (C, K, ...); () without.
     """
 
     key: Key
@@ -90,20 +100,25 @@ class State(NamedTuple):
     usage: Array
     load: Array
     deficit: Array
+    fresh: Array
+    residual: PyTree
 
 
 class RoundReport(NamedTuple):
     """What a round of training reports.
 
     Attributes:
-      loss: (P,) mean training cross-entropy of each client of the plan, in nats; 0 for padding.
+      loss: (P,) mean training cross-entropy of each client of the plan, in nats; 0 for those that
+        delivered nothing.
       examples: (P,) examples that each client trained on, counted once a step.
       usage: (E,) examples routed to each expert.
+      quarantined: (P,) bool, clients whose update was refused; what they did counts for nothing.
     """
 
     loss: Array
     examples: Array
     usage: Array
+    quarantined: Array
 
 
 class Evaluation(NamedTuple):

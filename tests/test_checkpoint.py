@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import errno
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from flexmoe_jax.checkpoint import Checkpoints
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import init_server
 from flexmoe_jax.types import State
 
@@ -15,37 +23,153 @@ from flexmoe_jax.types import State
 def state() -> State:
     shared, experts = {"w": jnp.arange(3.0)}, {"w": jnp.ones((2, 3))}
     shared_optimizer, expert_optimizer = init_server(optax.adam(0.1), shared, experts)
-    return State(
-        key=jax.random.key(7),
-        round=jnp.int32(5),
-        shared=shared,
-        experts=experts,
-        gates={"w": jnp.full((4, 2, 3), 0.1)},
-        shared_optimizer=shared_optimizer,
-        expert_optimizer=expert_optimizer,
-        fitness=jnp.full((4, 2), 0.3),
-        slots=jnp.array([[0], [1], [2], [2]]),
-        held_rounds=jnp.ones((4, 2), jnp.int32),
-        usage=jnp.ones((4, 2)),
-        load=jnp.array([2.0, 3.0]),
-        deficit=jnp.array([0.5, -0.5]),
-    )
+    values = {
+        "key": jax.random.key(7),
+        "round": jnp.int32(5),
+        "shared": shared,
+        "experts": experts,
+        "gates": {"w": jax.random.normal(jax.random.key(1), (4, 2, 3))},
+        "shared_optimizer": shared_optimizer,
+        "expert_optimizer": expert_optimizer,
+        "fitness": jnp.full((4, 2), 0.3),
+        "slots": jnp.array([[0], [1], [2], [2]]),
+    }
+    rest = {name: jnp.ones(2) for name in State._fields if name not in values}
+    return State(**values, **rest)
+
+
+def blank(state: State) -> State:
+    zeros = jax.tree.map(jnp.zeros_like, state._replace(key=jnp.zeros(())))
+    return zeros._replace(key=jax.random.key(0))
+
+
+def saved(folder: Path, state: State, *rounds: int) -> Checkpoints:
+    checkpoints = Checkpoints(folder, keep=2)
+    for number in rounds:
+        checkpoints.save(state._replace(round=jnp.int32(number)))
+    return checkpoints
+
+
+def assert_same(found: State | None, state: State) -> None:
+    assert found is not None
+    assert (jax.random.key_data(found.key) == jax.random.key_data(state.key)).all()
+    chex.assert_trees_all_equal(*(s._replace(key=jnp.zeros(())) for s in (found, state)))
 
 
 def test_every_part_comes_back_bit_for_bit(state, tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    assert checkpoints.latest() is None
-    for step in (3, 4, 5):
-        checkpoints.save(state._replace(round=jnp.int32(step)))
-    assert checkpoints.latest() == 5
-    checkpoints.close()
-    reopened = Checkpoints(tmp_path / "checkpoints", keep=2)
-    blank = jax.tree.map(jnp.zeros_like, state._replace(key=jax.random.key_data(state.key)))
-    blank = blank._replace(key=jax.random.key(0))
-    restored = reopened.restore(blank)
+    folder = tmp_path / "checkpoints"
+    assert Checkpoints(folder, keep=2).restore(state) == (None, ())
+    saved(folder, state, 3, 4, 5).close()
+    reopened = Checkpoints(folder, keep=2)
+    restored = reopened.restore(blank(state))
     reopened.close()
-    assert (jax.random.key_data(restored.key) == jax.random.key_data(state.key)).all()
-    unkeyed = [s._replace(key=jnp.zeros(())) for s in (restored, state)]
-    chex.assert_trees_all_equal(*unkeyed)
-    kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()}
-    assert kept == {"4", "5"}
+    assert_same(restored.state, state)
+    assert restored.passed_over == ()
+    assert {path.name for path in folder.iterdir()} == {"4", "5"}
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "deleted": Path.unlink,
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "one bit": flip_a_bit,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_any_file_leads_to_the_checkpoint_before(state, tmp_path, damage):
+    whole, folder = tmp_path / "whole", tmp_path / "checkpoints"
+    saved(whole, state, 4, 5).close()
+    files = [path.relative_to(whole) for path in (whole / "5").rglob("*") if path.is_file()]
+    assert len(files) > 5
+    checkpoints = Checkpoints(folder, keep=2)
+    for file in files:
+        shutil.copytree(whole, folder)
+        DAMAGE[damage](folder / file)
+        restored = checkpoints.restore(blank(state))
+        assert_same(restored.state, state._replace(round=jnp.int32(4)))
+        assert len(restored.passed_over) == 1
+        assert restored.passed_over[0].startswith("the checkpoint of round 5 is damaged")
+        assert checkpoints.rounds() == [4]
+        assert (tmp_path / "checkpoints-set-aside" / "5").is_dir()
+        shutil.rmtree(folder)
+    # Out of the way: the round is saved again, under the same number.
+    shutil.copytree(whole, folder)
+    DAMAGE[damage](folder / files[0])
+    checkpoints.restore(state)
+    checkpoints.save(state)
+    assert_same(checkpoints.restore(blank(state)).state, state)
+    checkpoints.close()
+
+
+def test_none_that_can_be_read_is_said_of_each(state, tmp_path):
+    folder = tmp_path / "checkpoints"
+    checkpoints = saved(folder, state, 4, 5)
+    (folder / "4" / "checksums.json").write_text("[]")
+    shutil.rmtree(folder / "5")
+    (folder / "5").write_text("not a folder")
+    restored = checkpoints.restore(state)
+    checkpoints.close()
+    assert restored.state is None
+    assert [line.split(" is ")[0] for line in restored.passed_over] == [
+        "the checkpoint of round 5",
+        "the checkpoint of round 4",
+    ]
+
+
+def test_newer_ones_than_wanted_are_set_aside(state, tmp_path):
+    checkpoints = saved(tmp_path / "checkpoints", state, 3, 5)
+    restored = checkpoints.restore(blank(state), at_most=4)
+    assert int(restored.state.round) == 3
+    assert "reach to round 4 only" in restored.passed_over[0]
+    assert checkpoints.rounds() == [3]
+    checkpoints.close()
+
+
+def test_another_model_is_refused_and_nothing_is_moved(state, tmp_path):
+    checkpoints = saved(tmp_path / "checkpoints", state, 4, 5)
+    for other in (
+        state._replace(fitness=jnp.zeros((5, 2))),
+        state._replace(shared={"v": jnp.zeros(3)}),
+    ):
+        with pytest.raises(InputError, match="not of this model") as refusal:
+            checkpoints.restore(other)
+        assert "\n" not in str(refusal.value)
+    assert checkpoints.rounds() == [4, 5]
+    checkpoints.close()
+
+
+def test_what_a_killed_save_leaves_is_cleared_away(state, tmp_path):
+    folder = tmp_path / "checkpoints"
+    saved(folder, state, 4).close()
+    shutil.copytree(folder / "4", folder / "unfinished")
+    shutil.copytree(folder / "4", folder / "unfinished.orbax-checkpoint-tmp")
+    assert Checkpoints(folder, keep=2).rounds() == [4]
+    saved(folder, state, 5).close()
+    assert {path.name for path in folder.iterdir()} == {"4", "5"}
+
+
+def test_a_file_that_cannot_be_written_is_one_error_and_no_loss(state, tmp_path, capfd):
+    noise = np.random.default_rng(0).random((300, 300))
+    big = state._replace(experts={"w": jnp.asarray(noise, jnp.float32)})
+    folder = tmp_path / "checkpoints"
+    checkpoints = saved(folder, big, 4)
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))
+    try:
+        with pytest.raises(OSError, match="File too large") as failure:
+            checkpoints.save(big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    assert (failure.value.errno, failure.value.filename) == (errno.EFBIG, str(folder))
+    assert checkpoints.rounds() == [4]
+    checkpoints.save(big)
+    assert_same(checkpoints.restore(blank(big)).state, big)
+    checkpoints.close()
+    assert "Traceback" not in capfd.readouterr().err

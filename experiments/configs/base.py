@@ -35,7 +35,9 @@ def get_config() -> ConfigDict:
     config.clients = ConfigDict()
     config.clients.count = 20  # C
     config.clients.per_round = 0  # P; 0 for all
-    # k_c: a number (2), a range ("1-4") or a list ([1, 2, 4]), dealt out evenly, at random.
+    config.clients.sampling = "uniform"  # uniform | examples: in proportion to what clients have
+    # k_c: a number (2), a range ("1-4") or a list ([1, 2, 4]), dealt out evenly, at random; or
+    # "memory": as many as each client's device has room for (needs edge.mix).
     config.clients.capacity = FieldReference("1-4", field_type=object)
 
     config.model = ConfigDict()
@@ -63,6 +65,36 @@ def get_config() -> ConfigDict:
     config.server.optimizer = "sgd"  # sgd | adam: applied to the mean update
     config.server.learning_rate = 1.0
     config.server.momentum = 0.0  # of sgd
+    config.server.aggregator = "mean"  # mean | median | trimmed_mean (by coordinate)
+    config.server.trim = 0.1  # of trimmed_mean: part of the updates left out at either end
+    config.server.quarantine = True  # refuse updates that are not numbers
+    config.server.norm_limit = 1000.0  # and those of a greater L2 norm; 0 for no limit
+    config.server.clip = 0.0  # L2 norm to which updates are cut; 0 for none
+    config.server.noise_multiplier = 0.0  # of differential privacy; 0 for none
+    config.server.delta = 1e-5  # δ of the guarantee that is reported
+
+    config.upload = ConfigDict()
+    config.upload.compression = "none"  # none | bfloat16 | int8 | top_k
+    config.upload.kept = 0.1  # of top_k: part of the entries sent
+    config.upload.error_feedback = True  # what compression loses is added to the next update
+
+    config.edge = ConfigDict()
+    # The clients' devices: tiers and their weights, as "sensor:2,phone:1,gateway:1". Empty for
+    # none, and then no simulated time.
+    config.edge.mix = ""
+    config.edge.tiers = ""  # a TOML file of tiers; empty for flexmoe_jax/edge/tiers.toml
+    config.edge.availability = "always"  # always | independent | markov | a file of 0 and 1
+    config.edge.mean_on_rounds = 5.0  # of markov: how long a client stays
+    config.edge.over_select = 1.0  # clients asked, over clients wanted
+    config.edge.deadline = 0.0  # simulated seconds after which a round ends; 0 for none
+    config.edge.late = "drop"  # drop | partial: what becomes of clients at work then
+    config.edge.dropout_before = 0.0  # probability of being gone before the download
+    config.edge.dropout_during = 0.0  # probability that the work never arrives
+    config.edge.cache = True  # an expert that a client still has is not sent again
+
+    config.faults = ConfigDict()
+    config.faults.share = 0.0  # of the clients, whose every update is wrong
+    config.faults.kind = "nan"  # nan | flip (turned around) | scale (1000 times too long)
 
     config.assignment = ConfigDict()
     config.assignment.policy = "flex"  # or greedy, greedy_usage, random, round_robin, static, full
@@ -75,6 +107,8 @@ def get_config() -> ConfigDict:
     config.assignment.holders_min = 0  # least holders of every expert
     config.assignment.balance = 0.0  # price of the squared distance of loads from their target
     config.assignment.diversity = 0.0  # price of holders whose label mix differs from all clients'
+    config.assignment.movement = 0.0  # price of sending an expert to a client that has it not
+    config.assignment.time_limit = 60.0  # seconds of a solver; then even loads; 0 for none
 
     config.fitness = ConfigDict()
     config.fitness.score = "accuracy"  # accuracy | loss

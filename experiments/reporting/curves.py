@@ -11,7 +11,15 @@ import numpy as np
 from experiments.reporting import ink
 from experiments.reporting.ink import ASSIGNED, GREEN, INK, PINK, USED, Picture
 from experiments.reporting.panels import Dash, Line, Panel, draw_panels
-from experiments.reporting.quantities import TIMES, byte_unit, counted, show, size
+from experiments.reporting.quantities import (
+    TIMES,
+    byte_unit,
+    count,
+    counted,
+    show,
+    size,
+    time_unit,
+)
 from experiments.reporting.runs import Floats, Run
 
 SMALL = 1.55
@@ -28,6 +36,10 @@ BALANCES = (
     ("load/assigned_cv_cumulative", "assigned", ASSIGNED),
     ("load/usage_cv_cumulative", "used", USED),
 )
+
+
+_SIMULATED = ("time/simulated_seconds",)
+_BYTES = ("comm/bytes_down", "comm/bytes_up")
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ def pens(runs: int) -> list[Pen]:
 
 def run_pictures(run: Run) -> list[Picture]:
     """The curves of one run; what was not recorded has no picture."""
-    made = [_accuracy(run), _loss(run), _balance(run), _traffic(run), _cost(run)]
+    made = [_accuracy(run), _loss(run), _balance(run), _traffic(run), _edge(run), _cost(run)]
     return [picture for picture in made if picture is not None]
 
 
@@ -124,7 +136,38 @@ def overlay_pictures(runs: Sequence[Run]) -> list[Picture]:
             f"{smoothed}.",
         ),
     ]
+    made.append(_paid(runs, letters))
     return [picture for picture in made if picture is not None]
+
+
+def _paid(runs: Sequence[Run], letters: str) -> Picture | None:
+    """What accuracy cost: against simulated time, where devices were simulated, and bytes."""
+    accuracy = "eval/global_accuracy"
+    panels: list[Panel] = []
+    for keys, kind in ((_SIMULATED, "time"), (_BYTES, "bytes")):
+        totals = [run.cumulative(*keys) for run in runs]
+        largest = max((y[-1] for _, y in totals if y.size), default=0.0)
+        if not largest:
+            continue
+        factor, unit = time_unit(largest) if kind == "time" else byte_unit(largest)
+        lines = [
+            Line(np.interp(x, *total) / factor, y, pen.letter, pen.colour, pen.dash)
+            for run, total, pen in zip(runs, totals, pens(len(runs)), strict=True)
+            for x, y in [run.series(accuracy)]
+            if x.size and total[0].size
+        ]
+        below = f"simulated {unit}" if kind == "time" else f"{unit} sent both ways"
+        panels.append(Panel("Global accuracy, %", lines, "percent", below))
+    if len(panels) < 2:
+        return None
+    return draw_panels(
+        "paid",
+        "What accuracy costs on these devices",
+        panels,
+        f"{letters}; the line furthest up and left gets most out of a second or a byte. Simulated "
+        "time is that of the devices and links, not of this machine.",
+        shared=True,
+    )
 
 
 def _accuracy(run: Run) -> Picture | None:
@@ -191,6 +234,35 @@ def _traffic(run: Run) -> Picture | None:
         f"a costlier round. Both ways together: {size(sum(totals))}.",
         height=2 * SMALL,
         alt=f"{size(sum(totals))} in all",
+    )
+
+
+def _edge(run: Run) -> Picture | None:
+    """Who took part, and simulated time; nothing where everybody always delivered at once."""
+    asked, delivered = run.series("clients/asked")[1], run.series("clients/delivered")[1]
+    refused, simulated = run.series("clients/quarantined")[1], run.cumulative(*_SIMULATED)
+    if np.array_equal(asked, delivered) and not refused.any() and not simulated[0].size:
+        return None
+    clients = [
+        Line(*run.series(key), word, colour, dash)
+        for key, word, colour, dash in (
+            ("clients/asked", "asked", INK, ink.DASHES[1]),
+            ("clients/delivered", "delivered", GREEN, ink.DASHES[0]),
+            ("clients/quarantined", "refused", PINK, ink.DASHES[0]),
+        )
+    ]
+    panels = [Panel("Clients in a round", clients, "positive")]
+    if simulated[0].size:
+        factor, unit = time_unit(simulated[1][-1])
+        lines = [Line(simulated[0], simulated[1] / factor, "", INK)]
+        panels.append(Panel(f"Simulated {unit}, cumulative", lines, "positive"))
+    return draw_panels(
+        "edge",
+        "Clients and links",
+        panels,
+        "Clients that the server asked, those whose work arrived, and of these the ones whose "
+        "update was refused for not being numbers or being too long.",
+        alt=f"{counted(delivered.sum(), 'update')} of {count(asked.sum())} asked for arrived",
     )
 
 

@@ -26,13 +26,14 @@ def render(runs: Sequence[Run]) -> str:
             f'<p class="eyebrow">FLEX-MoE training run</p>'
             f"<h1>{escape(folder)}{tables.chip(run)}</h1>{tables.setting(run)}"
         )
-        return _document(folder, head + _run_body(run, "run", "h3", ()))
+        return document(folder, head + _run_body(run, "run", "h3", ()))
     title = f"{len(runs)} runs compared"
     head = f'<p class="eyebrow">FLEX-MoE training runs</p><h1>{title}</h1>'
-    return _document(title, head + _comparison(runs))
+    return document(title, head + _comparison(runs))
 
 
-def _document(title: str, body: str) -> str:
+def document(title: str, body: str) -> str:
+    """A whole page around what stands in it."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -53,7 +54,7 @@ def _comparison(runs: Sequence[Run]) -> str:
         tables.comparison(runs, names, letters),
         tables.differences(runs, letters, fields),
         "<h3>Curves</h3>",
-        _pictures(overlay_pictures(runs), "all", "h4"),
+        show_pictures(overlay_pictures(runs), "all", "h4"),
     ]
     for i, (run, name, letter) in enumerate(zip(runs, names, letters, strict=True)):
         section = f"run-{i + 1}"
@@ -92,7 +93,7 @@ def _run_body(run: Run, section: str, heading: str, marked: Sequence[str]) -> st
     for title, key, pictures, otherwise in chapters:
         parts.append(f'<{heading} id="{section}-{key}">{title}</{heading}>')
         parts.append(
-            _pictures(pictures, section, "h4")
+            show_pictures(pictures, section, "h4")
             if pictures
             else f'<p class="lead">{escape(otherwise)}</p>'
         )
@@ -103,7 +104,8 @@ def _run_body(run: Run, section: str, heading: str, marked: Sequence[str]) -> st
     return "\n".join(parts)
 
 
-def _pictures(pictures: Sequence[Picture], section: str, heading: str) -> str:
+def show_pictures(pictures: Sequence[Picture], section: str, heading: str) -> str:
+    """Pictures side by side, each with its heading and caption."""
     figures = [
         f'<figure id="{section}-{p.name}"{WIDE * p.wide}>'
         f"<{heading}>{escape(p.title)}</{heading}>"

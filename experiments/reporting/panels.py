@@ -27,7 +27,10 @@ Dash = str | tuple[float, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: x and y of shape (T',), in the panel's units; no end label where it is empty."""
+    """One curve: x and y of shape (T',), in the panel's units; no end label where it is empty.
+
+    Where it stands for several runs, `low` and `high`, both (T',), are their lowest and highest.
+    """
 
     x: Floats
     y: Floats
@@ -35,16 +38,22 @@ class Line:
     colour: str
     dash: Dash = "solid"
     strength: float = 1.0
+    low: Floats | None = None
+    high: Floats | None = None
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One coordinate system: its heading, which names the unit, its curves and its kind of axis."""
+    """One coordinate system: its heading, which names the unit, its curves and its kind of axis.
+
+    With `ticks`, x counts these names from 0 and every point stands for itself.
+    """
 
     title: str
     lines: Sequence[Line]
     kind: str = "linear"
     x_label: str = "round"
+    ticks: Sequence[str] = ()
 
 
 def draw_panels(
@@ -133,6 +142,7 @@ def _paint_panel(axes: Axes, panel: Panel) -> None:
             markersize=2.6,
             markeredgewidth=0,
         )
+        _paint_spread(axes, panel, line)
     low, high = _reach(panel.lines)
     if panel.kind == "percent":
         room = max(0.06 * (high - low), 0.01)
@@ -148,9 +158,21 @@ def _paint_panel(axes: Axes, panel: Panel) -> None:
         axes.set_ylim(low - room, high + room)
 
 
+def _paint_spread(axes: Axes, panel: Panel, line: Line) -> None:
+    if line.low is None or line.high is None:
+        return
+    if panel.ticks:
+        axes.vlines(line.x, line.low, line.high, color=line.colour, linewidth=0.8, alpha=0.6)
+    else:
+        axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=0.13, linewidth=0)
+
+
 def _finish_panel(axes: Axes, panel: Panel, steps_up: int) -> None:
-    whole = panel.x_label == "round"
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, min_n_ticks=1))
+    if panel.ticks:
+        axes.set_xticks(range(len(panel.ticks)), panel.ticks)
+    else:
+        whole = panel.x_label == "round"
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, min_n_ticks=1))
     if panel.kind == "log":
         low, high = axes.get_ylim()
         steps = (1, 2, 5) if high < 50 * low else (1,)
@@ -187,5 +209,6 @@ def _drawable(line: Line) -> bool:
 
 
 def _reach(lines: Sequence[Line]) -> tuple[float, float]:
-    finite = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
+    every = [y for line in lines for y in (line.y, line.low, line.high) if y is not None]
+    finite = np.concatenate([y[np.isfinite(y)] for y in every])
     return float(finite.min()), float(finite.max())

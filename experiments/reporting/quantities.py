@@ -58,6 +58,14 @@ def byte_unit(largest: float) -> tuple[float, str]:
     return 1.0, "B"
 
 
+def time_unit(largest: float) -> tuple[float, str]:
+    """Seconds in, and name of, the unit in which `largest` reads best."""
+    for factor, unit in ((2 * 86400.0, "days"), (2 * 3600.0, "hours"), (120.0, "minutes")):
+        if largest >= factor:
+            return factor / 2, unit
+    return 1.0, "seconds"
+
+
 def size(value: float) -> str:
     """Bytes in decimal units."""
     factor, unit = byte_unit(value)
@@ -95,6 +103,12 @@ QUANTITIES = {
     "assignment/solve_seconds": Quantity("Assignment solve time", duration),
     "comm/bytes_down": Quantity("Sent to clients, per round", size),
     "comm/bytes_up": Quantity("Sent to server, per round", size),
+    "comm/bytes_cached": Quantity("Not sent again, per round", size),
+    "clients/asked": Quantity("Clients asked, per round", count),
+    "clients/delivered": Quantity("Clients that delivered, per round", count),
+    "clients/quarantined": Quantity("Updates refused, per round", count),
+    "privacy/epsilon": Quantity("Privacy loss \N{GREEK SMALL LETTER EPSILON}", ratio, "lower"),
+    "time/simulated_seconds": Quantity("Simulated time, per round", duration),
     "time/round_seconds": Quantity("Round time", duration),
     "time/train_examples_per_second": Quantity("Training speed", rate),
 }

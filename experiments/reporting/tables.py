@@ -71,13 +71,14 @@ def headline(run: Run) -> str:
     return _tiles(tiles)
 
 
-def legend(names: Sequence[str], drawn: Sequence[Pen]) -> str:
+def legend(names: Sequence[str], drawn: Sequence[Pen], linked: bool = True) -> str:
     """The list of runs with the letter and the line that stand for each, linked to its section."""
+    links = [f'<a href="#run-{i}">{escape(name)}</a>' for i, name in enumerate(names, start=1)]
     items = [
         f'<li><svg width="34" height="10" aria-hidden="true"><line x1="1" y1="5" x2="33" y2="5" '
         f'stroke="{pen.colour}" stroke-width="2.6"{_dash_array(pen)}/></svg>'
-        f'<span class="letter">{pen.letter}</span> <a href="#run-{i}">{escape(name)}</a></li>'
-        for i, (name, pen) in enumerate(zip(names, drawn, strict=True), start=1)
+        f'<span class="letter">{pen.letter}</span> {link if linked else escape(name)}</li>'
+        for name, link, pen in zip(names, links, drawn, strict=True)
     ]
     return f'<ul class="runs">{"".join(items)}</ul>'
 

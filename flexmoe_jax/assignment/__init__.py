@@ -13,7 +13,7 @@ from flexmoe_jax.assignment.bounds import load_bounds, update_deficit, window_de
 from flexmoe_jax.assignment.engine import ROUNDINGS, SOLVERS, solve
 from flexmoe_jax.assignment.layers import solve_layers
 from flexmoe_jax.assignment.policies import POLICIES, Policy, Request, make_policy
-from flexmoe_jax.assignment.problem import Problem, Solution
+from flexmoe_jax.assignment.problem import Problem, Solution, SolverError
 
 if TYPE_CHECKING:
     from flexmoe_jax.assignment.dual import DualSolution, dual_assign
@@ -27,6 +27,7 @@ __all__ = [
     "Problem",
     "Request",
     "Solution",
+    "SolverError",
     "dual_assign",
     "load_bounds",
     "make_policy",

@@ -23,17 +23,23 @@ _PAIRS_PER_EXPERT, _GROWTH, _ATTEMPTS = 80, 4, 3
 _CLOSED = 1e-7
 
 
-def solve_by_columns(problem: Problem, prices: FloatArray, backend: str = "HIGHS") -> Relaxed:
+def solve_by_columns(
+    problem: Problem, prices: FloatArray, backend: str = "HIGHS", deadline: float = np.inf
+) -> Relaxed:
     """Relaxation of a problem without diversity, balance, expert sizes or weighted floors.
 
     Args:
       problem: what to solve.
       prices: [E] good prices on load, from which the pairs in doubt follow.
       backend: any CVXPY solver that is installed.
+      deadline: on the clock of `time.perf_counter`.
 
     Returns:
       As `solve_relaxation`. Where bounds give way, the violation is the least among answers that
       keep to the decided pairs.
+
+    Raises:
+      SolverError: the backend failed, or the deadline passed.
     """
     experts = problem.experts
     low, high = effective_bounds(problem)
@@ -69,6 +75,7 @@ def solve_by_columns(problem: Problem, prices: FloatArray, backend: str = "HIGHS
             holders=np.zeros(experts),
             violation_weight=np.asarray(problem.violation_weight),
             give_way=attempt == _ATTEMPTS - 1,
+            deadline=deadline,
         )
         if not np.isfinite(found.excess):
             continue

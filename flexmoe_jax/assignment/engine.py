@@ -50,11 +50,12 @@ _FEW_PAIRS, _MANY_PAIRS = 2_000, 20_000
 
 
 class Options(NamedTuple):
-    """How to solve; the attributes are those of `solve`."""
+    """How to solve, as `solve` is told; the deadline is on the clock of `time.perf_counter`."""
 
     rounding: str = "repair"
     seed: int = 0
     backend: str = "HIGHS"
+    deadline: float = np.inf
 
 
 class _Answer(NamedTuple):
@@ -72,6 +73,7 @@ def solve(
     rounding: str = "repair",
     seed: int = 0,
     backend: str = "HIGHS",
+    time_limit: float = 0.0,
 ) -> Solution:
     """Solves an assignment problem.
 
@@ -88,6 +90,8 @@ def solve(
       backend: which CVXPY solver the relaxation goes to: any that is installed, by CVXPY's name
         (`cvxpy.installed_solvers()`). An interior-point or first-order solver is as good as its
         tolerance, and the certificate says how good that was.
+      time_limit: seconds after which a search for the optimum is given up; 0 for none. Rounding,
+        local search, `dual` and the heuristics take a bounded number of steps, whatever the limit.
 
     Returns:
       The assignment with its certificate. Load bounds that cannot all hold give way, smallest
@@ -95,11 +99,15 @@ def solve(
 
     Raises:
       InputError: unknown solver, rounding or backend, or one that does not take the problem.
+      SolverError: the solver failed or the time was up. Never because of the bounds.
     """
     require_name("assignment.solver", solver, SOLVERS)
     require_name("assignment.rounding", rounding, ROUNDINGS)
+    if not time_limit >= 0:
+        raise InputError("assignment.time_limit", time_limit, "give seconds, or 0 for no limit")
     begin = time.perf_counter()
-    answer = SOLVERS[solver](problem, Options(rounding, seed, backend))
+    deadline = begin + (time_limit or np.inf)
+    answer = SOLVERS[solver](problem, Options(rounding, seed, backend, deadline))
     bound = _certify(problem, answer)
     seconds = time.perf_counter() - begin
     return make_solution(problem, answer.assignment, bound, seconds, relaxed=answer.relaxed)
@@ -131,9 +139,11 @@ def _relaxation(problem: Problem, options: Options) -> _Answer:
     plain = not (problem.balance or problem.diversity or problem.expert_size is not None)
     floors = bool(np.any(problem.holders_min)) and not problem.unit
     if plain and not floors and problem.fitness.size > _MANY_PAIRS:
-        relaxed = solve_by_columns(problem, estimate_prices(problem), options.backend)
+        relaxed = solve_by_columns(
+            problem, estimate_prices(problem), options.backend, options.deadline
+        )
     else:
-        relaxed = solve_relaxation(problem, options.backend)
+        relaxed = solve_relaxation(problem, options.backend, options.deadline)
     if problem.expert_size is not None:
         held = round_knapsack(problem, relaxed.x)
     else:
@@ -170,7 +180,7 @@ def _paths(problem: Problem, options: Options) -> _Answer:
         start = np.clip(np.ceil(target - 0.5), low, high)
     else:
         start = np.where(prices > 0, high, np.where(prices < 0, low, np.clip(load, low, high)))
-    found = augment(fitness, problem.capacity, marginal, prices, start)
+    found = augment(fitness, problem.capacity, marginal, prices, start, options.deadline)
     held = found.assignment
     count = held.sum(axis=0)
     relaxed = bool(((count < low) | (count > high)).any())
@@ -192,7 +202,7 @@ def _quantum(problem: Problem, curve: float) -> float:
 
 def _flow(problem: Problem, options: Options) -> _Answer:
     _require_plain(problem, "flow")
-    held, bound, relaxed = solve_flow(problem)
+    held, bound, relaxed = solve_flow(problem, options.deadline)
     return _Answer(held, bound=bound, relaxed=relaxed)
 
 

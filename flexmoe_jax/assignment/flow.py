@@ -18,13 +18,15 @@ import atexit
 import importlib.util
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from flexmoe_jax.assignment.certificate import effective_bounds
-from flexmoe_jax.assignment.problem import BoolArray, Problem
+from flexmoe_jax.assignment.problem import BoolArray, Problem, SolverError, seconds_left
 from flexmoe_jax.errors import InputError
 
 # Costs times nodes must stay within 64 bits.
@@ -32,8 +34,12 @@ _LARGEST_SUM = 2.0**60
 _FINEST = 2.0**40
 
 
-def solve_flow(problem: Problem) -> tuple[BoolArray, float, bool]:
+def solve_flow(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, float, bool]:
     """Solves a problem whose pairs all have one weight.
+
+    Args:
+      problem: what to solve.
+      deadline: on the clock of `time.perf_counter`.
 
     Returns:
       The assignment [C, E] bool, an upper bound on its value (with the error of scaling), and
@@ -41,6 +47,7 @@ def solve_flow(problem: Problem) -> tuple[BoolArray, float, bool]:
 
     Raises:
       InputError: OR-Tools is not installed, or weights differ.
+      SolverError: OR-Tools failed, or the deadline passed.
     """
     if importlib.util.find_spec("ortools") is None:
         raise InputError(
@@ -68,6 +75,7 @@ def solve_flow(problem: Problem) -> tuple[BoolArray, float, bool]:
         low,
         high,
         np.rint(dear * span * scale * weight).astype(np.int64),
+        deadline=deadline,
     )
     value = float(np.sum(problem.fitness, where=held))
     load = held.sum(axis=0)
@@ -85,10 +93,14 @@ class _Worker:
         )
         atexit.register(self.close)
 
-    def solve(self, *numbers: np.ndarray) -> BoolArray:
+    def solve(self, *numbers: np.ndarray, deadline: float) -> BoolArray:
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None
         assert answers is not None
+        patience = min(seconds_left(deadline), threading.TIMEOUT_MAX)
+        # OR-Tools takes no time limit; its end unblocks the pipes.
+        timer = threading.Timer(patience, self._process.kill)
+        timer.start()
         try:
             requests.write(np.array(numbers[0].shape, np.int64).tobytes())
             for array in numbers:
@@ -98,15 +110,21 @@ class _Worker:
             found = np.frombuffer(answers.read(int(np.prod(shape))), np.int8).reshape(shape)
         except (BrokenPipeError, ValueError) as error:
             _worker.cache_clear()
-            raise RuntimeError("OR-Tools' process ended; its message stands above") from error
+            atexit.unregister(self.close)
+            self.close()
+            seconds_left(deadline)
+            raise SolverError("OR-Tools' process ended; its message stands above") from error
+        finally:
+            timer.cancel()
         if found.shape != numbers[0].shape:
-            raise RuntimeError("OR-Tools found no flow")
+            raise SolverError("OR-Tools found no flow")
         return np.asarray(found > 0)
 
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):
+                    pipe.close()
         self._process.wait()
 
 

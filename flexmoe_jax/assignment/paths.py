@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flexmoe_jax.assignment.heuristics import take_top
-from flexmoe_jax.assignment.problem import BoolArray, FloatArray, IntArray
+from flexmoe_jax.assignment.problem import BoolArray, FloatArray, IntArray, seconds_left
 
 # A load cost: the extra cost [E] of raising every expert's load y [E] by one.
 Marginal = Callable[[FloatArray], FloatArray]
@@ -51,6 +51,7 @@ def augment(
     marginal: Marginal,
     prices: FloatArray,
     start: FloatArray,
+    deadline: float = np.inf,
 ) -> Optimum:
     """Best assignment for `Σ Q x - Σ φ(load)`, loads being counts of holders.
 
@@ -61,6 +62,10 @@ def augment(
       prices: [E] whole prices to start from; good ones save paths.
       start: [E] whole loads at which the prices are slopes of φ:
         `marginal(start - 1) <= prices <= marginal(start)`.
+      deadline: on the clock of `time.perf_counter`.
+
+    Raises:
+      SolverError: the deadline passed before the optimum was found.
     """
     held = take_top(fitness - prices, capacity).T.copy()
     graph = _Graph(fitness.T.copy(), held)
@@ -68,6 +73,7 @@ def augment(
     surplus = np.append(held.sum(axis=1) - load, load.sum() - capacity.sum())
     paths = 0
     while (surplus > 0).any():
+        seconds_left(deadline)
         path = _shortest_path(_with_root(graph.cost, marginal, load), surplus)
         surplus[path[0]] -= 1
         surplus[path[-1]] += 1

@@ -32,6 +32,7 @@ from flexmoe_jax.assignment.problem import (
     IntArray,
     Problem,
     Solution,
+    SolverError,
     make_solution,
     objective,
 )
@@ -55,6 +56,8 @@ class Request:
       deficit: [E] load that each expert is owed, as `update_deficit` keeps it; None for zeros.
       usage: [P, E] samples that each client routed to each expert in the past; None for zeros.
       descriptor: [P, F] what kind of data each client has, or None.
+      held: [P, E] bool, experts that a client has already and would not have to be sent; None for
+        none.
     """
 
     fitness: FloatArray
@@ -66,6 +69,7 @@ class Request:
     deficit: FloatArray | None = None
     usage: FloatArray | None = None
     descriptor: FloatArray | None = None
+    held: BoolArray | None = None
 
 
 Policy = Callable[[Request], Solution]
@@ -82,6 +86,8 @@ def make_policy(
     holders_min: int = 0,
     balance: float = 0.0,
     diversity: float = 0.0,
+    movement: float = 0.0,
+    time_limit: float = 60.0,
 ) -> Policy:
     """Makes the policy of that name.
 
@@ -96,6 +102,10 @@ def make_policy(
       balance: worth of one squared unit of load off target (`flex`).
       diversity: worth of one unit by which an expert's holders deviate, in sum, from the cohort's
         mean descriptor (`flex`); needs the request's descriptor.
+      movement: price, in fitness, of sending an expert to a client that does not have it (`flex`).
+      time_limit: seconds that a round's search for the optimum may take; 0 for no limit (`flex`).
+        Where it is exceeded, or the solver fails, experts are dealt out evenly for that round, and
+        the solution's status is `fallback: REASON`.
 
     Raises:
       InputError: an unknown policy, solver or rounding, or a number out of range.
@@ -108,6 +118,8 @@ def make_policy(
         ("holders_min", holders_min),
         ("balance", balance),
         ("diversity", diversity),
+        ("movement", movement),
+        ("time_limit", time_limit),
     ):
         if not (np.isfinite(number) and number >= 0):
             raise InputError(f"assignment.{field}", number, "give a number of at least 0")
@@ -125,6 +137,8 @@ def make_policy(
             holders_min=holders_min,
             balance=balance,
             diversity=diversity,
+            movement=movement,
+            time_limit=time_limit,
         )
     return partial(_in_order, chosen)
 
@@ -140,6 +154,8 @@ def flex(
     holders_min: int = 0,
     balance: float = 0.0,
     diversity: float = 0.0,
+    movement: float = 0.0,
+    time_limit: float = 60.0,
 ) -> Solution:
     """FLEX-MoE: greatest fitness with every expert's load close to what it is owed.
 
@@ -152,8 +168,12 @@ def flex(
     low, high = load_bounds(
         request.capacity, deficit, slack=slack, load_weight=request.load_weight, share=share
     )
+    fitness = np.asarray(request.fitness, np.float64)
+    if movement:
+        sent = True if request.held is None else ~request.held
+        fitness = fitness - movement * sent
     problem = Problem(
-        request.fitness,
+        fitness,
         request.capacity,
         low,
         high,
@@ -166,13 +186,21 @@ def flex(
         diversity=diversity,
     )
     noise = _TIE_NOISE * _keys(request, request.round)
-    found = solve(
-        replace(problem, fitness=problem.fitness + noise),
-        solver,
-        rounding,
-        seed=request.seed,
-        backend=backend,
-    )
+    try:
+        found = solve(
+            replace(problem, fitness=problem.fitness + noise),
+            solver,
+            rounding,
+            seed=request.seed,
+            backend=backend,
+            time_limit=time_limit,
+        )
+    except SolverError as error:
+        held = _deal(request, problem, deficit)
+        # Of any assignment, whatever bounds, floors or prices.
+        bound = float(np.sum(problem.fitness, where=take_top(problem.fitness, problem.capacity)))
+        dealt = make_solution(problem, held, bound, 0.0)
+        return replace(dealt, status=f"fallback: {error}")
     # The noise only adds fitness, so the bound holds for the true problem, too. The gap stays that
     # of the noisy one: a millionth of a pair's fitness that nobody could win is no loss.
     return replace(found, value=objective(problem, found.assignment))
@@ -247,6 +275,7 @@ def _in_order(policy: Policy, request: Request) -> Solution:
             descriptor=None
             if request.descriptor is None
             else np.asarray(request.descriptor)[order],
+            held=None if request.held is None else np.asarray(request.held)[order],
         )
     )
     assignment = np.empty_like(found.assignment)
@@ -260,6 +289,21 @@ def _fitness(request: Request) -> FloatArray:
 
 def _keys(request: Request, turn: int) -> FloatArray:
     return client_keys([request.seed, turn], request.clients, request.fitness.shape[1])
+
+
+def _deal(request: Request, problem: Problem, deficit: FloatArray) -> BoolArray:
+    """Experts dealt out like cards, [P, E]: holders differ by one at the most.
+
+    The heaviest clients come first, so that loads come out nearly even, too; of equal ones chance
+    decides. The experts that are owed most get the holders left over.
+    """
+    heaviest = np.lexsort((_keys(request, request.round)[:, 0], -problem.weights.mean(axis=1)))
+    dealt_before = np.empty_like(problem.capacity)
+    dealt_before[heaviest] = np.cumsum(problem.capacity[heaviest]) - problem.capacity[heaviest]
+    held = np.empty(problem.fitness.shape, bool)
+    owed = np.argsort(-deficit, kind="stable")
+    held[:, owed] = take_in_turn(problem.capacity, dealt_before, 0, problem.experts)
+    return held
 
 
 def _unbounded(request: Request, assignment: BoolArray) -> Solution:

@@ -12,6 +12,7 @@ Source of the problem: FLEX-MoE, arXiv 2512.23070.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,10 @@ LOAD_TOLERANCE = 1e-6
 # A relative gap below this is rounding error of the solvers, so the answer counts as optimal.
 GAP_TOLERANCE = 1e-6
 TINY = 1e-12
+
+
+class SolverError(RuntimeError):
+    """A solver failed, or ran out of time, on a problem that has solutions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +206,8 @@ class Solution:
       violation: [E] how far each load lies outside its bounds, ≥ 0, in units of load.
       status: `optimal` (within the bounds, gap nil), `feasible` (within the bounds), `relaxed`
         (not all bounds can hold; some gave way) or `violated` (bounds that could hold do not:
-        by rounding, within its guarantee, or because the solver ignores them).
+        by rounding, within its guarantee, or because the solver ignores them). Policies add
+        `fallback: REASON` where the solver failed and experts were dealt out instead.
       seconds: wall time that the solver took.
     """
 
@@ -231,6 +237,18 @@ class Solution:
             )
             text += f" and {broken.size - 8} more" if broken.size > 8 else ""
         return text
+
+
+def seconds_left(deadline: float) -> float:
+    """Seconds until a deadline on the clock of `time.perf_counter`; infinity stands for none.
+
+    Raises:
+      SolverError: the deadline has passed.
+    """
+    left = deadline - time.perf_counter()
+    if left <= 0:
+        raise SolverError("time limit exceeded")
+    return left
 
 
 def expert_load(problem: Problem, assignment: BoolArray) -> FloatArray:

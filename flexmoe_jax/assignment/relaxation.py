@@ -12,19 +12,33 @@ Axis legend: `C` clients, `E` experts, `F` numbers that describe a client.
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flexmoe_jax.assignment.certificate import effective_bounds, price_bound
-from flexmoe_jax.assignment.problem import FloatArray, IntArray, Problem
+from flexmoe_jax.assignment.problem import FloatArray, IntArray, Problem, SolverError, seconds_left
 from flexmoe_jax.errors import InputError
 
 # Tight enough that fitness values 1e-8 apart are told apart.
 _HIGHS_OPTIONS = {"dual_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
 # Solvers that stop near the optimum: prices prove a bound even so, their optimum does not.
 _FIRST_ORDER = ("CUOPT", "OSQP", "PDLP", "SCS")
+# What the backends call their time limit in seconds; others run without one.
+_TIME_LIMIT = MappingProxyType(
+    {
+        "CLARABEL": "time_limit",
+        "GLOP": "time_limit_sec",
+        "GUROBI": "TimeLimit",
+        "HIGHS": "time_limit",
+        "OSQP": "time_limit",
+        "PDLP": "time_limit_sec",
+        "SCS": "time_limit_secs",
+    }
+)
 # Pairs up to which weights may be parameters: canonical form then is 4096² numbers at most.
 _FEW_PAIRS = 4096
 # Room that a solver's rounding error needs when it must keep to the least violation.
@@ -48,16 +62,18 @@ class Relaxed(NamedTuple):
     excess: float
 
 
-def solve_relaxation(problem: Problem, backend: str = "HIGHS") -> Relaxed:
+def solve_relaxation(problem: Problem, backend: str = "HIGHS", deadline: float = np.inf) -> Relaxed:
     """Solves the relaxation; load bounds that contradict each other or the capacities give way.
 
     Args:
       problem: what to solve.
       backend: any CVXPY solver that is installed; HiGHS leaves quadratic terms to Clarabel.
+      deadline: on the clock of `time.perf_counter`.
 
     Raises:
-      InputError: the CVXPY solver is not installed or cannot solve the problem; or it is a
+      InputError: the CVXPY solver is not installed or does not take such problems; or it is a
         first-order one, and the problem has terms for which only its optimum proves a bound.
+      SolverError: the CVXPY solver failed, or the deadline passed.
     """
     if backend not in _installed():
         raise InputError("assignment.backend", backend, f"give one of {', '.join(_installed())}")
@@ -90,6 +106,7 @@ def solve_relaxation(problem: Problem, backend: str = "HIGHS") -> Relaxed:
         high=high / unit,
         holders=np.asarray(problem.holders_min),
         violation_weight=np.asarray(problem.violation_weight),
+        deadline=deadline,
     )
     x = np.clip(found.x, 0.0, 1.0).reshape(clients, experts)
     prices = found.prices / unit
@@ -196,6 +213,7 @@ class Program:
         violation_weight: FloatArray,
         weight: FloatArray | None = None,
         give_way: bool = True,
+        deadline: float = np.inf,
     ) -> Found:
         """Solves with these numbers: fitness of pairs, capacity of clients, load bounds, and so on.
 
@@ -209,14 +227,16 @@ class Program:
         self._violation_weight.value = violation_weight
         if self._holders is not None:
             self._holders.value = holders
-        if _run(self._firm, backend):
+        if _run(self._firm, backend, deadline):
             return self._found(self._firm, self._bounds, 0.0)
         if not give_way:
             return Found(np.zeros(fitness.size), np.zeros(low.size), 0.0, np.inf)
-        _run(self._least, backend)
+        if not _run(self._least, backend, deadline):
+            raise SolverError(f"{backend} took a problem that has solutions for one that has none")
         excess = max(float(self._least.value), 0.0)
         self._allowed.value = excess + _EXCESS_ROOM * max(1.0, excess)
-        _run(self._elastic, backend)
+        if not _run(self._elastic, backend, deadline):
+            raise SolverError(f"{backend} cannot keep to the least violation that it found")
         return self._found(self._elastic, self._elastic_bounds, excess)
 
     def _found(self, solved: Any, bounds: list[Any], excess: float) -> Found:
@@ -257,22 +277,41 @@ def _cvxpy() -> Any:
     return cvxpy
 
 
-def _run(program: Any, backend: str) -> bool:
+def _run(program: Any, backend: str, deadline: float) -> bool:
     """Solves; says whether it was feasible."""
     cp = _cvxpy()
-    options = _HIGHS_OPTIONS if backend == "HIGHS" else {}
+    options: dict[str, Any] = dict(_HIGHS_OPTIONS) if backend == "HIGHS" else {}
     if backend == "HIGHS" and not program.objective.expr.is_pwl():
         # HiGHS' active-set method for quadratics can cycle for ever on degenerate problems.
         backend, options = "CLARABEL", {}
+    left = seconds_left(deadline)
+    if left < np.inf and backend in _TIME_LIMIT:
+        options[_TIME_LIMIT[backend]] = left
     try:
-        program.solve(solver=backend, **options)
+        data, chain, inverse = program.get_problem_data(backend, solver_opts=options)
     except (cp.SolverError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        others = ", ".join(name for name in _installed() if name != backend)
-        raise InputError("assignment.backend", backend, f"{reason} Try {others}") from error
+        raise _refused(backend, error) from error
+    try:
+        raw = chain.solve_via_data(program, data, warm_start=True, solver_opts=options)
+        with warnings.catch_warnings():
+            # Inexact answers: the certificate says how good they are, and limits are errors here.
+            warnings.simplefilter("ignore")
+            program.unpack_results(raw, chain, inverse)
+    except ImportError as error:
+        raise _refused(backend, error) from error
+    # CVXPY answers a status that it does not know with a ValueError.
+    except (cp.SolverError, ValueError) as error:
+        raise SolverError(f"{backend} failed") from error
     # `infeasible_inaccurate` and `infeasible_or_unbounded` too: nothing here is unbounded.
     if program.status.startswith(cp.INFEASIBLE):
         return False
     if program.status not in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE):
-        raise RuntimeError(f"{backend} ended with status {program.status}")
+        seconds_left(deadline)
+        raise SolverError(f"{backend} ended with status {program.status}")
     return True
+
+
+def _refused(backend: str, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0]
+    others = ", ".join(name for name in _installed() if name != backend)
+    return InputError("assignment.backend", backend, f"{reason} Try {others}")

@@ -31,6 +31,7 @@ from flexmoe_jax.assignment.problem import (
     FloatArray,
     IntArray,
     Problem,
+    SolverError,
     expert_load,
 )
 
@@ -134,5 +135,5 @@ def _integral_flow(
         method="highs-ds",
     )
     if found.x is None:
-        raise RuntimeError(f"the rounding flow failed: {found.message}")
+        raise SolverError(f"the rounding flow failed: {found.message}")
     return pair[found.x > 0.5]

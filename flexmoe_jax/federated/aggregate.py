@@ -6,6 +6,7 @@ of one block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -73,6 +74,71 @@ def _add(contraction: str, totals: PyTree, weight: Array, updates: PyTree) -> Py
     # Full precision: on accelerators the default would round the updates to 10 bits or fewer.
     product = partial(jnp.einsum, contraction, precision=lax.Precision.HIGHEST)
     return jax.tree.map(lambda total, update: total + product(weight, update), totals, updates)
+
+
+class Updates(NamedTuple):
+    """All updates of a cohort, side by side, for aggregators that need to see them together.
+
+    Attributes:
+      shared: Δψ_c, leaves (P, ...).
+      experts: Δθ_ce of the experts held, leaves (P, K, ...).
+      slots: (P, K) int32 which expert each slot holds; E for an empty slot.
+      examples: (P,) n_c; 0 for those that delivered nothing.
+      usage: (P, K) u_ce.
+    """
+
+    shared: PyTree
+    experts: PyTree
+    slots: Array
+    examples: Array
+    usage: Array
+
+
+Aggregator = Callable[[Updates, int], Sums]
+"""(updates of a cohort, E) -> sums whose means the server moves by."""
+
+
+def trimmed_mean(updates: Updates, experts: int, trim: float) -> Sums:
+    """Coordinate-wise trimmed mean over clients (Yin et al. 2018, arXiv 1803.01498).
+
+    Of `n` values of a coordinate the `⌊trim · n⌋` least and greatest are left out and the others
+    averaged with equal weight; `trim = 0.5` is the median. ψ is averaged over all clients that
+    delivered, θ_e over those that used expert e.
+
+    Args:
+      updates: of the cohort.
+      experts: E.
+      trim: part cut off at either end, in [0, 0.5].
+
+    Returns:
+      Sums whose mean is the trimmed mean, as `apply_sums` takes them.
+    """
+
+    def mean(values: Array, present: Array, total: Array) -> Array:
+        count = present.sum()
+        cut = jnp.minimum(jnp.floor(trim * count), jnp.maximum(count - 1, 0) // 2)
+        among = present.reshape(-1, *[1] * (values.ndim - 1))
+        ranked = jnp.sort(jnp.where(among, values, jnp.inf), axis=0)
+        rank = jnp.arange(values.shape[0]).reshape(among.shape)
+        inside = (rank >= cut) & (rank < count - cut)
+        kept = jnp.where(inside, ranked, 0.0).sum(axis=0)
+        return total * kept / jnp.maximum(count - 2 * cut, 1)
+
+    delivered = updates.examples > 0
+    total = updates.examples.sum()
+
+    def of_expert(e: Array) -> tuple[PyTree, Array]:
+        holds = updates.slots == e  # (P, K), at most one slot of each client
+        used = (jnp.where(holds, updates.usage, 0.0)).sum(axis=1)
+        rows, slot = jnp.arange(len(used)), holds.argmax(axis=1)
+        weight = used.sum()
+        return jax.tree.map(
+            lambda leaf: mean(leaf[rows, slot], used > 0, weight), updates.experts
+        ), weight
+
+    expert_sums, expert_weight = lax.map(of_expert, jnp.arange(experts))
+    shared = jax.tree.map(lambda leaf: mean(leaf, delivered, total), updates.shared)
+    return Sums(shared, total, expert_sums, expert_weight)
 
 
 class Aggregated(NamedTuple):

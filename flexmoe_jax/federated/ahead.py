@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flexmoe_jax.data import ClientData
 from flexmoe_jax.federated.algorithm import Algorithm
 from flexmoe_jax.federated.evaluate import TestSet
 from flexmoe_jax.federated.execute import resolve_block_size
-from flexmoe_jax.types import Plan
+from flexmoe_jax.types import Array, Plan
 
 
 def compile_ahead(
@@ -47,7 +47,10 @@ def compile_ahead(
     state = jax.tree.map(like, init.out_info)
     together = setting.devices * resolve_block_size(setting.block_size, per_round, setting.devices)
     padded, slots = -(-per_round // together) * together, state.slots.shape[1]
-    plan = jax.tree.map(like, Plan(whole_numbers(padded), whole_numbers(padded, slots), state.load))
+    rows, tamper = whole_numbers(padded), jax.ShapeDtypeStruct((padded,), jnp.float32)
+    plan = jax.tree.map(
+        like, Plan(rows, whole_numbers(padded, slots), state.load, rows, cast(Array, tamper))
+    )
     compiler = ThreadPoolExecutor()
 
     def start(lower: Callable[[], jax.stages.Lowered]) -> Callable[..., Any]:

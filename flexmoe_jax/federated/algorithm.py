@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax.assignment import Policy, Request, Solution, update_deficit
 from flexmoe_jax.data import ClientData
-from flexmoe_jax.federated.aggregate import apply_sums, init_server
+from flexmoe_jax.federated.aggregate import Aggregator, apply_sums, init_server
 from flexmoe_jax.federated.client import LocalTraining, make_client
 from flexmoe_jax.federated.evaluate import TestSet, evaluate
 from flexmoe_jax.federated.execute import client_mesh, replicate, resolve_block_size, train_cohort
 from flexmoe_jax.federated.fitness import Score, accuracy_score, update_fitness
 from flexmoe_jax.federated.load import LoadModel
 from flexmoe_jax.federated.participation import make_plan
+from flexmoe_jax.federated.privacy import privatise
+from flexmoe_jax.federated.uplink import Uplink
 from flexmoe_jax.models import MoEClassifier, Routing, merge_params, split_params
 from flexmoe_jax.types import (
     Array,
@@ -74,13 +76,37 @@ class Setting(NamedTuple):
     equal_load: bool
 
 
+class Arrival(NamedTuple):
+    """What of a cohort's work reaches the server.
+
+    Attributes:
+      work: (P,) share of its local steps that each client completes and delivers, in [0, 1].
+      reached: (P,) bool, clients that received their experts; the others keep what they held.
+      tamper: (P,) factor on each update on its way; 1 for an honest client.
+    """
+
+    work: np.ndarray
+    reached: np.ndarray
+    tamper: np.ndarray
+
+
+class MakePlan(Protocol):
+    """See `Algorithm.plan`."""
+
+    def __call__(
+        self, cohort: np.ndarray, solution: Solution, arrival: Arrival | None = None
+    ) -> Plan:
+        """Lays a cohort out."""
+
+
 class Algorithm(NamedTuple):
     """A federation as pure functions.
 
     Attributes:
       init: key -> State. Jitted.
       assign: (State, cohort (P,)) -> Solution for that cohort. Runs on the host.
-      plan: (cohort (P,), Solution) -> Plan: the arrays that `round` takes, on the host.
+      plan: (cohort (P,), Solution, Arrival or None) -> Plan: the arrays that `round` takes, on the
+        host. Without an `Arrival` all clients deliver all their work.
       round: (State, ClientData, Plan) -> (State, RoundReport). Jitted; the state is donated.
       evaluate: (State, TestSet, label shares (C, Y)) -> Evaluation. Jitted.
       setting: what the functions above were built with.
@@ -88,7 +114,7 @@ class Algorithm(NamedTuple):
 
     init: Callable[[Key], State]
     assign: Callable[[State, np.ndarray], Solution]
-    plan: Callable[[np.ndarray, Solution], Plan]
+    plan: MakePlan
     round: Callable[[State, ClientData, Plan], tuple[State, RoundReport]]
     evaluate: Callable[[State, TestSet, Array], Evaluation]
     setting: Setting
@@ -105,6 +131,9 @@ def flexmoe(
     local: LocalTraining,
     fitness: FitnessOptions,
     server: optax.GradientTransformation | None = None,
+    uplink: Uplink | None = None,
+    aggregator: Aggregator | None = None,
+    rows: int = 0,
     deficit_decay: float = 1.0,
     seed: int = 0,
     block_size: int = 0,
@@ -123,6 +152,10 @@ def flexmoe(
       local: how clients train.
       fitness: how Q is learnt.
       server: optax transform of the mean update; None for `optax.sgd(1.0)`, plain averaging.
+      uplink: how updates reach the server; None for `Uplink()`.
+      aggregator: makes the server's sums of all updates of a cohort together, which takes memory
+        for all of them; None for weighted means, summed while the cohort trains.
+      rows: for how many clients a plan makes room, where cohorts differ in size; 0 for the cohort.
       deficit_decay: how much of an expert's deficit lasts from round to round, in [0, 1].
       seed: of the policy's ties and draws.
       block_size: clients side by side on a device; 0 for automatic.
@@ -133,6 +166,7 @@ def flexmoe(
       The algorithm.
     """
     server = server or optax.sgd(1.0)
+    uplink = uplink or Uplink()
     mesh = mesh or client_mesh(1)
     everywhere = NamedSharding(mesh, PartitionSpec())
     clients, experts = len(capacity), model.experts
@@ -186,11 +220,22 @@ def flexmoe(
             usage=jnp.zeros((clients, experts)),
             load=jnp.zeros(experts),
             deficit=jnp.zeros(experts),
+            fresh=jnp.zeros((clients, experts), bool),
+            residual=init_residual(params),
         )
+
+    def init_residual(params: Params) -> PyTree:
+        if uplink.compressor.lossless or not uplink.error_feedback:
+            return ()
+        of_shared = jax.tree.map(lambda x: jnp.zeros((clients, *x.shape)), params.shared)
+        of_experts = jax.tree.map(
+            lambda x: jnp.zeros((clients, slots, *x.shape[1:])), params.experts
+        )
+        return of_shared, of_experts
 
     def assign(state: State, cohort: np.ndarray) -> Solution:
         known = jax.device_get(
-            {name: getattr(state, name) for name in ("fitness", "held_rounds", "usage")}
+            {name: getattr(state, name) for name in ("fitness", "held_rounds", "usage", "fresh")}
         )
         known = {name: table[cohort] for name, table in known.items()}
         untried = known["held_rounds"] == 0
@@ -204,22 +249,49 @@ def flexmoe(
                 load_weight=load_model.weigh(state, cohort),
                 deficit=np.asarray(state.deficit),
                 usage=known["usage"],
+                held=known["fresh"],
                 descriptor=np.asarray(data.label_share)[cohort],
             )
         )
 
-    def plan(cohort: np.ndarray, solution: Solution) -> Plan:
+    def plan(cohort: np.ndarray, solution: Solution, arrival: Arrival | None = None) -> Plan:
+        planned, tamper, assignment = steps[cohort], None, solution.assignment
+        if arrival is not None:
+            planned = np.floor(arrival.work * planned + 1e-9).astype(np.int32)
+            cohort, assignment = cohort[arrival.reached], assignment[arrival.reached]
+            planned, tamper = planned[arrival.reached], arrival.tamper[arrival.reached]
         laid_out = make_plan(
             cohort,
-            solution.assignment,
+            assignment,
             solution.load,
-            steps=steps[cohort],
+            steps=planned,
             slots=slots,
             clients=clients,
-            block_size=resolve_block_size(block_size, len(cohort), mesh.size),
+            block_size=resolve_block_size(block_size, rows or len(solution.assignment), mesh.size),
             devices=mesh.size,
+            rows=rows or len(solution.assignment),
+            tamper=tamper,
         )
         return replicate(laid_out, mesh)
+
+    def by_expert(slots: Array, amount: Array) -> Array:
+        return jnp.zeros(experts).at[slots].add(amount, mode="drop")
+
+    def match_residual(state: State, plan: Plan) -> PyTree:
+        """The residuals, those of experts moved to the slots that the plan gives them."""
+        if not state.residual:
+            return ()
+        of_shared, of_experts = state.residual
+        # What was kept back of an expert is lost with the expert.
+        before = state.slots.at[plan.clients].get(mode="clip")  # (P, K)
+        same = plan.slots[:, :, None] == before[:, None, :]  # (P, new K, old K)
+
+        def move(kept: Array) -> Array:
+            old = kept.at[plan.clients].get(mode="clip")
+            new = jnp.einsum("pkj,pj...->pk...", same.astype(kept.dtype), old)
+            return kept.at[plan.clients].set(new, mode="drop")
+
+        return of_shared, jax.tree.map(move, of_experts)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def run_round(state: State, data: ClientData, plan: Plan) -> tuple[State, RoundReport]:
@@ -235,10 +307,18 @@ def flexmoe(
             key,
             resolve_block_size(block_size, plan.clients.shape[0], mesh.size),
             mesh,
+            uplink,
+            match_residual(state, plan),
+            aggregator,
         )
+        sums = result.sums
+        if uplink.noise_multiplier:
+            # The round's key as such, and with a client's id folded in, belongs to the training.
+            noise_key = jax.random.fold_in(key, clients + 2)
+            sums = privatise(sums, plan, noise_key, uplink.noise_multiplier * uplink.clip)
         aggregated = apply_sums(
             server,
-            result.sums,
+            sums,
             state.shared,
             state.experts,
             state.shared_optimizer,
@@ -246,7 +326,12 @@ def flexmoe(
         )
         pairs = plan.clients[:, None], plan.slots
         usage = state.usage.at[pairs].add(result.feedback.usage, mode="drop")
-        given = load_model.settle(plan.load, result.sums.expert_weight)
+        given = by_expert(
+            plan.slots, load_model.settle(plan.slots, result.examples, result.feedback.usage)
+        )
+        trained = (result.examples > 0).astype(jnp.int32)
+        received = jnp.zeros((clients, experts), bool).at[pairs].set(True, mode="drop")
+        took_part = jnp.zeros(clients, bool).at[plan.clients].set(True, mode="drop")
         following = State(
             key=state.key,
             round=state.round + 1,
@@ -263,15 +348,22 @@ def flexmoe(
                 fitness.score,
             ),
             slots=state.slots.at[plan.clients].set(plan.slots, mode="drop"),
-            held_rounds=state.held_rounds.at[pairs].add(1, mode="drop"),
+            held_rounds=state.held_rounds.at[pairs].add(trained[:, None], mode="drop"),
             usage=usage,
             load=state.load + plan.load,
             deficit=update_deficit(state.deficit, given, decay=deficit_decay),
+            fresh=jnp.where(took_part[:, None], received, state.fresh) & (sums.expert_weight == 0),
+            residual=jax.tree.map(
+                lambda kept, new: kept.at[plan.clients].set(new, mode="drop"),
+                state.residual,
+                result.residual,
+            ),
         )
         report = RoundReport(
             loss=result.loss,
             examples=result.examples,
-            usage=result.sums.expert_weight,
+            usage=by_expert(plan.slots, result.feedback.usage),
+            quarantined=result.quarantined,
         )
         return following, report
 

@@ -19,8 +19,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.federated.aggregate import Sums, add_updates, init_sums
+from flexmoe_jax.federated.aggregate import Aggregator, Sums, Updates, add_updates, init_sums
 from flexmoe_jax.federated.client import Client, LocalTraining
+from flexmoe_jax.federated.uplink import Uplink, deliver
 from flexmoe_jax.types import Array, Feedback, Key, Params, Plan, PyTree
 
 AXIS = "clients"
@@ -36,6 +37,8 @@ class CohortResult(NamedTuple):
       feedback: (P, K).
       loss: (P,) mean training cross-entropy of each client, in nats.
       examples: (P,) examples trained on.
+      residual: (P, ...) what compression has kept back.
+      quarantined: (P,) bool, whose update was refused.
     """
 
     sums: Sums
@@ -43,6 +46,8 @@ class CohortResult(NamedTuple):
     feedback: Feedback
     loss: Array
     examples: Array
+    residual: PyTree
+    quarantined: Array
 
 
 def client_mesh(devices: int = 0) -> Mesh:
@@ -88,6 +93,9 @@ def train_cohort(
     key: Key,
     block_size: int,
     mesh: Mesh,
+    uplink: Uplink | None = None,
+    residual: PyTree = (),
+    aggregator: Aggregator | None = None,
 ) -> CohortResult:
     """Trains every client of the plan and aggregates while it goes.
 
@@ -102,10 +110,15 @@ def train_cohort(
       key: the round's key; each client folds its own id into it.
       block_size: clients side by side on a device.
       mesh: devices that share the cohort, along its axis `AXIS`.
+      uplink: how updates reach the server; None for `Uplink()`.
+      residual: of all clients' compression, leaves (C, ...) and (C, K, ...); () for none.
+      aggregator: of all updates together, which takes memory for P of them; None to sum them, by
+        weight, while the cohort trains.
 
     Returns:
       The result; padding has zero examples and zero usage.
     """
+    uplink = uplink or Uplink()
 
     @partial(
         jax.shard_map,
@@ -114,15 +127,13 @@ def train_cohort(
         out_specs=(PartitionSpec(), PartitionSpec(AXIS)),
         check_vma=False,
     )
-    def train_share(
-        share: tuple[Array, Array], known: tuple[ClientData, PyTree, PyTree, PyTree, Key]
-    ) -> tuple[Sums, tuple]:
-        data, shared, experts, gates, key = known
+    def train_share(share: tuple[Array, ...], known: tuple) -> tuple[Sums | None, tuple]:
+        data, shared, experts, gates, residual, key = known
         client = make_client(data)
         clients_total, experts_total = data.size.shape[0], jax.tree.leaves(experts)[0].shape[0]
 
-        def train_block(sums: Sums, block: tuple[Array, Array]) -> tuple[Sums, tuple]:
-            clients, slots = block  # (p,), (p, K)
+        def train_block(sums: Sums | None, block: tuple[Array, ...]) -> tuple[Sums | None, tuple]:
+            clients, slots, most, tamper = block  # (p,), (p, K), (p,), (p,)
             held = slots < experts_total
             index = jnp.take(data.index, clients, axis=0, mode="clip")
             size = jnp.where(
@@ -137,7 +148,7 @@ def train_cohort(
             )
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, clients)
             state = _side_by_side(client.init)(start, size, keys)
-            steps = local.steps(size)
+            steps = jnp.minimum(local.steps(size), most)
 
             def step(t: Array, state: PyTree) -> PyTree:
                 stepped = _side_by_side(client.step, (0, 0, 0, 0, None))(
@@ -148,19 +159,31 @@ def train_cohort(
 
             state = lax.fori_loop(0, steps.max(), step, state)
             update = _side_by_side(client.final)(start, state)
-            sums = add_updates(
-                sums, update.shared, update.experts, slots, update.examples, update.feedback.usage
+            kept = jax.tree.map(lambda x: jnp.take(x, clients, axis=0, mode="clip"), residual)
+            update, kept, refused = _side_by_side(partial(deliver, uplink))(
+                update, held, start.gate, kept, tamper
             )
-            return sums, (update.gate, update.feedback, update.loss, update.examples)
+            weights = update.examples, update.feedback.usage
+            if uplink.noise_multiplier:
+                weights = jax.tree.map(jnp.ones_like, weights)
+            sent = update.shared, update.experts, slots, *weights
+            if sums is not None:
+                sums = add_updates(sums, *sent)
+            outputs = update.gate, update.feedback, update.loss, update.examples, kept, refused
+            return sums, (None if sums is not None else Updates(*sent), *outputs)
 
         blocks = jax.tree.map(lambda x: x.reshape(-1, block_size, *x.shape[1:]), share)
-        sums, outputs = lax.scan(train_block, init_sums(shared, experts), blocks)
+        start = init_sums(shared, experts) if aggregator is None else None
+        sums, outputs = lax.scan(train_block, start, blocks)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
         return lax.psum(sums, AXIS), flat
 
-    known = data, shared, experts, gates, key
-    sums, outputs = train_share((plan.clients, plan.slots), known)
-    return CohortResult(sums, *outputs)
+    known = data, shared, experts, gates, residual, key
+    sums, outputs = train_share((plan.clients, plan.slots, plan.steps, plan.tamper), known)
+    updates, *others = outputs
+    if aggregator is not None:
+        sums = aggregator(updates, jax.tree.leaves(experts)[0].shape[0])
+    return CohortResult(sums, *others)
 
 
 def _side_by_side(

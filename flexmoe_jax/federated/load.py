@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from flexmoe_jax.errors import InputError
@@ -17,13 +18,14 @@ class LoadModel(NamedTuple):
     Attributes:
       weigh: (state, cohort (P,)) -> load weight w of a holder on its expert: a scalar, (P,) or
         (P, E). Runs on the host.
-      settle: (assigned load (E,), realised usage (E,)) -> the load (E,) that the experts were
-        given, which is what their deficits are reckoned from. Runs inside the round's jit.
+      settle: (slots (P, K), examples trained on (P,), usage (P, K)) -> the load (P, K) that each
+        pair really gave, which is what deficits are reckoned from: a client whose update never
+        arrived, or was refused, gave none. Runs inside the round's jit.
       equal: whether every pair weighs 1.
     """
 
     weigh: Callable[[State, np.ndarray], np.ndarray | float]
-    settle: Callable[[Array, Array], Array]
+    settle: Callable[[Array, Array, Array], Array]
     equal: bool = False
 
 
@@ -58,21 +60,24 @@ def make_load_model(name: str, examples: np.ndarray, capacity: np.ndarray) -> Lo
         return examples[cohort].astype(np.float64)
 
     def usage(state: State, cohort: np.ndarray) -> np.ndarray:
-        routed = np.asarray(state.usage, np.float64)[cohort]
+        seen = np.asarray(state.usage, np.float64)[cohort]
         rounds = np.asarray(state.held_rounds)[cohort]
         even = (examples / np.maximum(capacity, 1))[cohort, None]
-        return np.where(rounds > 0, routed / np.maximum(rounds, 1), even)
+        return np.where(rounds > 0, seen / np.maximum(rounds, 1), even)
 
-    def assigned_load(assigned: Array, used: Array) -> Array:
-        return assigned
+    def holders(slots: Array, examples: Array, usage: Array) -> Array:
+        return jnp.broadcast_to(examples[:, None] > 0, slots.shape).astype(usage.dtype)
 
-    def used_load(assigned: Array, used: Array) -> Array:
-        return used
+    def trained_on(slots: Array, examples: Array, usage: Array) -> Array:
+        return jnp.broadcast_to(examples[:, None], slots.shape)
+
+    def routed(slots: Array, examples: Array, usage: Array) -> Array:
+        return usage
 
     models = {
-        "clients": LoadModel(clients, assigned_load, equal=True),
-        "samples": LoadModel(samples, assigned_load),
-        "usage": LoadModel(usage, used_load),
+        "clients": LoadModel(clients, holders, equal=True),
+        "samples": LoadModel(samples, trained_on),
+        "usage": LoadModel(usage, routed),
     }
     if name not in models:
         raise InputError("assignment.load", name, f"choose one of {', '.join(LOAD_MODELS)}")

@@ -183,6 +183,8 @@ def device_plan(
         clients=jnp.pad(cohort[order], (0, padding), constant_values=clients)[dealt],
         slots=jnp.pad(held, ((0, padding), (0, 0)), constant_values=experts)[dealt],
         load=load,
+        steps=jnp.pad(steps[order].astype(jnp.int32), (0, padding))[dealt],
+        tamper=jnp.ones(size + padding),
     )
 
 

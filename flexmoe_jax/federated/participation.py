@@ -9,20 +9,35 @@ import numpy as np
 from flexmoe_jax.types import Array, Plan
 
 
-def sample_cohort(clients: int, per_round: int, *, seed: int, round_index: int) -> np.ndarray:
-    """Draws a cohort uniformly, without replacement.
+def sample_cohort(
+    clients: int,
+    per_round: int,
+    *,
+    seed: int,
+    round_index: int,
+    weight: np.ndarray | None = None,
+) -> np.ndarray:
+    """Draws a cohort without replacement.
 
     Args:
       clients: C.
       per_round: P.
       seed: of the run.
       round_index: of the round; the same round always draws the same cohort.
+      weight: (C,) of each client in the draw, of any scale; 0 for one that cannot be drawn. None to
+        draw uniformly from all.
 
     Returns:
-      (P,) int32 client ids in rising order.
+      (P,) int32 client ids in rising order; fewer where fewer can be drawn.
     """
     generator = np.random.default_rng([seed, round_index])
-    return np.sort(generator.choice(clients, per_round, replace=False)).astype(np.int32)
+    if weight is None:
+        return np.sort(generator.choice(clients, per_round, replace=False)).astype(np.int32)
+    size = min(per_round, int(np.count_nonzero(weight)))
+    if not size:
+        return np.zeros(0, np.int32)
+    chosen = generator.choice(clients, size, replace=False, p=weight / weight.sum())
+    return np.sort(chosen).astype(np.int32)
 
 
 def make_plan(
@@ -35,6 +50,8 @@ def make_plan(
     clients: int,
     block_size: int,
     devices: int = 1,
+    rows: int = 0,
+    tamper: np.ndarray | None = None,
 ) -> Plan:
     """Lays a cohort and its assignment out for training.
 
@@ -46,24 +63,33 @@ def make_plan(
       cohort: (P,) client ids.
       assignment: (P, E) bool.
       load: (E,) assigned load.
-      steps: (P,) local steps of each client of the cohort.
+      steps: (P,) local steps that each client of the cohort completes and delivers.
       slots: K, at least the largest number of experts held.
       clients: C.
       block_size: clients side by side on a device.
       devices: how many share the cohort; each gets an equal run of the plan's rows.
+      rows: for how many clients to make room, where cohorts differ in size.
+      tamper: (P,) factors on the clients' updates; None for ones.
 
     Returns:
       The plan in NumPy arrays, with P rounded up to a multiple of `block_size · devices`.
     """
     order = np.lexsort((cohort, -steps))
-    padded = -(-len(cohort) // (block_size * devices)) * block_size * devices
-    plan_clients = np.full(padded, clients, np.int32)
-    plan_clients[: len(cohort)] = cohort[order]
-    plan_slots = np.full((padded, slots), assignment.shape[1], np.int32)
-    plan_slots[: len(cohort)] = assignment_slots(assignment[order], slots)
+    padded = -(-max(rows, len(cohort)) // (block_size * devices)) * block_size * devices
     dealt = np.arange(padded).reshape(-1, devices, block_size).swapaxes(0, 1).ravel()
-    parts = plan_clients[dealt], plan_slots[dealt], np.asarray(load, np.float32)
-    return Plan(*(cast(Array, part) for part in parts))
+
+    def lay_out(values: np.ndarray, empty: float, dtype: type) -> Array:
+        laid_out = np.full((padded, *values.shape[1:]), empty, dtype)
+        laid_out[: len(cohort)] = values[order]
+        return cast(Array, laid_out[dealt])
+
+    return Plan(
+        clients=lay_out(cohort, clients, np.int32),
+        slots=lay_out(assignment_slots(assignment, slots), assignment.shape[1], np.int32),
+        load=cast(Array, np.asarray(load, np.float32)),
+        steps=lay_out(steps, 0, np.int32),
+        tamper=lay_out(np.ones(len(cohort)) if tamper is None else tamper, 1.0, np.float32),
+    )
 
 
 def assignment_slots(assignment: np.ndarray, slots: int) -> np.ndarray:

@@ -5,11 +5,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flexmoe_jax.federated import add_updates, apply_sums, init_server, init_sums
+from flexmoe_jax.federated import (
+    Updates,
+    add_updates,
+    apply_sums,
+    init_server,
+    init_sums,
+    trimmed_mean,
+)
 
 SHARED = {"w": jnp.array([1.0, 2.0])}
 EXPERTS = {"w": jnp.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])}
@@ -86,3 +94,49 @@ def test_blocks_add_up():
         )
         parts = add_updates(parts, *block)
     chex.assert_trees_all_close(parts, whole, rtol=1e-6)
+
+
+def test_trimmed_mean_and_median_by_hand():
+    # Five clients; the last delivered nothing. Expert 0 has three users, expert 1 two, 2 none.
+    updates = Updates(
+        shared={"w": jnp.array([[1.0], [2.0], [30.0], [4.0], [99.0]])},
+        experts={
+            "w": jnp.array(
+                [[[5.0], [1.0]], [[7.0], [3.0]], [[-90.0], [8.0]], [[6.0], [6.0]], [[0.0], [0.0]]]
+            )
+        },
+        slots=jnp.array([[0, 1], [0, 1], [0, 3], [2, 3], [0, 1]]),
+        examples=jnp.array([10.0, 1.0, 1.0, 8.0, 0.0]),
+        usage=jnp.array([[4.0, 6.0], [1.0, 1.0], [1.0, 5.0], [0.0, 0.0], [0.0, 0.0]]),
+    )
+    quarter = trimmed_mean(updates, 3, 0.25)
+    # ψ: 1, 2, 4, 30 without the least and the greatest: 3. Weight: all examples.
+    assert quarter.shared["w"] / quarter.shared_weight == pytest.approx(3.0)
+    assert quarter.shared_weight == 20
+    # θ_0: ⌊0.25 · 3⌋ = 0 left out: (5 + 7 - 90) / 3 = -26. θ_1: (1 + 3) / 2 = 2.
+    assert np.allclose(quarter.experts["w"][:2, 0] / quarter.expert_weight[:2], [-26.0, 2.0])
+    assert quarter.expert_weight.tolist() == [6, 7, 0]
+    assert quarter.experts["w"][2] == 0
+    median = trimmed_mean(updates, 3, 0.5)
+    assert median.shared["w"] / median.shared_weight == pytest.approx(3.0)  # of 2 and 4
+    assert np.allclose(median.experts["w"][:2, 0] / median.expert_weight[:2], [5.0, 2.0])
+
+
+@given(st.integers(1, 9), st.integers(0, 2**32 - 1), st.floats(0, 0.5))
+def test_trimmed_mean_is_numpys(count, seed, trim):
+    values = np.random.default_rng(seed).normal(size=(count, 3)).astype(np.float32)
+    found = trimmed_mean(
+        Updates(
+            {"w": jnp.asarray(values)},
+            {"w": jnp.asarray(values)[:, None]},
+            jnp.zeros((count, 1), int),
+            jnp.ones(count),
+            jnp.ones((count, 1)),
+        ),
+        1,
+        trim,
+    )
+    cut = min(int(np.float32(trim) * np.float32(count)), (count - 1) // 2)
+    expected = np.sort(values, axis=0)[cut : count - cut].mean(axis=0)
+    assert np.allclose(found.shared["w"] / count, expected, atol=1e-5)
+    assert np.allclose(found.experts["w"][0] / count, expected, atol=1e-5)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+
 import chex
 import jax
 import numpy as np
@@ -9,8 +12,15 @@ import pytest
 from flexmoe_jax import federated, models
 from flexmoe_jax.assignment import make_policy
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.federated import FitnessOptions, LocalTraining, sample_cohort, slots_assignment
-from flexmoe_jax.metrics import round_bytes, tree_bytes
+from flexmoe_jax.federated import (
+    Arrival,
+    FitnessOptions,
+    LocalTraining,
+    Uplink,
+    sample_cohort,
+    slots_assignment,
+    trimmed_mean,
+)
 from tests.federated.conftest import CAPACITY, EXPERTS, prepare
 
 
@@ -189,19 +199,6 @@ def test_optimism_sends_clients_to_what_they_never_tried(make_algorithm, clients
     assert not (plain.held_rounds > 0).all()
 
 
-def test_bytes_by_hand(make_algorithm):
-    state = make_algorithm().init(jax.random.key(0))
-    # ψ: MLP 64·16 + 16, head 16·10 + 10; an expert: 16·8 + 8 + 8·16 + 16. Four bytes each.
-    shared, expert = 4 * (64 * 16 + 16 + 16 * 10 + 10), 4 * (16 * 8 + 8 + 8 * 16 + 16)
-    assert tree_bytes(state.shared) == shared
-    assignment = np.array([[True, False, False, True], [False, True, False, False]])
-    down = 2 * shared + 3 * expert
-    assert round_bytes(state, assignment) == {
-        "comm/bytes_down": down,
-        "comm/bytes_up": down + 3 * 3 * 4,
-    }
-
-
 @pytest.mark.parametrize("server", [optax.sgd(0.5), optax.adam(0.01)])
 def test_any_server_optimizer(make_algorithm, clients, server):
     state, reports = run(make_algorithm(server=server), clients, rounds=2)
@@ -219,9 +216,81 @@ def test_half_the_server_step_moves_half_as_far(make_algorithm, clients):
 
 
 def test_a_diverging_client_shows_in_the_report(make_algorithm, clients):
-    algorithm = make_algorithm(local=LocalTraining(optax.sgd(1e30), batch_size=8))
+    diverging = LocalTraining(optax.sgd(1e30), batch_size=8)
+    algorithm = make_algorithm(local=diverging, uplink=Uplink(quarantine=False))
     _, reports = run(algorithm, clients, rounds=1)
     assert not np.isfinite(reports[0][2].loss).all()
+    state, reports = run(make_algorithm(local=diverging), clients, rounds=1)
+    assert reports[0][2].quarantined.all()
+    start = make_algorithm().init(jax.random.key(0))
+    for name in ("shared", "experts", "gates", "fitness", "usage"):
+        chex.assert_trees_all_equal(getattr(state, name), getattr(start, name))
+
+
+def test_clients_that_do_not_deliver_leave_no_trace(make_algorithm, clients):
+    """As if they had not been asked, but that they hold what they were sent."""
+    algorithm = make_algorithm(rows=7)
+    state = algorithm.init(jax.random.key(0))
+    cohort = np.arange(7, dtype=np.int32)
+    solution = algorithm.assign(state, cohort)
+    work = np.array([1.0, 0, 1, 0, 0, 1, 1])
+    arrival = Arrival(work, reached=np.ones(7, bool), tamper=np.ones(7))
+    some, report = algorithm.round(state, clients, algorithm.plan(cohort, solution, arrival))
+    assert sorted(np.asarray(report.examples) > 0) == sorted(work > 0)
+
+    there = work > 0
+    fewer = dataclasses.replace(solution, assignment=solution.assignment[there])
+    others, _ = algorithm.round(
+        algorithm.init(jax.random.key(0)), clients, algorithm.plan(cohort[there], fewer)
+    )
+    for name in ("shared", "experts", "gates", "fitness", "usage", "held_rounds", "deficit"):
+        chex.assert_trees_all_equal(getattr(some, name), getattr(others, name))
+    assert (np.asarray(some.slots)[:, 0] < EXPERTS).all()
+    assert ((np.asarray(others.slots)[:, 0] < EXPERTS) == there).all()
+    assert algorithm.round._cache_size() == 1
+
+
+def test_partial_work_is_that_many_steps(make_algorithm, clients):
+    algorithm = make_algorithm()
+    state = algorithm.init(jax.random.key(0))
+    cohort = np.arange(7, dtype=np.int32)
+    arrival = Arrival(np.full(7, 0.5), np.ones(7, bool), np.ones(7))
+    plan = algorithm.plan(cohort, algorithm.assign(state, cohort), arrival)
+    whole = algorithm.setting.steps[np.asarray(plan.clients)]
+    assert np.array_equal(plan.steps, whole // 2)
+    _, report = algorithm.round(state, clients, plan)
+    size = np.asarray(clients.size)[np.asarray(plan.clients)]
+    per_epoch = -(-size // 8)
+    done = np.minimum(whole // 2, per_epoch)  # of the first of two epochs
+    again = whole // 2 - done
+    expected = np.minimum(8 * done, size) + np.minimum(8 * again, size)
+    assert np.array_equal(report.examples, expected)
+
+
+@pytest.mark.parametrize("trim", [0.2, 0.5])
+def test_robust_means_withstand_a_client_that_blows_its_update_up(make_algorithm, clients, trim):
+    cohort = np.arange(7, dtype=np.int32)
+    moved = {}
+    for name, aggregator in (("mean", None), ("robust", partial(trimmed_mean, trim=trim))):
+        # Everybody holds everything, so that every expert has several holders.
+        algorithm = make_algorithm(
+            aggregator=aggregator,
+            uplink=Uplink(quarantine=False),
+            capacity=np.full(7, EXPERTS),
+            policy=make_policy("full"),
+        )
+        for factor in (1.0, -1e6):
+            state = algorithm.init(jax.random.key(0))
+            start = jax.device_get(state.shared)
+            arrival = Arrival(np.ones(7), np.ones(7, bool), np.array([1, 1, factor, 1, 1, 1, 1]))
+            plan = algorithm.plan(cohort, algorithm.assign(state, cohort), arrival)
+            state, _ = algorithm.round(state, clients, plan)
+            moved[name, factor] = max(
+                float(np.abs(a - b).max())
+                for a, b in zip(*map(jax.tree.leaves, (state.shared, start)), strict=True)
+            )
+    # No honest client moves a parameter by 1; a mean follows the one that blew its update up.
+    assert moved["robust", -1e6] < 1 < 1e3 < moved["mean", -1e6]
 
 
 def test_compiled_ahead_it_is_the_same_algorithm(make_algorithm, clients, digits):

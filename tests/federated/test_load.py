@@ -37,10 +37,16 @@ def test_unknown_model_is_refused():
         make_load_model("bytes", np.ones(1), np.ones(1))
 
 
-def test_what_was_used_is_what_usage_settles():
-    assigned, used = jnp.array([2.0, 2.0]), jnp.array([3.0, 1.0])
+def test_what_each_pair_gave_by_hand():
+    # The second client's update never arrived, or was refused: it gave nothing.
+    slots, examples = jnp.array([[0, 1], [0, 3]]), jnp.array([40.0, 0.0])
+    usage = jnp.array([[30.0, 10.0], [0.0, 0.0]])
     settled = {
-        name: make_load_model(name, np.ones(1), np.ones(1)).settle(assigned, used).tolist()
+        name: make_load_model(name, np.ones(1), np.ones(1)).settle(slots, examples, usage).tolist()
         for name in LOAD_MODELS
     }
-    assert settled == {"clients": [2, 2], "samples": [2, 2], "usage": [3, 1]}
+    assert settled == {
+        "clients": [[1, 1], [0, 0]],
+        "samples": [[40, 40], [0, 0]],
+        "usage": [[30, 10], [0, 0]],
+    }

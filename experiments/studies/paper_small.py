@@ -1,0 +1,28 @@
+"""The paper's comparison at a size for two CPU cores: a small network, few rounds.
+
+    python -m experiments.sweep --study=experiments/studies/paper_small.py \
+        --data_dir=TFDS_DIR --workdir=runs/paper_small
+
+TFDS_DIR holds `emnist/digits` and `cifar10` as TFDS prepares them (array_record). All methods on
+two data sets, three partitions and three seeds.
+"""
+
+from __future__ import annotations
+
+from experiments.configs import emnist_digits
+from experiments.studies.methods import METHODS
+from experiments.studies.tasks import DATASETS, PARTITIONS
+from experiments.studying.study import Study
+
+
+def get_study() -> Study:
+    """20 clients that hold 2 of 8 experts, 20 rounds of 8 local steps."""
+    reduced = {"local.max_steps": 8, "eval.every": 2, "data.test_limit": 2000}
+    return Study(
+        name="paper_small",
+        config=emnist_digits.get_config,
+        methods=METHODS,
+        datasets={name: {**DATASETS[name], **reduced} for name in ("emnist_digits", "cifar10")},
+        partitions=PARTITIONS,
+        seeds=(0, 1, 2),
+    )

@@ -1,0 +1,20 @@
+"""Data sets and partitions that studies choose from: name to the config fields that make it."""
+
+from __future__ import annotations
+
+from experiments.studying.study import Axis
+
+DATASETS: Axis = {
+    "digits": {"data.name": "digits"},
+    "emnist_digits": {"data.name": "emnist/digits"},
+    "emnist": {"data.name": "emnist/byclass"},
+    "cifar10": {"data.name": "cifar10"},
+    "gtsrb": {"data.name": "visual_domain_decathlon/gtsrb"},
+}
+
+# Those of arXiv 2512.23070.
+PARTITIONS: Axis = {
+    "iid": {"partition.name": "iid"},
+    "k_class_4": {"partition.name": "k_class", "partition.classes_per_client": 4},
+    "dirichlet_0.8": {"partition.name": "dirichlet", "partition.alpha": 0.8},
+}

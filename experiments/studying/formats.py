@@ -1,0 +1,114 @@
+"""Tables as Markdown and LaTeX (booktabs), and all numbers as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Sequence
+
+from experiments.studying.sheets import Row, Sheet, reference_of
+from experiments.studying.statistics import estimate
+
+CSV_HEADS = (
+    "dataset",
+    "partition",
+    "method",
+    "quantity",
+    "seeds_asked",
+    "seeds_finished",
+    "n",
+    "mean",
+    "margin_95",
+    "reference",
+    "pairs",
+    "difference",
+    "difference_margin_95",
+    "p_value",
+)
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "±": r"$\pm$",
+    "\N{MINUS SIGN}": r"$-$",
+    "\N{EN DASH}": "--",
+    "·": r"$\cdot$",
+    "\N{NO-BREAK SPACE}": "~",
+}
+
+
+def markdown(sheet: Sheet) -> str:
+    """A heading and the table, without the note."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+    rule = ["---" if i < sheet.words else "---:" for i in range(len(sheet.heads))]
+    body = "".join(line(row) for row in sheet.rows)
+    return f"### {sheet.title}\n\n{line(sheet.heads)}{line(rule)}{body}"
+
+
+def latex(sheet: Sheet) -> str:
+    r"""A `table*` environment that needs `\usepackage{booktabs}`."""
+    columns = "l" * sheet.words + "r" * (len(sheet.heads) - sheet.words)
+    label = re.sub(r"[^a-z0-9]+", "-", sheet.title.lower()).strip("-")
+    lines = [" & ".join(map(latex_text, row)) + r" \\" for row in sheet.rows]
+    return "\n".join(
+        [
+            r"\begin{table*}",
+            r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
+            rf"\caption{{{latex_text(sheet.title)}. {latex_text(sheet.note)}}}",
+            rf"\label{{tab:{label}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            " & ".join(map(latex_text, sheet.heads)) + r" \\",
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table*}",
+            "",
+        ]
+    )
+
+
+def latex_text(text: str) -> str:
+    """Text that LaTeX prints as it stands."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def csv_text(rows: Sequence[Row], axes: Sequence[str], reference: str) -> str:
+    """One line for each row and quantity: raw values, bytes and seconds, accuracies in [0, 1]."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*CSV_HEADS[:2], *axes, *CSV_HEADS[2:]])
+    quantities = dict.fromkeys(key for row in rows for found in row.seeds.values() for key in found)
+    for row in rows:
+        other = reference_of(row, rows, reference)
+        for key in quantities:
+            value = estimate(row.values(key))
+            numbers: list[object] = [value.n, _plain(value.mean), _plain(value.margin)]
+            if other is None or other is row:
+                numbers += [""] * 5
+            else:
+                d = row.against(other, key)
+                numbers += [reference, d.n, _plain(d.mean), _plain(d.margin), _plain(d.p)]
+            names = [*row.task, *row.variant, row.method, key]
+            writer.writerow([*names, row.asked, len(row.seeds), *numbers])
+    return out.getvalue()
+
+
+def _plain(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.10g}"

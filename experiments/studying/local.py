@@ -1,0 +1,226 @@
+"""Runs a share of a study on this machine, one run after the other."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.report import write_report
+from experiments.reporting.quantities import counted, duration, show
+from experiments.reporting.runs import read_run
+from experiments.studying.launch import Interrupts, as_typed, command, last_line, lock
+from experiments.studying.standing import ENDED, cost, standing, write_record
+from experiments.studying.study import Study, Trial, read_study
+from experiments.table import write_tables
+from experiments.workdir import Workdir
+from flexmoe_jax.errors import InputError
+
+HEADLINE = (
+    ("personal", "eval/personal_accuracy"),
+    ("global", "eval/global_accuracy"),
+    ("server", "eval/server_accuracy"),
+)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What of a study is to be run, and where.
+
+    Attributes:
+      study: file of the study.
+      workdir: folder of the study.
+      data_dir: of prepared TFDS data; empty for what the study says.
+      only: pattern, as in a shell, that the names of runs must match.
+      index: which share of the runs, from 0.
+      count: number of shares; together they are all runs, and none is in two.
+    """
+
+    study: str
+    workdir: str
+    data_dir: str = ""
+    only: str = "*"
+    index: int = 0
+    count: int = 1
+
+    def load(self) -> tuple[Study, list[Trial]]:
+        """Reads the study and picks the runs of this share.
+
+        Raises:
+          InputError: a part of this, or the study, cannot be used.
+        """
+        if not self.workdir:
+            raise InputError("--workdir", self.workdir, "name a folder for the study")
+        if self.count < 1:
+            raise InputError("--count", self.count, "choose 1 or more")
+        if not 0 <= self.index < self.count:
+            raise InputError("--index", self.index, f"give 0 to {self.count - 1}")
+        study = read_study(self.study)
+        trials = study.trials()
+        if self.data_dir:
+            where = {"data.dir": self.data_dir}
+            trials = [replace(t, overrides={**t.overrides, **where}) for t in trials]
+        chosen = [trial for trial in trials if fnmatchcase(trial.name, self.only)]
+        if not chosen:
+            raise InputError("--only", self.only, f"matches no run; one is {trials[0].name}")
+        return study, chosen[self.index :: self.count]
+
+
+def log_of(folder: Path) -> Path:
+    """The file beside a run's folder with all that it printed; whoever runs it has it locked."""
+    return folder.with_name(folder.name + ".log")
+
+
+def dry_run(sweep: Sweep) -> None:
+    """Prints what is done, the commands of what is left, and what they will take."""
+    study, trials = sweep.load()
+    workdir = Path(sweep.workdir)
+    for trial in trials:
+        status = standing(workdir / trial.name).status
+        words = as_typed(command(study, trial, workdir))
+        print(f"{status}: {trial.name if status in ENDED else words}")
+    print(_ahead(Tally.of(study, trials, workdir)))
+
+
+def run(sweep: Sweep) -> int:
+    """Runs what is not done yet, then writes the study's table and page.
+
+    Args:
+      sweep: what to run. Runs that another sweep is at are left to it.
+
+    Returns:
+      exit code: 0, or 1 where a run failed or diverged, or 128 + the number of the signal that
+      ended the sweep.
+
+    Raises:
+      InputError: nothing can be run.
+    """
+    study, trials = sweep.load()
+    workdir = Path(sweep.workdir)
+    with lock(workdir / "sweep.lock", wait=True):
+        write_record(study, workdir)
+    tally = Tally.of(study, trials, workdir)
+    print(f"{study.name}: {_ahead(tally)}", flush=True)
+    ends: dict[str, list[str]] = defaultdict(list)
+    with Interrupts() as interrupts:
+        for trial in trials:
+            end = _attempt(study, trial, workdir, interrupts)
+            ends[end.kind].append(f"{trial.name}: {end.words}")
+            tally.settle(trial, end.seconds)
+            if end.kind in ("finished", "failed") and end.seconds is not None:
+                print(f"{trial.name}: {end.words} · {_ahead(tally)}", flush=True)
+            if interrupts.caught:
+                break
+    for line in ends["failed"]:
+        print(f"failed: {line}")
+    if ends["elsewhere"]:
+        print(f"{counted(len(ends['elsewhere']), 'run')} left to another sweep, which is at them")
+    if any(standing(workdir / trial.name).status == "finished" for trial in study.trials()):
+        with lock(workdir / "sweep.lock", wait=True):
+            print(f"table: {write_tables(workdir)[0]} · page: {write_report([workdir])}")
+    if interrupts.caught:
+        print("interrupted; the same command goes on from here")
+        return 128 + interrupts.caught[0]
+    return 1 if ends["failed"] else 0
+
+
+class End(NamedTuple):
+    """What became of a run in this sweep.
+
+    Attributes:
+      kind: `finished`, `failed`, `interrupted`, or `elsewhere` where another sweep is at it.
+      words: what to say of it.
+      seconds: that this sweep spent on it; None where it started nothing.
+    """
+
+    kind: str
+    words: str = ""
+    seconds: float | None = None
+
+
+def _attempt(study: Study, trial: Trial, workdir: Path, interrupts: Interrupts) -> End:
+    folder = workdir / trial.name
+    try:
+        Workdir(folder).check(study.config_of(trial))
+    except InputError as error:
+        return End("failed", str(error))
+    path = log_of(folder)
+    begin = time.monotonic()
+    with lock(path) as log:
+        if log is None:
+            return End("elsewhere")
+        before = standing(folder)
+        if before.status in ENDED:
+            return End("finished") if before.status == "finished" else _diverged(path)
+        start = log.tell()
+        code = interrupts.run(command(study, trial, workdir), log)
+    seconds = time.monotonic() - begin
+    after = standing(folder)
+    if after.status == "finished" and code == 0:
+        return End("finished", f"{duration(seconds)} · {_headline(folder)}", seconds)
+    if interrupts.caught:
+        return End("interrupted")
+    if after.status == "diverged":
+        return _diverged(path)._replace(seconds=seconds)
+    ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return End("failed", f"{ended}: {last_line(path, start) or 'it said nothing'}", seconds)
+
+
+def _diverged(log: Path) -> End:
+    return End("failed", f"diverged, see {log}; to try again, delete its folder")
+
+
+def _headline(folder: Path) -> str:
+    finished = read_run(folder)
+    return " · ".join(f"{word} {show(key, finished.final(key))}" for word, key in HEADLINE)
+
+
+@dataclass
+class Tally:
+    """Runs that are left, and what the finished ones took.
+
+    Attributes:
+      done: number of runs that ended.
+      left: the others.
+      spent: data set to the seconds of its finished runs, those of other shares included.
+    """
+
+    done: int
+    left: list[Trial]
+    spent: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, study: Study, trials: Sequence[Trial], workdir: Path) -> Tally:
+        """Reads how things stand."""
+        spent = defaultdict(list)
+        for trial in study.trials():
+            status, seconds = standing(workdir / trial.name)
+            if status == "finished" and seconds is not None:
+                spent[trial.dataset].append(seconds)
+        left = [t for t in trials if standing(workdir / t.name).status not in ENDED]
+        return cls(len(trials) - len(left), left, spent)
+
+    def settle(self, trial: Trial, seconds: float | None) -> None:
+        """Takes a run off those that are left."""
+        if trial in self.left:
+            self.left.remove(trial)
+            self.done += 1
+        if seconds is not None:
+            self.spent[trial.dataset].append(seconds)
+
+
+def _ahead(tally: Tally) -> str:
+    """What is done, what is left, and the time that it will take."""
+    said = f"{counted(tally.done, 'run')} done, {len(tally.left)} left"
+    if not tally.left:
+        return said
+    seconds, unknown = cost(tally.left, tally.spent)
+    parts = [f"about {duration(seconds)}"] if unknown < len(tally.left) else []
+    if unknown:
+        parts.append("time unknown" if not parts else f"and {counted(unknown, 'run')} unknown")
+    return f"{said}, {' '.join(parts)}"

@@ -1,0 +1,167 @@
+"""What the runs of a study came to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from experiments.reporting.runs import Floats, Run, read_run
+from experiments.studying.standing import RECORD, read_record, standing
+from experiments.studying.study import Trial
+
+ACCURACIES = ("personal", "global", "server")
+BALANCES = ("assigned", "usage")
+# Of the clients' own models on the whole test set: what a method is to reach, whoever it favours.
+TARGETED = "eval/global_accuracy"
+CLOCK = "time/simulated_seconds"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of a study.
+
+    Attributes:
+      trial: what was asked for.
+      status: how far it is; see `Standing`.
+      run: what it left, None where there is nothing.
+    """
+
+    trial: Trial
+    status: str
+    run: Run | None
+
+    @property
+    def finished(self) -> Run | None:
+        """The run, if it is complete."""
+        return self.run if self.status == "finished" else None
+
+
+@dataclass(frozen=True)
+class Results:
+    """All runs of a study, done or not.
+
+    Attributes:
+      name: of the study.
+      folder: of the study.
+      results: one for each run that the study asks for, in its order.
+    """
+
+    name: str
+    folder: Path
+    results: tuple[Result, ...]
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods, in the study's order."""
+        return list(dict.fromkeys(result.trial.method for result in self.results))
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds, in the study's order."""
+        return list(dict.fromkeys(result.trial.seed for result in self.results))
+
+    @property
+    def axes(self) -> list[str]:
+        """Names of the further axes."""
+        return [axis for axis, _ in self.results[0].trial.variant] if self.results else []
+
+    @property
+    def tasks(self) -> list[tuple[str, str]]:
+        """Pairs of data set and partition, in the study's order."""
+        return list(dict.fromkeys((r.trial.dataset, r.trial.partition) for r in self.results))
+
+    @property
+    def missing(self) -> list[Result]:
+        """Runs that are not finished."""
+        return [result for result in self.results if result.finished is None]
+
+    def of(self, task: tuple[str, str]) -> dict[tuple[tuple[str, ...], str], dict[int, Run]]:
+        """Finished runs of a data set and partition: (names of the variant, method) to seed to run.
+
+        Combinations without a finished run are there, and empty.
+        """
+        found: dict[tuple[tuple[str, ...], str], dict[int, Run]] = {}
+        for result in self.results:
+            trial = result.trial
+            if (trial.dataset, trial.partition) == task:
+                key = tuple(name for _, name in trial.variant), trial.method
+                seeds = found.setdefault(key, {})
+                if result.finished is not None:
+                    seeds[trial.seed] = result.finished
+        return found
+
+
+def is_study(folder: Path) -> bool:
+    """Whether a sweep wrote the folder."""
+    return (folder / RECORD).is_file()
+
+
+def read_results(folder: Path) -> Results:
+    """Reads a study's folder, finished or not.
+
+    Raises:
+      InputError: the folder holds no study.
+    """
+    name, trials = read_record(folder)
+    results = []
+    for trial in trials:
+        status = standing(folder / trial.name).status
+        there = status != "new"
+        results.append(Result(trial, status, read_run(folder / trial.name) if there else None))
+    return Results(name, folder, tuple(results))
+
+
+def figures(run: Run, target: float) -> Mapping[str, float]:
+    """The numbers of a finished run that tables show.
+
+    Args:
+      run: finished.
+      target: client-global accuracy, in [0, 1], that is waited for.
+
+    Returns:
+      - `personal/final`, `personal/best`, the same of `global` and `server`, and `mean/final`, the
+        mean of the three: accuracies in [0, 1];
+      - `assigned/round`, `assigned/cumulative`, `usage/round`, `usage/cumulative`: coefficients of
+        variation over experts, the mean over rounds, and at the end of what is summed over them;
+      - `target/rounds`, `target/bytes` (both ways) and `target/seconds` (simulated): what it took
+        to reach the target, missing where it was not reached;
+      - `wall/seconds`: of the whole run.
+      What the run did not record is missing.
+    """
+    found: dict[str, float | None] = {}
+    for word in ACCURACIES:
+        found[f"{word}/final"] = run.final(f"eval/{word}_accuracy")
+        found[f"{word}/best"] = run.best(f"eval/{word}_accuracy")
+    final = [found[f"{word}/final"] for word in ACCURACIES]
+    known = [value for value in final if value is not None]
+    found["mean/final"] = float(np.mean(known)) if len(known) == len(ACCURACIES) else None
+    for word in BALANCES:
+        _, each = run.series(f"load/{word}_cv")
+        found[f"{word}/round"] = float(each.mean()) if each.size else None
+        found[f"{word}/cumulative"] = run.final(f"load/{word}_cv_cumulative")
+    found |= _until(run, target)
+    found["wall/seconds"] = run.seconds()
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _until(run: Run, target: float) -> dict[str, float | None]:
+    """Rounds, bytes and simulated seconds to the first evaluation that reaches the target."""
+    rounds, accuracy = run.series(TARGETED)
+    reached = rounds[accuracy >= target]
+    if not reached.size:
+        return {}
+    first = float(reached[0])
+    return {
+        "target/rounds": first,
+        "target/bytes": _total_at(first, *run.cumulative("comm/bytes_down", "comm/bytes_up")),
+        "target/seconds": _total_at(first, *run.cumulative(CLOCK)),
+    }
+
+
+def _total_at(number: float, rounds: Floats, total: Floats) -> float | None:
+    until = total[rounds <= number]
+    return float(until[-1]) if until.size and math.isfinite(until[-1]) else None

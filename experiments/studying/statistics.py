@@ -1,0 +1,74 @@
+"""Means with their uncertainty, and differences between methods that met the same seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds.
+
+    Attributes:
+      n: number of seeds.
+      mean: over them; NaN for none.
+      margin: half the width of the 95 % confidence interval; NaN for fewer than two seeds.
+    """
+
+    n: int
+    mean: float
+    margin: float
+
+
+class Difference(NamedTuple):
+    """A mean over seeds of one method's value minus another's.
+
+    Attributes:
+      n: seeds that both have.
+      mean: of the differences; NaN for none.
+      margin: half the width of its 95 % confidence interval; NaN for fewer than two seeds.
+      p: two-sided p-value of the paired t-test; NaN for fewer than two seeds, or where all seeds
+        differ by the same.
+    """
+
+    n: int
+    mean: float
+    margin: float
+    p: float
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and Student's t interval: mean ± t(0.975, n-1) s / √n, with s the sample deviation.
+
+    Args:
+      values: (n,) one a seed.
+    """
+    n = len(values)
+    if n < 2:
+        return Estimate(n, values[0] if n else math.nan, math.nan)
+    from scipy.stats import t
+
+    margin = t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return Estimate(n, float(np.mean(values)), float(margin))
+
+
+def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
+    """Compares two methods seed by seed, so that what a seed does to both cancels.
+
+    Args:
+      values: (n,) of the one method.
+      reference: (n,) of the other, of the same seeds in the same order.
+    """
+    differences = np.subtract(values, reference)
+    n, mean, margin = estimate(differences.tolist())
+    # Without any spread but rounding the test statistic is 0/0 or infinite, and says nothing.
+    if n < 2 or np.ptp(differences) <= 1e-12 * np.abs([values, reference]).max():
+        return Difference(n, mean, margin, math.nan)
+    from scipy.stats import ttest_rel
+
+    return Difference(n, mean, margin, float(ttest_rel(values, reference).pvalue))

@@ -1,0 +1,178 @@
+"""A study: methods × data sets × partitions × variants × seeds, each combination one run."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from experiments.cli import flat_fields, nearest
+from flexmoe_jax.errors import InputError
+
+Overrides = Mapping[str, object]
+"""Dotted config field to value."""
+Axis = Mapping[str, Overrides]
+"""What varies: a name, which also names a folder, to the fields that it sets."""
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run that a study asks for.
+
+    Attributes:
+      dataset: name on the study's axis of data sets.
+      partition: name on its axis of partitions.
+      variant: (axis, name) of every further axis.
+      method: name on its axis of methods.
+      seed: of the run.
+      overrides: all fields that differ from the study's config, seed included.
+    """
+
+    dataset: str
+    partition: str
+    variant: tuple[tuple[str, str], ...]
+    method: str
+    seed: int
+    overrides: Overrides = field(compare=False, default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Path of its folder in the study's: `emnist_digits/k_class_4/flex/seed_0`."""
+        variant = [f"{axis}_{value}" for axis, value in self.variant]
+        return "/".join([self.dataset, self.partition, *variant, self.method, f"seed_{self.seed}"])
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of runs.
+
+    Where two axes set one field, the later one of data sets, partitions, variants, methods holds.
+
+    Attributes:
+      name: of the study.
+      config: the `get_config` of a config file, which holds all fields that no axis sets.
+      methods: what is compared.
+      datasets: what is learnt.
+      partitions: how its examples lie with the clients.
+      seeds: each gives a partition, a start and a course of its own, the same for all methods.
+      variants: axis name to further axis, as `{"capacity": {"2": {"clients.capacity": 2}}}`.
+    """
+
+    name: str
+    config: Callable[[], ConfigDict]
+    methods: Axis
+    datasets: Axis
+    partitions: Axis
+    seeds: Sequence[int]
+    variants: Mapping[str, Axis] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses what gives no runs, or no folder names.
+
+        Raises:
+          InputError: an axis is empty, or a name or seed cannot be used.
+        """
+        axes = {
+            "methods": self.methods,
+            "datasets": self.datasets,
+            "partitions": self.partitions,
+            **{f"variants.{axis}": values for axis, values in self.variants.items()},
+        }
+        for axis, values in {**axes, "seeds": self.seeds}.items():
+            if not values:
+                raise InputError(axis, values, "give at least one")
+        for axis, names in {**axes, "variants": self.variants, "name": [self.name]}.items():
+            for name in names:
+                if not isinstance(name, str) or not _NAME.fullmatch(name):
+                    remedy = "names folders: use letters, digits and _ . + - alone"
+                    raise InputError(axis, name, remedy)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError("seeds", list(self.seeds), "name each once")
+
+    @property
+    def config_file(self) -> Path:
+        """The file that `config` is the `get_config` of."""
+        return Path(inspect.getfile(self.config))
+
+    def trials(self) -> list[Trial]:
+        """All runs; every combination with the first seed comes before any with the second."""
+        variants = [
+            tuple(zip(self.variants, names, strict=True))
+            for names in itertools.product(*self.variants.values())
+        ]
+        grid = itertools.product(self.seeds, self.datasets, self.partitions, variants, self.methods)
+        return [
+            Trial(
+                dataset,
+                partition,
+                variant,
+                method,
+                seed,
+                overrides={
+                    **self.datasets[dataset],
+                    **self.partitions[partition],
+                    **{
+                        f: v for axis, name in variant for f, v in self.variants[axis][name].items()
+                    },
+                    **self.methods[method],
+                    "seed": seed,
+                },
+            )
+            for seed, dataset, partition, variant, method in grid
+        ]
+
+    def config_of(self, trial: Trial) -> ConfigDict:
+        """The config of a run.
+
+        Raises:
+          InputError: an override names no field, or does not fit it.
+        """
+        config = self.config()
+        fields = flat_fields(config)
+        for name, value in trial.overrides.items():
+            if name not in fields:
+                raise InputError(
+                    name, value, f"no such field; did you mean {nearest(name, fields)}?"
+                )
+            try:
+                config.update_from_flattened_dict({name: value})
+            except (TypeError, ValueError) as error:
+                kind = type(fields[name]).__name__
+                raise InputError(name, value, f"does not fit this field, a {kind}") from error
+        return config
+
+
+def read_study(path: str | Path) -> Study:
+    """Loads a study file and builds the config of each of its runs once.
+
+    Args:
+      path: of a file that defines `get_study() -> Study`.
+
+    Raises:
+      InputError: there is no such file, it defines no study, or an override cannot be used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError("--study", path, "no such file; experiments/studies/ holds examples")
+    spec = importlib.util.spec_from_file_location(f"study_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError("--study", path, "is no Python file; experiments/studies/ holds examples")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    study = module.get_study() if hasattr(module, "get_study") else None
+    if not isinstance(study, Study):
+        remedy = "defines no get_study() that returns a Study; experiments/studies/ holds examples"
+        raise InputError("--study", path, remedy)
+    if study.config.__name__ != "get_config":
+        raise InputError("config", study.config.__name__, "give the get_config of a config file")
+    for trial in study.trials():
+        study.config_of(trial)
+    return study

@@ -1,0 +1,66 @@
+"""Runs a study: every method on every data set, partition and seed, each run in its own folder.
+
+    python -m experiments.sweep --study=experiments/studies/digits_smoke.py --workdir=runs/smoke
+
+Runs that are done are skipped and half-done ones continued, so the same command goes on from
+wherever the last one stopped; several sweeps on one folder share the work. Ctrl-C ends after the
+round at work. At the end stand the table (DIR/table.md) and the page (DIR/report/index.html).
+
+On a cluster, either one job of an array a share (`--index=$SLURM_ARRAY_TASK_ID --count=16`), or let
+the sweep submit its own (`--runner=slurm --count=16 --slurm_partition=gpu --gpus=1`).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from experiments.studying.local import Sweep, dry_run, run
+from experiments.studying.slurm import Queue, submit
+from flexmoe_jax.errors import InputError
+
+
+def main(argv: list[str]) -> None:
+    """Runs, submits or lists what the flags say."""
+    if len(argv) > 1:
+        raise InputError("argument", argv[1], "flags begin with --")
+    given = flags.FLAGS
+    sweep = Sweep(
+        study=given.study or "",
+        workdir=given.workdir or "",
+        data_dir=given.data_dir,
+        only=given.only,
+        index=given.index,
+        count=1 if given.runner == "slurm" else given.count or 1,
+    )
+    if given.dry_run:
+        dry_run(sweep)
+    elif given.runner == "slurm":
+        queue = Queue(given.slurm_partition, given.minutes, given.gpus, given.cpus)
+        folder = Path(sweep.workdir) / "slurm"
+        jobs = submit(sweep, queue, str(folder), given.count)
+        print(f"submitted {len(jobs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}; files: {folder}")
+    else:
+        sys.exit(run(sweep))
+
+
+if __name__ == "__main__":
+    from experiments.cli import run_cli
+
+    flags.DEFINE_string("study", None, "File of the study.")
+    flags.DEFINE_string("workdir", None, "Folder of the study; runs get folders in it.")
+    flags.DEFINE_string("data_dir", "", "Folder of prepared TFDS data, for all runs.")
+    flags.DEFINE_string("only", "*", "Pattern that the names of runs must match: '*/flex/seed_*'.")
+    flags.DEFINE_integer("index", 0, "Which share of the runs to take, from 0.")
+    flags.DEFINE_integer(
+        "count", None, "Number of shares; of Slurm jobs, where none means one a run."
+    )
+    flags.DEFINE_bool("dry_run", False, "Only list what is done, what is left and what it takes.")
+    flags.DEFINE_enum("runner", "local", ["local", "slurm"], "Run here, or submit to Slurm.")
+    flags.DEFINE_string("slurm_partition", "", "Slurm partition of the jobs.")
+    flags.DEFINE_integer("minutes", Queue.minutes, "Time limit of a Slurm job.")
+    flags.DEFINE_integer("gpus", Queue.gpus, "GPUs of a Slurm job.")
+    flags.DEFINE_integer("cpus", Queue.cpus, "CPU cores of a Slurm job.")
+    run_cli(main)

@@ -1,0 +1,88 @@
+"""Writes the tables of a study: DIR/table.md, DIR/table.csv and DIR/table.tex.
+
+    python -m experiments.table DIR [--target=0.6] [--reference=flex]
+
+DIR is the --workdir of a sweep, which need not be finished: what is missing is said. The same runs
+give the same bytes. Needs nothing of the machine that ran the sweep.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from absl import flags
+
+from experiments.reporting.quantities import counted
+from experiments.studying.formats import csv_text, latex, markdown
+from experiments.studying.results import Results, read_results
+from experiments.studying.sheets import REFERENCE, TARGET, read_rows, sheets
+from experiments.workdir import write_atomically
+from flexmoe_jax.errors import InputError
+
+
+def write_tables(
+    folder: str | os.PathLike[str], target: float = TARGET, reference: str = REFERENCE
+) -> list[Path]:
+    """Writes the tables of a study into its folder.
+
+    Args:
+      folder: of the study.
+      target: client-global accuracy in (0, 1] to which rounds, bytes and seconds are counted.
+      reference: the method that all others are compared with.
+
+    Returns:
+      the paths of the Markdown, CSV and LaTeX files.
+
+    Raises:
+      InputError: the folder holds no study, or the study no such method.
+    """
+    folder = Path(folder)
+    results = read_results(folder)
+    if not 0 < target <= 1:
+        raise InputError("--target", target, "give an accuracy above 0 and up to 1")
+    if reference not in results.methods and reference != REFERENCE:
+        raise InputError("--reference", reference, f"choose one of {', '.join(results.methods)}")
+    made = sheets(results, target, reference)
+    notes = dict.fromkeys(f"- {sheet.note}\n" for sheet in made)
+    lists = [*map(markdown, made), missing(results)]
+    parts = [f"# {results.name}\n", remark(results), "".join(notes), *filter(None, lists)]
+    texts = {
+        "table.md": "\n".join(parts),
+        "table.csv": csv_text(read_rows(results, target), results.axes, reference),
+        "table.tex": "\n".join(map(latex, made)),
+    }
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+    return [folder / name for name in texts]
+
+
+def remark(results: Results) -> str:
+    """How much of the study is there."""
+    asked, lacking = len(results.results), len(results.missing)
+    if not lacking:
+        return f"All {counted(asked, 'run')} are finished.\n"
+    return f"{lacking} of {counted(asked, 'run')} are not finished; their names are at the end.\n"
+
+
+def missing(results: Results) -> str:
+    """The runs that are not finished, with how far they are."""
+    lines = [f"- {result.trial.name}: {result.status}\n" for result in results.missing]
+    return f"### Not finished\n\n{''.join(lines)}" if lines else ""
+
+
+def main(argv: list[str]) -> None:
+    """Writes the tables of the study in `argv[1]` and prints the Markdown one."""
+    if len(argv) != 2:
+        raise InputError("DIR", " ".join(argv[1:]) or "(none)", "give the --workdir of one sweep")
+    paths = write_tables(argv[1], flags.FLAGS.target, flags.FLAGS.reference)
+    print(paths[0].read_text(encoding="utf-8"))
+    print(", ".join(map(str, paths)))
+
+
+if __name__ == "__main__":
+    from experiments.cli import run_cli
+
+    flags.DEFINE_float("target", TARGET, "Global accuracy to which rounds and bytes are counted.")
+    flags.DEFINE_string("reference", REFERENCE, "The method that all others are compared with.")
+    run_cli(main)

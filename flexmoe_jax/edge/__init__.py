@@ -1,0 +1,40 @@
+"""The edge as the network sees it: devices, memory, who can be reached, how long a round takes."""
+
+from __future__ import annotations
+
+from flexmoe_jax.edge.availability import (
+    Availability,
+    always,
+    independent,
+    make_availability,
+    markov,
+    trace,
+)
+from flexmoe_jax.edge.capacity import experts_in_memory
+from flexmoe_jax.edge.devices import Devices, deal_devices, parse_mix
+from flexmoe_jax.edge.dropouts import draw_dropouts
+from flexmoe_jax.edge.profiles import TIERS, Profile, check_profile, read_tiers
+from flexmoe_jax.edge.timing import LATE, Attempt, Outcome, attempt, run_attempt
+
+__all__ = [
+    "LATE",
+    "TIERS",
+    "Attempt",
+    "Availability",
+    "Devices",
+    "Outcome",
+    "Profile",
+    "always",
+    "attempt",
+    "check_profile",
+    "deal_devices",
+    "draw_dropouts",
+    "experts_in_memory",
+    "independent",
+    "make_availability",
+    "markov",
+    "parse_mix",
+    "read_tiers",
+    "run_attempt",
+    "trace",
+]

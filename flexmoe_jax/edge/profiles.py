@@ -1,0 +1,85 @@
+"""What kinds of devices there are: tiers, and the figures of each."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from flexmoe_jax.errors import InputError
+
+
+class Profile(NamedTuple):
+    """A kind of device. `inf` stands for no limit.
+
+    Attributes:
+      name: of the tier.
+      memory: bytes that training may use.
+      speed: training examples a second.
+      down: bytes a second from the server.
+      up: bytes a second to the server.
+      availability: share of rounds, in [0, 1], in which it can be reached.
+    """
+
+    name: str
+    memory: float
+    speed: float
+    down: float
+    up: float
+    availability: float
+
+
+def check_profile(profile: Profile) -> Profile:
+    """Returns the profile if a device can have it.
+
+    Raises:
+      InputError: naming the figure, as in `edge.tiers.sensor.memory`.
+    """
+    for figure, value in zip(profile._fields[1:], profile[1:], strict=True):
+        field = f"edge.tiers.{profile.name}.{figure}"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(field, value, "give a number")
+        if figure == "availability":
+            if not 0 <= value <= 1:
+                raise InputError(field, value, "give a share of rounds, from 0 to 1")
+        elif math.isnan(value) or value <= 0:
+            raise InputError(field, value, "give a number above 0 (inf for no limit)")
+    return profile
+
+
+def read_tiers(path: str | Path | Traversable) -> Mapping[str, Profile]:
+    """Reads tiers from a TOML file with one table a tier, as the shipped `tiers.toml`.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Read-only mapping from the tier's name to its profile, in the file's order.
+
+    Raises:
+      InputError: no such file, no TOML, or a figure that is missing, unknown or impossible.
+    """
+    file = Path(path) if isinstance(path, str) else path
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError("edge.tiers", path, f"give a TOML file of tiers ({error})") from error
+    figures = Profile._fields[1:]
+    tiers = {}
+    for name, table in tables.items():
+        if not isinstance(table, dict) or set(table) != set(figures):
+            given = ", ".join(table) if isinstance(table, dict) else table
+            raise InputError(f"edge.tiers.{name}", given, f"give exactly {', '.join(figures)}")
+        tiers[name] = check_profile(Profile(name, **table))
+    if not tiers:
+        raise InputError("edge.tiers", path, "describe at least one tier, as [name]")
+    return MappingProxyType(tiers)
+
+
+TIERS: Mapping[str, Profile] = read_tiers(resources.files(__package__) / "tiers.toml")
+"""The shipped tiers: `sensor`, `phone` and `gateway`. The file says where each figure is from."""

@@ -1,0 +1,147 @@
+"""How long a round takes, who delivers in it, and how much of its work.
+
+Times are those of the network and the devices that the profiles describe, not of this program.
+
+Axis legend: `C` clients, `P` clients of the round's cohort.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from flexmoe_jax.edge.devices import Devices
+from flexmoe_jax.errors import InputError
+
+LATE = ("drop", "partial")
+"""What becomes of clients that the deadline finds at work."""
+
+
+class Attempt(NamedTuple):
+    """What each client of a cohort would need if nothing went wrong.
+
+    Attributes:
+      download: (P,) seconds.
+      compute: (P,) seconds of local training.
+      upload: (P,) seconds.
+    """
+
+    download: np.ndarray
+    compute: np.ndarray
+    upload: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        """(P,) seconds from the start of the round to the end of the upload."""
+        total: np.ndarray = self.download + self.compute + self.upload
+        return total
+
+
+class Outcome(NamedTuple):
+    """What became of a round.
+
+    Attributes:
+      work: (P,) share of its local work that each client did and delivered, in [0, 1]; 0 without
+        delivery.
+      delivered: (P,) bool, whose update the server accepted.
+      reached: (P,) bool, who was sent its download; the others were gone before.
+      seconds: from the start of the round to its end.
+    """
+
+    work: np.ndarray
+    delivered: np.ndarray
+    reached: np.ndarray
+    seconds: float
+
+
+def attempt(
+    devices: Devices,
+    cohort: np.ndarray,
+    *,
+    bytes_down: np.ndarray,
+    bytes_up: np.ndarray,
+    examples: np.ndarray,
+) -> Attempt:
+    """Times a cohort: bytes over link speed, examples over training speed.
+
+    Args:
+      devices: of all C clients.
+      cohort: (P,) client ids.
+      bytes_down: (P,) bytes that each client downloads.
+      bytes_up: (P,) bytes that each uploads.
+      examples: (P,) examples that each trains on, counted once for every epoch.
+
+    Returns:
+      The seconds of each stage, (P,).
+    """
+    return Attempt(
+        download=np.asarray(bytes_down) / devices.down[cohort],
+        compute=np.asarray(examples) / devices.speed[cohort],
+        upload=np.asarray(bytes_up) / devices.up[cohort],
+    )
+
+
+def run_attempt(
+    attempt: Attempt,
+    *,
+    wanted: int,
+    deadline: float,
+    late: str,
+    dropped_before: np.ndarray,
+    dropped_during: np.ndarray,
+) -> Outcome:
+    """Plays a round: who delivers what, and when the round ends.
+
+    - *Dropped before*: the server knows at once and does not wait.
+    - *Dropped during*: does its work and then fails at the upload. The server cannot tell it from a
+      slow client, so it waits until the deadline; without one it learns of the loss when the upload
+      would have ended.
+    - *Late* (total time beyond the deadline): with `drop` it delivers nothing; with `partial` it
+      stops training early enough to deliver at the deadline, unless no time is left to train.
+    - *Over-selection* (Bonawitz et al. 2019, arXiv 1902.01046): the `wanted` fastest are accepted,
+      ties in cohort order, and the round ends with the last of them; all other work is lost.
+
+    Args:
+      attempt: times of the cohort.
+      wanted: deliveries after which the round ends, at least 1; P or more to wait for all.
+      deadline: seconds after which the round ends, above 0; `inf` for none.
+      late: `drop` or `partial`.
+      dropped_before: (P,) bool.
+      dropped_during: (P,) bool.
+
+    Returns:
+      The outcome. It lasts until the last accepted delivery or, if fewer than `wanted` came, until
+      the server stopped waiting for the others.
+
+    Raises:
+      InputError: an unknown `late`, or a number out of range.
+    """
+    if late not in LATE:
+        raise InputError("edge.late", late, f"give one of {', '.join(LATE)}")
+    if wanted < 1:
+        raise InputError("edge.wanted", wanted, "give at least 1")
+    if not deadline > 0:
+        raise InputError("edge.deadline", deadline, "give seconds above 0 (inf for none)")
+    total = attempt.total
+    reached = ~np.asarray(dropped_before, bool)
+    possible = np.where(total <= deadline, 1.0, 0.0)
+    if late == "partial":
+        left = np.maximum(deadline - attempt.download - attempt.upload, 0.0)
+        cut = (total > deadline) & (left > 0)
+        np.divide(left, np.maximum(attempt.compute, left), out=possible, where=cut)
+    end = np.minimum(total, deadline)
+    able = reached & ~np.asarray(dropped_during, bool) & (possible > 0)
+    accepted = np.flatnonzero(able)
+    accepted = accepted[np.argsort(end[accepted], kind="stable")][:wanted]
+    delivered = np.zeros(len(total), bool)
+    delivered[accepted] = True
+    awaited = delivered if len(accepted) == wanted else reached
+    # Whoever delivers nothing is waited for until the deadline, however soon it failed.
+    until = np.where(able | np.isinf(deadline), end, deadline)
+    return Outcome(
+        work=np.where(delivered, possible, 0.0),
+        delivered=delivered,
+        reached=reached,
+        seconds=float(np.max(until, where=awaited, initial=0.0)),
+    )

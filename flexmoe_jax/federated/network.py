@@ -1,0 +1,153 @@
+"""The cohort as the network has it: who is asked, who answers, and what that costs.
+
+Everything here is a function of (seed, round) and runs on the host between rounds; a run that is
+resumed sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from flexmoe_jax.edge import Availability, Devices, Outcome, attempt, draw_dropouts, run_attempt
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.federated.algorithm import Arrival
+from flexmoe_jax.federated.participation import sample_cohort
+from flexmoe_jax.federated.traffic import Traffic
+
+# Keeps the choice of faulty clients apart from other draws of the same seed.
+_FAULTY = 0xFA017
+
+
+class Faults(NamedTuple):
+    """Clients whose updates are not what they trained.
+
+    Attributes:
+      share: of all clients, in [0, 1]; who they are is drawn once.
+      factor: on their updates: NaN sends no numbers, -1 turns them around, 1000 blows them up.
+    """
+
+    share: float = 0.0
+    factor: float = float("nan")
+
+
+class Network(NamedTuple):
+    """Clients, their devices and the links to them.
+
+    Attributes:
+      clients: C.
+      per_round: P deliveries that a round is made for.
+      steps: (C,) local steps of each client in a round.
+      examples: (C,) examples that each trains on in a round, counted once a step.
+      seed: of all draws.
+      over_select: how many times P clients are asked, at least 1; a round ends with the P-th
+        delivery.
+      weighted: clients are drawn in proportion to `examples`, in place of uniformly.
+      availability: who can be reached; None for everybody.
+      devices: of the clients; None to leave time out.
+      deadline: seconds after which a round ends; `inf` for none.
+      late: what becomes of clients at work then: `drop` or `partial`.
+      dropout_before: probability that a client is gone before its download.
+      dropout_during: probability that its work never arrives.
+      faults: clients whose updates are tampered with.
+    """
+
+    clients: int
+    per_round: int
+    steps: np.ndarray
+    examples: np.ndarray
+    seed: int
+    over_select: float = 1.0
+    weighted: bool = False
+    availability: Availability | None = None
+    devices: Devices | None = None
+    deadline: float = float("inf")
+    late: str = "drop"
+    dropout_before: float = 0.0
+    dropout_during: float = 0.0
+    faults: Faults = Faults()
+
+    @property
+    def asked(self) -> int:
+        """Most clients that a round asks."""
+        return min(self.clients, int(np.ceil(self.per_round * self.over_select - 1e-9)))
+
+    def cohort(self, round_index: int) -> np.ndarray:
+        """Draws the clients that a round asks, (P,) ids in rising order; fewer if few are there."""
+        weight = None
+        if self.weighted or self.availability is not None:
+            weight = np.asarray(self.examples if self.weighted else np.ones(self.clients), float)
+            if self.availability is not None:
+                weight = weight * self.availability(round_index)
+        return sample_cohort(
+            self.clients, self.asked, seed=self.seed, round_index=round_index, weight=weight
+        )
+
+    def play(
+        self, cohort: np.ndarray, traffic: Traffic, round_index: int
+    ) -> tuple[Arrival, Outcome]:
+        """Plays a round: what of the cohort's work arrives, and how long that takes.
+
+        Without devices every client answers at once, and the round takes no time.
+
+        Args:
+          cohort: (P,) client ids.
+          traffic: of each.
+          round_index: of the round, from 0.
+        """
+        draw = partial(draw_dropouts, cohort=cohort, seed=self.seed, round_index=round_index)
+        devices = self.devices or instant_devices(self.clients)
+        outcome = run_attempt(
+            attempt(
+                devices,
+                cohort,
+                bytes_down=traffic.down,
+                bytes_up=traffic.up,
+                examples=self.examples[cohort],
+            ),
+            wanted=self.per_round,
+            deadline=self.deadline,
+            late=self.late,
+            dropped_before=draw(self.dropout_before, stage="before"),
+            dropped_during=draw(self.dropout_during, stage="during"),
+        )
+        # A client that had no time for a single step has nothing to deliver.
+        whole = np.floor(outcome.work * self.steps[cohort] + 1e-9) > 0
+        outcome = outcome._replace(
+            delivered=outcome.delivered & whole, work=np.where(whole, outcome.work, 0.0)
+        )
+        tamper = np.where(self.faulty()[cohort], self.faults.factor, 1.0)
+        return Arrival(outcome.work, outcome.reached, tamper), outcome
+
+    def faulty(self) -> np.ndarray:
+        """(C,) bool, the clients whose updates are tampered with."""
+        chosen = np.zeros(self.clients, bool)
+        order = np.random.default_rng([self.seed, _FAULTY]).permutation(self.clients)
+        chosen[order[: round(self.faults.share * self.clients)]] = True
+        return chosen
+
+
+def instant_devices(clients: int) -> Devices:
+    """Devices without limits."""
+    endless = np.full(clients, np.inf)
+    none = np.zeros(clients, np.int64)
+    return Devices(("instant",), none, endless, endless, endless, endless, np.ones(clients))
+
+
+FAULTS = {"nan": float("nan"), "flip": -1.0, "scale": 1000.0}
+"""What tampered updates are multiplied by, by name."""
+
+
+def make_faults(kind: str, share: float) -> Faults:
+    """Looks the kind of faults up by name, of `FAULTS`.
+
+    Raises:
+      InputError: another name, or a share outside [0, 1].
+    """
+    if kind not in FAULTS:
+        raise InputError("faults.kind", kind, f"choose one of {', '.join(FAULTS)}")
+    if not 0 <= share <= 1:
+        raise InputError("faults.share", share, "choose a number in [0, 1]")
+    return Faults(share, FAULTS[kind])

@@ -1,0 +1,292 @@
+"""Runs that meet with faults of the machine, each of them a real one, as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.workdir import Workdir
+from flexmoe_jax.checkpoint import Checkpoints
+from flexmoe_jax.errors import InputError
+from tests.experiments.test_train import ROOT, SMALL, command, launch, rows, timeless
+
+LONG = (*SMALL, "--config.rounds=6", "--config.checkpoint.every=2")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("faults") / "finished"
+    process = launch(f"--workdir={workdir}", *LONG)
+    assert (process.returncode, process.stderr) == (0, "")
+    return workdir
+
+
+def assert_same_run(workdir: Path, finished: Path) -> None:
+    """The same rounds, arrays and final state, bit for bit."""
+    assert timeless(workdir) == timeless(finished)
+    found, expected = (np.load(folder / "arrays.npz") for folder in (workdir, finished))
+    assert set(found) == set(expected)
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+    states = [leaves(folder / "checkpoints" / "6") for folder in (workdir, finished)]
+    assert len(states[0]) > 10
+    assert states[0] == states[1]
+    assert json.loads((workdir / "summary.json").read_text())["status"] == "finished"
+
+
+def leaves(checkpoint: Path) -> dict[str, bytes]:
+    import jax
+    import orbax.checkpoint as ocp
+
+    state = ocp.PyTreeCheckpointer().restore(checkpoint)
+    paths, _ = jax.tree.flatten_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in paths}
+
+
+def start(workdir: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(f"--workdir={workdir}", *arguments),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not happened() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def test_kills_at_any_moment_change_nothing(finished, tmp_path):
+    workdir, draw = tmp_path / "killed", random.Random(5)
+    checkpoints = workdir / "checkpoints"
+    for reached in (
+        lambda: (workdir / "metrics.jsonl.tmp").exists() or (workdir / "metrics.jsonl").exists(),
+        lambda: any(checkpoints.glob("unfinished*")),
+        lambda: len(rows_so_far(workdir)) >= 3,
+    ):
+        process = start(workdir, *LONG)
+        wait_until(reached, process)
+        time.sleep(draw.uniform(0, 0.05))
+        process.kill()
+        assert "Traceback" not in process.communicate()[1]
+    process = launch(f"--workdir={workdir}", *LONG)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert_same_run(workdir, finished)
+
+
+def rows_so_far(workdir: Path) -> list[bytes]:
+    metrics = workdir / "metrics.jsonl"
+    return metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []
+
+
+def test_damage_to_the_newest_of_all_files_is_mended(finished, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(finished, workdir)
+    arrays = max((workdir / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(arrays.read_bytes())
+    content[len(content) // 2] ^= 1
+    arrays.write_bytes(content)
+    lines = (workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:40] + b"\xc3")
+    (workdir / "summary.json").write_text('{"seconds": ')
+    (workdir / "arrays.npz").write_bytes(b"PK")
+    process = launch(f"--workdir={workdir}", *LONG)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.count("the checkpoint of round 6 is") == 1
+    assert "continuing after round 4 of 6" in process.stdout
+    assert_same_run(workdir, finished)
+
+
+def test_without_any_whole_checkpoint_a_run_says_so_and_begins_anew(finished, tmp_path):
+    workdir = tmp_path / "lost"
+    shutil.copytree(finished, workdir)
+    for file in (workdir / "checkpoints").rglob("manifest.ocdbt"):
+        os.truncate(file, 10)
+    process = launch(f"--workdir={workdir}", *LONG)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.count("is damaged") == 2
+    assert "no whole checkpoint is left: starting from the first round" in process.stdout
+    assert_same_run(workdir, finished)
+
+
+@pytest.mark.parametrize("end", [b"", b'{"round": 3', b'{"round": 3, "x": "\xc3', b"[3]\n", b"7\n"])
+def test_the_end_of_the_metrics_may_be_anything(tmp_path, end):
+    workdir = Workdir(tmp_path)
+    for number in (1, 2):
+        workdir.append({"round": number, "train/loss": float("nan")})
+    whole = workdir.metrics_path.read_bytes()
+    workdir.metrics_path.write_bytes(whole + end)
+    assert [row["round"] for row in workdir.read()] == [1, 2]
+    workdir.keep_rounds(2)
+    assert workdir.metrics_path.read_bytes() == whole
+    workdir.append({"round": 3})
+    assert [row["round"] for row in workdir.read()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 2, 3), (1, 2, 4)])
+def test_a_round_doubled_or_missing_ends_the_metrics(tmp_path, numbers):
+    workdir = Workdir(tmp_path)
+    for number in numbers:
+        workdir.append({"round": number})
+    assert [row["round"] for row in workdir.read()] == [1, 2]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed"', b"\xff\xfe", b"[]", b"3", b"null"])
+def test_a_config_or_summary_of_garbage(tmp_path, content):
+    from experiments.configs import base
+
+    workdir = Workdir(tmp_path)
+    (tmp_path / "summary.json").write_bytes(content)
+    assert workdir.seconds() == 0.0
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match="workdir") as refusal:
+        workdir.check(base.get_config())
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_config_cut_off_by_a_kill_is_not_in_the_way(tmp_path):
+    from experiments.configs import base
+
+    (tmp_path / "config.json.tmp").write_text('{"seed"')
+    workdir = Workdir(tmp_path)
+    workdir.check(base.get_config())
+    workdir.open(base.get_config())
+    workdir.check(base.get_config())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_files_that_cannot_be_written_are_named_and_kept(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.write_summary({"seconds": 3.0})
+    workdir.write_arrays(x=np.arange(3))
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).random(1000)
+    for write, name in (
+        (lambda: workdir.append({"round": 1, "load": noise.tolist()}), "metrics.jsonl"),
+        (lambda: workdir.write_summary({"load": noise.tolist()}), "summary.json"),
+        (lambda: workdir.write_arrays(x=noise), "arrays.npz"),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, most))
+        try:
+            with pytest.raises(OSError, match="File too large") as failure:
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+        assert failure.value.filename == str(tmp_path / name)
+    assert workdir.seconds() == 3.0
+    assert np.load(tmp_path / "arrays.npz")["x"].tolist() == [0, 1, 2]
+    assert workdir.read() == []
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def one_line(text: str) -> str:
+    assert len(text.splitlines()) == 1, text
+    return text
+
+
+def test_a_report_that_cannot_be_written_is_one_line_and_a_second_try(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "report")
+    process = subprocess.run(
+        command(f"--workdir={workdir}", *LONG),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+    )
+    assert process.returncode == 1
+    line = one_line(process.stderr)
+    assert line.startswith(f"{workdir / 'report' / 'index.html'}: File too large; ")
+    assert "the same command goes on" in line
+    assert list((workdir / "report").iterdir()) == []
+
+
+UNTIL_THE_DISK_IS_FULL = """
+mount -t tmpfs -o size=700k none "$1" || exit 77
+disk="$1" kept="$2"; shift 2
+"$@"; echo "exit code $?" >&2
+ls -A "$disk/run" "$disk/run/checkpoints" >&2
+mount -o remount,size=100m "$disk"
+"$@" && cp -r "$disk/run" "$kept"
+"""
+
+
+def test_a_run_goes_on_when_a_full_disk_has_room_again(finished, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    run = command(f"--workdir={disk / 'run'}", *LONG)
+    script = ["unshare", "-rm", "sh", "-c", UNTIL_THE_DISK_IS_FULL, "sh"]
+    if sys.platform != "linux" or shutil.which("unshare") is None:
+        pytest.skip("needs Linux's unshare")
+    process = subprocess.run(
+        [*script, str(disk), str(tmp_path / "kept"), *run],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    if process.returncode == 77 or "unshare:" in process.stderr:
+        pytest.skip(f"no file system may be mounted here: {process.stderr}")
+    assert process.returncode == 0, process.stderr
+    line, code, *left = process.stderr.splitlines()
+    assert line.startswith(f"{disk / 'run' / 'checkpoints'}: No space left on device; ")
+    assert code == "exit code 1"
+    assert not [name for name in left if "tmp" in name or "unfinished" in name]
+    assert "continuing after round 2 of 6" in process.stdout
+    assert_same_run(tmp_path / "kept", finished)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_workdir_that_may_not_be_written_is_one_line(tmp_path):
+    tmp_path.chmod(0o500)
+    process = launch(f"--workdir={tmp_path / 'run'}", *LONG)
+    tmp_path.chmod(0o700)
+    assert process.returncode == 1
+    assert one_line(process.stderr).startswith(f"{tmp_path / 'run'}: Permission denied; ")
+
+
+@pytest.mark.parametrize(
+    ("number", "sign"), [(signal.SIGINT, "config.json"), (signal.SIGTERM, "metrics.jsonl")]
+)
+def test_signals_end_after_the_round_at_work_even_while_compiling(tmp_path, number, sign):
+    workdir = tmp_path / "stopped"
+    process = start(workdir, *LONG, "--config.rounds=1000")
+    wait_until((workdir / sign).exists, process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=90)
+    assert (process.returncode, errors) == (0, "")
+    reached = len(rows(workdir))
+    assert 1 <= reached < 1000
+    assert json.loads((workdir / "summary.json").read_text())["status"] == "interrupted"
+    assert Checkpoints(workdir / "checkpoints", keep=2).rounds()[-1] == reached
+    assert "interrupted" in output
+
+
+def test_a_solver_out_of_time_is_said_and_the_run_goes_on(tmp_path):
+    workdir = tmp_path / "hasty"
+    hasty = ("--config.rounds=2", "--config.assignment.time_limit=1e-9")
+    process = launch(f"--workdir={workdir}", *SMALL, *hasty)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.count("fallback: time limit exceeded") == 2
+    for row in rows(workdir):
+        assert row["assignment/status"] == "fallback: time limit exceeded"
+        load = row["load/assigned"]
+        assert max(load) - min(load) <= 1

@@ -1,0 +1,306 @@
+"""Sweeps, run as their users run them wherever a process matters."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from absl import flags
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict, config_flags
+
+from experiments.configs import digits
+from experiments.studying import local, slurm
+from experiments.studying.launch import command, lock
+from experiments.studying.local import Sweep, log_of
+from experiments.studying.standing import cost, write_record
+from experiments.studying.study import Study, Trial, read_study
+from experiments.table import write_tables
+from experiments.workdir import as_json
+from flexmoe_jax.errors import InputError
+from tests.experiments.test_train import ROOT, timeless
+
+STUDIES = sorted(
+    path
+    for path in (ROOT / "experiments" / "studies").glob("*.py")
+    if "def get_study" in path.read_text()
+)
+# `broken` is a config that the sweep cannot know to be wrong, and a run refuses at once.
+TINY = """
+from experiments.configs import digits
+from experiments.studying.study import Study
+
+def get_study():
+    tiny = {"rounds": 60, "clients.count": 6, "clients.capacity": 2, "model.backbone": "mlp",
+            "model.experts": 4, "data.train_limit": 300, "data.test_limit": 100,
+            "eval.every": 20, "checkpoint.every": 20}
+    return Study(
+        name="tiny",
+        config=digits.get_config,
+        methods={"flex": {}, "broken": {"model.experts": 0}},
+        datasets={"digits": tiny},
+        partitions={"iid": {"partition.name": "iid"}},
+        seeds=(0,),
+    )
+"""
+
+
+def make_study(**changes: object) -> Study:
+    return Study(
+        **{
+            "name": "small",
+            "config": digits.get_config,
+            "methods": {"flex": {}, "random": {"assignment.policy": "random"}},
+            "datasets": {"digits": {"data.name": "digits"}},
+            "partitions": {"k_class_4": {"partition.name": "k_class"}},
+            "seeds": (0, 1),
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY)
+    return path
+
+
+def finish(folder: Path, config: ConfigDict, status: str = "finished") -> None:
+    """What a finished run leaves, as far as a sweep looks at it."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(as_json(config)))
+    row = {"round": 1, "eval/global_accuracy": 0.5, "comm/bytes_up": 1, "comm/bytes_down": 1}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "summary.json").write_text(json.dumps({"status": status, "seconds": 20.0}))
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until the file has something in it."""
+    while not (path.exists() and path.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_a_run_is_named_by_what_it_is():
+    study = make_study(variants={"capacity": {"1-4": {"clients.capacity": "1-4"}}})
+    first, *_, last = study.trials()
+    assert first.name == "digits/k_class_4/capacity_1-4/flex/seed_0"
+    assert last.name == "digits/k_class_4/capacity_1-4/random/seed_1"
+    assert len({trial.name for trial in study.trials()}) == 4
+    # The first seed of everything comes before the second of anything.
+    assert [trial.seed for trial in study.trials()] == [0, 0, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_command_gives_the_config_that_the_study_asks_for(path, monkeypatch):
+    study = read_study(path)
+    methods = len(study.methods)
+    for trial in study.trials()[:methods] + study.trials()[-methods:]:
+        words = command(study, trial, Path("runs"))[3:]
+        monkeypatch.setattr(sys, "argv", ["train", *words])
+        known = flags.FlagValues()
+        flags.DEFINE_string("workdir", None, "", flag_values=known)
+        config_flags.DEFINE_config_file("config", flag_values=known)
+        known(sys.argv)
+        assert as_json(known.config) == as_json(study.config_of(trial))
+        assert known.workdir == f"runs/{trial.name}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"methods": {}}, "methods={}: give at least one"),
+        ({"datasets": {"a/b": {}}}, "datasets=a/b: names folders"),
+        ({"variants": {"..": {"1": {}}}}, "variants=..: names folders"),
+        ({"seeds": (0, 0)}, "seeds=.*: name each once"),
+    ],
+)
+def test_a_study_that_gives_no_folders_is_refused(changes, line):
+    with pytest.raises(InputError, match=line):
+        make_study(**changes)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ({"assignment.polisy": "flex"}, "no such field; did you mean assignment.policy"),
+        ({"rounds": "many"}, "rounds=many: does not fit this field, a int"),
+        ({"local": 3}, "local=3: no such field"),
+    ],
+)
+def test_overrides_that_cannot_work_are_refused(override, line):
+    study = make_study(methods={"flex": override})
+    with pytest.raises(InputError, match=line):
+        study.config_of(study.trials()[0])
+
+
+def test_files_that_hold_no_study_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        read_study(tmp_path / "none.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(InputError, match="defines no get_study"):
+        read_study(tmp_path / "empty.py")
+
+
+@given(st.integers(1, 20))
+def test_shares_are_disjoint_and_complete(count):
+    whole = Sweep(str(ROOT / "experiments/studies/digits_smoke.py"), "runs", only="*/iid/*")
+    every = [trial.name for trial in whole.load()[1]]
+    shares = [
+        [trial.name for trial in Sweep(whole.study, "runs", "", "*/iid/*", i, count).load()[1]]
+        for i in range(count)
+    ]
+    assert sorted(name for share in shares for name in share) == sorted(every)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"index": 2, "count": 2}, "--index=2: give 0 to 1"),
+        ({"count": 0}, "--count=0: choose 1 or more"),
+        ({"only": "*/fedavg/*"}, "matches no run; one is digits/iid/flex/seed_0"),
+        ({"workdir": ""}, "--workdir=: name a folder"),
+    ],
+)
+def test_shares_that_cannot_be(tiny, changes, line):
+    with pytest.raises(InputError, match=line):
+        Sweep(**{"study": str(tiny), "workdir": "runs", **changes}).load()
+
+
+def test_what_is_left_is_reckoned_from_what_was_done():
+    left = [Trial(data, "iid", (), "flex", 0) for data in ("digits", "digits", "cifar10")]
+    assert cost(left, {"digits": [10.0, 30.0]}) == (40.0, 1)
+    assert cost(left, {}) == (0.0, 3)
+
+
+def test_a_dry_run_lists_and_touches_nothing(tiny, tmp_path, capsys):
+    study = read_study(tiny)
+    runs = tmp_path / "runs"
+    flex, broken = study.trials()
+    finish(runs / flex.name, study.config_of(flex))
+    local.dry_run(Sweep(str(tiny), str(runs), data_dir="/some where"))
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first == f"finished: {flex.name}"
+    words = shlex.split(second.removeprefix("new: "))
+    assert words[:3] == ["python", "-m", "experiments.train"]
+    assert f"--workdir={runs / broken.name}" in words
+    assert "--config.data.dir=/some where" in words
+    assert last == "1 run done, 1 left, about 20 s"
+    assert not (runs / "study.json").exists()
+
+
+def test_what_is_done_is_skipped_and_what_another_sweep_is_at_is_left_to_it(
+    tiny, tmp_path, capsys
+):
+    study = read_study(tiny)
+    runs = tmp_path / "runs"
+    flex, broken = study.trials()
+    finish(runs / flex.name, study.config_of(flex))
+    with lock(log_of(runs / broken.name)) as held:
+        assert held is not None
+        assert local.run(Sweep(str(tiny), str(runs))) == 0
+    out = capsys.readouterr().out
+    assert "1 run left to another sweep" in out
+    assert not (runs / broken.name).exists()
+    assert (runs / "table.md").exists()
+    assert "tiny" in (runs / "report" / "index.html").read_text()
+
+
+def test_a_folder_of_another_config_or_a_run_that_diverged_fails_in_one_line(
+    tiny, tmp_path, capsys
+):
+    study = read_study(tiny)
+    runs = tmp_path / "runs"
+    flex, broken = study.trials()
+    other = study.config_of(flex)
+    other.rounds = 7
+    finish(runs / flex.name, other)
+    finish(runs / broken.name, study.config_of(broken), status="diverged")
+    assert local.run(Sweep(str(tiny), str(runs))) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed")]
+    assert len(failed) == 2
+    assert "holds a run with rounds=7, not 60" in failed[0]
+    assert "diverged, see" in failed[1]
+
+
+def test_a_folder_of_another_study_is_refused(tiny, tmp_path):
+    write_record(make_study(), tmp_path / "runs")
+    with pytest.raises(InputError, match="holds the study small, not tiny"):
+        local.run(Sweep(str(tiny), str(tmp_path / "runs")))
+
+
+def test_a_killed_sweep_keeps_its_run_locked_until_the_run_ends_too(tmp_path):
+    log = tmp_path / "run.log"
+    program = f"""
+import sys
+from pathlib import Path
+from experiments.studying.launch import Interrupts, lock
+with Interrupts() as interrupts, lock(Path({str(log)!r})) as file:
+    interrupts.run([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], file)
+"""
+    sweep = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True)
+    wait_for(log, sweep)
+    sweep.kill()
+    sweep.wait()
+    with lock(log) as file:
+        assert file is None
+    os.kill(int(log.read_text()), signal.SIGKILL)
+    with lock(log, wait=True) as file:
+        assert file is not None
+
+
+def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tiny, tmp_path):
+    runs, straight = tmp_path / "runs", tmp_path / "straight"
+    study = read_study(tiny)
+    flex, broken = study.trials()
+    words = [sys.executable, "-m", "experiments.sweep", f"--study={tiny}", f"--workdir={runs}"]
+    sweep = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for(runs / flex.name / "metrics.jsonl", sweep)
+    sweep.send_signal(signal.SIGTERM)
+    said, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 128 + signal.SIGTERM
+    assert "interrupted; the same command goes on from here" in said
+    # The run was asked, not killed: it saved where it was. The next one was not begun.
+    assert (runs / flex.name / "summary.json").exists()
+    assert not log_of(runs / broken.name).exists()
+
+    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 1, again.stderr
+    assert f"failed: {broken.name}: exit code 2: model.experts=0: choose 1 or more" in again.stdout
+    assert f"{flex.name}: " in again.stdout
+
+    subprocess.run(
+        command(study, flex, straight), cwd=ROOT, check=True, timeout=120, capture_output=True
+    )
+    write_record(study, straight)
+    assert timeless(runs / flex.name) == timeless(straight / flex.name)
+    write_tables(straight)
+    tables = [list(csv.DictReader((at / "table.csv").open())) for at in (runs, straight)]
+    untimed = [[row for row in rows if row["quantity"] != "wall/seconds"] for rows in tables]
+    assert untimed[0] == untimed[1]
+    assert len(untimed[0]) > 10
+
+
+def test_a_queue_takes_the_shares(tiny, tmp_path):
+    pytest.importorskip("submitit")
+    study = read_study(tiny)
+    runs = tmp_path / "runs"
+    for trial in study.trials():
+        finish(runs / trial.name, study.config_of(trial))
+    sweep = Sweep(str(tiny), str(runs))
+    (job,) = slurm.submit(sweep, slurm.Queue(), str(tmp_path / "jobs"), 1, cluster="local")
+    assert job.result() == 0, job.stderr()
+    assert "2 runs done, 0 left" in job.stdout()
+    assert (runs / "table.md").exists()

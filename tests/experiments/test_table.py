@@ -1,0 +1,246 @@
+"""Tables of studies whose numbers are worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import t, ttest_rel
+
+from experiments.configs import digits
+from experiments.reporting.runs import read_run
+from experiments.studying.formats import latex, latex_text, markdown
+from experiments.studying.results import figures, read_results
+from experiments.studying.sheets import Sheet, sheets
+from experiments.studying.standing import write_record
+from experiments.studying.statistics import estimate, paired_difference
+from experiments.studying.study import Study
+from experiments.table import write_tables
+from flexmoe_jax.errors import InputError
+
+# Student's t, 97.5 %, for two and for three seeds: from any printed table.
+T_OF_2, T_OF_3 = 12.7062, 4.3027
+
+
+def make_study(**changes: Any) -> Study:
+    return Study(
+        **{
+            "name": "by_hand",
+            "config": digits.get_config,
+            "methods": {"flex": {}, "greedy_50_x": {}},
+            "datasets": {"digits": {}},
+            "partitions": {"iid": {}},
+            "seeds": (0, 1, 2),
+            **changes,
+        }
+    )
+
+
+def write_run(
+    folder: Path,
+    globals_: list[float],
+    personal: float = 0.9,
+    status: str = "finished",
+    **extra: float,
+) -> None:
+    """A run with an evaluation every second round, and 10 bytes down and 5 up in each."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    rows: list[dict[str, Any]] = []
+    for number in range(1, 2 * len(globals_) + 1):
+        row: dict[str, Any] = {
+            "round": number,
+            "load/assigned_cv": 0.1 * number,
+            "load/usage_cv": 0.2,
+            "load/assigned_cv_cumulative": 0.5 / number,
+            "load/usage_cv_cumulative": 0.4,
+            "comm/bytes_down": 10,
+            "comm/bytes_up": 5,
+            **extra,
+        }
+        if number % 2 == 0:
+            row["eval/global_accuracy"] = globals_[number // 2 - 1]
+            row["eval/personal_accuracy"] = personal
+            row["eval/server_accuracy"] = 0.6
+        rows.append(row)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "summary.json").write_text(json.dumps({"status": status, "seconds": 30.0}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two methods, three seeds; `greedy_50_x` reaches 0.6 with two seeds of three."""
+    write_record(make_study(), tmp_path)
+    for seed, accuracy in enumerate((0.70, 0.72, 0.74)):
+        write_run(tmp_path / f"digits/iid/flex/seed_{seed}", [0.5, 0.65, accuracy])
+    for seed, accuracy in enumerate((0.66, 0.70, 0.59)):
+        write_run(tmp_path / f"digits/iid/greedy_50_x/seed_{seed}", [0.3, 0.55, accuracy])
+    return tmp_path
+
+
+def table(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
+    with (folder / "table.csv").open(newline="") as file:
+        return {(row["method"], row["quantity"]): row for row in csv.DictReader(file)}
+
+
+def test_numbers_worked_out_by_hand(folder):
+    write_tables(folder)
+    rows = table(folder)
+    flex = rows["flex", "global/final"]
+    # 0.70, 0.72, 0.74: deviation 0.02.
+    assert float(flex["mean"]) == pytest.approx(0.72)
+    assert float(flex["margin_95"]) == pytest.approx(T_OF_3 * 0.02 / math.sqrt(3), rel=1e-4)
+    assert flex["n"] == "3"
+    assert float(rows["flex", "mean/final"]["mean"]) == pytest.approx((0.9 + 0.72 + 0.6) / 3)
+    # Six rounds with 0.1 to 0.6, then 0.5 / 6.
+    assert float(rows["flex", "assigned/round"]["mean"]) == pytest.approx(0.35)
+    assert float(rows["flex", "assigned/cumulative"]["mean"]) == pytest.approx(0.5 / 6)
+    # 0.65 in round 4: four rounds of 15 bytes.
+    assert float(rows["flex", "target/rounds"]["mean"]) == 4
+    assert float(rows["flex", "target/bytes"]["mean"]) == 60
+    # Seeds 0 and 1 reach 0.6 in round 6, seed 2 never does.
+    greedy = rows["greedy_50_x", "target/rounds"]
+    assert (greedy["n"], float(greedy["mean"])) == ("2", 6)
+    # Differences -0.04, -0.02, -0.15.
+    difference = rows["greedy_50_x", "global/final"]
+    assert float(difference["difference"]) == pytest.approx(-0.07)
+    assert float(difference["p_value"]) == pytest.approx(
+        ttest_rel([0.66, 0.70, 0.59], [0.70, 0.72, 0.74]).pvalue
+    )
+    assert difference["pairs"] == "3"
+    assert rows["flex", "global/final"]["reference"] == ""
+
+
+def test_the_best_is_not_the_last(tmp_path):
+    write_run(tmp_path / "run", [0.5, 0.8, 0.7])
+    run = read_run(tmp_path / "run")
+    assert figures(run, 0.6)["global/final"] == 0.7
+    assert figures(run, 0.6)["global/best"] == 0.8
+    assert figures(run, 0.8)["target/rounds"] == 4
+    assert "target/rounds" not in figures(run, 0.81)
+    assert "target/seconds" not in figures(run, 0.6)
+
+
+def test_simulated_seconds_add_up_to_the_target(tmp_path):
+    write_run(tmp_path / "run", [0.5, 0.8], **{"time/simulated_seconds": 2.5})
+    assert figures(read_run(tmp_path / "run"), 0.6)["target/seconds"] == 10.0
+
+
+def test_what_people_read(folder):
+    text = write_tables(folder)[0].read_text()
+    assert "All 6 runs are finished." in text
+    assert "| flex | 3 | 90.0 ± 0.0 | 90.0 ± 0.0 | 72.0 ± 5.0 |" in text
+    assert "rounds to 60 %" in text
+    # Two seeds, both in round 6 at 90 bytes.
+    assert "| 6.0 ± 0.0 (2 of 3) | 90.0 ± 0.0 (2 of 3) | 30.0 ± 0.0 |" in text
+    assert "−7.0 ± 17.4" in text
+    assert "simulated" not in text
+    unreached = write_tables(folder, target=0.9)[0].read_text()
+    assert "| – (0 of 3) |" in unreached
+    assert "rounds to 90 %" in unreached
+
+
+def test_an_unfinished_study_says_what_is_missing(tmp_path):
+    write_record(make_study(), tmp_path)
+    write_run(tmp_path / "digits/iid/flex/seed_0", [0.5, 0.7])
+    write_run(tmp_path / "digits/iid/flex/seed_1", [0.5, 0.7], status="interrupted")
+    write_run(tmp_path / "digits/iid/greedy_50_x/seed_1", [0.5, 0.7], status="diverged")
+    text = write_tables(tmp_path)[0].read_text()
+    assert "5 of 6 runs are not finished" in text
+    assert "- digits/iid/flex/seed_1: interrupted\n" in text
+    assert "- digits/iid/greedy_50_x/seed_1: diverged\n" in text
+    assert "- digits/iid/greedy_50_x/seed_2: new\n" in text
+    # One seed: a mean, but no interval; no seed: nothing.
+    assert "| flex | 1 of 3 | 90.0 | 90.0 | 70.0 |" in text
+    assert "| greedy_50_x | 0 of 3 | – |" in text
+
+
+def test_the_same_runs_give_the_same_bytes(folder):
+    first = [path.read_bytes() for path in write_tables(folder)]
+    assert [path.read_bytes() for path in write_tables(folder)] == first
+
+
+def test_a_further_axis_has_a_column_and_pairs_within_it(tmp_path):
+    study = make_study(
+        methods={"flex": {}, "random": {}},
+        variants={"capacity": {"1": {}, "1-4": {}}},
+        seeds=(0, 1),
+    )
+    write_record(study, tmp_path)
+    for trial in study.trials():
+        better = 0.1 if trial.variant == (("capacity", "1"),) else 0.2
+        accuracy = 0.5 + 0.01 * trial.seed + better * (trial.method == "random")
+        write_run(tmp_path / trial.name, [accuracy])
+    results = read_results(tmp_path)
+    accuracy_sheet, _, differences = sheets(results)
+    assert accuracy_sheet.heads[:3] == ("capacity", "method", "seeds")
+    assert [row[:2] for row in differences.rows] == [("1", "random"), ("1-4", "random")]
+    assert [row[5] for row in differences.rows] == ["+10.0 ± 0.0", "+20.0 ± 0.0"]
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8), st.floats(0.1, 10))
+def test_intervals_and_tests_are_those_of_scipy(values, scale):
+    n = len(values)
+    found = estimate(values)
+    assert found.mean == pytest.approx(np.mean(values), abs=1e-9)
+    assert found.margin == pytest.approx(
+        t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n), abs=1e-9
+    )
+    other = [scale * ((i * 7) % 5) for i in range(n)]
+    compared = paired_difference(values, other)
+    if not math.isnan(compared.p):
+        expected = ttest_rel(values, other)
+        assert compared.p == pytest.approx(expected.pvalue)
+        low, high = expected.confidence_interval(0.95)
+        assert compared.mean - compared.margin == pytest.approx(low)
+        assert compared.mean + compared.margin == pytest.approx(high)
+
+
+def test_few_seeds_claim_nothing():
+    assert estimate([]).n == 0
+    assert math.isnan(estimate([]).mean)
+    one = estimate([0.5])
+    assert (one.n, one.mean) == (1, 0.5)
+    assert math.isnan(one.margin)
+    assert estimate([0.5, 0.6]).margin == pytest.approx(T_OF_2 * 0.05, rel=1e-4)
+    # Rounding aside, both seeds differ by the same: no spread to test against.
+    assert math.isnan(paired_difference([0.3, 0.5], [0.2, 0.4]).p)
+
+
+def test_text_that_means_something_to_latex_or_markdown():
+    assert latex_text(r"50 % of a_b & {c} \d") == r"50 \% of a\_b \& \{c\} \textbackslash{}d"
+    sheet = Sheet("a_b: accuracy", ("method", "p"), (("x|y", "< 0.001"),), "5 %", 1)
+    assert r"| x\|y | < 0.001 |" in markdown(sheet)
+    text = latex(sheet)
+    assert r"x|y & $<$ 0.001 \\" in text
+    assert r"\caption{a\_b: accuracy. 5 \%}" in text
+    assert r"\label{tab:a-b-accuracy}" in text
+    assert r"\begin{tabular}{lr}" in text
+    assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"target": 60.0}, "--target=60.0: give an accuracy above 0 and up to 1"),
+        ({"reference": "fedavg"}, "--reference=fedavg: choose one of flex, greedy_50_x"),
+    ],
+)
+def test_flags_that_cannot_work(folder, changes, line):
+    with pytest.raises(InputError, match=line):
+        write_tables(folder, **changes)
+
+
+def test_a_folder_without_a_study(tmp_path):
+    with pytest.raises(InputError, match="holds no study"):
+        write_tables(tmp_path)
+    (tmp_path / "study.json").write_text('{"name": 1')
+    with pytest.raises(InputError, match="cannot be read"):
+        write_tables(tmp_path)

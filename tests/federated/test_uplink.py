@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexmoe_jax.federated import ClientUpdate, Uplink, deliver, make_compressor
+from flexmoe_jax.types import Feedback
+
+HELD = jnp.array([True, False])
+GATE = {"kernel": jnp.array([[5.0], [6.0]])}
+
+
+def make_update(value=2.0):
+    # Norm of what counts: ψ (3) and the held expert (4) make 5; the empty slot must not count.
+    return ClientUpdate(
+        shared={"w": jnp.array([3.0 * value, 0.0])},
+        experts={"w": jnp.array([[4.0 * value], [1e9]])},
+        gate={"kernel": jnp.array([[7.0], [8.0]])},
+        feedback=Feedback(jnp.array([10.0, 0.0]), jnp.array([6.0, 0.0]), jnp.array([9.0, 0.0])),
+        loss=jnp.array(0.9),
+        examples=jnp.array(10.0),
+    )
+
+
+def send(uplink, update=None, tamper=1.0, residual=()):
+    return deliver(uplink, update or make_update(), HELD, GATE, residual, jnp.asarray(tamper))
+
+
+def test_an_honest_update_arrives_as_it_is():
+    update, _, refused = send(Uplink())
+    assert not refused
+    expected = make_update()._replace(experts={"w": jnp.array([[8.0], [0.0]])})
+    chex.assert_trees_all_equal(update, expected)
+
+
+@pytest.mark.parametrize(
+    ("uplink", "tamper"),
+    [(Uplink(), np.nan), (Uplink(), np.inf), (Uplink(norm_limit=9.9), 1.0)],
+)
+def test_quarantine_leaves_nothing_of_an_update(uplink, tamper):
+    update, _, refused = send(uplink, tamper=tamper)
+    assert refused
+    chex.assert_trees_all_equal(update.gate, GATE)
+    chex.assert_trees_all_equal(
+        update._replace(gate=()), jax.tree.map(jnp.zeros_like, make_update()._replace(gate=()))
+    )
+
+
+def test_a_gate_that_is_no_number_is_quarantined_too():
+    broken = make_update()._replace(gate={"kernel": jnp.array([[jnp.nan], [0.0]])})
+    assert send(Uplink(), broken).quarantined
+
+
+def test_without_quarantine_everything_passes():
+    update, _, refused = send(Uplink(quarantine=False), tamper=np.nan)
+    assert not refused
+    assert np.isnan(update.shared["w"]).any()
+    assert update.examples == 10
+
+
+@given(st.floats(0.01, 100), st.floats(0.01, 100))
+def test_clipping_keeps_the_direction_and_bounds_the_norm(value, clip):
+    update, _, _ = send(Uplink(clip=clip), make_update(value))
+    parts = np.array([update.shared["w"][0], update.experts["w"][0, 0]])
+    assert np.allclose(parts / np.linalg.norm(parts), [0.6, 0.8], rtol=1e-4)
+    assert np.linalg.norm(parts) == pytest.approx(min(clip, 5 * value), rel=1e-4)
+
+
+def test_a_quarantined_client_keeps_its_residual():
+    uplink = Uplink(make_compressor("int8"))
+    residual = ({"w": jnp.array([0.5, 0.5])}, {"w": jnp.array([[0.5], [0.0]])})
+    chex.assert_trees_all_equal(send(uplink, tamper=np.nan, residual=residual).residual, residual)
+    changed = send(uplink, residual=residual).residual
+    assert not np.allclose(changed[0]["w"], 0.5)
