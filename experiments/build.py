@@ -12,8 +12,8 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments.cli import nearest
-from experiments.edge import capacity_in_memory, make_devices, make_network, parameter_shapes
-from experiments.fields import check_numbers, client_capacities
+from experiments.edge import capacity_in_memory, make_devices, make_network, model_shapes
+from experiments.fields import check_kinds, check_numbers, client_capacities
 from flexmoe_jax import assignment, data, federated, models
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array
@@ -50,6 +50,7 @@ def build(config: ConfigDict) -> Experiment:
     Raises:
       InputError: naming the field, the value and the remedy.
     """
+    check_kinds(config)
     check_numbers(config)
     policy = assignment.make_policy(
         config.assignment.policy,
@@ -70,6 +71,9 @@ def build(config: ConfigDict) -> Experiment:
         groups=config.model.groups,
         conv=models.convolution(config.model.conv),
     )
+    if config.model.local_backbone:
+        backbone = models.PersonalMixture(backbone, backbone.clone())
+    ownership = make_ownership(config.model)
     score = federated.make_score(config.fitness.score, config.fitness.alpha)
     local = federated.LocalTraining(
         optimizer=local_optimizer(config.local),
@@ -109,6 +113,9 @@ def build(config: ConfigDict) -> Experiment:
     elif config.clients.capacity == "memory":
         assert devices is not None
         capacity = capacity_in_memory(model, prepare, dataset.train_images[:1], devices, config)
+    params = model_shapes(model, prepare, dataset.train_images)
+    models.check_ownership(params, ownership, capacity.tolist())
+    owned = models.split_params(params, ownership)
     steps = np.asarray(local.steps(np.asarray(clients.size)))
     examples = np.minimum(np.asarray(clients.size) * local.epochs, steps * local.batch_size)
     network = make_network(config, devices, steps, examples)
@@ -124,6 +131,7 @@ def build(config: ConfigDict) -> Experiment:
             score, config.fitness.beta, config.fitness.initial, config.fitness.optimism
         ),
         server=server_optimizer(config.server),
+        ownership=ownership,
         uplink=uplink,
         aggregator=aggregator,
         rows=network.asked,
@@ -142,9 +150,7 @@ def build(config: ConfigDict) -> Experiment:
         label_counts=data.label_counts(dataset.train_labels, parts, dataset.num_classes),
         capacity=capacity,
         network=network,
-        payload=federated.payload(
-            *parameter_shapes(model, prepare, dataset.train_images), uplink.compressor
-        ),
+        payload=federated.payload(owned.shared, owned.experts, uplink.compressor),
     )
 
 
@@ -184,6 +190,14 @@ def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray
         **options,
     )
     return dataset, parts
+
+
+def make_ownership(options: ConfigDict) -> models.Ownership:
+    """Which parts of the model are averaged, and which stay with their clients."""
+    if options.gate not in ("private", "shared"):
+        raise InputError("model.gate", options.gate, "choose one of private, shared")
+    private = tuple(part.strip() for part in options.private.split(",") if part.strip())
+    return models.Ownership(private, options.gate == "shared")
 
 
 def make_uplink(config: ConfigDict) -> federated.Uplink:
@@ -235,9 +249,10 @@ def standardise(images: np.ndarray) -> Callable[[Array], Array]:
 def local_optimizer(options: ConfigDict) -> optax.GradientTransformation:
     """The clients' optimiser."""
     optimizer = _optimizer("local.optimizer", options)
-    if options.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
-    return optimizer
+    before = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
+    if options.proximal:
+        before.append(federated.proximal(options.proximal))
+    return optax.chain(*before, optimizer) if before else optimizer
 
 
 def server_optimizer(options: ConfigDict) -> optax.GradientTransformation:

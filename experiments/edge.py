@@ -14,16 +14,15 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array, PyTree
 
 
-def parameter_shapes(
+def model_shapes(
     model: models.MoEClassifier, prepare: Callable[[Array], Array], images: np.ndarray
-) -> tuple[PyTree, PyTree]:
-    """Shapes of ψ and of the experts (E, ...), without computing anything."""
-    params = jax.eval_shape(
+) -> PyTree:
+    """Shapes of the model's parameters, without computing anything."""
+    variables = jax.eval_shape(
         lambda x: model.init(jax.random.key(0), prepare(x), jnp.ones(model.experts, bool)),
         images[:1],
     )
-    split = models.split_params(params["params"])
-    return split.shared, split.experts
+    return variables["params"]
 
 
 def capacity_in_memory(
@@ -34,27 +33,23 @@ def capacity_in_memory(
     config: ConfigDict,
 ) -> np.ndarray:
     """k_c (C,): how many experts each client's device has room to train."""
-    shared, experts = parameter_shapes(model, prepare, images)
+    alone = model.clone(experts=1)
+    params = model_shapes(alone, prepare, images)
     batch = jax.ShapeDtypeStruct((config.local.batch_size, *images.shape[1:]), images.dtype)
 
     def activations(params: PyTree, x: Array) -> PyTree:
-        one = model.clone(experts=1)
-        variables = one.apply(
-            params, prepare(x), jnp.ones(1, bool), capture_intermediates=True, mutable=True
-        )[1]
-        return variables["intermediates"]
+        _, kept = alone.apply(
+            {"params": params}, prepare(x), jnp.ones(1, bool), capture_intermediates=True
+        )
+        return kept["intermediates"]
 
-    one_held = jax.eval_shape(
-        lambda x: model.clone(experts=1).init(jax.random.key(0), prepare(x), jnp.ones(1, bool)),
-        images[:1],
-    )
-    copies = 2 if config.local.optimizer == "adam" else int(config.local.momentum > 0)
+    expert = federated.tree_bytes(params["expert"])
     return edge.experts_in_memory(
         devices.memory,
-        shared_bytes=federated.tree_bytes(shared),
-        expert_bytes=federated.tree_bytes(experts) / model.experts,
-        optimizer_copies=copies,
-        activation_bytes=federated.tree_bytes(jax.eval_shape(activations, one_held, batch)),
+        shared_bytes=federated.tree_bytes(params) - expert,
+        expert_bytes=expert,
+        optimizer_copies=2 if config.local.optimizer == "adam" else int(config.local.momentum > 0),
+        activation_bytes=federated.tree_bytes(jax.eval_shape(activations, params, batch)),
         experts=model.experts,
         tiers=devices.tiers,
     )

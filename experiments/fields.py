@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.configs import base
 from flexmoe_jax.errors import InputError
+
+# JAX counts in 32 bits.
+_LARGEST = 2**31 - 1
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+}
+
+
+def check_kinds(config: ConfigDict) -> None:
+    """Refuses what a ConfigDict takes from code: None, true for 1, and integers beyond 32 bits."""
+    for field, kind in _kinds(base.get_config()).items():
+        value = _get(config, field)
+        if value is None or isinstance(value, bool) != (kind is bool):
+            raise InputError(field, value, f"give {_KINDS[kind]}")
+        if kind is int and abs(value) > _LARGEST:
+            raise InputError(field, value, f"choose at most {_LARGEST}")
+
+
+def _kinds(config: ConfigDict, prefix: str = "") -> dict[str, type]:
+    kinds: dict[str, type] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            kinds |= _kinds(value, f"{prefix}{name}.")
+        elif config.get_type(name) in _KINDS:
+            kinds[prefix + name] = config.get_type(name)
+    return kinds
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -35,6 +66,7 @@ def check_numbers(config: ConfigDict) -> None:
         "local.momentum",
         "local.clip_norm",
         "local.balance",
+        "local.proximal",
         "local.z",
         "server.momentum",
         "server.norm_limit",
@@ -53,6 +85,10 @@ def check_numbers(config: ConfigDict) -> None:
             value = _value(config, field)
             if not fits(value):
                 raise InputError(field, value, remedy)
+    # More would not fit into any memory, or would take it long to find out.
+    for field, most in (("clients.count", 10_000_000), ("data.image_size", 4096)):
+        if _value(config, field) > most:
+            raise InputError(field, _value(config, field), f"choose at most {most}")
     widths = config.model.widths
     if widths is not None and not all(isinstance(width, int) and width >= 1 for width in widths):
         raise InputError("model.widths", widths, 'choose whole numbers of 1 or more: "(32, 64)"')
@@ -106,18 +142,18 @@ def client_capacities(given: object, clients: int, experts: int, seed: int) -> n
       InputError: for what is none of these, and for a capacity below 1 or above E.
     """
     choices = _capacity_choices(given)
-    if min(choices) < 1 or max(choices) > experts:
+    if not all(1 <= choice <= experts for choice in choices):
         raise InputError("clients.capacity", given, f"choose 1 to model.experts={experts}")
     dealt = np.resize(np.asarray(choices, np.int64), clients)
     return np.random.default_rng([seed, 0xCA9AC]).permutation(dealt)
 
 
-def _capacity_choices(given: object) -> list[int]:
+def _capacity_choices(given: object) -> Sequence[int]:
     if isinstance(given, str) and given.count("-") == 1 and given.replace("-", "").isdecimal():
         low, high = (int(end) for end in given.split("-"))
         if low > high:
             raise InputError("clients.capacity", given, f"turn the range around: {high}-{low}")
-        return list(range(low, high + 1))
+        return range(low, high + 1)
     choices = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     if not choices or not all(isinstance(k, int) and not isinstance(k, bool) for k in choices):
         remedy = 'give a number (2), a range ("1-4"), a list ([1,2,4]) or "memory"'
@@ -126,8 +162,12 @@ def _capacity_choices(given: object) -> list[int]:
 
 
 def _value(config: ConfigDict, field: str) -> float:
-    node: object = config
+    number: float = _get(config, field)
+    return number
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    node: Any = config
     for name in field.split("."):
         node = getattr(node, name)
-    assert isinstance(node, int | float)
     return node

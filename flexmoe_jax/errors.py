@@ -19,4 +19,6 @@ class InputError(ValueError):
         self.field = field
         self.value = value
         self.remedy = remedy
-        super().__init__(f"{field}={value}: {remedy}")
+        # One line, whatever was given.
+        shown = " ".join(str(value).splitlines())
+        super().__init__(f"{field}={shown}: {remedy}")

@@ -19,15 +19,19 @@ PyTree = Any
 class Params(NamedTuple):
     """Parameters by who owns them; the experts' and the gate's leaves lead with the expert axis.
 
+    Each is a part of the model's tree of parameters, with its names.
+
     Attributes:
-      shared: ψ, the backbone and the head, averaged over clients.
+      shared: ψ, averaged over clients: the backbone and the head.
       experts: θ, leaves (E, ...), or (K, ...) for the experts that one client holds.
       gate: φ of one client, leaves (E, ...) or (K, ...); it never leaves its client.
+      private: all else of one client that never leaves it; nothing in FLEX-MoE.
     """
 
     shared: PyTree
     experts: PyTree
     gate: PyTree
+    private: PyTree
 
 
 class Feedback(NamedTuple):
@@ -73,6 +77,7 @@ class State(NamedTuple):
       shared: ψ.
       experts: θ, leaves (E, ...).
       gates: φ of every client, leaves (C, E, ...).
+      private: what else each client keeps to itself, leaves (C, ...).
       shared_optimizer: server optimiser state of ψ.
       expert_optimizer: server optimiser state of each θ_e, leaves (E, ...).
       fitness: (C, E) Q.
@@ -92,6 +97,7 @@ class State(NamedTuple):
     shared: PyTree
     experts: PyTree
     gates: PyTree
+    private: PyTree
     shared_optimizer: PyTree
     expert_optimizer: PyTree
     fitness: Array

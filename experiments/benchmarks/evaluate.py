@@ -89,9 +89,8 @@ def _evaluate_whole(
     def evaluate(state: State, client: Array, test: federated.TestSet) -> Array:
         slots = state.slots[client]
         gate = jax.tree.map(lambda leaf: leaf[client], state.gates)
-        params = Params(
-            state.shared, *(take_slots(stack, slots) for stack in (state.experts, gate))
-        )
+        experts, own = (take_slots(stack, slots) for stack in (state.experts, gate))
+        params = Params(state.shared, experts, own, private={})
         variables = {"params": models.merge_params(params)}
 
         def add(hits: Array, chunk: federated.TestSet) -> tuple[Array, None]:

@@ -245,7 +245,7 @@ def _dense_rounds(
         block_size=block_size,
         devices=mesh.size,
     )
-    experts, gates = jnp.zeros((1, 1)), jnp.zeros((count, 1, 1))
+    experts, gates = {"none": jnp.zeros((1, 1))}, jnp.zeros((count, 1, 1))
 
     def apply(params: Params, images: Array, held: Array) -> tuple[Array, models.Routing]:
         logits: Any = model.apply(params.shared, prepare(images))
@@ -256,12 +256,13 @@ def _dense_rounds(
         shared, optimizers, key = state
         key, own = jax.random.split(key)
         result = federated.train_cohort(
-            partial(federated.make_client, apply, local),
+            partial(federated.make_client, apply, local, slots=1),
             local,
             clients,
             shared,
             experts,
             gates,
+            (),
             plan,
             own,
             block_size,

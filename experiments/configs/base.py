@@ -49,6 +49,10 @@ def get_config() -> ConfigDict:
     config.model.experts = 8  # E
     config.model.hidden = 128  # H
     config.model.top_k = 1  # experts per example
+    config.model.gate = "private"  # private | shared: a gate's row travels with its expert
+    # Parts of the model that stay with their clients, as "head,backbone/local"; empty for none.
+    config.model.private = ""
+    config.model.local_backbone = False  # mixes in a second backbone, of the client's own (pFedMoE)
 
     config.local = ConfigDict()
     config.local.epochs = 1
@@ -58,6 +62,7 @@ def get_config() -> ConfigDict:
     config.local.learning_rate = 0.1
     config.local.momentum = 0.0  # of sgd
     config.local.clip_norm = 0.0  # cap on the gradient's global norm; 0 for none
+    config.local.proximal = 0.0  # μ of FedProx
     config.local.balance = 0.0  # weight of the Switch-style balance loss over the held experts
     config.local.z = 0.0  # weight of the router z-loss
 

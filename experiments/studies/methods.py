@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from experiments.studying.study import Axis
 
+# All parameters in one expert, which everybody holds: as wide as two of the default 128.
+DENSE = {
+    "assignment.policy": "full",
+    "model.experts": 1,
+    "model.hidden": 256,
+    "clients.capacity": 1,
+}
+
 METHODS: Axis = {
     # FLEX-MoE, accuracy score: arXiv 2512.23070.
     "flex": {"assignment.policy": "flex", "fitness.score": "accuracy"},
@@ -21,6 +29,34 @@ METHODS: Axis = {
     "static": {"assignment.policy": "static"},
     # Every client holds all experts: no capacity limit, the reference from above.
     "full": {"assignment.policy": "full"},
+    # Gates that travel with their experts and are averaged as they are.
+    "flex_shared_gate": {"assignment.policy": "flex", "model.gate": "shared"},
+    # Server optimisers: FedAvgM (arXiv 1909.06335) and FedAdam (arXiv 2003.00295).
+    "flex_fedavgm": {
+        "assignment.policy": "flex",
+        "server.momentum": 0.9,
+        "server.learning_rate": 0.3,
+    },
+    "flex_fedadam": {
+        "assignment.policy": "flex",
+        "server.optimizer": "adam",
+        "server.learning_rate": 0.01,
+    },
+    # One dense model of the size that a client with two experts holds: arXiv 1602.05629.
+    "fedavg": DENSE,
+    # The same, held back near the server's model: arXiv 1812.06127.
+    "fedprox": {**DENSE, "local.proximal": 0.01},
+    # The same without a federation: every client alone, for as many rounds.
+    "local": {**DENSE, "model.private": "backbone,expert,head"},
+    # The same with a head of each client's own (FedPer): arXiv 1912.00818.
+    "fedper": {**DENSE, "model.private": "head"},
+    # A shared extractor, one of the client's own, and its own gate and head: arXiv 2402.01350.
+    "pfedmoe": {
+        **DENSE,
+        "model.hidden": 128,
+        "model.local_backbone": True,
+        "model.private": "backbone/local,backbone/mixture,head",
+    },
 }
 
 

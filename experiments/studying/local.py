@@ -65,10 +65,14 @@ class Sweep:
         if self.data_dir:
             where = {"data.dir": self.data_dir}
             trials = [replace(t, overrides={**t.overrides, **where}) for t in trials]
-        chosen = [trial for trial in trials if fnmatchcase(trial.name, self.only)]
-        if not chosen:
+        if not share(trials, self.only, 0, 1):
             raise InputError("--only", self.only, f"matches no run; one is {trials[0].name}")
-        return study, chosen[self.index :: self.count]
+        return study, share(trials, self.only, self.index, self.count)
+
+
+def share(trials: Sequence[Trial], only: str, index: int, count: int) -> list[Trial]:
+    """Those of the runs whose name matches, and of these every `count`-th from number `index`."""
+    return [trial for trial in trials if fnmatchcase(trial.name, only)][index::count]
 
 
 def log_of(folder: Path) -> Path:

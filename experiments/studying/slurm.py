@@ -72,7 +72,7 @@ def submit(
         raise InputError("--runner", "slurm", remedy) from error
     study, trials = sweep.load()
     count = min(count or len(trials), len(trials))
-    shares = [replace(sweep, index=index, count=count) for index in range(count)]
+    jobs = [Job(replace(sweep, index=index, count=count)) for index in range(count)]
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     except RuntimeError as error:
@@ -85,4 +85,4 @@ def submit(
         **({"slurm_partition": queue.partition} if queue.partition else {}),
     )
     with executor.batch():
-        return [executor.submit(Job(share)) for share in shares]
+        return [executor.submit(job) for job in jobs]

@@ -136,22 +136,42 @@ class Study:
           InputError: an override names no field, or does not fit it.
         """
         config = self.config()
-        fields = flat_fields(config)
-        for name, value in trial.overrides.items():
-            if name not in fields:
-                raise InputError(
-                    name, value, f"no such field; did you mean {nearest(name, fields)}?"
-                )
-            try:
-                config.update_from_flattened_dict({name: value})
-            except (TypeError, ValueError) as error:
-                kind = type(fields[name]).__name__
-                raise InputError(name, value, f"does not fit this field, a {kind}") from error
+        override(config, trial.overrides)
         return config
+
+    def check(self) -> None:
+        """Tries what every axis sets.
+
+        Raises:
+          InputError: an override names no field, or does not fit it.
+        """
+        config = self.config()
+        for axis in (self.datasets, self.partitions, *self.variants.values(), self.methods):
+            for overrides in axis.values():
+                override(config, overrides)
+
+
+def override(config: ConfigDict, overrides: Overrides) -> None:
+    """Sets fields of a config.
+
+    Raises:
+      InputError: there is no such field, or the value does not fit it.
+    """
+    fields = flat_fields(config)
+    for name, value in overrides.items():
+        if name not in fields:
+            near = nearest(name, fields)
+            raise InputError(name, value, f"no such field; did you mean {near}?")
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError) as error:
+            kind = type(fields[name]).__name__
+            remedy = f"does not fit this field, which is of type {kind}"
+            raise InputError(name, value, remedy) from error
 
 
 def read_study(path: str | Path) -> Study:
-    """Loads a study file and builds the config of each of its runs once.
+    """Loads a study file, and tries what it sets.
 
     Args:
       path: of a file that defines `get_study() -> Study`.
@@ -173,6 +193,5 @@ def read_study(path: str | Path) -> Study:
         raise InputError("--study", path, remedy)
     if study.config.__name__ != "get_config":
         raise InputError("config", study.config.__name__, "give the get_config of a config file")
-    for trial in study.trials():
-        study.config_of(trial)
+    study.check()
     return study

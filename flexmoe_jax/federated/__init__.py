@@ -18,7 +18,13 @@ from flexmoe_jax.federated.algorithm import (
     Setting,
     flexmoe,
 )
-from flexmoe_jax.federated.client import Client, ClientUpdate, LocalTraining, make_client
+from flexmoe_jax.federated.client import (
+    Client,
+    ClientUpdate,
+    LocalTraining,
+    make_client,
+    proximal,
+)
 from flexmoe_jax.federated.compress import COMPRESSIONS, Compressor, make_compressor
 from flexmoe_jax.federated.evaluate import TestSet, chunk_test_set, evaluate
 from flexmoe_jax.federated.execute import (
@@ -89,6 +95,7 @@ __all__ = [
     "make_score",
     "payload",
     "privatise",
+    "proximal",
     "replicate",
     "resolve_block_size",
     "round_on_device",

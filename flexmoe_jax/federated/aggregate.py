@@ -35,10 +35,9 @@ class Sums(NamedTuple):
     expert_weight: Array
 
 
-def init_sums(shared: PyTree, experts: PyTree) -> Sums:
-    """Zero sums for ψ and θ (leaves (E, ...)) of these shapes."""
+def init_sums(shared: PyTree, experts: PyTree, count: int) -> Sums:
+    """Zero sums for ψ and θ (leaves (E, ...)) of these shapes, with E = `count`."""
     zeros = jax.tree.map(jnp.zeros_like, (shared, experts))
-    count = jax.tree.leaves(experts)[0].shape[0]
     return Sums(zeros[0], jnp.zeros(()), zeros[1], jnp.zeros(count))
 
 
@@ -154,7 +153,7 @@ def init_server(
     server: optax.GradientTransformation, shared: PyTree, experts: PyTree
 ) -> tuple[PyTree, PyTree]:
     """Optimiser state of ψ, and one of its own for each expert (leaves (E, ...))."""
-    return server.init(shared), jax.vmap(server.init)(experts)
+    return server.init(shared), jax.vmap(server.init)(experts) if experts else ()
 
 
 def apply_sums(
@@ -193,7 +192,10 @@ def apply_sums(
     new_shared, new_shared_optimizer = move(
         sums.shared, sums.shared_weight, shared, shared_optimizer
     )
-    new_experts, new_expert_optimizer = jax.vmap(move)(
-        sums.experts, sums.expert_weight, experts, expert_optimizer
+    # Where clients keep all experts to themselves there are none to move.
+    new_experts, new_expert_optimizer = (
+        jax.vmap(move)(sums.experts, sums.expert_weight, experts, expert_optimizer)
+        if experts
+        else (experts, expert_optimizer)
     )
     return Aggregated(new_shared, new_experts, new_shared_optimizer, new_expert_optimizer)

@@ -27,7 +27,14 @@ from flexmoe_jax.federated.load import LoadModel
 from flexmoe_jax.federated.participation import make_plan
 from flexmoe_jax.federated.privacy import privatise
 from flexmoe_jax.federated.uplink import Uplink
-from flexmoe_jax.models import MoEClassifier, Routing, merge_params, split_params
+from flexmoe_jax.models import (
+    FLEX_MOE,
+    MoEClassifier,
+    Ownership,
+    Routing,
+    merge_params,
+    split_params,
+)
 from flexmoe_jax.types import (
     Array,
     Evaluation,
@@ -131,6 +138,7 @@ def flexmoe(
     local: LocalTraining,
     fitness: FitnessOptions,
     server: optax.GradientTransformation | None = None,
+    ownership: Ownership = FLEX_MOE,
     uplink: Uplink | None = None,
     aggregator: Aggregator | None = None,
     rows: int = 0,
@@ -152,6 +160,7 @@ def flexmoe(
       local: how clients train.
       fitness: how Q is learnt.
       server: optax transform of the mean update; None for `optax.sgd(1.0)`, plain averaging.
+      ownership: which of the model's parameters are averaged, and which stay with their clients.
       uplink: how updates reach the server; None for `Uplink()`.
       aggregator: makes the server's sums of all updates of a cohort together, which takes memory
         for all of them; None for weighted means, summed while the cohort trains.
@@ -179,11 +188,18 @@ def flexmoe(
         outputs: Any = client_model.apply(variables, prepare(images), held)
         return outputs
 
+    # What every client computes alike is computed once an image, not once a client.
+    own_features = any(path.split("/")[0] == "backbone" for path in ownership.private)
+
     def features(shared: PyTree, images: Array) -> Array:
+        if own_features:
+            return images
         outputs: Any = model.apply({"params": shared}, prepare(images), method="features")
         return outputs
 
     def classify(params: Params, shared_features: Array, held: Array) -> Array:
+        if own_features:
+            return apply(params, shared_features, held)[0]
         variables = {"params": merge_params(params)}
         outputs: Any = client_model.apply(variables, shared_features, held, method="classify")
         return outputs[0]
@@ -198,12 +214,16 @@ def flexmoe(
     def init(key: Key) -> State:
         held = jnp.ones(experts, bool)
         model_key, gate_key = jax.random.split(key)
-        params = split_params(model.init(model_key, prepare(jnp.asarray(image)), held)["params"])
-        example = features(params.shared, jnp.asarray(image))
+        start = model.init(model_key, prepare(jnp.asarray(image)), held)["params"]
+        params = split_params(start, ownership)
+        example: Any = model.apply(
+            {"params": start}, prepare(jnp.asarray(image)), method="features"
+        )
 
         def init_gate(client: Array) -> PyTree:
             own = jax.random.fold_in(gate_key, client)
-            return model.init(own, example, held, method="classify")["params"]["gate"]
+            drawn = model.init(own, example, held, method="classify")["params"]
+            return split_params(drawn, ownership).gate
 
         shared_optimizer, expert_optimizer = init_server(server, params.shared, params.experts)
         return State(
@@ -212,6 +232,9 @@ def flexmoe(
             shared=params.shared,
             experts=params.experts,
             gates=jax.vmap(init_gate)(jnp.arange(clients)),
+            private=jax.tree.map(
+                lambda x: jnp.broadcast_to(x, (clients, *x.shape)), params.private
+            ),
             shared_optimizer=shared_optimizer,
             expert_optimizer=expert_optimizer,
             fitness=jnp.full((clients, experts), fitness.initial, jnp.float32),
@@ -274,6 +297,9 @@ def flexmoe(
         )
         return replicate(laid_out, mesh)
 
+    def put_rows(tree: PyTree, rows: Array, new: PyTree) -> PyTree:
+        return jax.tree.map(lambda old, row: old.at[rows].set(row, mode="drop"), tree, new)
+
     def by_expert(slots: Array, amount: Array) -> Array:
         return jnp.zeros(experts).at[slots].add(amount, mode="drop")
 
@@ -297,12 +323,13 @@ def flexmoe(
     def run_round(state: State, data: ClientData, plan: Plan) -> tuple[State, RoundReport]:
         key = jax.random.fold_in(state.key, state.round)
         result = train_cohort(
-            partial(make_client, apply, local),
+            partial(make_client, apply, local, slots=slots),
             local,
             data,
             state.shared,
             state.experts,
             state.gates,
+            state.private,
             plan,
             key,
             resolve_block_size(block_size, plan.clients.shape[0], mesh.size),
@@ -339,6 +366,7 @@ def flexmoe(
             gates=jax.tree.map(
                 lambda gates, new: gates.at[pairs].set(new, mode="drop"), state.gates, result.gates
             ),
+            private=put_rows(state.private, plan.clients, result.private),
             fitness=update_fitness(
                 state.fitness,
                 plan.clients,
@@ -353,11 +381,7 @@ def flexmoe(
             load=state.load + plan.load,
             deficit=update_deficit(state.deficit, given, decay=deficit_decay),
             fresh=jnp.where(took_part[:, None], received, state.fresh) & (sums.expert_weight == 0),
-            residual=jax.tree.map(
-                lambda kept, new: kept.at[plan.clients].set(new, mode="drop"),
-                state.residual,
-                result.residual,
-            ),
+            residual=put_rows(state.residual, plan.clients, result.residual),
         )
         report = RoundReport(
             loss=result.loss,

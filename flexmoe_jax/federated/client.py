@@ -71,6 +71,32 @@ class LocalTraining(NamedTuple):
         return -(-size // self.batch_size)
 
 
+def proximal(weight: float) -> optax.GradientTransformation:
+    """Adds the gradient of `weight/2 · |p - p_start|²` (FedProx, arXiv 1812.06127).
+
+    It holds back what is averaged, ψ and θ, and not what stays with the client. To be chained
+    before the optimizer.
+
+    Args:
+      weight: μ of FedProx.
+    """
+
+    def update(
+        updates: Params, start: Params, params: Params | None = None
+    ) -> tuple[Params, Params]:
+        assert params is not None
+
+        def pull(part: str) -> PyTree:
+            return jax.tree.map(
+                lambda g, p, s: g + weight * (p - s),
+                *(getattr(tree, part) for tree in (updates, params, start)),
+            )
+
+        return updates._replace(shared=pull("shared"), experts=pull("experts")), start
+
+    return optax.GradientTransformation(lambda params: params, update)
+
+
 class ClientState(NamedTuple):
     """A client in the middle of its local training.
 
@@ -98,6 +124,7 @@ class ClientUpdate(NamedTuple):
       shared: change of ψ.
       experts: change of each held expert, leaves (K, ...).
       gate: the new gate, leaves (K, ...).
+      private: what else the client keeps to itself.
       feedback: (K,) sums per slot.
       loss: () mean cross-entropy per example, in nats; 0 if nothing was trained.
       examples: () examples trained on.
@@ -106,6 +133,7 @@ class ClientUpdate(NamedTuple):
     shared: PyTree
     experts: PyTree
     gate: PyTree
+    private: PyTree
     feedback: Feedback
     loss: Array
     examples: Array
@@ -126,11 +154,17 @@ class Client(NamedTuple):
     final: Callable[[Params, ClientState], ClientUpdate]
 
 
-def make_client(apply: Apply, local: LocalTraining, data: ClientData) -> Client:
-    """Builds the local training of a client that draws its examples from `data`."""
+def make_client(apply: Apply, local: LocalTraining, data: ClientData, slots: int) -> Client:
+    """Builds the local training of a client that draws its examples from `data`.
+
+    Args:
+      apply: the model.
+      local: how clients train.
+      data: all clients' examples.
+      slots: K.
+    """
 
     def init(params: Params, size: Array, key: Key) -> ClientState:
-        slots = jax.tree.leaves(params.gate)[0].shape[0]
         zeros = jnp.zeros(slots)
         return ClientState(
             params=params,
@@ -200,6 +234,7 @@ def make_client(apply: Apply, local: LocalTraining, data: ClientData) -> Client:
             shared=jax.tree.map(jnp.subtract, state.params.shared, params.shared),
             experts=jax.tree.map(jnp.subtract, state.params.experts, params.experts),
             gate=state.params.gate,
+            private=state.params.private,
             feedback=state.feedback,
             loss=state.loss / jnp.maximum(state.examples, 1.0),
             examples=state.examples,

@@ -79,7 +79,7 @@ def evaluate(
       The accuracies. Clients that have never held an expert take no part.
     """
     classes = label_share.shape[1]
-    experts = jax.tree.leaves(state.experts)[0].shape[0]
+    experts = state.fitness.shape[1]
     evaluated = state.slots[:, 0] < experts  # slots rise, so an empty first slot means none held
 
     @partial(
@@ -91,20 +91,22 @@ def evaluate(
     )
     def evaluate_share(test: TestSet, known: tuple[State, Array]) -> tuple[Array, Array]:
         state, evaluated = known
-        blocks = _blocks((state.slots, state.gates, evaluated))
+        blocks = _blocks((state.slots, state.gates, state.private, evaluated))
 
         def evaluate_chunk(hits: Array, chunk: TestSet) -> tuple[Array, Array]:
             shared_features = features(state.shared, chunk.images)
             one_hot = jax.nn.one_hot(chunk.labels, classes)  # (B, Y), zero rows for padding
 
-            def evaluate_client(slots: Array, gate: PyTree, counts: Array) -> tuple[Array, Array]:
+            def evaluate_client(
+                slots: Array, gate: PyTree, private: PyTree, counts: Array
+            ) -> tuple[Array, Array]:
                 held = take_slots(state.experts, slots)
-                params = Params(state.shared, held, take_slots(gate, slots))
+                params = Params(state.shared, held, take_slots(gate, slots), private)
                 logits = classify(params, shared_features, slots < experts)
                 hit = (logits.argmax(axis=-1) == chunk.labels) & counts
                 return counts * jax.nn.softmax(logits), hit @ one_hot
 
-            def evaluate_block(total: Array, block: tuple[Array, PyTree, Array]) -> tuple:
+            def evaluate_block(total: Array, block: tuple) -> tuple:
                 probability, client_hits = jax.vmap(evaluate_client)(*block)
                 return total + probability.sum(axis=0), client_hits
 

@@ -34,6 +34,7 @@ class CohortResult(NamedTuple):
     Attributes:
       sums: aggregated updates.
       gates: (P, K, ...) each client's new gate, cut to its slots.
+      private: (P, ...) what else each client keeps to itself.
       feedback: (P, K).
       loss: (P,) mean training cross-entropy of each client, in nats.
       examples: (P,) examples trained on.
@@ -43,6 +44,7 @@ class CohortResult(NamedTuple):
 
     sums: Sums
     gates: PyTree
+    private: PyTree
     feedback: Feedback
     loss: Array
     examples: Array
@@ -89,6 +91,7 @@ def train_cohort(
     shared: PyTree,
     experts: PyTree,
     gates: PyTree,
+    private: PyTree,
     plan: Plan,
     key: Key,
     block_size: int,
@@ -106,6 +109,7 @@ def train_cohort(
       shared: ψ.
       experts: θ, leaves (E, ...).
       gates: φ, leaves (C, E, ...).
+      private: what else clients keep to themselves, leaves (C, ...).
       plan: cohort and slots, P a multiple of `block_size` times the number of devices.
       key: the round's key; each client folds its own id into it.
       block_size: clients side by side on a device.
@@ -119,6 +123,7 @@ def train_cohort(
       The result; padding has zero examples and zero usage.
     """
     uplink = uplink or Uplink()
+    experts_total = plan.load.shape[0]
 
     @partial(
         jax.shard_map,
@@ -128,9 +133,9 @@ def train_cohort(
         check_vma=False,
     )
     def train_share(share: tuple[Array, ...], known: tuple) -> tuple[Sums | None, tuple]:
-        data, shared, experts, gates, residual, key = known
+        data, shared, experts, gates, private, residual, key = known
         client = make_client(data)
-        clients_total, experts_total = data.size.shape[0], jax.tree.leaves(experts)[0].shape[0]
+        clients_total = data.size.shape[0]
 
         def train_block(sums: Sums | None, block: tuple[Array, ...]) -> tuple[Sums | None, tuple]:
             clients, slots, most, tamper = block  # (p,), (p, K), (p,), (p,)
@@ -145,6 +150,7 @@ def train_cohort(
                 ),
                 experts=take_slots(experts, slots),
                 gate=jax.tree.map(lambda g: _take_pairs(g, clients, slots), gates),
+                private=take_slots(private, clients),
             )
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, clients)
             state = _side_by_side(client.init)(start, size, keys)
@@ -159,9 +165,9 @@ def train_cohort(
 
             state = lax.fori_loop(0, steps.max(), step, state)
             update = _side_by_side(client.final)(start, state)
-            kept = jax.tree.map(lambda x: jnp.take(x, clients, axis=0, mode="clip"), residual)
+            kept = take_slots(residual, clients)
             update, kept, refused = _side_by_side(partial(deliver, uplink))(
-                update, held, start.gate, kept, tamper
+                update, held, start, kept, tamper
             )
             weights = update.examples, update.feedback.usage
             if uplink.noise_multiplier:
@@ -169,20 +175,21 @@ def train_cohort(
             sent = update.shared, update.experts, slots, *weights
             if sums is not None:
                 sums = add_updates(sums, *sent)
-            outputs = update.gate, update.feedback, update.loss, update.examples, kept, refused
-            return sums, (None if sums is not None else Updates(*sent), *outputs)
+            of_clients = update.gate, update.private, update.feedback, update.loss, update.examples
+            outputs = None if sums is not None else Updates(*sent), *of_clients, kept, refused
+            return sums, outputs
 
         blocks = jax.tree.map(lambda x: x.reshape(-1, block_size, *x.shape[1:]), share)
-        start = init_sums(shared, experts) if aggregator is None else None
+        start = init_sums(shared, experts, experts_total) if aggregator is None else None
         sums, outputs = lax.scan(train_block, start, blocks)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
         return lax.psum(sums, AXIS), flat
 
-    known = data, shared, experts, gates, residual, key
+    known = data, shared, experts, gates, private, residual, key
     sums, outputs = train_share((plan.clients, plan.slots, plan.steps, plan.tamper), known)
     updates, *others = outputs
     if aggregator is not None:
-        sums = aggregator(updates, jax.tree.leaves(experts)[0].shape[0])
+        sums = aggregator(updates, experts_total)
     return CohortResult(sums, *others)
 
 
@@ -212,7 +219,7 @@ def _where(active: Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 def take_slots(stack: PyTree, slots: Array) -> PyTree:
-    """Gathers (..., K) slots from leaves (E, ...); an empty slot takes any expert."""
+    """Gathers rows (..., K) of leaves (E, ...); a number out of range takes any row."""
     return jax.tree.map(lambda leaf: jnp.take(leaf, slots, axis=0, mode="clip"), stack)
 
 

@@ -14,7 +14,7 @@ import optax
 
 from flexmoe_jax.federated.client import ClientUpdate
 from flexmoe_jax.federated.compress import Compressor, compress_update, make_compressor
-from flexmoe_jax.types import Array, PyTree
+from flexmoe_jax.types import Array, Params, PyTree
 
 
 class Uplink(NamedTuple):
@@ -54,7 +54,12 @@ class Delivery(NamedTuple):
 
 
 def deliver(
-    uplink: Uplink, update: ClientUpdate, held: Array, gate: PyTree, residual: PyTree, tamper: Array
+    uplink: Uplink,
+    update: ClientUpdate,
+    held: Array,
+    start: Params,
+    residual: PyTree,
+    tamper: Array,
 ) -> Delivery:
     """Takes one client's update to the server.
 
@@ -62,7 +67,8 @@ def deliver(
       uplink: how.
       update: of the client.
       held: (K,) bool, slots that hold an expert.
-      gate: the client's before it trained, which it goes back to if its update is refused.
+      start: the client's parameters before it trained; if its update is refused, it goes back to
+        the gate and the private ones of these.
       residual: from its earlier updates.
       tamper: () factor on the update.
 
@@ -80,7 +86,7 @@ def deliver(
     norm = optax.tree.norm((shared, experts, update.loss))
     refused = jnp.zeros((), bool)
     if uplink.quarantine:
-        refused = ~jnp.isfinite(norm + optax.tree.norm(update.gate))
+        refused = ~jnp.isfinite(norm + optax.tree.norm((update.gate, update.private)))
         if uplink.norm_limit:
             refused |= norm > uplink.norm_limit
     if uplink.clip:
@@ -90,7 +96,7 @@ def deliver(
     arrived = update._replace(shared=shared, experts=experts)
     if not uplink.quarantine:
         return Delivery(arrived, kept, refused)
-    nothing = jax.tree.map(jnp.zeros_like, arrived)._replace(gate=gate)
+    nothing = jax.tree.map(jnp.zeros_like, arrived)._replace(gate=start.gate, private=start.private)
     update, kept = jax.tree.map(
         lambda old, new: jnp.where(refused, old, new), (nothing, residual), (arrived, kept)
     )

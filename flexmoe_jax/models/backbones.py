@@ -186,6 +186,29 @@ def _check_groups(groups: int, widths: Sequence[int]) -> None:
         )
 
 
+class PersonalMixture(nn.Module):
+    """A shared backbone and one of the client's own, mixed by a gate (pFedMoE, arXiv 2402.01350).
+
+    h = g_0 · shared(x) + g_1 · local(x) with g = softmax(gate(shared(x))); there the gate has a
+    network of its own, here it is linear in the shared features. Who owns which part is for
+    `Ownership`: in pFedMoE "local" and "mixture" stay with their clients, and so does the head.
+
+    Attributes:
+      shared: backbone (B, ...) -> (B, D).
+      local: backbone of the same D.
+    """
+
+    shared: nn.Module
+    local: nn.Module
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps images (B, h, w, channels) to features (B, D)."""
+        shared, local = self.shared(x), self.local(x)
+        weight = nn.softmax(nn.Dense(2, name="mixture")(shared))
+        return weight[:, :1] * shared + weight[:, 1:] * local
+
+
 BACKBONES: dict[str, Callable[[Sequence[int], int, int, Convolution], nn.Module]] = {
     "mlp": _mlp,
     "convnet": _convnet,

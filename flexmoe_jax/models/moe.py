@@ -7,14 +7,17 @@ that are filled. How examples reach experts is data (a `Routing`), not a branch.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array, Params, PyTree
 
 # Below every logit, and finite: a client without any expert still gives numbers, not NaN.
@@ -197,12 +200,67 @@ class MoEClassifier(nn.Module):
         return self.classify(self.features(x), held)
 
 
-def split_params(params: PyTree) -> Params:
-    """Splits a `MoEClassifier`'s parameters into what is shared, the experts and the gate."""
-    shared = {name: leaf for name, leaf in params.items() if name not in ("expert", "gate")}
-    return Params(shared=shared, experts=params["expert"], gate=params["gate"])
+class Ownership(NamedTuple):
+    """Who owns which part of a classifier's parameters; the default is FLEX-MoE's.
+
+    Attributes:
+      private: parts that stay with their client, by the beginnings of their paths: "head", or
+        "backbone/local".
+      shared_gate: whether a gate's row for an expert travels with that expert, and is averaged as
+        the expert is, in place of staying with its client.
+    """
+
+    private: tuple[str, ...] = ()
+    shared_gate: bool = False
+
+
+FLEX_MOE = Ownership()
+
+
+def check_ownership(params: PyTree, ownership: Ownership, capacity: Sequence[int]) -> None:
+    """Refuses owners of parts that the model does not have, or cannot give away.
+
+    Args:
+      params: of the classifier, or their shapes.
+      ownership: to check.
+      capacity: (C,) k_c.
+
+    Raises:
+      InputError: no such part; or private experts of which clients hold only some.
+    """
+    paths = [f"{path}/" for path in _flatten(params, sep="/")]
+    for start in ownership.private:
+        if not any(path.startswith(f"{start}/") for path in paths):
+            remedy = f"the model has no such part; its parts are {', '.join(params)}"
+            raise InputError("model.private", start, remedy)
+    owned = split_params(params, ownership)
+    if not owned.experts and min(capacity) < jax.tree.leaves(params["expert"])[0].shape[0]:
+        remedy = "a client's own experts cannot be dealt out: give all clients all of them"
+        raise InputError("model.private", ",".join(ownership.private), remedy)
+
+
+# Flax leaves them without types.
+_flatten: Any = flatten_dict
+_unflatten: Any = unflatten_dict
+
+
+def split_params(params: PyTree, ownership: Ownership = FLEX_MOE) -> Params:
+    """Splits a `MoEClassifier`'s parameters by who owns them."""
+    parts: dict[str, dict[str, PyTree]] = {name: {} for name in Params._fields}
+    for path, leaf in _flatten(params, sep="/").items():
+        if any(f"{path}/".startswith(f"{start}/") for start in ownership.private):
+            owner = "private"
+        elif path.startswith("expert/") or (ownership.shared_gate and path.startswith("gate/")):
+            owner = "experts"
+        else:
+            owner = "gate" if path.startswith("gate/") else "shared"
+        parts[owner][path] = leaf
+    return Params(**{name: _unflatten(part, sep="/") for name, part in parts.items()})
 
 
 def merge_params(params: Params) -> PyTree:
     """Inverse of `split_params`."""
-    return {**params.shared, "expert": params.experts, "gate": params.gate}
+    flat: dict[str, PyTree] = {}
+    for part in params:
+        flat |= _flatten(part, sep="/")
+    return _unflatten(flat, sep="/")

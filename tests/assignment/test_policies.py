@@ -141,6 +141,7 @@ def test_flex_options_reach_the_problem() -> None:
         ({"name": "flex", "rounding": "up"}, "assignment.rounding"),
         ({"name": "flex", "slack": -0.1}, "assignment.slack"),
         ({"name": "flex", "diversity": -1.0}, "assignment.diversity"),
+        ({"name": "flex", "time_limit": -1.0}, "assignment.time_limit"),
         ({"name": "flex", "share": np.array([1.0, -1.0])}, "assignment.share"),
     ],
 )
@@ -177,6 +178,59 @@ def test_bounds_of_counts_can_be_met(seed: int, slack: float) -> None:
     assert (low % 1 == 0).all()
     assert (low >= 0).all()
     assert (high <= (capacity > 0).sum()).all()
+
+
+HARD = {"slack": 0.0, "time_limit": 1e-3}
+
+
+@pytest.mark.parametrize("solver", ["auto", "paths", "relaxation", "flow"])
+def test_a_solver_out_of_time_leaves_an_even_assignment(solver: str) -> None:
+    rng = np.random.default_rng(3)
+    # As many paths, pairs or arcs as take a hundred times the limit; 1001 holders of 40 experts.
+    capacity = np.append(np.full(400, 2), np.full(67, 3))
+    deficit = np.zeros(40)
+    deficit[7] = 1.0
+    asked = Request(
+        favouring_few(3, 467, 40), capacity, rng.permutation(467), 2, 0, deficit=deficit
+    )
+    found = make_policy("flex", solver=solver, **HARD)(asked)
+    assert found.status == "fallback: time limit exceeded"
+    assert (found.assignment.sum(axis=1) == capacity).all()
+    # 1001 = 40 · 25 + 1: the one left over goes where it is owed.
+    assert found.load.tolist() == [25] * 7 + [26] + [25] * 32
+    assert found.value <= found.bound
+    patient = make_policy("flex", solver=solver, slack=0.0, time_limit=0.0)(asked)
+    assert patient.status == "optimal"
+    assert patient.value > found.value
+
+
+def test_dealt_experts_even_out_samples_and_differ_between_rounds() -> None:
+    samples = np.random.default_rng(0).integers(10, 200, 100).astype(float)
+    asked = Request(
+        favouring_few(0, 100, 5), np.full(100, 2), np.arange(100), 0, 0, load_weight=samples
+    )
+    policy = make_policy("flex", **HARD)
+    now, later = policy(asked), policy(replace(asked, round=1))
+    assert now.status == later.status == "fallback: time limit exceeded"
+    assert now.load.std() / now.load.mean() < 0.02
+    assert (now.assignment != later.assignment).any()
+
+
+@pytest.mark.parametrize("backend", ["CLARABEL", "HIGHS"])
+def test_a_backend_that_fails_leaves_an_even_assignment(backend: str) -> None:
+    weights = np.random.default_rng(0).integers(1, 9, 20).astype(float)
+    # Numbers that no solver's arithmetic can take.
+    asked = request(fitness=favouring_few(0) * 1e200, load_weight=weights)
+    found = make_policy("flex", solver="relaxation", backend=backend)(asked)
+    assert found.status == f"fallback: {backend} failed"
+    assert (found.assignment.sum(axis=1) == asked.capacity).all()
+
+
+def test_what_the_user_got_wrong_is_no_reason_to_fall_back() -> None:
+    with pytest.raises(InputError, match=r"assignment\.backend=NONE"):
+        make_policy("flex", solver="relaxation", backend="NONE")(request())
+    with pytest.raises(InputError, match="fitness"):
+        make_policy("flex")(request(fitness=np.full((20, 8), np.nan)))
 
 
 def test_deficit_by_hand() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import t, ttest_rel
 
 from experiments.configs import digits
+from experiments.reporting.quantities import MINUS, NOTHING
 from experiments.reporting.runs import read_run
 from experiments.studying.formats import latex, latex_text, markdown
 from experiments.studying.results import figures, read_results
@@ -140,10 +141,10 @@ def test_what_people_read(folder):
     assert "rounds to 60 %" in text
     # Two seeds, both in round 6 at 90 bytes.
     assert "| 6.0 ± 0.0 (2 of 3) | 90.0 ± 0.0 (2 of 3) | 30.0 ± 0.0 |" in text
-    assert "−7.0 ± 17.4" in text
+    assert f"{MINUS}7.0 ± 17.4" in text
     assert "simulated" not in text
     unreached = write_tables(folder, target=0.9)[0].read_text()
-    assert "| – (0 of 3) |" in unreached
+    assert f"| {NOTHING} (0 of 3) |" in unreached
     assert "rounds to 90 %" in unreached
 
 
@@ -159,7 +160,7 @@ def test_an_unfinished_study_says_what_is_missing(tmp_path):
     assert "- digits/iid/greedy_50_x/seed_2: new\n" in text
     # One seed: a mean, but no interval; no seed: nothing.
     assert "| flex | 1 of 3 | 90.0 | 90.0 | 70.0 |" in text
-    assert "| greedy_50_x | 0 of 3 | – |" in text
+    assert f"| greedy_50_x | 0 of 3 | {NOTHING} |" in text
 
 
 def test_the_same_runs_give_the_same_bytes(folder):

@@ -26,7 +26,7 @@ EXPERTS = {"w": jnp.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])}
 def aggregate(shared, experts, slots, examples, usage, server=None):
     server = server or optax.sgd(1.0)
     sums = add_updates(
-        init_sums(SHARED, EXPERTS),
+        init_sums(SHARED, EXPERTS, 3),
         {"w": jnp.asarray(shared)},
         {"w": jnp.asarray(experts)},
         jnp.asarray(slots),
@@ -86,8 +86,8 @@ def test_blocks_add_up():
     experts = {"w": jax.random.normal(key[1], (4, 2, 2))}
     slots = jnp.array([[0, 1], [1, 2], [2, 3], [0, 2]])
     examples, usage = jnp.array([3.0, 1.0, 4.0, 1.0]), jnp.arange(8.0).reshape(4, 2)
-    whole = add_updates(init_sums(SHARED, EXPERTS), shared, experts, slots, examples, usage)
-    parts = init_sums(SHARED, EXPERTS)
+    whole = add_updates(init_sums(SHARED, EXPERTS, 3), shared, experts, slots, examples, usage)
+    parts = init_sums(SHARED, EXPERTS, 3)
     for rows in (slice(0, 1), slice(1, 4)):
         block = jax.tree.map(
             lambda x, rows=rows: x[rows], (shared, experts, slots, examples, usage)

@@ -21,6 +21,7 @@ from flexmoe_jax.federated import (
     slots_assignment,
     trimmed_mean,
 )
+from flexmoe_jax.types import Params
 from tests.federated.conftest import CAPACITY, EXPERTS, prepare
 
 
@@ -160,7 +161,7 @@ def test_fitness_is_the_training_accuracy_of_each_pair(make_algorithm, clients):
     for client, held in zip(cohort, solution.assignment, strict=True):
         rows = np.asarray(clients.index[client][: int(clients.size[client])])
         gate = jax.tree.map(lambda leaf, client=client: leaf[client], gates)
-        params = {**shared, "expert": experts, "gate": gate}
+        params = models.merge_params(Params(shared, experts, gate, private={}))
         logits, routing = apply({"params": params}, prepare(clients.images[rows]), held)
         hit = np.asarray(logits.argmax(axis=1) == clients.labels[rows])
         for e in np.flatnonzero(held):
@@ -305,3 +306,51 @@ def test_compiled_ahead_it_is_the_same_algorithm(make_algorithm, clients, digits
             for a, s in zip((plain, ahead), states, strict=True)
         )
     )
+
+
+def test_what_is_private_never_meets_another_client(make_algorithm, clients):
+    """Without a federation a client learns the same whoever else takes part."""
+    alone = {
+        "ownership": models.Ownership(("backbone", "expert", "head")),
+        "capacity": np.full(7, EXPERTS),
+        "policy": make_policy("full"),
+        "rows": 7,
+    }
+    algorithm = make_algorithm(**alone)
+    finals = []
+    for cohort in (np.arange(7, dtype=np.int32), np.array([2, 5], np.int32)):
+        state = algorithm.init(jax.random.key(0))
+        assert state.shared == state.experts == {}
+        for _ in range(2):
+            plan = algorithm.plan(cohort, algorithm.assign(state, cohort))
+            state, _ = algorithm.round(state, clients, plan)
+        finals.append(jax.device_get((state.private, state.gates)))
+    for all_of_them, two in zip(*map(jax.tree.leaves, finals), strict=True):
+        chex.assert_trees_all_close(all_of_them[[2, 5]], two[[2, 5]], atol=1e-5)
+        assert np.abs(all_of_them[0] - two[0]).max() > 0  # client 0 took no part the second time
+
+
+def test_a_shared_gate_travels_with_its_expert(make_algorithm, clients):
+    shared = models.Ownership(shared_gate=True)
+    state, _ = run(make_algorithm(ownership=shared), clients)
+    assert state.gates == {}
+    assert set(state.experts) == {"expert", "gate"}
+    start = make_algorithm(ownership=shared).init(jax.random.key(0))
+    moved = np.abs(state.experts["gate"]["kernel"] - start.experts["gate"]["kernel"]).max(axis=1)
+    used = np.asarray(state.usage).sum(axis=0) > 0
+    assert ((moved > 0) == used).all()
+
+
+def test_own_backbones_are_evaluated_for_each_client(make_algorithm, clients, digits):
+    """A private backbone gives what the shared one gives, as long as nobody has trained it."""
+    test = federated.chunk_test_set(digits.test_images[:60], digits.test_labels[:60])
+    found = []
+    for ownership in (models.FLEX_MOE, models.Ownership(("backbone",))):
+        algorithm = make_algorithm(ownership=ownership)
+        state = algorithm.init(jax.random.key(0))
+        slots = np.arange(7)[:, None] % EXPERTS * np.ones((1, 3), int)
+        slots[:, 1:] = EXPERTS
+        state = state._replace(slots=jax.numpy.asarray(slots, jax.numpy.int32))
+        found.append(jax.device_get(algorithm.evaluate(state, test, clients.label_share)))
+    chex.assert_trees_all_close(found[0], found[1], atol=1e-6)
+    assert found[0].evaluated.all()

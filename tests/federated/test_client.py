@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoe_jax.federated import LocalTraining, make_client
+from flexmoe_jax.federated import LocalTraining, make_client, proximal
 from flexmoe_jax.models import MLP, MoEClassifier, merge_params, split_params
+from flexmoe_jax.types import Params
 
 MODEL = MoEClassifier(MLP((6,)), classes=10, experts=2, hidden=4)
 
@@ -50,7 +51,7 @@ def test_steps_cover_every_epoch(size, epochs, batch, cap):
 
 def test_every_example_counts_once_an_epoch(clients, start):
     local = LocalTraining(optax.sgd(0.0), epochs=3, batch_size=8)
-    client = make_client(apply, local, clients)
+    client = make_client(apply, local, clients, slots=2)
     size = int(clients.size[0])
     update = train(client, start, local, clients.index[0], size, [True, True])
     assert update.examples == 3 * size
@@ -68,7 +69,7 @@ def test_every_example_counts_once_an_epoch(clients, start):
 def test_padding_never_trains(clients, start):
     # The same 11 examples, once with the padding full of other images, once with zeros.
     local = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=4)
-    client = make_client(apply, local, clients)
+    client = make_client(apply, local, clients, slots=2)
     rows = np.asarray(clients.index[0][:11])
     padded = np.concatenate([rows, np.full(13, 200)]).astype(np.int32)
     zeros = np.concatenate([rows, np.zeros(13)]).astype(np.int32)
@@ -79,7 +80,7 @@ def test_padding_never_trains(clients, start):
 
 def test_an_empty_slot_neither_moves_nor_reports(clients, start):
     local = LocalTraining(optax.sgd(0.1), batch_size=8, balance=0.1, z=0.01)
-    client = make_client(apply, local, clients)
+    client = make_client(apply, local, clients, slots=2)
     update = train(client, start, local, clients.index[1], clients.size[1], [True, False])
     for leaf in jax.tree.leaves(update.experts):
         assert jnp.abs(leaf[0]).max() > 0
@@ -92,7 +93,7 @@ def test_an_empty_slot_neither_moves_nor_reports(clients, start):
 
 def test_training_lowers_the_loss(clients, start):
     local = LocalTraining(optax.sgd(0.3), epochs=12, batch_size=8)
-    client = make_client(apply, local, clients)
+    client = make_client(apply, local, clients, slots=2)
     update = train(client, start, local, clients.index[0], clients.size[0], [True, True])
     trained = start._replace(
         shared=jax.tree.map(jnp.add, start.shared, update.shared),
@@ -112,7 +113,7 @@ def test_tiles_change_nothing_beyond_rounding(clients, start):
     updates = []
     for tile in (12, 4, 3):
         local = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=12, z=0.1, tile=tile)
-        client = make_client(apply, local, clients)
+        client = make_client(apply, local, clients, slots=2)
         # 20 examples: the last batch of each epoch is part padding, and so are its tiles.
         updates.append(train(client, start, local, clients.index[0], 20, [True, True]))
     for other in updates[1:]:
@@ -125,3 +126,25 @@ def test_tiles_are_equal_and_no_larger_than_asked_for(batch, most):
     assert batch % tiles == 0
     assert batch // tiles <= most
     assert LocalTraining(optax.sgd(0.1), batch_size=batch, tile=most, balance=0.1).tiles() == 1
+
+
+def test_proximal_by_hand():
+    # FedProx with μ = 2: the pull of a parameter that has moved by 3 is 6; gates feel none.
+    transform = proximal(2.0)
+    start = Params({"w": jnp.array(1.0)}, {"w": jnp.array([5.0])}, {"g": jnp.array(0.0)}, {})
+    state = transform.init(start)
+    moved = Params({"w": jnp.array(4.0)}, {"w": jnp.array([4.5])}, {"g": jnp.array(9.0)}, {})
+    gradient = jax.tree.map(jnp.ones_like, moved)
+    pulled, state = transform.update(gradient, state, moved)
+    assert (pulled.shared["w"], pulled.experts["w"][0], pulled.gate["g"]) == (7.0, 0.0, 1.0)
+    chex.assert_trees_all_equal(state, start)
+
+
+def test_a_strong_pull_keeps_a_client_near_the_server(clients, start):
+    def distance(*before):
+        local = LocalTraining(optax.chain(*before, optax.sgd(0.1)), epochs=2, batch_size=8)
+        client = make_client(apply, local, clients, slots=2)
+        update = train(client, start, local, clients.index[0], clients.size[0], [True, True])
+        return float(optax.tree.norm((update.shared, update.experts)))
+
+    assert distance(proximal(5.0)) < 0.5 * distance()

@@ -9,6 +9,7 @@ import pytest
 from flexmoe_jax import federated
 from flexmoe_jax.federated import chunk_test_set
 from flexmoe_jax.metrics import accuracies
+from flexmoe_jax.types import Params
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,7 @@ def test_against_a_plain_loop(federation, clients, digits):
     for client in range(6):  # client 6 has never held an expert
         held = jnp.zeros(EXPERTS, bool).at[state.slots[client]].set(True, mode="drop")
         gate = jax.tree.map(lambda leaf, client=client: leaf[client], state.gates)
-        params = models.merge_params(
-            models.split_params({**state.shared, "expert": state.experts, "gate": gate})
-        )
+        params = models.merge_params(Params(state.shared, state.experts, gate, private={}))
         logits = np.asarray(jax.jit(model.apply)({"params": params}, images, held)[0])
         hit = logits.argmax(axis=1) == labels
         mean = mean + np.asarray(jax.nn.softmax(logits)) / 6

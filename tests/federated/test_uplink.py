@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmoe_jax.federated import ClientUpdate, Uplink, deliver, make_compressor
-from flexmoe_jax.types import Feedback
+from flexmoe_jax.types import Feedback, Params
 
 HELD = jnp.array([True, False])
 GATE = {"kernel": jnp.array([[5.0], [6.0]])}
+START = Params({}, {}, GATE, {"own": jnp.array([1.0])})
 
 
 def make_update(value=2.0):
@@ -21,6 +22,7 @@ def make_update(value=2.0):
         shared={"w": jnp.array([3.0 * value, 0.0])},
         experts={"w": jnp.array([[4.0 * value], [1e9]])},
         gate={"kernel": jnp.array([[7.0], [8.0]])},
+        private={"own": jnp.array([2.0])},
         feedback=Feedback(jnp.array([10.0, 0.0]), jnp.array([6.0, 0.0]), jnp.array([9.0, 0.0])),
         loss=jnp.array(0.9),
         examples=jnp.array(10.0),
@@ -28,7 +30,7 @@ def make_update(value=2.0):
 
 
 def send(uplink, update=None, tamper=1.0, residual=()):
-    return deliver(uplink, update or make_update(), HELD, GATE, residual, jnp.asarray(tamper))
+    return deliver(uplink, update or make_update(), HELD, START, residual, jnp.asarray(tamper))
 
 
 def test_an_honest_update_arrives_as_it_is():
@@ -45,9 +47,10 @@ def test_an_honest_update_arrives_as_it_is():
 def test_quarantine_leaves_nothing_of_an_update(uplink, tamper):
     update, _, refused = send(uplink, tamper=tamper)
     assert refused
-    chex.assert_trees_all_equal(update.gate, GATE)
+    chex.assert_trees_all_equal((update.gate, update.private), (START.gate, START.private))
+    others = {"gate": (), "private": ()}
     chex.assert_trees_all_equal(
-        update._replace(gate=()), jax.tree.map(jnp.zeros_like, make_update()._replace(gate=()))
+        update._replace(**others), jax.tree.map(jnp.zeros_like, make_update()._replace(**others))
     )
 
 

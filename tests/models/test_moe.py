@@ -9,10 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.models import (
     MLP,
     MoEClassifier,
+    Ownership,
+    PersonalMixture,
     balance_loss,
+    check_ownership,
     expert_mlp,
     merge_params,
     route,
@@ -115,3 +119,50 @@ def test_split_and_merge_are_inverse():
     assert set(parts.shared) == {"backbone", "head"}
     assert {leaf.shape[0] for leaf in jax.tree.leaves((parts.experts, parts.gate))} == {4}
     chex.assert_trees_all_equal(merge_params(parts), params)
+
+
+@pytest.mark.parametrize(
+    ("ownership", "parts"),
+    [
+        (Ownership(), [{"backbone", "head"}, {"expert"}, {"gate"}, set()]),
+        (Ownership(shared_gate=True), [{"backbone", "head"}, {"expert", "gate"}, set(), set()]),
+        (Ownership(("head",)), [{"backbone"}, {"expert"}, {"gate"}, {"head"}]),
+        (
+            Ownership(("backbone/local", "backbone/mixture", "head")),
+            [{"backbone"}, {"expert"}, {"gate"}, {"backbone", "head"}],
+        ),
+        (
+            Ownership(("backbone", "expert", "head")),
+            [set(), set(), {"gate"}, {"backbone", "expert", "head"}],
+        ),
+    ],
+)
+def test_owners(ownership, parts):
+    backbone = PersonalMixture(MLP((6,)), MLP((6,)))
+    model = MoEClassifier(backbone, classes=3, experts=4)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 2, 2, 1)), jnp.ones(4, bool))
+    params = params["params"]
+    split = split_params(params, ownership)
+    assert [set(part) for part in split] == parts
+    chex.assert_trees_all_equal(merge_params(split), params)
+    check_ownership(params, ownership, [4, 4])
+
+
+def test_owners_that_cannot_be_are_refused():
+    model = MoEClassifier(MLP((6,)), classes=3, experts=4)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 2, 2, 1)), jnp.ones(4, bool))
+    for private, line in (("hed", "model.private=hed: .*head"), ("expert", "give all clients all")):
+        with pytest.raises(InputError, match=line):
+            check_ownership(params["params"], Ownership((private,)), [4, 2])
+
+
+def test_a_personal_mixture_by_hand():
+    model = PersonalMixture(MLP((2,)), MLP((2,)))
+    x = jax.random.normal(jax.random.key(1), (5, 3))
+    variables = model.init(jax.random.key(0), x)
+    params = variables["params"]
+    shared, local = (MLP((2,)).apply({"params": params[part]}, x) for part in ("shared", "local"))
+    logits = shared @ params["mixture"]["kernel"] + params["mixture"]["bias"]
+    weight = jax.nn.softmax(logits)
+    expected = weight[:, :1] * shared + weight[:, 1:] * local
+    assert jnp.allclose(model.apply(variables, x), expected, atol=1e-6)

@@ -1,0 +1,37 @@
+"""What a policy costs on a mix of devices: simulated time and bytes, on EMNIST digits.
+
+    python -m experiments.sweep --study=experiments/studies/edge_devices.py \
+        --data_dir=TFDS_DIR --workdir=runs/edge_devices
+    python -m experiments.table runs/edge_devices --target=0.6
+
+TFDS_DIR holds `emnist/digits` as TFDS prepares it (array_record). Of 20 clients 8 are sensors, 8
+phones and 4 gateways (flexmoe_jax/edge/tiers.toml), which come and go. Experts are large enough
+that memory limits a sensor to one of them. `full` overlooks memory: the reference from above.
+"""
+
+from __future__ import annotations
+
+from experiments.configs import emnist_digits
+from experiments.studies.methods import choose
+from experiments.studies.tasks import DATASETS, PARTITIONS
+from experiments.studying.study import Study
+
+
+def get_study() -> Study:
+    """The 4-class partition, about 8 clients a round."""
+    devices = {
+        "edge.mix": "sensor:2,phone:2,gateway:1",
+        "edge.availability": "markov",
+        "clients.capacity": "memory",
+        "clients.per_round": 8,
+        "model.hidden": 512,
+        "rounds": 30,
+    }
+    return Study(
+        name="edge_devices",
+        config=emnist_digits.get_config,
+        methods=choose("flex", "greedy", "random", "full"),
+        datasets={"emnist_digits": {**DATASETS["emnist_digits"], **devices}},
+        partitions={"k_class_4": PARTITIONS["k_class_4"]},
+        seeds=(0, 1, 2),
+    )
