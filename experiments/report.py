@@ -47,7 +47,7 @@ def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | Path | N
 
     # Matplotlib takes most of a second to import; whoever gave a wrong folder need not wait for it.
     from experiments.reporting.page import render
-    from experiments.reporting.study import render_study
+    from experiments.studying.page import render_study
 
     html = render_study(study) if study else render(runs)
     try:

@@ -35,15 +35,23 @@ def main(argv: list[str]) -> None:
         index=given.index,
         count=1 if given.runner == "slurm" else given.count or 1,
     )
-    if given.dry_run:
-        dry_run(sweep)
-    elif given.runner == "slurm":
-        queue = Queue(given.slurm_partition, given.minutes, given.gpus, given.cpus)
-        folder = Path(sweep.workdir) / "slurm"
-        jobs = submit(sweep, queue, str(folder), given.count)
-        print(f"submitted {len(jobs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}; files: {folder}")
-    else:
-        sys.exit(run(sweep))
+    try:
+        if given.dry_run:
+            dry_run(sweep)
+        elif given.runner == "slurm":
+            queue = Queue(given.slurm_partition, given.minutes, given.gpus, given.cpus)
+            folder = Path(sweep.workdir) / "slurm"
+            jobs = submit(sweep, queue, str(folder), given.count)
+            print(f"jobs {jobs[0].job_id} to {jobs[-1].job_id} are queued; their output: {folder}")
+        else:
+            sys.exit(run(sweep))
+    except OSError as error:
+        print(
+            f"{error.filename or sweep.workdir}: {error.strerror or error}; once that is put "
+            "right, the same command goes on from here",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 if __name__ == "__main__":

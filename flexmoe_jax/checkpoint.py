@@ -31,7 +31,7 @@ from flexmoe_jax.types import State
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
-_CHECKSUMS = "checksums.json"
+_CHECKSUMS, _ARRAYS = "checksums.json", "arrays.json"
 _UNFINISHED = "unfinished"
 
 
@@ -77,20 +77,23 @@ class Checkpoints:
 
         host = _on_host(_with_raw_key(state))
         unfinished = self._folder / _UNFINISHED
-        with _one_error(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                # What an earlier process left when it was killed.
-                for rest in self._folder.glob(f"{_UNFINISHED}*"):
-                    shutil.rmtree(rest)
-                _require_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(host)))
-            _wait_for_all("ready to save")
-            self._checkpointer.save(unfinished, args=ocp.args.StandardSave(host))
-            if jax.process_index() == 0:
-                _write_checksums(unfinished)
-                os.replace(unfinished, self._folder / str(int(state.round)))
-                for old in self.rounds()[: -self._keep]:
-                    shutil.rmtree(self._folder / str(old))
+        try:
+            with _one_error(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if jax.process_index() == 0:
+                    self._clear()  # What an earlier process left when it was killed.
+                    _require_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(host)))
+                _wait_for_all("ready to save")
+                self._checkpointer.save(unfinished, args=ocp.args.StandardSave(host))
+                if jax.process_index() == 0:
+                    _write_json(unfinished / _ARRAYS, _shapes(host))
+                    _write_json(unfinished / _CHECKSUMS, _checksums(unfinished))
+                    os.replace(unfinished, self._folder / str(int(state.round)))
+                    for old in self.rounds()[: -self._keep]:
+                        shutil.rmtree(self._folder / str(old))
+        except OSError:
+            self._clear()
+            raise
         _wait_for_all("saved")
 
     def restore(self, like: State, at_most: int | None = None) -> Restored:
@@ -130,39 +133,44 @@ class Checkpoints:
 
         return ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
-    @property
-    def _aside(self) -> Path:
-        return self._folder.with_name(f"{self._folder.name}-set-aside")
-
     def _fault(self, step: int, at_most: int | None) -> str | None:
         if at_most is not None and step > at_most:
             return f"is not used, since the metrics reach to round {at_most} only"
         folder = self._folder / str(step)
         try:
-            expected, found = json.loads((folder / _CHECKSUMS).read_bytes()), _checksums(folder)
+            known, found = dict(_read_json(folder / _CHECKSUMS)), _checksums(folder)
         except PermissionError:
             raise  # Not damaged, and well again once it may be read.
-        except (OSError, ValueError) as error:
-            return f"is damaged ({error})"
-        if found == expected:
+        except (OSError, ValueError, TypeError) as error:
+            return f"is damaged ({_CHECKSUMS}: {error})"
+        if found == known:
             return None
-        known = expected if isinstance(expected, dict) else {}
         names = sorted({*found, *known})
         return "is damaged (" + next(n for n in names if found.get(n) != known.get(n)) + ")"
 
     def _read(self, step: int, like: State) -> State:
         import orbax.checkpoint as ocp
 
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _with_raw_key(like))
         folder = self._folder / str(step)
-        try:
-            restored: State = self._checkpointer.restore(
-                folder, args=ocp.args.StandardRestore(target)
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            remedy = "is whole, but not of this model and version of the code; use another workdir"
-            raise InputError("checkpoint", folder, remedy) from error
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _with_raw_key(like))
+        there, here = _read_json(folder / _ARRAYS), _shapes(target)
+        for name in sorted({*there, *here}):
+            if there.get(name) != here.get(name):
+                remedy = (
+                    f"holds {name} as {there.get(name)} where {here.get(name)} is needed: it is of "
+                    "another model or version of the code; use another workdir"
+                )
+                raise InputError("checkpoint", folder, remedy)
+        restored: State = self._checkpointer.restore(folder, args=ocp.args.StandardRestore(target))
         return restored._replace(key=jax.random.wrap_key_data(restored.key))
+
+    def _clear(self) -> None:
+        for rest in self._folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(rest, ignore_errors=True)
+
+    @property
+    def _aside(self) -> Path:
+        return self._folder.with_name(f"{self._folder.name}-set-aside")
 
     def _set_aside(self, step: int) -> None:
         shutil.rmtree(self._aside / str(step), ignore_errors=True)
@@ -187,6 +195,12 @@ def _wait_for_all(event: str) -> None:
         multihost_utils.sync_global_devices(event)
 
 
+def _shapes(state: State) -> dict[str, str]:
+    """Type and shape of every array of a state, by its place in it."""
+    leaves, _ = jax.tree.flatten_with_path(state)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
 def _checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint, by its path in it."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != _CHECKSUMS)
@@ -198,11 +212,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_checksums(folder: Path) -> None:
-    with (folder / _CHECKSUMS).open("w") as file:
-        json.dump(_checksums(folder), file, indent=2)
+def _write_json(path: Path, content: dict[str, str]) -> None:
+    with path.open("w") as file:
+        json.dump(content, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _read_json(path: Path) -> dict[str, str]:
+    content: dict[str, str] = json.loads(path.read_bytes())
+    return content
 
 
 def _require_space(folder: Path, size: int) -> None:

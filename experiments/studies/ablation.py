@@ -4,7 +4,8 @@
         --data_dir=TFDS_DIR --workdir=runs/ablation
 
 TFDS_DIR holds `emnist/digits` as TFDS prepares it (array_record). `flex` has every field at its
-default, so the differences from it in the table are the effects.
+default, so the differences from it in the table are the effects. 84 runs of about a minute each on
+two cores.
 """
 
 from __future__ import annotations

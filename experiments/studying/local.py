@@ -88,7 +88,7 @@ def dry_run(sweep: Sweep) -> None:
         status = standing(workdir / trial.name).status
         words = as_typed(command(study, trial, workdir))
         print(f"{status}: {trial.name if status in ENDED else words}")
-    print(_ahead(Tally.of(study, trials, workdir)))
+    print(_ahead(study, trials, trials, workdir))
 
 
 def run(sweep: Sweep) -> int:
@@ -108,16 +108,15 @@ def run(sweep: Sweep) -> int:
     workdir = Path(sweep.workdir)
     with lock(workdir / "sweep.lock", wait=True):
         write_record(study, workdir)
-    tally = Tally.of(study, trials, workdir)
-    print(f"{study.name}: {_ahead(tally)}", flush=True)
+    print(f"{study.name}: {_ahead(study, trials, trials, workdir)}", flush=True)
     ends: dict[str, list[str]] = defaultdict(list)
     with Interrupts() as interrupts:
-        for trial in trials:
+        for tried, trial in enumerate(trials, start=1):
             end = _attempt(study, trial, workdir, interrupts)
             ends[end.kind].append(f"{trial.name}: {end.words}")
-            tally.settle(trial, end.seconds)
-            if end.kind in ("finished", "failed") and end.seconds is not None:
-                print(f"{trial.name}: {end.words} · {_ahead(tally)}", flush=True)
+            if end.started and end.kind != "interrupted":
+                ahead = _ahead(study, trials, trials[tried:], workdir)
+                print(f"{trial.name}: {end.words} · {ahead}", flush=True)
             if interrupts.caught:
                 break
     for line in ends["failed"]:
@@ -139,12 +138,12 @@ class End(NamedTuple):
     Attributes:
       kind: `finished`, `failed`, `interrupted`, or `elsewhere` where another sweep is at it.
       words: what to say of it.
-      seconds: that this sweep spent on it; None where it started nothing.
+      started: whether this sweep started it.
     """
 
     kind: str
     words: str = ""
-    seconds: float | None = None
+    started: bool = False
 
 
 def _attempt(study: Study, trial: Trial, workdir: Path, interrupts: Interrupts) -> End:
@@ -158,25 +157,26 @@ def _attempt(study: Study, trial: Trial, workdir: Path, interrupts: Interrupts) 
     with lock(path) as log:
         if log is None:
             return End("elsewhere")
-        before = standing(folder)
-        if before.status in ENDED:
-            return End("finished") if before.status == "finished" else _diverged(path)
+        before = standing(folder).status
+        if before in ENDED:
+            return End("finished") if before == "finished" else End("failed", _diverged(path))
         start = log.tell()
         code = interrupts.run(command(study, trial, workdir), log)
     seconds = time.monotonic() - begin
     after = standing(folder)
     if after.status == "finished" and code == 0:
-        return End("finished", f"{duration(seconds)} · {_headline(folder)}", seconds)
+        return End("finished", f"{duration(seconds)} · {_headline(folder)}", started=True)
     if interrupts.caught:
-        return End("interrupted")
+        return End("interrupted", started=True)
     if after.status == "diverged":
-        return _diverged(path)._replace(seconds=seconds)
+        return End("failed", _diverged(path), started=True)
     ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return End("failed", f"{ended}: {last_line(path, start) or 'it said nothing'}", seconds)
+    said = last_line(path, start) or "it said nothing"
+    return End("failed", f"{ended}: {said}", started=True)
 
 
-def _diverged(log: Path) -> End:
-    return End("failed", f"diverged, see {log}; to try again, delete its folder")
+def _diverged(log: Path) -> str:
+    return f"diverged, see {log}; to try again, delete its folder"
 
 
 def _headline(folder: Path) -> str:
@@ -184,47 +184,22 @@ def _headline(folder: Path) -> str:
     return " · ".join(f"{word} {show(key, finished.final(key))}" for word, key in HEADLINE)
 
 
-@dataclass
-class Tally:
-    """Runs that are left, and what the finished ones took.
-
-    Attributes:
-      done: number of runs that ended.
-      left: the others.
-      spent: data set to the seconds of its finished runs, those of other shares included.
-    """
-
-    done: int
-    left: list[Trial]
-    spent: dict[str, list[float]]
-
-    @classmethod
-    def of(cls, study: Study, trials: Sequence[Trial], workdir: Path) -> Tally:
-        """Reads how things stand."""
-        spent = defaultdict(list)
-        for trial in study.trials():
-            status, seconds = standing(workdir / trial.name)
-            if status == "finished" and seconds is not None:
-                spent[trial.dataset].append(seconds)
-        left = [t for t in trials if standing(workdir / t.name).status not in ENDED]
-        return cls(len(trials) - len(left), left, spent)
-
-    def settle(self, trial: Trial, seconds: float | None) -> None:
-        """Takes a run off those that are left."""
-        if trial in self.left:
-            self.left.remove(trial)
-            self.done += 1
-        if seconds is not None:
-            self.spent[trial.dataset].append(seconds)
-
-
-def _ahead(tally: Tally) -> str:
-    """What is done, what is left, and the time that it will take."""
-    said = f"{counted(tally.done, 'run')} done, {len(tally.left)} left"
-    if not tally.left:
+def _ahead(study: Study, trials: Sequence[Trial], untried: Sequence[Trial], workdir: Path) -> str:
+    """How many runs are done and, of those not tried yet, left; and the time that they take."""
+    # Other shares of the study tell what a run takes, too.
+    every = {trial.name: standing(workdir / trial.name) for trial in study.trials()}
+    spent = defaultdict(list)
+    for trial in study.trials():
+        status, seconds = every[trial.name]
+        if status == "finished" and seconds is not None:
+            spent[trial.dataset].append(seconds)
+    done = sum(every[trial.name].status == "finished" for trial in trials)
+    left = [trial for trial in untried if every[trial.name].status not in ENDED]
+    said = f"{counted(done, 'run')} done, {len(left)} left"
+    if not left:
         return said
-    seconds, unknown = cost(tally.left, tally.spent)
-    parts = [f"about {duration(seconds)}"] if unknown < len(tally.left) else []
-    if unknown:
-        parts.append("time unknown" if not parts else f"and {counted(unknown, 'run')} unknown")
-    return f"{said}, {' '.join(parts)}"
+    seconds, unknown = cost(left, spent)
+    if unknown == len(left):
+        return f"{said}, time unknown"
+    rest = f" and {counted(unknown, 'run')} unknown" if unknown else ""
+    return f"{said}, about {duration(seconds)}{rest}"

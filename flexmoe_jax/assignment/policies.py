@@ -36,6 +36,7 @@ from flexmoe_jax.assignment.problem import (
     make_solution,
     objective,
 )
+from flexmoe_jax.assignment.relaxation import require_backend
 from flexmoe_jax.errors import InputError
 
 # Breaks ties between clients of equal fitness fairly, and is far below any fitness that matters.
@@ -108,11 +109,12 @@ def make_policy(
         the solution's status is `fallback: REASON`.
 
     Raises:
-      InputError: an unknown policy, solver or rounding, or a number out of range.
+      InputError: an unknown policy, solver, rounding or backend, or a number out of range.
     """
     require_name("assignment.policy", name, POLICIES)
     require_name("assignment.solver", solver, SOLVERS)
     require_name("assignment.rounding", rounding, ROUNDINGS)
+    require_backend(backend)
     load_bounds(np.ones(1, np.int64), np.zeros(1), slack=slack)
     for field, number in (
         ("holders_min", holders_min),

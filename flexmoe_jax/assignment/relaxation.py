@@ -75,8 +75,7 @@ def solve_relaxation(problem: Problem, backend: str = "HIGHS", deadline: float =
         first-order one, and the problem has terms for which only its optimum proves a bound.
       SolverError: the CVXPY solver failed, or the deadline passed.
     """
-    if backend not in _installed():
-        raise InputError("assignment.backend", backend, f"give one of {', '.join(_installed())}")
+    require_backend(backend)
     clients, experts = problem.fitness.shape
     if clients == 0:
         return Relaxed(np.zeros((0, experts)), np.zeros(experts), 0.0, 0.0)
@@ -115,6 +114,13 @@ def solve_relaxation(problem: Problem, backend: str = "HIGHS", deadline: float =
     else:
         bound = price_bound(problem, prices, low, high)
     return Relaxed(x, prices, bound, found.excess * unit)
+
+
+def require_backend(backend: str) -> None:
+    """Raises `InputError` for a CVXPY solver that is not installed."""
+    # HiGHS always is, and CVXPY takes a while to load.
+    if backend != "HIGHS" and backend not in _installed():
+        raise InputError("assignment.backend", backend, f"give one of {', '.join(_installed())}")
 
 
 class Found(NamedTuple):

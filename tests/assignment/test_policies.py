@@ -139,6 +139,7 @@ def test_flex_options_reach_the_problem() -> None:
         ({"name": "flexx"}, "assignment.policy"),
         ({"name": "flex", "solver": "magic"}, "assignment.solver"),
         ({"name": "flex", "rounding": "up"}, "assignment.rounding"),
+        ({"name": "flex", "backend": "NONE"}, "assignment.backend"),
         ({"name": "flex", "slack": -0.1}, "assignment.slack"),
         ({"name": "flex", "diversity": -1.0}, "assignment.diversity"),
         ({"name": "flex", "time_limit": -1.0}, "assignment.time_limit"),
@@ -227,8 +228,8 @@ def test_a_backend_that_fails_leaves_an_even_assignment(backend: str) -> None:
 
 
 def test_what_the_user_got_wrong_is_no_reason_to_fall_back() -> None:
-    with pytest.raises(InputError, match=r"assignment\.backend=NONE"):
-        make_policy("flex", solver="relaxation", backend="NONE")(request())
+    with pytest.raises(InputError, match=r"assignment\.backend=SCS: too inexact"):
+        make_policy("flex", solver="relaxation", backend="SCS", balance=1.0)(request())
     with pytest.raises(InputError, match="fitness"):
         make_policy("flex")(request(fitness=np.full((20, 8), np.nan)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,7 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from experiments.build import build
+from experiments.cli import flat_fields
+from experiments.configs import base, digits
 from experiments.workdir import Workdir
 from flexmoe_jax.checkpoint import Checkpoints
 from flexmoe_jax.errors import InputError
@@ -149,8 +155,6 @@ def test_a_round_doubled_or_missing_ends_the_metrics(tmp_path, numbers):
 
 @pytest.mark.parametrize("content", [b"", b'{"seed"', b"\xff\xfe", b"[]", b"3", b"null"])
 def test_a_config_or_summary_of_garbage(tmp_path, content):
-    from experiments.configs import base
-
     workdir = Workdir(tmp_path)
     (tmp_path / "summary.json").write_bytes(content)
     assert workdir.seconds() == 0.0
@@ -161,8 +165,6 @@ def test_a_config_or_summary_of_garbage(tmp_path, content):
 
 
 def test_a_config_cut_off_by_a_kill_is_not_in_the_way(tmp_path):
-    from experiments.configs import base
-
     (tmp_path / "config.json.tmp").write_text('{"seed"')
     workdir = Workdir(tmp_path)
     workdir.check(base.get_config())
@@ -245,8 +247,8 @@ def test_a_run_goes_on_when_a_full_disk_has_room_again(finished, tmp_path):
     if process.returncode == 77 or "unshare:" in process.stderr:
         pytest.skip(f"no file system may be mounted here: {process.stderr}")
     assert process.returncode == 0, process.stderr
-    # Nothing half-written is left: the third command prints nothing.
-    line, code = process.stderr.splitlines()
+    line, code, *left = process.stderr.splitlines()
+    assert not left, "something half-written is in the way"
     assert line.startswith(f"{disk / 'run' / 'checkpoints'}: No space left on device; ")
     assert code == "exit code 1"
     assert "continuing after round 2 of 6" in process.stdout
@@ -289,3 +291,52 @@ def test_a_solver_out_of_time_is_said_and_the_run_goes_on(tmp_path):
         assert row["assignment/status"] == "fallback: time limit exceeded"
         load = row["load/assigned"]
         assert max(load) - min(load) <= 1
+
+
+TINY = {
+    "rounds": 1,
+    "data.train_limit": 120,
+    "data.test_limit": 50,
+    "partition.min_per_client": 2,
+    "clients.count": 4,
+    "clients.capacity": "1-2",
+    "model.backbone": "mlp",
+    "model.widths": (8,),
+    "model.experts": 4,
+    "model.hidden": 8,
+    "execution.devices": 1,
+    "eval.batch_size": 50,
+}
+HOSTILE = (
+    *(None, True, -1, 0, 3, 10**9, 2**31, -(2**63), 2**64, 0.5, -0.5, 5e-324, 1e300),
+    *(float("nan"), float("inf"), float("-inf"), "", "x", "\n", "\0", "../..", "ünïcode ✓", ":"),
+    *("memory", "1-4", "4-1", "0-0", "-", "1-99999999999", "phone:1", "phone:nan", "full", "usage"),
+    *((), (0,), (8,), (10**9,), ("a",), (True,), [], [1, 2], [99], [None], {}, b"x"),
+)
+
+
+# Downloads are left alone: what they do depends on the network.
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(sorted(flat_fields(base.get_config()).keys() - {"data.download"})),
+            st.sampled_from(HOSTILE),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+@settings(suppress_health_check=[HealthCheck.too_slow])
+def test_a_config_of_any_values_is_built_or_refused_in_one_line(changes):
+    config = digits.get_config()
+    config.update_from_flattened_dict(TINY)
+    for field, value in changes:
+        # The command line turns a TypeError into a line.
+        with contextlib.suppress(TypeError):
+            config.update_from_flattened_dict({field: value})
+    refusal = None
+    try:
+        build(config)
+    except InputError as error:
+        refusal = error
+    assert refusal is None or len(str(refusal).splitlines()) == 1

@@ -41,8 +41,8 @@ from experiments.studying.study import Study
 
 def get_study():
     tiny = {"rounds": 16, "assignment.diversity": 0.0, "clients.count": 6, "clients.capacity": 2,
-            "model.backbone": "mlp", "model.experts": 4, "data.train_limit": 300, "data.test_limit": 100,
-            "eval.every": 4, "checkpoint.every": 4}
+            "model.backbone": "mlp", "model.experts": 4, "data.train_limit": 300,
+            "data.test_limit": 100, "eval.every": 4, "checkpoint.every": 4}
     return Study(
         name="tiny",
         config=digits.get_config,
@@ -265,20 +265,20 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tiny, tmp_path):
     sweep = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     wait_for(runs / flex.name / "metrics.jsonl", sweep)
     sweep.send_signal(signal.SIGTERM)
-    said, _ = sweep.communicate(timeout=120)
+    said, _ = sweep.communicate(timeout=280)
     assert sweep.returncode == 128 + signal.SIGTERM
     assert "interrupted; the same command goes on from here" in said
     # The run was asked, not killed: it saved where it was. The next one was not begun.
     assert (runs / flex.name / "summary.json").exists()
     assert not log_of(runs / broken.name).exists()
 
-    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert again.returncode == 1, again.stderr
     assert f"failed: {broken.name}: exit code 2: model.experts=0: choose 1 or more" in again.stdout
     assert f"{flex.name}: " in again.stdout
 
     subprocess.run(
-        command(study, flex, straight), cwd=ROOT, check=True, timeout=120, capture_output=True
+        command(study, flex, straight), cwd=ROOT, check=True, timeout=280, capture_output=True
     )
     write_record(study, straight)
     assert timeless(runs / flex.name) == timeless(straight / flex.name)

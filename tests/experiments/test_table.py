@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from scipy.stats import t, ttest_rel
 
 from experiments.configs import digits
+from experiments.report import write_report
 from experiments.reporting.quantities import MINUS, NOTHING
 from experiments.reporting.runs import read_run
 from experiments.studying.formats import latex, latex_text, markdown
+from experiments.studying.pictures import LABEL, place_labels
 from experiments.studying.results import figures, read_results
 from experiments.studying.sheets import Sheet, sheets
 from experiments.studying.standing import write_record
@@ -25,6 +27,7 @@ from experiments.studying.statistics import estimate, paired_difference
 from experiments.studying.study import Study
 from experiments.table import write_tables
 from flexmoe_jax.errors import InputError
+from tests.experiments.test_report import Page
 
 # Student's t, 97.5 %, for two and for three seeds: from any printed table.
 T_OF_2, T_OF_3 = 12.7062, 4.3027
@@ -245,3 +248,28 @@ def test_a_folder_without_a_study(tmp_path):
     (tmp_path / "study.json").write_text('{"name": 1')
     with pytest.raises(InputError, match="cannot be read"):
         write_tables(tmp_path)
+
+
+@pytest.mark.parametrize("axis", [{}, {"capacity": {"1": {}, "1-4": {}}}])
+def test_the_page_of_a_study_has_every_picture(tmp_path, axis):
+    study = make_study(methods={"flex": {}} if axis else {"flex": {}, "full": {}}, variants=axis)
+    write_record(study, tmp_path)
+    for trial in study.trials()[:-1]:
+        write_run(tmp_path / trial.name, [0.5, 0.6 + 0.01 * trial.seed])
+    page = Page(write_report([tmp_path]))
+    assert page.source.count("<figure") == (1 + 2 * 3 if axis else 4)
+    assert {"task-1-0-accuracy", "task-1-along-capacity"} <= set(page.ids) or not axis
+    assert f"{len(study.trials()) - 1} of {len(study.trials())} runs finished" in page.text
+    assert "Not finished: " + study.trials()[-1].name in page.text
+    assert "± 95 % interval" in page.text
+    assert all(image["alt"] for image in page.images)
+    assert write_report([tmp_path]).read_text() == page.source
+
+
+@given(st.lists(st.tuples(st.floats(0.2, 3.8), st.floats(0.2, 2.3)), min_size=1, max_size=5))
+def test_letters_in_a_scatter_plot_do_not_touch(points):
+    placed = place_labels(np.array(points), (4.0, 2.5))
+    apart = np.linalg.norm(placed[:, None] - placed[None], axis=2) + np.eye(len(points))
+    assert apart.min() >= LABEL
+    assert (placed >= 0).all()
+    assert (placed <= (4.0, 2.5)).all()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from experiments.reporting import spreads, tables
+from experiments.reporting import tables
 from experiments.reporting.curves import Pen, pens
 from experiments.reporting.ink import Picture
 from experiments.reporting.page import document, show_pictures
 from experiments.reporting.quantities import counted
+from experiments.studying import pictures
 from experiments.studying.results import Results
 from experiments.studying.sheets import (
     REFERENCE,
@@ -74,12 +75,12 @@ def _pictures(
     """The pictures of one variant of one task."""
     runs = results.of(rows[0].task)
     made = [
-        spreads.curves(
+        pictures.curves(
             {row.method: list(runs[row.variant, row.method].values()) for row in rows}, letters
         ),
-        spreads.balance_bars(rows),
-        spreads.trade_off(rows, letters),
-        spreads.forest(
+        pictures.balance_bars(rows),
+        pictures.trade_off(rows, letters),
+        pictures.forest(
             {
                 row.method: row.against(other, "mean/final")
                 for row in rows
@@ -102,7 +103,7 @@ def _along_axes(results: Results, rows: Sequence[Row], letters: dict[str, Pen]) 
     for row in rows:
         if row.seeds:
             found.setdefault(row.method, {})[row.variant[0]] = row
-    picture = spreads.along_axis(results.axes[0], names, found, letters)
+    picture = pictures.along_axis(results.axes[0], names, found, letters)
     return [] if picture is None else [picture]
 
 
