@@ -30,9 +30,10 @@ CHANGES: Axis = {
     "no_deficit": {"assignment.deficit_decay": 0.0},
     # Rounding, where weighted loads make it work to be done.
     "usage_shmoys_tardos": {"assignment.load": "usage", "assignment.rounding": "shmoys_tardos"},
-    # Additions of ours, off by default.
-    "diversity": {"assignment.diversity": 3.0},
-    "local_balance": {"local.balance": 0.05},
+    # Without one of our additions, or both, which is the paper's form.
+    "no_diversity": {"assignment.diversity": 0.0},
+    "no_local_balance": {"local.balance": 0.0},
+    "paper": {"assignment.diversity": 0.0, "local.balance": 0.0},
 }
 
 

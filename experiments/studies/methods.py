@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from experiments.studying.study import Axis
 
+PAPER = {
+    "assignment.policy": "flex",
+    "fitness.score": "accuracy",
+    "assignment.diversity": 0.0,
+    "local.balance": 0.0,
+}
+# Holders of unlike label mixes, and clients that use all they hold.
+FLEX = {**PAPER, "assignment.diversity": 3.0, "local.balance": 0.05}
+
 # All parameters in one expert, which everybody holds: as wide as two of the default 128.
 DENSE = {
     "assignment.policy": "full",
@@ -13,10 +22,13 @@ DENSE = {
 }
 
 METHODS: Axis = {
-    # FLEX-MoE, accuracy score: arXiv 2512.23070.
-    "flex": {"assignment.policy": "flex", "fitness.score": "accuracy"},
-    # FLEX-MoE, loss score exp(-α l): arXiv 2512.23070.
-    "flex_loss": {"assignment.policy": "flex", "fitness.score": "loss"},
+    # FLEX-MoE with our two additions, which keep it from teaching each expert few classes alone.
+    "flex": FLEX,
+    # The same with the loss score exp(-α l).
+    "flex_loss": {**FLEX, "fitness.score": "loss"},
+    # FLEX-MoE as the paper describes it, by either score: arXiv 2512.23070.
+    "flex_paper": PAPER,
+    "flex_paper_loss": {**PAPER, "fitness.score": "loss"},
     # Each client its fittest experts, no load bounds: the baseline of arXiv 2512.23070.
     "greedy": {"assignment.policy": "greedy"},
     # Each client the experts that it used most so far: FedMoE, arXiv 2408.11304.
@@ -30,18 +42,10 @@ METHODS: Axis = {
     # Every client holds all experts: no capacity limit, the reference from above.
     "full": {"assignment.policy": "full"},
     # Gates that travel with their experts and are averaged as they are.
-    "flex_shared_gate": {"assignment.policy": "flex", "model.gate": "shared"},
+    "flex_shared_gate": {**FLEX, "model.gate": "shared"},
     # Server optimisers: FedAvgM (arXiv 1909.06335) and FedAdam (arXiv 2003.00295).
-    "flex_fedavgm": {
-        "assignment.policy": "flex",
-        "server.momentum": 0.9,
-        "server.learning_rate": 0.3,
-    },
-    "flex_fedadam": {
-        "assignment.policy": "flex",
-        "server.optimizer": "adam",
-        "server.learning_rate": 0.01,
-    },
+    "flex_fedavgm": {**FLEX, "server.momentum": 0.9, "server.learning_rate": 0.3},
+    "flex_fedadam": {**FLEX, "server.optimizer": "adam", "server.learning_rate": 0.01},
     # One dense model of the size that a client with two experts holds: arXiv 1602.05629.
     "fedavg": DENSE,
     # The same, held back near the server's model: arXiv 1812.06127.

@@ -5,7 +5,7 @@
 
 TFDS_DIR holds `emnist/digits` and `cifar10` as TFDS prepares them (array_record). All methods on
 two data sets, three partitions and three seeds. A run takes one minute (digits) to one and a half
-(CIFAR-10) on two idle cores, so a method about 20 minutes and 16 methods five to six hours:
+(CIFAR-10) on two idle cores, so a method about 20 minutes and 17 methods five to seven hours:
 reckoned from single runs, not measured as a whole.
 """
 
