@@ -132,7 +132,7 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
             display.say(f"continuing after round {done} of {config.rounds}")
         elif restored.passed_over:
             display.say("no whole checkpoint is left: starting from the first round")
-        rounds = run_rounds(config, experiment, state, done)
+        rounds, total_refused = run_rounds(config, experiment, state, done), 0
         try:
             for state, metrics in rounds:
                 workdir.append(metrics)
@@ -140,6 +140,14 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
                 display.update(metrics)
                 if metrics["assignment/status"].startswith("fallback"):
                     display.say(f"round {metrics['round']}: {metrics['assignment/status']}")
+                refused = metrics["clients/quarantined"]
+                if refused and not total_refused:
+                    display.say(
+                        f"round {metrics['round']}: {refused} of {metrics['clients/delivered']} "
+                        "updates refused, not numbers or longer than server.norm_limit; "
+                        "clients/quarantined in metrics.jsonl counts all"
+                    )
+                total_refused += refused
                 stopping = _anywhere(stop())
                 last = metrics["round"] == config.rounds or stopping
                 if last or metrics["round"] % config.checkpoint.every == 0:

@@ -135,12 +135,19 @@ def make_availability(
         return independent(share, seed)
     if name == "markov":
         return markov(share, mean_on_rounds, seed)
-    if not Path(name).is_file():
+    if not _is_file(name):
         near = difflib.get_close_matches(name, _NAMES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         remedy = f"{hint}give {', '.join(_NAMES)} or the path of a trace"
         raise InputError("edge.availability", name, remedy)
     return trace(name, len(share))
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # Longer than any name, or with a zero in it.
+        return False
 
 
 def _uniform(seed: int, round_index: int, clients: int) -> np.ndarray:

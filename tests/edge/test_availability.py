@@ -153,3 +153,9 @@ def test_bad_input_is_refused(name: str, share: float, mean_on_rounds: float, li
     with pytest.raises(InputError) as caught:
         make_availability(name, share=np.array([0.5, share]), mean_on_rounds=mean_on_rounds, seed=0)
     assert str(caught.value) == line
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_what_can_be_no_file_is_refused(name):
+    with pytest.raises(InputError, match="edge.availability"):
+        make_availability(name, share=np.ones(2), mean_on_rounds=2.0, seed=0)
