@@ -157,5 +157,5 @@ def test_bad_input_is_refused(name: str, share: float, mean_on_rounds: float, li
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
 def test_what_can_be_no_file_is_refused(name):
-    with pytest.raises(InputError, match="edge.availability"):
+    with pytest.raises(InputError, match=r"edge\.availability"):
         make_availability(name, share=np.ones(2), mean_on_rounds=2.0, seed=0)
