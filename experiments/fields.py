@@ -149,8 +149,9 @@ def client_capacities(given: object, clients: int, experts: int, seed: int) -> n
 
 
 def _capacity_choices(given: object) -> Sequence[int]:
-    if isinstance(given, str) and given.count("-") == 1 and given.replace("-", "").isdecimal():
-        low, high = (int(end) for end in given.split("-"))
+    ends = given.split("-") if isinstance(given, str) else []
+    if len(ends) == 2 and all(end.isdecimal() for end in ends):
+        low, high = map(int, ends)
         if low > high:
             raise InputError("clients.capacity", given, f"turn the range around: {high}-{low}")
         return range(low, high + 1)

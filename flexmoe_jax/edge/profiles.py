@@ -67,7 +67,7 @@ def read_tiers(path: str | Path | Traversable) -> Mapping[str, Profile]:
     file = Path(path) if isinstance(path, str) else path
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, no TOML, or no path at all
         raise InputError("edge.tiers", path, f"give a TOML file of tiers ({error})") from error
     figures = Profile._fields[1:]
     tiers = {}

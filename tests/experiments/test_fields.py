@@ -87,3 +87,9 @@ def test_bounds_that_no_slack_can_meet_are_not_an_error():
 @pytest.mark.parametrize("module", [digits, emnist_digits, cifar10])
 def test_shipped_configs_only_set_fields_that_exist(module):
     assert flat_fields(module.get_config()).keys() == flat_fields(base.get_config()).keys()
+
+
+@pytest.mark.parametrize("given", ["1-", "-3", "-", "1-2-3", "a-b", "²-3"])
+def test_half_a_range_is_refused(given):
+    with pytest.raises(InputError, match=r"clients\.capacity"):
+        client_capacities(given, 4, 8, 0)
