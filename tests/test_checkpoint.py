@@ -168,7 +168,8 @@ def test_a_file_that_cannot_be_written_is_one_error_and_no_loss(state, tmp_path,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
     assert (failure.value.errno, failure.value.filename) == (errno.EFBIG, str(folder))
-    assert [path.name for path in folder.iterdir()] == ["4"]
+    # orbax's threads may go on writing what the next save clears away.
+    assert checkpoints.rounds() == [4]
     checkpoints.save(big)
     assert_same(checkpoints.restore(blank(big)).state, big)
     checkpoints.close()

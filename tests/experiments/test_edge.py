@@ -79,21 +79,20 @@ def test_devices_decide_capacity_cohort_and_time(tmp_path):
 
 
 def test_compression_and_robust_means_still_learn(tmp_path):
-    small = {"rounds": 8, "model__backbone": "mlp", "model__widths": (64,), "model__experts": 4}
     config = configure(
-        **small,
+        rounds=8,
+        model__backbone="mlp",
+        model__widths=(64,),
+        model__experts=4,
         upload__compression="top_k",
         upload__kept=0.1,
         server__aggregator="trimmed_mean",
         server__clip=5.0,
     )
-    plain = configure(**small)
     _, rows = run(config, tmp_path / "compressed")
-    _, reference = run(plain, tmp_path / "plain")
     assert rows[-1]["eval/global_accuracy"] > 0.6
-    assert rows[0]["comm/bytes_down"] == reference[0]["comm/bytes_down"]
     # A tenth of the entries, with a place of four bytes beside each value of four.
-    assert rows[0]["comm/bytes_up"] == pytest.approx(0.2 * reference[0]["comm/bytes_up"], rel=0.01)
+    assert rows[0]["comm/bytes_up"] == pytest.approx(0.2 * rows[0]["comm/bytes_down"], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -268,11 +268,10 @@ def test_partial_work_is_that_many_steps(make_algorithm, clients):
     assert np.array_equal(report.examples, expected)
 
 
-@pytest.mark.parametrize("trim", [0.2, 0.5])
-def test_robust_means_withstand_a_client_that_blows_its_update_up(make_algorithm, clients, trim):
+def test_robust_means_withstand_a_client_that_blows_its_update_up(make_algorithm, clients):
     cohort = np.arange(7, dtype=np.int32)
     moved = {}
-    for name, aggregator in (("mean", None), ("robust", partial(trimmed_mean, trim=trim))):
+    for name, aggregator in (("mean", None), ("robust", partial(trimmed_mean, trim=0.2))):
         # Everybody holds everything, so that every expert has several holders.
         algorithm = make_algorithm(
             aggregator=aggregator,
