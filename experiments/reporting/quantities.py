@@ -60,9 +60,9 @@ def byte_unit(largest: float) -> tuple[float, str]:
 
 def time_unit(largest: float) -> tuple[float, str]:
     """Seconds in, and name of, the unit in which `largest` reads best."""
-    for factor, unit in ((2 * 86400.0, "days"), (2 * 3600.0, "hours"), (120.0, "minutes")):
-        if largest >= factor:
-            return factor / 2, unit
+    for factor, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if largest >= 2 * factor:
+            return factor, unit
     return 1.0, "seconds"
 
 
