@@ -16,9 +16,14 @@ def coefficient_of_variation(load: np.ndarray) -> float:
 
 
 def accuracies(evaluation: Evaluation) -> dict[str, float | int]:
-    """The three accuracies, each a mean over clients that have held an expert, and their number."""
+    """The three accuracies, each a mean over clients that have held an expert, and their number.
+
+    While nobody has held one, the number alone.
+    """
     result = jax.device_get(evaluation)
     evaluated = result.evaluated
+    if not evaluated.any():
+        return {"eval/clients": 0}
     return {
         "eval/global_accuracy": float(result.global_accuracy[evaluated].mean()),
         "eval/personal_accuracy": float(result.personal_accuracy[evaluated].mean()),

@@ -178,8 +178,8 @@ class Problem:
 
     @property
     def deviation(self) -> FloatArray:
-        """[C, F] the clients' deviations `z` from the mean descriptor; F = 0 without diversity."""
-        if self.descriptor is None or not self.diversity:
+        """[C, F] deviations `z` from the mean descriptor; F = 0 without diversity or clients."""
+        if self.descriptor is None or not self.diversity or not self.clients:
             return np.zeros((self.clients, 0))
         return self.descriptor - self.descriptor.mean(axis=0, keepdims=True)
 

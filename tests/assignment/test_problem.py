@@ -63,6 +63,12 @@ def test_summary_says_what_gave_way() -> None:
     assert "out of bounds: expert 0 by 1" in text
 
 
+@pytest.mark.parametrize("solver", ["relaxation", "dual", "auto"])
+def test_no_clients_have_no_mean_descriptor(solver: str) -> None:
+    none = Problem(np.zeros((0, 2)), np.zeros(0), 0, 1, descriptor=np.zeros((0, 3)), diversity=2.0)
+    assert solve(none, solver).assignment.shape == (0, 2)
+
+
 @pytest.mark.parametrize("solver", ["relaxation", "paths", "flow", "dual", "auto", "greedy"])
 class TestDegenerate:
     def test_no_clients(self, solver: str) -> None:

@@ -248,6 +248,14 @@ def test_clients_that_do_not_deliver_leave_no_trace(make_algorithm, clients):
         chex.assert_trees_all_equal(getattr(some, name), getattr(others, name))
     assert (np.asarray(some.slots)[:, 0] < EXPERTS).all()
     assert ((np.asarray(others.slots)[:, 0] < EXPERTS) == there).all()
+
+    # A round in which nobody can be reached changes nothing but its number.
+    before = jax.device_get(others._replace(key=0, round=0))
+    nobody = np.zeros(0, np.int32)
+    solution = algorithm.assign(others, nobody)
+    after, report = algorithm.round(others, clients, algorithm.plan(nobody, solution))
+    assert not np.asarray(report.examples).any()
+    chex.assert_trees_all_equal(jax.device_get(after._replace(key=0, round=0)), before)
     assert algorithm.round._cache_size() == 1
 
 
