@@ -20,6 +20,7 @@ from flexmoe_jax.assignment import Policy, Request, Solution, update_deficit
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.federated.aggregate import Aggregator, apply_sums, init_server
 from flexmoe_jax.federated.client import LocalTraining, make_client
+from flexmoe_jax.federated.compress import init_residual, move_residual
 from flexmoe_jax.federated.evaluate import TestSet, evaluate
 from flexmoe_jax.federated.execute import client_mesh, replicate, resolve_block_size, train_cohort
 from flexmoe_jax.federated.fitness import Score, accuracy_score, update_fitness
@@ -244,17 +245,10 @@ def flexmoe(
             load=jnp.zeros(experts),
             deficit=jnp.zeros(experts),
             fresh=jnp.zeros((clients, experts), bool),
-            residual=init_residual(params),
+            residual=init_residual(params.shared, params.experts, clients, slots)
+            if uplink.error_feedback and not uplink.compressor.lossless
+            else (),
         )
-
-    def init_residual(params: Params) -> PyTree:
-        if uplink.compressor.lossless or not uplink.error_feedback:
-            return ()
-        of_shared = jax.tree.map(lambda x: jnp.zeros((clients, *x.shape)), params.shared)
-        of_experts = jax.tree.map(
-            lambda x: jnp.zeros((clients, slots, *x.shape[1:])), params.experts
-        )
-        return of_shared, of_experts
 
     def assign(state: State, cohort: np.ndarray) -> Solution:
         known = jax.device_get(
@@ -303,22 +297,6 @@ def flexmoe(
     def by_expert(slots: Array, amount: Array) -> Array:
         return jnp.zeros(experts).at[slots].add(amount, mode="drop")
 
-    def match_residual(state: State, plan: Plan) -> PyTree:
-        """The residuals, those of experts moved to the slots that the plan gives them."""
-        if not state.residual:
-            return ()
-        of_shared, of_experts = state.residual
-        # What was kept back of an expert is lost with the expert.
-        before = state.slots.at[plan.clients].get(mode="clip")  # (P, K)
-        same = plan.slots[:, :, None] == before[:, None, :]  # (P, new K, old K)
-
-        def move(kept: Array) -> Array:
-            old = kept.at[plan.clients].get(mode="clip")
-            new = jnp.einsum("pkj,pj...->pk...", same.astype(kept.dtype), old)
-            return kept.at[plan.clients].set(new, mode="drop")
-
-        return of_shared, jax.tree.map(move, of_experts)
-
     @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def run_round(state: State, data: ClientData, plan: Plan) -> tuple[State, RoundReport]:
         key = jax.random.fold_in(state.key, state.round)
@@ -335,7 +313,7 @@ def flexmoe(
             resolve_block_size(block_size, plan.clients.shape[0], mesh.size),
             mesh,
             uplink,
-            match_residual(state, plan),
+            move_residual(state.residual, state.slots, plan),
             aggregator,
         )
         sums = result.sums

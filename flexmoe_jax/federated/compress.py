@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.types import Array, PyTree
+from flexmoe_jax.types import Array, Plan, PyTree
 
 
 class Compressor(NamedTuple):
@@ -113,3 +113,35 @@ def compress_update(
     arrived = compressor.round_trip(shared), jax.vmap(compressor.round_trip)(experts)
     kept = jax.tree.map(jnp.subtract, (shared, experts), arrived) if residual else ()
     return *arrived, kept
+
+
+def init_residual(shared: PyTree, experts: PyTree, clients: int, slots: int) -> PyTree:
+    """Nothing kept back yet: zeros like ψ, leaves (C, ...), and like θ, leaves (C, K, ...)."""
+    return (
+        jax.tree.map(lambda x: jnp.zeros((clients, *x.shape)), shared),
+        jax.tree.map(lambda x: jnp.zeros((clients, slots, *x.shape[1:])), experts),
+    )
+
+
+def move_residual(residual: PyTree, slots: Array, plan: Plan) -> PyTree:
+    """Moves what was kept back of experts to the slots that a plan gives them.
+
+    What was kept back of an expert that a client no longer holds is lost.
+
+    Args:
+      residual: as `init_residual` makes it; () for none.
+      slots: (C, K) int32 each client's experts before the plan.
+      plan: of the round.
+    """
+    if not residual:
+        return ()
+    of_shared, of_experts = residual
+    before = slots.at[plan.clients].get(mode="clip")  # (P, K)
+    same = plan.slots[:, :, None] == before[:, None, :]  # (P, new K, old K)
+
+    def move(kept: Array) -> Array:
+        old = kept.at[plan.clients].get(mode="clip")
+        new = jnp.einsum("pkj,pj...->pk...", same.astype(kept.dtype), old)
+        return kept.at[plan.clients].set(new, mode="drop")
+
+    return of_shared, jax.tree.map(move, of_experts)

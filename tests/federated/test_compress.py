@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as hnp
 
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import COMPRESSIONS, make_compressor
-from flexmoe_jax.federated.compress import compress_update
+from flexmoe_jax.federated.compress import compress_update, init_residual, move_residual
+from flexmoe_jax.types import Plan
 
 UPDATE = {"w": jnp.array([[0.5, -4.0, 0.25], [0.0, 1.0, -0.125]]), "b": jnp.array([2.0])}
 
@@ -89,3 +90,24 @@ def test_without_error_feedback_it_is_lost():
 def test_bad_input_is_refused(arguments, line):
     with pytest.raises(InputError, match=line):
         make_compressor(*arguments)
+
+
+def test_what_is_kept_back_of_an_expert_goes_with_it():
+    # Three clients, two slots, four experts; client 2 takes no part, client 3 is padding.
+    before = jnp.array([[0, 2], [1, 3], [0, 1]])
+    kept = jnp.array([[10.0, 12.0], [21.0, 23.0], [30.0, 31.0]])
+    plan = Plan(
+        clients=jnp.array([1, 0, 3]),
+        slots=jnp.array([[0, 1], [2, 4], [4, 4]]),
+        load=jnp.zeros(4),
+        steps=jnp.ones(3),
+        tamper=jnp.ones(3),
+    )
+    shared = {"w": jnp.array([1.0, 2.0, 3.0])}
+    found = move_residual((shared, {"w": kept}), before, plan)
+    # Client 0 keeps what it has of expert 2, now in its first slot; client 1 that of expert 1.
+    assert found[1]["w"].tolist() == [[12.0, 0.0], [0.0, 21.0], [30.0, 31.0]]
+    assert found[0] is shared
+    assert move_residual((), before, plan) == ()
+    zeros = init_residual(UPDATE, {"w": jnp.ones((4, 5))}, clients=3, slots=2)
+    assert (zeros[0]["w"].shape, zeros[1]["w"].shape) == ((3, 2, 3), (3, 2, 5))
