@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.clients.capacity = FieldReference("1-4", field_type=object)
 
     config.model = ConfigDict()
-    config.model.backbone = "convnet"  # mlp | convnet | resnet
+    config.model.backbone = "convnet"  # mlp | cnn | convnet | resnet
     config.model.widths = config_dict.placeholder(tuple)  # of its layers; unset for its own default
     config.model.depth = 0  # of resnet (6n+2); 0 for its own default
     config.model.groups = 0  # of the group normalisation; 0 for the backbone's default

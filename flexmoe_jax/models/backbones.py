@@ -104,6 +104,38 @@ class ConvNet(nn.Module):
         return x.mean(axis=(1, 2))
 
 
+class CNN(nn.Module):
+    """Convolutions of 3×3, each followed by a maximum over 2×2, then one fully connected layer.
+
+    The small network of the federated literature (McMahan et al. 2017 take two layers and a wider
+    one). It keeps where in the image something is, and so learns in far fewer steps than
+    `ConvNet`, which takes the mean over pixels.
+
+    Attributes:
+      widths: output channels of each convolution; the last, of the fully connected layer, is D.
+      groups: groups of the normalisation after each convolution; 0 for none.
+      conv: the convolution's implementation.
+    """
+
+    widths: Sequence[int] = (16, 32, 64)
+    groups: int = 0
+    conv: Convolution = conv_matmul
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps (B, h, w, channels) to (B, D)."""
+        *channels, features = self.widths
+        if min(x.shape[1:3]) < 2 ** len(channels):
+            remedy = f"{len(channels)} halvings leave nothing of an image of {x.shape[1:3]}"
+            raise InputError("model.widths", self.widths, f"{remedy}; choose fewer widths")
+        for width in channels:
+            x = Conv(width, use_bias=not self.groups, conv=self.conv)(x)
+            if self.groups:
+                x = GroupNorm(self.groups)(x)
+            x = max_pool(nn.relu(x))
+        return nn.relu(nn.Dense(features)(x.reshape(x.shape[0], -1)))
+
+
 class ResidualBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut (He et al. 2016), normalised by group.
 
@@ -169,6 +201,12 @@ def _convnet(widths: Sequence[int], depth: int, groups: int, conv: Convolution) 
     return ConvNet(widths, groups, conv)
 
 
+def _cnn(widths: Sequence[int], depth: int, groups: int, conv: Convolution) -> nn.Module:
+    widths = tuple(widths) or CNN.widths
+    _check_groups(groups, widths[:-1])
+    return CNN(widths, groups, conv)
+
+
 def _resnet(widths: Sequence[int], depth: int, groups: int, conv: Convolution) -> nn.Module:
     width = widths[0] if widths else ResNet.width
     depth = depth or ResNet.depth
@@ -212,6 +250,7 @@ class PersonalMixture(nn.Module):
 BACKBONES: dict[str, Callable[[Sequence[int], int, int, Convolution], nn.Module]] = {
     "mlp": _mlp,
     "convnet": _convnet,
+    "cnn": _cnn,
     "resnet": _resnet,
 }
 
@@ -227,7 +266,7 @@ def make_backbone(
     """Builds a backbone by name.
 
     Args:
-      name: `mlp`, `convnet` or `resnet`.
+      name: `mlp`, `convnet`, `cnn` or `resnet`.
       widths: of each layer (`resnet`: of the first stage); empty for the module's default.
       depth: of the `resnet`; 0 for its default.
       groups: groups of the normalisation; 0 for the backbone's default.

@@ -20,6 +20,8 @@ from flexmoe_jax.models.backbones import GroupNorm
         ("mlp", {"widths": (16,)}, 16),
         ("convnet", {}, 64),
         ("convnet", {"widths": (8, 12), "groups": 4}, 12),
+        ("cnn", {}, 64),
+        ("cnn", {"widths": (4, 8, 12), "groups": 4}, 12),
         ("resnet", {}, 64),
         ("resnet", {"depth": 14, "widths": (4,)}, 16),
     ],
@@ -60,6 +62,13 @@ def test_both_convolutions_give_the_same_network():
 def test_bad_options_are_refused(name, options, line):
     with pytest.raises(InputError, match=line):
         make_backbone(name, **options)
+
+
+def test_an_image_too_small_to_be_halved_is_refused():
+    backbone = make_backbone("cnn", widths=(4, 4, 4, 4, 8))
+    line = r"model\.widths=\(4, 4, 4, 4, 8\): 4 halvings leave nothing of an image of \(8, 8\)"
+    with pytest.raises(InputError, match=line):
+        jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
 def test_max_pool_is_that_of_flax():
