@@ -14,13 +14,8 @@ from experiments.studying.study import Study
 
 
 def get_study() -> Study:
-    """Few rounds of a small network; plain FLEX-MoE, without the price on like holders."""
-    quick = {
-        "rounds": 6,
-        "model.backbone": "mlp",
-        "clients.capacity": 2,
-        "assignment.diversity": 0.0,
-    }
+    """Few rounds of a small network."""
+    quick = {"rounds": 6, "model.backbone": "mlp", "clients.capacity": 2}
     return Study(
         name="digits_smoke",
         config=digits.get_config,

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from experiments.studying.study import Axis
 
+# Gates left to themselves.
+PLAIN = {"local.balance": 0.0}
+
 PAPER = {
+    **PLAIN,
     "assignment.policy": "flex",
-    "fitness.score": "accuracy",
+    "assignment.load": "clients",
     "assignment.diversity": 0.0,
-    "local.balance": 0.0,
+    "fitness.score": "accuracy",
 }
-# Holders of unlike label mixes, and clients that use all they hold.
-FLEX = {**PAPER, "assignment.diversity": 3.0, "local.balance": 0.05}
+# Even use, holders of unlike label mixes, and clients that use all they hold.
+FLEX = {
+    **PAPER,
+    "assignment.load": "usage",
+    "assignment.diversity": 3.0,
+    "local.balance": 0.05,
+}
 
 # All parameters in one expert, which everybody holds: as wide as two of the default 128.
 DENSE = {
+    **PLAIN,
     "assignment.policy": "full",
     "model.experts": 1,
     "model.hidden": 256,
@@ -22,25 +32,27 @@ DENSE = {
 }
 
 METHODS: Axis = {
-    # FLEX-MoE with our two additions, which keep it from teaching each expert few classes alone.
+    # FLEX-MoE with our three additions: experts learn all classes, and are used alike.
     "flex": FLEX,
+    # The same with holders counted instead of the use foreseen.
+    "flex_clients": {**FLEX, "assignment.load": "clients"},
     # The same with the loss score exp(-α l).
     "flex_loss": {**FLEX, "fitness.score": "loss"},
     # FLEX-MoE as the paper describes it, by either score: arXiv 2512.23070.
     "flex_paper": PAPER,
     "flex_paper_loss": {**PAPER, "fitness.score": "loss"},
     # Each client its fittest experts, no load bounds: the baseline of arXiv 2512.23070.
-    "greedy": {"assignment.policy": "greedy"},
+    "greedy": {**PLAIN, "assignment.policy": "greedy"},
     # Each client the experts that it used most so far: FedMoE, arXiv 2408.11304.
-    "greedy_usage": {"assignment.policy": "greedy_usage"},
+    "greedy_usage": {**PLAIN, "assignment.policy": "greedy_usage"},
     # Experts drawn anew every round: the usual null model.
-    "random": {"assignment.policy": "random"},
+    "random": {**PLAIN, "assignment.policy": "random"},
     # Experts dealt out in turn, the deal moved on every round: the balanced null model.
-    "round_robin": {"assignment.policy": "round_robin"},
+    "round_robin": {**PLAIN, "assignment.policy": "round_robin"},
     # Experts drawn once and kept for good: clustering by chance.
-    "static": {"assignment.policy": "static"},
+    "static": {**PLAIN, "assignment.policy": "static"},
     # Every client holds all experts: no capacity limit, the reference from above.
-    "full": {"assignment.policy": "full"},
+    "full": {**PLAIN, "assignment.policy": "full"},
     # Gates that travel with their experts and are averaged as they are.
     "flex_shared_gate": {**FLEX, "model.gate": "shared"},
     # Server optimisers: FedAvgM (arXiv 1909.06335) and FedAdam (arXiv 2003.00295).

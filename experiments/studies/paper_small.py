@@ -18,13 +18,17 @@ from experiments.studying.study import Study
 
 
 def get_study() -> Study:
-    """20 clients that hold 2 of 8 experts, 20 rounds of 8 local steps."""
-    reduced = {"local.max_steps": 8, "eval.every": 2, "data.test_limit": 2000}
+    """20 clients that hold 2 of 8 experts; 16 local steps a round, on 16 examples each."""
+    reduced = {"local.batch_size": 16, "data.test_limit": 4000}
+    sizes = {
+        "emnist_digits": {"model.backbone": "mlp", "rounds": 40, "eval.every": 4},
+        "cifar10": {"model.backbone": "cnn", "rounds": 30, "eval.every": 3},
+    }
     return Study(
         name="paper_small",
         config=emnist_digits.get_config,
         methods=METHODS,
-        datasets={name: {**DATASETS[name], **reduced} for name in ("emnist_digits", "cifar10")},
+        datasets={name: {**DATASETS[name], **reduced, **size} for name, size in sizes.items()},
         partitions=PARTITIONS,
         seeds=(0, 1, 2),
     )

@@ -22,6 +22,7 @@ from flexmoe_jax.federated.client import (
     Client,
     ClientUpdate,
     LocalTraining,
+    draw_batches,
     make_client,
     proximal,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "client_mesh",
     "compile_ahead",
     "deliver",
+    "draw_batches",
     "epsilon",
     "evaluate",
     "flexmoe",

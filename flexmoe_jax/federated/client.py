@@ -103,7 +103,6 @@ class ClientState(NamedTuple):
     Attributes:
       params: current parameters, experts and gate cut to the K slots.
       optimizer: the local optimiser's state.
-      order: (epochs, N) a fresh permutation of the client's examples for each epoch.
       feedback: running sums per slot, (K,).
       loss: () running sum of the cross-entropy.
       examples: () running count of examples trained on.
@@ -111,7 +110,6 @@ class ClientState(NamedTuple):
 
     params: Params
     optimizer: PyTree
-    order: Array
     feedback: Feedback
     loss: Array
     examples: Array
@@ -143,14 +141,13 @@ class Client(NamedTuple):
     """Local training of one client.
 
     Attributes:
-      init: (params, examples held (), key) -> ClientState.
-      step: (ClientState, row of `data.index` (N,), size (), held (K,), t) -> ClientState, for t
-        below the client's own number of steps.
+      init: params -> ClientState.
+      step: (ClientState, rows of the batch (B,), held (K,)) -> ClientState; see `draw_batches`.
       final: (params at the start, ClientState) -> ClientUpdate.
     """
 
-    init: Callable[[Params, Array, Key], ClientState]
-    step: Callable[[ClientState, Array, Array, Array, Array], ClientState]
+    init: Callable[[Params], ClientState]
+    step: Callable[[ClientState, Array, Array], ClientState]
     final: Callable[[Params, ClientState], ClientUpdate]
 
 
@@ -164,12 +161,11 @@ def make_client(apply: Apply, local: LocalTraining, data: ClientData, slots: int
       slots: K.
     """
 
-    def init(params: Params, size: Array, key: Key) -> ClientState:
+    def init(params: Params) -> ClientState:
         zeros = jnp.zeros(slots)
         return ClientState(
             params=params,
             optimizer=local.optimizer.init(params),
-            order=_orders(key, local.epochs, data.index.shape[1], size),
             feedback=Feedback(zeros, zeros, zeros),
             loss=jnp.zeros(()),
             examples=jnp.zeros(()),
@@ -204,13 +200,9 @@ def make_client(apply: Apply, local: LocalTraining, data: ClientData, slots: int
         total, seen = lax.scan(add, jax.tree.map(jnp.zeros_like, params), cut)
         return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
 
-    def step(state: ClientState, index: Array, size: Array, held: Array, t: Array) -> ClientState:
-        per_epoch = local.steps_per_epoch(size)
-        epoch, batch = t // per_epoch, t % per_epoch
-        place = batch * local.batch_size + jnp.arange(local.batch_size)
-        rows = index[state.order[epoch, jnp.minimum(place, index.shape[0] - 1)]]
-        valid = (place < size).astype(jnp.float32)
-
+    def step(state: ClientState, rows: Array, held: Array) -> ClientState:
+        valid = (rows >= 0).astype(jnp.float32)
+        rows = jnp.maximum(rows, 0)
         slope, (losses, correct, selected) = gradient(
             state.params, (data.images[rows], data.labels[rows], valid), held
         )
@@ -219,7 +211,6 @@ def make_client(apply: Apply, local: LocalTraining, data: ClientData, slots: int
         return ClientState(
             params=optax.apply_updates(state.params, updates),
             optimizer=optimizer,
-            order=state.order,
             feedback=Feedback(
                 usage=state.feedback.usage + routed.sum(axis=0),
                 correct=state.feedback.correct + correct @ routed,
@@ -243,8 +234,24 @@ def make_client(apply: Apply, local: LocalTraining, data: ClientData, slots: int
     return Client(init, step, final)
 
 
-def _orders(key: Key, epochs: int, padded: int, size: Array) -> Array:
-    """(epochs, padded) int32: a permutation of 0..size-1 for each epoch, then the padding."""
-    rank = jax.random.uniform(key, (epochs, padded))
-    rank = jnp.where(jnp.arange(padded) < size, rank, jnp.inf)
-    return jnp.argsort(rank, axis=1).astype(jnp.int32)
+def draw_batches(local: LocalTraining, key: Key, index: Array, size: Array) -> Array:
+    """What a client trains on in a round: its examples in a new order every epoch, cut to batches.
+
+    Args:
+      local: how clients train.
+      key: of the client in this round.
+      index: (N,) rows of its examples in the data set, then padding.
+      size: () how many it has.
+
+    Returns:
+      (T, B) int32 rows of the data set, T the steps of a client with N examples; -1 where a batch
+      is not full and from the client's own last step on.
+    """
+    padded = index.shape[0]
+    rank = jax.random.uniform(key, (local.epochs, padded))
+    order = jnp.argsort(jnp.where(jnp.arange(padded) < size, rank, jnp.inf), axis=1)
+    step = jnp.arange(int(local.steps(np.asarray(padded))))[:, None]
+    epoch, batch = jnp.divmod(step, jnp.maximum(local.steps_per_epoch(size), 1))
+    place = batch * local.batch_size + jnp.arange(local.batch_size)
+    rows = index[order[epoch.clip(max=local.epochs - 1), place.clip(max=padded - 1)]]
+    return jnp.where((step < local.steps(size)) & (place < size), rows, -1).astype(jnp.int32)

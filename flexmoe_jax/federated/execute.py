@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated.aggregate import Aggregator, Sums, Updates, add_updates, init_sums
-from flexmoe_jax.federated.client import Client, LocalTraining
+from flexmoe_jax.federated.client import Client, LocalTraining, draw_batches
 from flexmoe_jax.federated.uplink import Uplink, deliver
 from flexmoe_jax.types import Array, Feedback, Key, Params, Plan, PyTree
 
@@ -135,15 +135,11 @@ def train_cohort(
     def train_share(share: tuple[Array, ...], known: tuple) -> tuple[Sums | None, tuple]:
         data, shared, experts, gates, private, residual, key = known
         client = make_client(data)
-        clients_total = data.size.shape[0]
 
         def train_block(sums: Sums | None, block: tuple[Array, ...]) -> tuple[Sums | None, tuple]:
-            clients, slots, most, tamper = block  # (p,), (p, K), (p,), (p,)
+            # (p,), (p, K), (p,), (p,), (p, T, B)
+            clients, slots, steps, tamper, batches = block
             held = slots < experts_total
-            index = jnp.take(data.index, clients, axis=0, mode="clip")
-            size = jnp.where(
-                clients < clients_total, jnp.take(data.size, clients, axis=0, mode="clip"), 0
-            )
             start = Params(
                 shared=jax.tree.map(
                     lambda x: jnp.broadcast_to(x, (*clients.shape, *x.shape)), shared
@@ -152,14 +148,10 @@ def train_cohort(
                 gate=jax.tree.map(lambda g: _take_pairs(g, clients, slots), gates),
                 private=take_slots(private, clients),
             )
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, clients)
-            state = _side_by_side(client.init)(start, size, keys)
-            steps = jnp.minimum(local.steps(size), most)
+            state = _side_by_side(client.init)(start)
 
             def step(t: Array, state: PyTree) -> PyTree:
-                stepped = _side_by_side(client.step, (0, 0, 0, 0, None))(
-                    state, index, size, held, t
-                )
+                stepped = _side_by_side(client.step)(state, batches[:, t], held)
                 # A client alone in its block never goes on beyond its own steps.
                 return stepped if block_size == 1 else _where(t < steps, stepped, state)
 
@@ -179,6 +171,14 @@ def train_cohort(
             outputs = None if sums is not None else Updates(*sent), *of_clients, kept, refused
             return sums, outputs
 
+        clients, slots, most, tamper = share
+        index = jnp.take(data.index, clients, axis=0, mode="clip")
+        size = jnp.where(
+            clients < data.size.shape[0], jnp.take(data.size, clients, axis=0, mode="clip"), 0
+        )
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, clients)
+        batches = jax.vmap(partial(draw_batches, local))(keys, index, size)
+        share = clients, slots, jnp.minimum(local.steps(size), most), tamper, batches
         blocks = jax.tree.map(lambda x: x.reshape(-1, block_size, *x.shape[1:]), share)
         start = init_sums(shared, experts, experts_total) if aggregator is None else None
         sums, outputs = lax.scan(train_block, start, blocks)

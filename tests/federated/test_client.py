@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoe_jax.federated import LocalTraining, make_client, proximal
+from flexmoe_jax.federated import LocalTraining, draw_batches, make_client, proximal
 from flexmoe_jax.models import MLP, MoEClassifier, merge_params, split_params
 from flexmoe_jax.types import Params
 
@@ -30,11 +30,10 @@ def start():
 def train(client, start, local, index, size, held, key=0):
     @jax.jit
     def run(start, index, size, held, key):
-        state = client.init(start, size, key)
+        state = client.init(start)
+        batches = draw_batches(local, key, index, size)
         steps = local.steps(size)
-        state = jax.lax.fori_loop(
-            0, steps, lambda t, s: client.step(s, index, size, held, t), state
-        )
+        state = jax.lax.fori_loop(0, steps, lambda t, s: client.step(s, batches[t], held), state)
         return client.final(start, state)
 
     size = jnp.asarray(size, jnp.int32)
