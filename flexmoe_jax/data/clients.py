@@ -20,7 +20,8 @@ class ClientData:
     Attributes:
       images: (M, height, width, channels) uint8.
       labels: (M,) int32.
-      index: (C, N) int32, each client's rows of `images`, padded with 0 to the largest client.
+      index: (C, N) int32, each client's rows of `images`, padded with 0 to the largest client, and
+        beyond it by at most an eighth: partitions of like sizes have one N and one program.
       size: (C,) int32, how many entries of its row of `index` are a client's own.
       label_share: (C, Y) float32, the share of each class among a client's examples.
     """
@@ -51,7 +52,7 @@ def build_clients(dataset: Dataset, parts: Sequence[np.ndarray]) -> ClientData:
             "no clients" if sizes.size == 0 else f"client {int(sizes.argmin())} without examples"
         )
         raise InputError("parts", empty, "give at least one example to each of one or more clients")
-    index = np.zeros((len(parts), sizes.max()), np.int32)
+    index = np.zeros((len(parts), _round_up(sizes.max())), np.int32)
     index[np.arange(index.shape[1]) < sizes[:, None]] = np.concatenate(list(parts))
     counts = label_counts(dataset.train_labels, parts, dataset.num_classes)
     return ClientData(
@@ -61,6 +62,12 @@ def build_clients(dataset: Dataset, parts: Sequence[np.ndarray]) -> ClientData:
         size=jnp.asarray(sizes),
         label_share=jnp.asarray(counts / sizes[:, None], jnp.float32),
     )
+
+
+def _round_up(size: int) -> int:
+    """The next number of four binary digits and zeros, at most an eighth above."""
+    grain = 1 << max(int(size).bit_length() - 4, 0)
+    return -(-int(size) // grain) * grain
 
 
 def label_counts(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: int) -> np.ndarray:

@@ -248,7 +248,8 @@ def draw_batches(local: LocalTraining, key: Key, index: Array, size: Array) -> A
       is not full and from the client's own last step on.
     """
     padded = index.shape[0]
-    rank = jax.random.uniform(key, (local.epochs, padded))
+    # The padding comes last, so that it does not move what the examples before it draw.
+    rank = jax.random.uniform(key, (padded, local.epochs)).T
     order = jnp.argsort(jnp.where(jnp.arange(padded) < size, rank, jnp.inf), axis=1)
     step = jnp.arange(int(local.steps(np.asarray(padded))))[:, None]
     epoch, batch = jnp.divmod(step, jnp.maximum(local.steps_per_epoch(size), 1))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmoe_jax.federated import LocalTraining, draw_batches, make_client, proximal
@@ -46,6 +46,23 @@ def test_steps_cover_every_epoch(size, epochs, batch, cap):
     steps = int(local.steps(jnp.asarray(size)))
     whole = epochs * int(np.ceil(size / batch))
     assert steps == (min(whole, cap) if cap else whole)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 12), st.integers(0, 5), st.integers(1, 3), st.integers(1, 5))
+def test_batches_hold_every_example_once_an_epoch(size, padding, epochs, batch_size):
+    local = LocalTraining(optax.sgd(0.1), epochs, batch_size)
+    rows = np.arange(100, 100 + size + padding)
+    batches = np.asarray(draw_batches(local, jax.random.key(0), jnp.asarray(rows), size))
+    assert batches.shape == (local.steps(np.asarray(size + padding)), batch_size)
+    steps, per_epoch = int(local.steps(np.asarray(size))), -(-size // batch_size)
+    for epoch in np.split(batches[:steps], epochs):
+        assert len(epoch) == per_epoch
+        assert sorted(epoch[epoch >= 0]) == list(rows[:size])
+    assert (batches[steps:] == -1).all()
+    # Another client's size, which decides the padding, changes nothing.
+    alone = np.asarray(draw_batches(local, jax.random.key(0), jnp.asarray(rows[:size]), size))
+    assert (batches[:steps] == alone).all()
 
 
 def test_every_example_counts_once_an_epoch(clients, start):
