@@ -63,7 +63,8 @@ def get_config() -> ConfigDict:
     config.local.momentum = 0.0  # of sgd
     config.local.clip_norm = 0.0  # cap on the gradient's global norm; 0 for none
     config.local.proximal = 0.0  # μ of FedProx
-    config.local.balance = 0.0  # weight of the Switch-style balance loss over the held experts
+    # Weight of the Switch-style balance loss over the held experts: keeps them all in use.
+    config.local.balance = 0.05
     config.local.z = 0.0  # weight of the router z-loss
 
     config.server = ConfigDict()
@@ -104,14 +105,16 @@ def get_config() -> ConfigDict:
     config.assignment = ConfigDict()
     config.assignment.policy = "flex"  # or greedy, greedy_usage, random, round_robin, static, full
     config.assignment.solver = "auto"
-    config.assignment.load = "clients"  # clients | samples | usage
+    config.assignment.load = "usage"  # clients | samples | usage
     config.assignment.slack = 0.1  # δ: by how much of the mean load an expert's load may miss it
     config.assignment.deficit_decay = 1.0  # 1 never forgets what an expert was owed, 0 always does
     config.assignment.rounding = "repair"  # repair | shmoys_tardos, where loads are weighted
     config.assignment.backend = "HIGHS"  # CVXPY solver of relaxations, of those installed
     config.assignment.holders_min = 0  # least holders of every expert
     config.assignment.balance = 0.0  # price of the squared distance of loads from their target
-    config.assignment.diversity = 0.0  # price of holders whose label mix differs from all clients'
+    # Price of holders whose label mix differs from all clients'. Holders of like mixes would teach
+    # an expert their few classes alone. 0, with load clients and local.balance 0: as in the paper.
+    config.assignment.diversity = 3.0
     config.assignment.movement = 0.0  # price of sending an expert to a client that has it not
     config.assignment.time_limit = 60.0  # seconds of a solver; then even loads; 0 for none
 

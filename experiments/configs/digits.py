@@ -20,8 +20,4 @@ def get_config() -> ConfigDict:
     config.local.epochs = 2
     config.local.batch_size = 10
     config.local.clip_norm = 5.0  # ends the rare spikes of the loss
-    config.local.balance = 0.05  # keeps all experts of a client in use
-    # Holders of like label mixes would teach an expert their few classes alone: global accuracy
-    # then stays near 0.95.
-    config.assignment.diversity = 3.0
     return config

@@ -13,22 +13,17 @@ from __future__ import annotations
 
 from experiments.configs import emnist_digits
 from experiments.studies.methods import METHODS
-from experiments.studies.tasks import DATASETS, PARTITIONS
+from experiments.studies.tasks import PARTITIONS, SMALL
 from experiments.studying.study import Study
 
 
 def get_study() -> Study:
     """20 clients that hold 2 of 8 experts; 16 local steps a round, on 16 examples each."""
-    reduced = {"local.batch_size": 16, "data.test_limit": 4000}
-    sizes = {
-        "emnist_digits": {"model.backbone": "mlp", "rounds": 40, "eval.every": 4},
-        "cifar10": {"model.backbone": "cnn", "rounds": 30, "eval.every": 3},
-    }
     return Study(
         name="paper_small",
         config=emnist_digits.get_config,
         methods=METHODS,
-        datasets={name: {**DATASETS[name], **reduced, **size} for name, size in sizes.items()},
+        datasets=SMALL,
         partitions=PARTITIONS,
         seeds=(0, 1, 2),
     )

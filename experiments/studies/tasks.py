@@ -12,6 +12,25 @@ DATASETS: Axis = {
     "gtsrb": {"data.name": "visual_domain_decathlon/gtsrb"},
 }
 
+# The same at sizes for two CPU cores: networks that learn in minutes, 16 examples a batch.
+_REDUCED = {"local.batch_size": 16, "data.test_limit": 4000}
+SMALL: Axis = {
+    "emnist_digits": {
+        **DATASETS["emnist_digits"],
+        **_REDUCED,
+        "model.backbone": "mlp",
+        "rounds": 40,
+        "eval.every": 4,
+    },
+    "cifar10": {
+        **DATASETS["cifar10"],
+        **_REDUCED,
+        "model.backbone": "cnn",
+        "rounds": 30,
+        "eval.every": 3,
+    },
+}
+
 # Those of arXiv 2512.23070.
 PARTITIONS: Axis = {
     "iid": {"partition.name": "iid"},

@@ -20,7 +20,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated.aggregate import Aggregator, Sums, Updates, add_updates, init_sums
-from flexmoe_jax.federated.client import Client, LocalTraining, draw_batches
+from flexmoe_jax.federated.client import (
+    Client,
+    ClientState,
+    ClientUpdate,
+    LocalTraining,
+    draw_batches,
+)
 from flexmoe_jax.federated.uplink import Uplink, deliver
 from flexmoe_jax.types import Array, Feedback, Key, Params, Plan, PyTree
 
@@ -136,6 +142,23 @@ def train_cohort(
         data, shared, experts, gates, private, residual, key = known
         client = make_client(data)
 
+        def train(start: Params, batches: Array, held: Array, steps: Array) -> ClientUpdate:
+            # A client alone in its block is taken out of it for the whole of its training: with the
+            # axis of one, XLA copies all parameters at every step.
+            alone = block_size == 1
+            across = _as_is if alone else jax.vmap
+            if alone:
+                start, batches, held = jax.tree.map(lambda x: x[0], (start, batches, held))
+
+            def step(t: Array, state: ClientState) -> ClientState:
+                stepped = across(client.step)(state, batches[..., t, :], held)
+                # Nor does it ever go on beyond its own steps.
+                return stepped if alone else _where(t < steps, stepped, state)
+
+            state = lax.fori_loop(0, steps.max(), step, across(client.init)(start))
+            update = across(client.final)(start, state)
+            return jax.tree.map(lambda x: x[None], update) if alone else update
+
         def train_block(sums: Sums | None, block: tuple[Array, ...]) -> tuple[Sums | None, tuple]:
             # (p,), (p, K), (p,), (p,), (p, T, B)
             clients, slots, steps, tamper, batches = block
@@ -148,17 +171,9 @@ def train_cohort(
                 gate=jax.tree.map(lambda g: _take_pairs(g, clients, slots), gates),
                 private=take_slots(private, clients),
             )
-            state = _side_by_side(client.init)(start)
-
-            def step(t: Array, state: PyTree) -> PyTree:
-                stepped = _side_by_side(client.step)(state, batches[:, t], held)
-                # A client alone in its block never goes on beyond its own steps.
-                return stepped if block_size == 1 else _where(t < steps, stepped, state)
-
-            state = lax.fori_loop(0, steps.max(), step, state)
-            update = _side_by_side(client.final)(start, state)
+            update = train(start, batches, held, steps)
             kept = take_slots(residual, clients)
-            update, kept, refused = _side_by_side(partial(deliver, uplink))(
+            update, kept, refused = jax.vmap(partial(deliver, uplink))(
                 update, held, start, kept, tamper
             )
             weights = update.examples, update.feedback.usage
@@ -193,22 +208,8 @@ def train_cohort(
     return CohortResult(sums, *others)
 
 
-def _side_by_side(
-    function: Callable[..., PyTree], axes: tuple[int | None, ...] | int = 0
-) -> Callable[..., PyTree]:
-    """`vmap` over a block's clients; one alone is taken out of its block and put back."""
-
-    def run(*arguments: PyTree) -> PyTree:
-        mapped = axes if isinstance(axes, tuple) else (axes,) * len(arguments)
-        if jax.tree.leaves(arguments[0])[0].shape[0] > 1:
-            return jax.vmap(function, mapped)(*arguments)
-        alone = [
-            argument if axis is None else jax.tree.map(lambda leaf: leaf[0], argument)
-            for argument, axis in zip(arguments, mapped, strict=True)
-        ]
-        return jax.tree.map(lambda leaf: leaf[None], function(*alone))
-
-    return run
+def _as_is(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    return function
 
 
 def _where(active: Array, new: PyTree, old: PyTree) -> PyTree:
