@@ -130,7 +130,7 @@ class Rounds:
 def make_rounds(workload: Workload, mesh: Mesh) -> Rounds:
     """Rounds as the framework runs them."""
     local = federated.LocalTraining(optax.sgd(LEARNING_RATE), batch_size=workload.batch)
-    return _make_rounds(workload, mesh, local, models.conv_matmul, block_size=0)
+    return _make_rounds(workload, mesh, local, models.conv_auto, block_size=0)
 
 
 def make_naive_rounds(workload: Workload) -> Rounds:

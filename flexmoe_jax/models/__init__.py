@@ -9,7 +9,14 @@ from flexmoe_jax.models.backbones import (
     make_backbone,
     max_pool,
 )
-from flexmoe_jax.models.conv import Conv, conv_lax, conv_matmul, convolution
+from flexmoe_jax.models.conv import (
+    Conv,
+    conv_auto,
+    conv_lax,
+    conv_matmul,
+    conv_winograd,
+    convolution,
+)
 from flexmoe_jax.models.moe import (
     FLEX_MOE,
     Experts,
@@ -41,8 +48,10 @@ __all__ = [
     "Routing",
     "balance_loss",
     "check_ownership",
+    "conv_auto",
     "conv_lax",
     "conv_matmul",
+    "conv_winograd",
     "convolution",
     "expert_mlp",
     "make_backbone",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.models.conv import Conv, Convolution, conv_matmul
+from flexmoe_jax.models.conv import Conv, Convolution, conv_auto
 from flexmoe_jax.types import Array
 
 
@@ -91,7 +91,7 @@ class ConvNet(nn.Module):
 
     widths: Sequence[int] = (32, 32, 64, 64)
     groups: int = 0
-    conv: Convolution = conv_matmul
+    conv: Convolution = conv_auto
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -119,7 +119,7 @@ class CNN(nn.Module):
 
     widths: Sequence[int] = (16, 32, 64)
     groups: int = 0
-    conv: Convolution = conv_matmul
+    conv: Convolution = conv_auto
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -177,7 +177,7 @@ class ResNet(nn.Module):
     depth: int = 8
     width: int = 16
     groups: int = 8
-    conv: Convolution = conv_matmul
+    conv: Convolution = conv_auto
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -261,7 +261,7 @@ def make_backbone(
     widths: Sequence[int] = (),
     depth: int = 0,
     groups: int = 0,
-    conv: Convolution = conv_matmul,
+    conv: Convolution = conv_auto,
 ) -> nn.Module:
     """Builds a backbone by name.
 

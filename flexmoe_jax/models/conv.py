@@ -3,7 +3,7 @@
 Under `jax.vmap` with one kernel a client, `lax.conv` becomes a grouped convolution, which XLA's CPU
 backend runs one to two orders of magnitude below the machine's matrix-product rate. The same
 convolution written as shifted slices and one matrix product keeps that rate, and under `vmap` it
-becomes a batched product. Both forms are here as plain functions with one signature.
+becomes a batched product. All forms are here as plain functions with one signature.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.models.winograd import winograd_3x3
 from flexmoe_jax.types import Array
 
 Padding = Literal["SAME", "VALID"]
@@ -102,19 +103,41 @@ def conv_lax(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Arr
     )
 
 
-CONVOLUTIONS: dict[str, Convolution] = {"matmul": conv_matmul, "lax": conv_lax}
+def conv_winograd(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
+    """The same for 3×3 kernels of stride 1 by `winograd_3x3`; `conv_matmul` for all others."""
+    if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1):
+        return winograd_3x3(x, kernel, padding)
+    return conv_matmul(x, kernel, strides, padding)
+
+
+def conv_auto(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
+    """The fastest for a client axis: `conv_winograd` on CPU where it pays, else `conv_matmul`.
+
+    It pays from 32 channels on and for images of 8×8 and more; elsewhere the sums before and after
+    the products cost more than they save (docs/performance.md).
+    """
+    pays = kernel.shape[2] >= 32 and min(x.shape[1:3]) >= 8 and x.dtype == jnp.float32
+    if pays and jax.default_backend() == "cpu":
+        return conv_winograd(x, kernel, strides, padding)
+    return conv_matmul(x, kernel, strides, padding)
+
+
+CONVOLUTIONS: dict[str, Convolution] = {
+    "auto": conv_auto,
+    "matmul": conv_matmul,
+    "winograd": conv_winograd,
+    "lax": conv_lax,
+}
 
 
 def convolution(name: str) -> Convolution:
-    """Looks an implementation up; `auto` takes the matrix product, which suits every client axis.
+    """Looks an implementation up.
 
     Raises:
-      InputError: if the name is none of `auto`, `matmul`, `lax`.
+      InputError: if the name is not in `CONVOLUTIONS`.
     """
-    if name == "auto":
-        return conv_matmul
     if name not in CONVOLUTIONS:
-        raise InputError("model.conv", name, f"choose one of auto, {', '.join(CONVOLUTIONS)}")
+        raise InputError("model.conv", name, f"choose one of {', '.join(CONVOLUTIONS)}")
     return CONVOLUTIONS[name]
 
 
@@ -135,7 +158,7 @@ class Conv(nn.Module):
     stride: int = 1
     padding: Padding = "SAME"
     use_bias: bool = False
-    conv: Convolution = conv_matmul
+    conv: Convolution = conv_auto
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

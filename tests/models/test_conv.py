@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.models import Conv, conv_lax, conv_matmul, convolution
+from flexmoe_jax.models import Conv, conv_auto, conv_lax, conv_matmul, conv_winograd, convolution
 
 # Odd and even sizes, with a pixel left over or none; kernels below, at and above the stride.
 CASES = [
@@ -38,14 +38,40 @@ def value_and_gradients(conv, x, kernel, stride, padding):
     return y, gradients
 
 
-@pytest.mark.parametrize(("size", "kernel", "stride", "padding"), CASES)
-def test_matmul_equals_lax_in_value_and_gradient(size, kernel, stride, padding):
+WINOGRAD_CASES = [
+    ((6, 8), 3, 1, "SAME"),
+    ((7, 5), 3, 1, "SAME"),
+    ((7, 6), 3, 1, "VALID"),
+    ((3, 4), 3, 1, "VALID"),
+    ((1, 2), 3, 1, "SAME"),
+    ((6, 8), 3, 2, "SAME"),  # as the other form does it, and so the next two
+    ((6, 8), 2, 1, "SAME"),
+]
+
+
+@pytest.mark.parametrize(
+    ("conv", "size", "kernel", "stride", "padding"),
+    [(conv_matmul, *case) for case in CASES] + [(conv_winograd, *case) for case in WINOGRAD_CASES],
+)
+def test_every_form_equals_lax_in_value_and_gradient(conv, size, kernel, stride, padding):
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (2, *size, 3))
     weights = jax.random.normal(keys[1], (kernel, kernel, 3, 4))
-    ours = value_and_gradients(conv_matmul, x, weights, (stride, stride), padding)
+    ours = value_and_gradients(conv, x, weights, (stride, stride), padding)
     theirs = value_and_gradients(conv_lax, x, weights, (stride, stride), padding)
     chex.assert_trees_all_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_automatic_takes_winograd_for_many_channels_of_large_images():
+    def points(size, channels, stride=1):
+        x, kernel = jnp.zeros((2, size, size, channels)), jnp.zeros((3, 3, channels, 8))
+        return str(
+            jax.make_jaxpr(conv_auto, static_argnums=(2, 3))(x, kernel, (stride,) * 2, "SAME")
+        )
+
+    products = {at: points(*at).count("dot_general") for at in [(8, 32), (7, 32), (8, 16)]}
+    assert products == {(8, 32): 16, (7, 32): 1, (8, 16): 1}
+    assert points(8, 32, stride=2).count("dot_general") == 1
 
 
 def test_unequal_strides_and_a_kernel_that_is_not_square():
@@ -60,7 +86,8 @@ def test_unequal_strides_and_a_kernel_that_is_not_square():
     )
 
 
-def test_kernels_may_carry_a_client_axis():
+@pytest.mark.parametrize(("conv", "stride"), [(conv_matmul, 2), (conv_winograd, 1)])
+def test_kernels_may_carry_a_client_axis(conv, stride):
     keys = jax.random.split(jax.random.key(2))
     x = jax.random.normal(keys[0], (3, 2, 6, 6, 2))
     weights = jax.random.normal(keys[1], (3, 3, 3, 2, 4))
@@ -68,11 +95,11 @@ def test_kernels_may_carry_a_client_axis():
     @partial(jax.jit, static_argnums=0)
     def gradients(conv):
         def loss(x, kernel):
-            return (conv(x, kernel, (2, 2), "SAME") ** 2).sum()
+            return (conv(x, kernel, (stride, stride), "SAME") ** 2).sum()
 
         return jax.vmap(jax.grad(loss, argnums=(0, 1)))(x, weights)
 
-    chex.assert_trees_all_close(gradients(conv_matmul), gradients(conv_lax), atol=1e-3, rtol=1e-4)
+    chex.assert_trees_all_close(gradients(conv), gradients(conv_lax), atol=1e-3, rtol=1e-4)
 
 
 def test_layer_by_hand():
@@ -86,8 +113,8 @@ def test_layer_by_hand():
 
 
 def test_unknown_implementation_is_refused():
-    assert convolution("auto") is conv_matmul
-    with pytest.raises(InputError, match=r"model\.conv=fft: choose one of auto, matmul, lax"):
+    assert convolution("winograd") is conv_winograd
+    with pytest.raises(InputError, match=r"model\.conv=fft: choose one of auto, matmul, winograd"):
         convolution("fft")
 
 
