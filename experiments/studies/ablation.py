@@ -4,7 +4,7 @@
         --data_dir=TFDS_DIR --workdir=runs/ablation
 
 TFDS_DIR holds `emnist/digits` as TFDS prepares it (array_record). The differences from `flex` in
-the table are the effects. 57 runs of a quarter of a minute each on two cores.
+the table are the effects. 66 runs of a quarter of a minute each on two cores.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ CHANGES: Axis = {
     "only_diversity": {"assignment.load": "clients", "local.balance": 0.0},
     "only_local_balance": {"assignment.load": "clients", "assignment.diversity": 0.0},
     "paper": METHODS["flex_paper"],
-    # The null model with the one addition that is not the assignment's.
-    "random_local_balance": {"assignment.policy": "random"},
+    # Less of them, or the holders' number even too (5 = 20 clients · 2 slots / 8 experts).
+    "diversity_1": {"assignment.diversity": 1.0},
+    "local_balance_0.02": {"local.balance": 0.02},
+    "holders_5": {"assignment.holders_min": 5},
+    # The null model, with and without the one addition that is not the assignment's.
+    "random": METHODS["random"],
+    "random_local_balance": {**METHODS["random"], "local.balance": 0.05},
     # Fitness: score, weight β of the newest score, start value.
     "score_loss": {"fitness.score": "loss"},
     "beta_0.1": {"fitness.beta": 0.1},
@@ -47,7 +52,7 @@ def get_study() -> Study:
         name="ablation",
         config=emnist_digits.get_config,
         methods={"flex": flex, **{name: {**flex, **change} for name, change in CHANGES.items()}},
-        datasets={"emnist_digits": SMALL["emnist_digits"]},
+        datasets={"emnist_digits": {**SMALL["emnist_digits"], "rounds": 30, "eval.every": 10}},
         partitions={"k_class_4": PARTITIONS["k_class_4"]},
         seeds=(0, 1, 2),
     )

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from experiments.studying.study import Axis
 
-# Gates left to themselves.
-PLAIN = {"local.balance": 0.0}
+# Without our additions: load is the number of holders, all mixes are alike, gates are free.
+PLAIN = {"assignment.load": "clients", "assignment.diversity": 0.0, "local.balance": 0.0}
 
-PAPER = {
-    **PLAIN,
-    "assignment.policy": "flex",
-    "assignment.load": "clients",
-    "assignment.diversity": 0.0,
-    "fitness.score": "accuracy",
-}
+PAPER = {**PLAIN, "assignment.policy": "flex", "fitness.score": "accuracy"}
 # Even use, holders of unlike label mixes, and clients that use all they hold.
 FLEX = {
     **PAPER,

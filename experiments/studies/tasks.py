@@ -26,7 +26,7 @@ SMALL: Axis = {
         **DATASETS["cifar10"],
         **_REDUCED,
         "model.backbone": "cnn",
-        "rounds": 30,
+        "rounds": 24,
         "eval.every": 3,
     },
 }
