@@ -44,7 +44,7 @@ class SmallCNN(nn.Module):
             x = models.Conv(width, padding="VALID", use_bias=True, conv=self.conv)(x)
             x = nn.relu(x)
         x = models.max_pool(x)
-        return nn.relu(nn.Dense(128)(x.reshape(x.shape[0], -1)))
+        return nn.relu(models.Dense(128)(x.reshape(x.shape[0], -1)))
 
 
 class DenseClassifier(nn.Module):
@@ -59,7 +59,7 @@ class DenseClassifier(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps images (B, h, w, channels) to class logits (B, Y)."""
-        return nn.Dense(CLASSES)(self.backbone(x))
+        return models.Dense(CLASSES)(self.backbone(x))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from flexmoe_jax.models.conv import (
     conv_winograd,
     convolution,
 )
+from flexmoe_jax.models.dense import Dense
 from flexmoe_jax.models.moe import (
     FLEX_MOE,
     Experts,
@@ -39,6 +40,7 @@ __all__ = [
     "MLP",
     "Conv",
     "ConvNet",
+    "Dense",
     "Experts",
     "Gate",
     "MoEClassifier",

@@ -15,6 +15,7 @@ from jax import lax
 
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.conv import Conv, Convolution, conv_auto
+from flexmoe_jax.models.dense import Dense
 from flexmoe_jax.types import Array
 
 
@@ -76,7 +77,7 @@ class MLP(nn.Module):
         """Maps (B, h, w, channels) to (B, D)."""
         x = x.reshape(x.shape[0], -1)
         for width in self.widths:
-            x = nn.relu(nn.Dense(width)(x))
+            x = nn.relu(Dense(width)(x))
         return x
 
 
@@ -133,7 +134,7 @@ class CNN(nn.Module):
             if self.groups:
                 x = GroupNorm(self.groups)(x)
             x = max_pool(nn.relu(x))
-        return nn.relu(nn.Dense(features)(x.reshape(x.shape[0], -1)))
+        return nn.relu(Dense(features)(x.reshape(x.shape[0], -1)))
 
 
 class ResidualBlock(nn.Module):
@@ -243,7 +244,7 @@ class PersonalMixture(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps images (B, h, w, channels) to features (B, D)."""
         shared, local = self.shared(x), self.local(x)
-        weight = nn.softmax(nn.Dense(2, name="mixture")(shared))
+        weight = nn.softmax(Dense(2, name="mixture")(shared))
         return weight[:, :1] * shared + weight[:, 1:] * local
 
 

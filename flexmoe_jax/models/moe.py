@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.models.dense import Dense
 from flexmoe_jax.types import Array, Params, PyTree
 
 # Below every logit, and finite: a client without any expert still gives numbers, not NaN.
@@ -183,7 +184,7 @@ class MoEClassifier(nn.Module):
         """Names the parts of the parameter tree."""
         self.expert = Experts(self.experts, self.hidden)
         self.gate = Gate(self.experts)
-        self.head = nn.Dense(self.classes)
+        self.head = Dense(self.classes)
 
     def features(self, x: Array) -> Array:
         """Shared features (B, D) of images (B, h, w, channels): no expert, no gate."""

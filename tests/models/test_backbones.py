@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.models import conv_lax, make_backbone, max_pool
+from flexmoe_jax.models import Dense, conv_lax, make_backbone, max_pool
 from flexmoe_jax.models.backbones import GroupNorm
 
 
@@ -69,6 +69,25 @@ def test_an_image_too_small_to_be_halved_is_refused():
     line = r"model\.widths=\(4, 4, 4, 4, 8\): 4 halvings leave nothing of an image of \(8, 8\)"
     with pytest.raises(InputError, match=line):
         jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+@pytest.mark.parametrize("features", [10, 40])  # few and many
+def test_dense_is_that_of_flax(features):
+    x = jax.random.normal(jax.random.key(0), (5, 17))
+
+    @partial(jax.jit, static_argnums=0)
+    def value_and_slopes(layer, params, x):
+        def loss(params, x):
+            return (layer.apply(params, x) ** 3).sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+    ours, theirs = Dense(features), nn.Dense(features)
+    params = theirs.init(jax.random.key(1), x)
+    chex.assert_trees_all_equal_structs(ours.init(jax.random.key(1), x), params)
+    chex.assert_trees_all_close(
+        value_and_slopes(ours, params, x), value_and_slopes(theirs, params, x), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_max_pool_is_that_of_flax():
