@@ -269,6 +269,7 @@ def test_a_signal_while_compiling_ends_after_the_first_round(tmp_path):
 def test_a_solver_out_of_time_is_said_and_the_run_goes_on(tmp_path):
     workdir = tmp_path / "hasty"
     hasty = ("--config.rounds=2", "--config.assignment.time_limit=1e-9")
+    hasty += ("--config.assignment.load=clients",)
     process = launch(f"--workdir={workdir}", *SMALL, *hasty)
     assert (process.returncode, process.stderr) == (0, "")
     assert process.stdout.count("fallback: time limit exceeded") == 2

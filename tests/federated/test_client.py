@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmoe_jax.federated import LocalTraining, draw_batches, make_client, proximal
@@ -48,8 +48,9 @@ def test_steps_cover_every_epoch(size, epochs, batch, cap):
     assert steps == (min(whole, cap) if cap else whole)
 
 
-@settings(max_examples=20)
-@given(st.integers(1, 12), st.integers(0, 5), st.integers(1, 3), st.integers(1, 5))
+@pytest.mark.parametrize(
+    ("size", "padding", "epochs", "batch_size"), [(1, 0, 1, 1), (7, 5, 3, 4), (12, 3, 2, 6)]
+)
 def test_batches_hold_every_example_once_an_epoch(size, padding, epochs, batch_size):
     local = LocalTraining(optax.sgd(0.1), epochs, batch_size)
     rows = np.arange(100, 100 + size + padding)
