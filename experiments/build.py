@@ -62,6 +62,7 @@ def build(config: ConfigDict) -> Experiment:
         balance=config.assignment.balance,
         diversity=config.assignment.diversity,
         movement=config.assignment.movement,
+        exploration=config.assignment.exploration,
         time_limit=config.assignment.time_limit,
     )
     backbone = models.make_backbone(

@@ -112,10 +112,11 @@ def get_config() -> ConfigDict:
     config.assignment.backend = "HIGHS"  # CVXPY solver of relaxations, of those installed
     config.assignment.holders_min = 0  # least holders of every expert
     config.assignment.balance = 0.0  # price of the squared distance of loads from their target
-    # Price of holders whose label mix differs from all clients'. Holders of like mixes would teach
-    # an expert their few classes alone. 0, with load clients and local.balance 0: as in the paper.
-    config.assignment.diversity = 3.0
+    config.assignment.diversity = 0.0  # price of holders whose label mix differs from all clients'
     config.assignment.movement = 0.0  # price of sending an expert to a client that has it not
+    # Width of the noise on the fitness, drawn anew every round. Holders that stay would teach an
+    # expert their few classes alone. 0, with load clients and local.balance 0: as in the paper.
+    config.assignment.exploration = 1.0
     config.assignment.time_limit = 60.0  # seconds of a solver; then even loads; 0 for none
 
     config.fitness = ConfigDict()

@@ -4,7 +4,7 @@
         --data_dir=TFDS_DIR --workdir=runs/ablation
 
 TFDS_DIR holds `emnist/digits` as TFDS prepares it (array_record). The differences from `flex` in
-the table are the effects. 66 runs of a quarter of a minute each on two cores.
+the table are the effects. 75 runs of a quarter of a minute each on two cores.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from experiments.studying.study import Axis, Study
 CHANGES: Axis = {
     # Without one of our three additions, with one alone, or with none: the paper's form.
     "load_clients": {"assignment.load": "clients"},
-    "no_diversity": {"assignment.diversity": 0.0},
+    "no_exploration": {"assignment.exploration": 0.0},
     "no_local_balance": {"local.balance": 0.0},
-    "only_usage": {"assignment.diversity": 0.0, "local.balance": 0.0},
-    "only_diversity": {"assignment.load": "clients", "local.balance": 0.0},
-    "only_local_balance": {"assignment.load": "clients", "assignment.diversity": 0.0},
+    "only_usage": {"assignment.exploration": 0.0, "local.balance": 0.0},
+    "only_exploration": {"assignment.load": "clients", "local.balance": 0.0},
+    "only_local_balance": {"assignment.load": "clients", "assignment.exploration": 0.0},
     "paper": METHODS["flex_paper"],
-    # Less of them, or the holders' number even too (5 = 20 clients · 2 slots / 8 experts).
-    "diversity_1": {"assignment.diversity": 1.0},
-    "local_balance_0.02": {"local.balance": 0.02},
-    "holders_5": {"assignment.holders_min": 5},
+    # Less exploration, or more; diversity of holders instead of it, beside it, or alone.
+    "exploration_0.3": {"assignment.exploration": 0.3},
+    "exploration_3": {"assignment.exploration": 3.0},
+    "diverse": {"assignment.exploration": 0.0, "assignment.diversity": 3.0},
+    "and_diverse": {"assignment.diversity": 3.0},
+    "only_diverse": {**METHODS["flex_paper"], "assignment.diversity": 3.0},
     # The null model, with and without the one addition that is not the assignment's.
     "random": METHODS["random"],
     "random_local_balance": {**METHODS["random"], "local.balance": 0.05},

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from experiments.studying.study import Axis
 
-# Without our additions: load is the number of holders, all mixes are alike, gates are free.
-PLAIN = {"assignment.load": "clients", "assignment.diversity": 0.0, "local.balance": 0.0}
+# Without our additions: load is the number of holders, fitness alone decides, gates are free.
+PLAIN = {
+    "assignment.load": "clients",
+    "assignment.exploration": 0.0,
+    "assignment.diversity": 0.0,
+    "local.balance": 0.0,
+}
 
 PAPER = {**PLAIN, "assignment.policy": "flex", "fitness.score": "accuracy"}
-# Even use, holders of unlike label mixes, and clients that use all they hold.
+# Even use, holders that change, and clients that use all they hold.
 FLEX = {
     **PAPER,
     "assignment.load": "usage",
-    "assignment.diversity": 3.0,
+    "assignment.exploration": 1.0,
     "local.balance": 0.05,
 }
 
@@ -26,8 +31,10 @@ DENSE = {
 }
 
 METHODS: Axis = {
-    # FLEX-MoE with our three additions: experts learn all classes, and are used alike.
+    # FLEX-MoE with our three additions: experts learn from many clients, and are used alike.
     "flex": FLEX,
+    # The same with holders of unlike label mixes instead of holders that change.
+    "flex_diverse": {**FLEX, "assignment.exploration": 0.0, "assignment.diversity": 3.0},
     # The same with holders counted instead of the use foreseen.
     "flex_clients": {**FLEX, "assignment.load": "clients"},
     # The same with the loss score exp(-α l).

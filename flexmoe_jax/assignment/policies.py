@@ -41,6 +41,8 @@ from flexmoe_jax.errors import InputError
 
 # Breaks ties between clients of equal fitness fairly, and is far below any fitness that matters.
 _TIE_NOISE = 1e-6
+# Draws for exploration, apart from those that break ties.
+_EXPLORATION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +90,7 @@ def make_policy(
     balance: float = 0.0,
     diversity: float = 0.0,
     movement: float = 0.0,
+    exploration: float = 0.0,
     time_limit: float = 60.0,
 ) -> Policy:
     """Makes the policy of that name.
@@ -104,6 +107,9 @@ def make_policy(
       diversity: worth of one unit by which an expert's holders deviate, in sum, from the cohort's
         mean descriptor (`flex`); needs the request's descriptor.
       movement: price, in fitness, of sending an expert to a client that does not have it (`flex`).
+      exploration: width of the uniform noise, drawn anew every round, that is added to the fitness
+        (`flex`): holders change even where the fitness does not, so every expert meets the data of
+        many clients.
       time_limit: seconds that a round's search for the optimum may take; 0 for no limit (`flex`).
         Where it is exceeded, or the solver fails, experts are dealt out evenly for that round, and
         the solution's status is `fallback: REASON`.
@@ -121,6 +127,7 @@ def make_policy(
         ("balance", balance),
         ("diversity", diversity),
         ("movement", movement),
+        ("exploration", exploration),
         ("time_limit", time_limit),
     ):
         if not (np.isfinite(number) and number >= 0):
@@ -140,6 +147,7 @@ def make_policy(
             balance=balance,
             diversity=diversity,
             movement=movement,
+            exploration=exploration,
             time_limit=time_limit,
         )
     return partial(_in_order, chosen)
@@ -157,6 +165,7 @@ def flex(
     balance: float = 0.0,
     diversity: float = 0.0,
     movement: float = 0.0,
+    exploration: float = 0.0,
     time_limit: float = 60.0,
 ) -> Solution:
     """FLEX-MoE: greatest fitness with every expert's load close to what it is owed.
@@ -174,6 +183,8 @@ def flex(
     if movement:
         sent = True if request.held is None else ~request.held
         fitness = fitness - movement * sent
+    if exploration:
+        fitness = fitness + exploration * _keys(request, request.round, _EXPLORATION)
     problem = Problem(
         fitness,
         request.capacity,
@@ -289,8 +300,9 @@ def _fitness(request: Request) -> FloatArray:
     return np.asarray(request.fitness, np.float64)
 
 
-def _keys(request: Request, turn: int) -> FloatArray:
-    return client_keys([request.seed, turn], request.clients, request.fitness.shape[1])
+def _keys(request: Request, turn: int, *purpose: int) -> FloatArray:
+    seed = [request.seed, turn, *purpose]
+    return client_keys(seed, request.clients, request.fitness.shape[1])
 
 
 def _deal(request: Request, problem: Problem, deficit: FloatArray) -> BoolArray:

@@ -117,6 +117,28 @@ def test_greedy_ties_are_fair() -> None:
     assert np.abs(make_policy("greedy")(asked).load - 1000).max() < 110
 
 
+def test_exploration_changes_holders_within_the_bounds() -> None:
+    # One expert is worth more to each client than exploration can make up for; the rest are alike.
+    rng = np.random.default_rng(0)
+    favourite = np.arange(16) % 8
+    fitness = 0.1 * rng.random((16, 8)) + 2.0 * (favourite[:, None] == np.arange(8))
+    options = {"fitness": fitness, "capacity": np.full(16, 2), "clients": np.arange(16)}
+    options |= {"deficit": None, "usage": None}
+
+    def assign(exploration: float, turn: int) -> np.ndarray:
+        policy = make_policy("flex", exploration=exploration)
+        return policy(request(**options, round=turn)).assignment
+
+    stays, moves = ([assign(width, turn) for turn in range(4)] for width in (0.0, 1.0))
+    assert all((held == stays[0]).all() for held in stays)
+    assert len({held.tobytes() for held in moves}) == 4
+    for held in moves:
+        assert (held.sum(axis=1) == 2).all()
+        assert (held.sum(axis=0) == 4).all()
+        assert held[np.arange(16), favourite].all()
+    assert (assign(1.0, 2) == moves[2]).all()
+
+
 def test_flex_options_reach_the_problem() -> None:
     share = np.array([2.0, 1, 1, 1, 1, 1, 1, 1])
     asked = request(deficit=None, capacity=np.full(20, 2))
