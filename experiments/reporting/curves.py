@@ -20,7 +20,7 @@ from experiments.reporting.quantities import (
     size,
     time_unit,
 )
-from experiments.reporting.runs import Floats, Run
+from experiments.reporting.runs import Floats, Run, assigned_unit
 
 SMALL = 1.55
 SMOOTH_FROM = 200
@@ -211,8 +211,8 @@ def _balance(run: Run) -> Picture | None:
             Panel("CV of the experts' load, cumulative", totals, "log"),
         ],
         "Coefficient of variation (standard deviation over mean) across experts: 0 is perfectly "
-        "even; assigned counts holders, used counts the samples that gates sent to each expert"
-        f"{_smoothing_remark([run])}.",
+        f"even; assigned counts an expert's {assigned_unit(run)}, "
+        f"used the samples that gates sent it{_smoothing_remark([run])}.",
         shared=True,
         alt="; ".join(f"{word} {show(key, run.final(key))}" for key, word, _ in BALANCES[2:]),
     )

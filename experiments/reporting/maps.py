@@ -31,7 +31,7 @@ from experiments.reporting.matrix import (
 )
 from experiments.reporting.orders import Order, order_of, pool, shares
 from experiments.reporting.quantities import byte_unit, count, ratio
-from experiments.reporting.runs import Floats, Numbers, Run
+from experiments.reporting.runs import Floats, Numbers, Run, assigned_unit
 
 CLIENT_COLUMNS, ROUND_COLUMNS = 1000, 250
 TOTALS = 1.75
@@ -46,8 +46,9 @@ def load_pictures(run: Run) -> list[Picture]:
     if not basis.size:
         return []
     order = np.argsort(-np.nansum(basis, axis=0), kind="stable")
+    unit = assigned_unit(run)
     made = [
-        _load(run, "load/assigned", order, "Load assigned to each expert", ASSIGNED, "holders"),
+        _load(run, "load/assigned", order, "Load assigned to each expert", ASSIGNED, unit),
         _load(run, "load/usage", order, "Load used on each expert", USED, "samples"),
     ]
     return [picture for picture in made if picture is not None]

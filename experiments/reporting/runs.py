@@ -223,6 +223,19 @@ def _remedy(path: Path) -> str:
     return "neither config.json nor metrics.jsonl is there; give the --workdir of a training run"
 
 
+ASSIGNED_UNITS = {
+    "clients": "holders",
+    "samples": "samples that holders train on",
+    "usage": "samples that holders are foreseen to send it",
+}
+"""What the load assigned to an expert counts, by load model."""
+
+
+def assigned_unit(run: Run) -> str:
+    """What the run's assigned load counts."""
+    return ASSIGNED_UNITS.get(str(run.config.get("assignment.load")), ASSIGNED_UNITS["clients"])
+
+
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
