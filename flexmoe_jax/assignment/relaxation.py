@@ -298,7 +298,9 @@ def _run(program: Any, backend: str, deadline: float) -> bool:
     except (cp.SolverError, ImportError) as error:
         raise _refused(backend, error) from error
     try:
-        raw = chain.solve_via_data(program, data, warm_start=True, solver_opts=options)
+        # From scratch: of several optima a warm start finds another one after every past, and a run
+        # that goes on from a checkpoint has another past.
+        raw = chain.solve_via_data(program, data, warm_start=False, solver_opts=options)
         with warnings.catch_warnings():
             # Inexact answers: the certificate says how good they are, and limits are errors here.
             warnings.simplefilter("ignore")
