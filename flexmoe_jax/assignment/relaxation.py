@@ -96,9 +96,11 @@ def solve_relaxation(problem: Problem, backend: str = "HIGHS", deadline: float =
         program, weight = _weighted_program(clients, experts, floors), problem.weights.ravel()
     else:
         program = _program(problem, floors, problem.weights.ravel(), None)
+    # Solvers take numbers near 0 for 0: fitness goes in with 1 for its largest.
+    scale = 1.0 if extended else float(np.abs(problem.fitness).max()) or 1.0
     found = program.solve(
         backend,
-        fitness=problem.fitness.ravel(),
+        fitness=problem.fitness.ravel() / scale,
         weight=weight,
         capacity=problem.capacity,
         low=low / unit,
@@ -108,9 +110,10 @@ def solve_relaxation(problem: Problem, backend: str = "HIGHS", deadline: float =
         deadline=deadline,
     )
     x = np.clip(found.x, 0.0, 1.0).reshape(clients, experts)
-    prices = found.prices / unit
+    prices = found.prices * scale / unit
     if extended or floors or found.excess > 0:
-        bound = found.value + _EXCESS_ROOM * max(1.0, abs(found.value))
+        value = found.value * scale
+        bound = value + _EXCESS_ROOM * max(1.0, abs(value))
     else:
         bound = price_bound(problem, prices, low, high)
     return Relaxed(x, prices, bound, found.excess * unit)
