@@ -39,7 +39,8 @@ _TIME_LIMIT = MappingProxyType(
         "SCS": "time_limit_secs",
     }
 )
-# Pairs up to which weights may be parameters: canonical form then is 4096² numbers at most.
+# Pairs up to which weights may be parameters (canonical form then is 4096² numbers at most), and
+# HiGHS is faster without presolve: 7.5 ms in place of 10 at 100×8, but 190 for 150 at 1,000×64.
 _FEW_PAIRS = 4096
 # Room that a solver's rounding error needs when it must keep to the least violation.
 _EXCESS_ROOM = 1e-7
@@ -290,6 +291,8 @@ def _run(program: Any, backend: str, deadline: float) -> bool:
     """Solves; says whether it was feasible."""
     cp = _cvxpy()
     options: dict[str, Any] = dict(_HIGHS_OPTIONS) if backend == "HIGHS" else {}
+    if backend == "HIGHS" and program.size_metrics.num_scalar_variables <= _FEW_PAIRS:
+        options["presolve"] = "off"
     if backend == "HIGHS" and not program.objective.expr.is_pwl():
         # HiGHS' active-set method for quadratics can cycle for ever on degenerate problems.
         backend, options = "CLARABEL", {}
