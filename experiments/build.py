@@ -107,6 +107,7 @@ def build(config: ConfigDict) -> Experiment:
         experts=config.model.experts,
         hidden=config.model.hidden,
         top_k=config.model.top_k,
+        shared_experts=config.model.shared_experts,
     )
     prepare = standardise(dataset.train_images)
     if config.assignment.policy == "full":

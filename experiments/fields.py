@@ -62,6 +62,7 @@ def check_numbers(config: ConfigDict) -> None:
         "execution.client_block_size",
         "execution.devices",
         "execution.tile",
+        "model.shared_experts",
         "local.max_steps",
         "local.momentum",
         "local.clip_norm",

@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
     config.model.experts = 8  # E
     config.model.hidden = 128  # H
     config.model.top_k = 1  # experts per example
+    config.model.shared_experts = 0  # beside those E: held by everybody, used on every example
     config.model.gate = "private"  # private | shared: a gate's row travels with its expert
     # Parts of the model that stay with their clients, as "head,backbone/local"; empty for none.
     config.model.private = ""

@@ -164,7 +164,7 @@ class Gate(nn.Module):
 class MoEClassifier(nn.Module):
     """Backbone, one mixture-of-experts layer, and a linear head.
 
-    y = head(h + Σ_e combine_e(h) · expert_e(h)),  h = backbone(x).
+    y = head(h + Σ_s shared_s(h) + Σ_e combine_e(h) · expert_e(h)),  h = backbone(x).
 
     Attributes:
       backbone: Linen module (B, ...) -> (B, D).
@@ -172,6 +172,8 @@ class MoEClassifier(nn.Module):
       experts: E; clone with K (`module.clone(experts=K)`) for the parameters of one client.
       hidden: H of each expert.
       top_k: experts per example.
+      shared_experts: experts beside those E that everybody holds and every example passes, with no
+        gate (DeepSeekMoE, arXiv 2401.06066).
     """
 
     backbone: nn.Module
@@ -179,10 +181,12 @@ class MoEClassifier(nn.Module):
     experts: int
     hidden: int = 128
     top_k: int = 1
+    shared_experts: int = 0
 
     def setup(self) -> None:
         """Names the parts of the parameter tree."""
         self.expert = Experts(self.experts, self.hidden)
+        self.shared_expert = Experts(self.shared_experts, self.hidden)
         self.gate = Gate(self.experts)
         self.head = Dense(self.classes)
 
@@ -194,6 +198,8 @@ class MoEClassifier(nn.Module):
         """Class logits (B, Y) and routing, from shared features and the experts `held` (E,)."""
         routing = route(self.gate(features), held, self.top_k)
         mixed = jnp.einsum("be,bed->bd", routing.combine, self.expert(features))
+        if self.shared_experts:
+            mixed = mixed + self.shared_expert(features).sum(axis=1)
         return self.head(features + mixed), routing
 
     def __call__(self, x: Array, held: Array) -> tuple[Array, Routing]:

@@ -110,6 +110,21 @@ def test_slots_compute_what_the_whole_model_computes():
     chex.assert_trees_all_close(actual, expected, atol=1e-6)
 
 
+def test_shared_experts_work_on_every_example_and_belong_to_everybody():
+    model = MoEClassifier(MLP((6,)), classes=3, experts=4, hidden=5, shared_experts=2)
+    x = jax.random.normal(jax.random.key(1), (7, 2, 2, 1))
+    params = jax.jit(model.init)(jax.random.key(0), x, jnp.ones(4, bool))["params"]
+    parts = split_params(params)
+    assert set(parts.shared) == {"backbone", "head", "shared_expert"}
+    # Without an expert of its own a client still has the shared ones.
+    logits, routing = model.apply({"params": params}, x, jnp.zeros(4, bool))
+    features = model.apply({"params": params}, x, method="features")
+    added = features + expert_mlp(params["shared_expert"], features).sum(axis=1)
+    expected = added @ params["head"]["kernel"] + params["head"]["bias"]
+    chex.assert_trees_all_close(logits, expected, atol=1e-5)
+    assert not routing.selected.any()
+
+
 def test_split_and_merge_are_inverse():
     model = MoEClassifier(MLP((6,)), classes=3, experts=4)
     params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 2, 2, 1)), jnp.ones(4, bool))[
