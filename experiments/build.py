@@ -9,6 +9,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.cli import nearest
@@ -25,7 +26,8 @@ class Experiment:
 
     Attributes:
       algorithm: init, assign, plan, round, evaluate.
-      data: every client's training examples.
+      feed: the training examples of a cohort's clients, or of all clients.
+      label_share: (C, Y) of the clients' training examples.
       test: the test set.
       classes: names of the Y classes.
       label_counts: (C, Y) training examples of each client by class.
@@ -35,7 +37,8 @@ class Experiment:
     """
 
     algorithm: federated.Algorithm
-    data: data.ClientData
+    feed: data.Feed
+    label_share: Array
     test: federated.TestSet
     classes: tuple[str, ...]
     label_counts: np.ndarray
@@ -100,7 +103,7 @@ def build(config: ConfigDict) -> Experiment:
 
     mesh = federated.client_mesh(config.execution.devices)
     dataset, parts = load_partitioned(config)
-    clients = federated.replicate(data.build_clients(dataset, parts), mesh)
+    clients = data.build_clients(dataset, parts, place=np.asarray)
     model = models.MoEClassifier(
         backbone=backbone,
         classes=dataset.num_classes,
@@ -144,7 +147,8 @@ def build(config: ConfigDict) -> Experiment:
     )
     return Experiment(
         algorithm=algorithm,
-        data=clients,
+        feed=make_feed(config.execution.data, clients, network.asked, mesh),
+        label_share=federated.replicate(clients.label_share, mesh),
         test=federated.chunk_test_set(
             dataset.test_images, dataset.test_labels, config.eval.batch_size, mesh
         ),
@@ -154,6 +158,28 @@ def build(config: ConfigDict) -> Experiment:
         network=network,
         payload=federated.payload(owned.shared, owned.experts, uplink.compressor),
     )
+
+
+def make_feed(where: str, clients: data.ClientData, most: int, mesh: Mesh) -> data.Feed:
+    """Training examples that stay on the devices, or are sent there cohort by cohort.
+
+    Args:
+      where: "device", "host", or "auto": on the device unless they took more than half its memory.
+      clients: their examples, on the host.
+      most: clients of the largest cohort.
+      mesh: the devices.
+
+    Raises:
+      InputError: for another word.
+    """
+    if where not in ("auto", "device", "host"):
+        raise InputError("execution.data", where, "choose one of auto, device, host")
+    # None where a device does not say: a CPU.
+    memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    if where == "host" or (where == "auto" and memory and clients.images.nbytes > memory / 2):
+        return data.feed_cohorts(clients, most, partial(federated.replicate, mesh=mesh))
+    placed = federated.replicate(clients, mesh)
+    return lambda cohort: placed
 
 
 def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray, ...]]:

@@ -109,7 +109,10 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
         workdir.path / "tensorboard" if config.tensorboard and workdir.writes else None
     )
     algorithm = compile_ahead(
-        experiment.algorithm, experiment.data, experiment.test, experiment.network.asked
+        experiment.algorithm,
+        experiment.feed(experiment.network.cohort(0)),
+        experiment.test,
+        experiment.network.asked,
     )
     experiment = replace(experiment, algorithm=algorithm)
     state = algorithm.init(jax.random.key(config.seed))
@@ -178,7 +181,8 @@ def run_rounds(
 ) -> Iterator[tuple[State, Metrics]]:
     """Runs rounds from number `first` (from 0) to the last, one each time the next is asked for.
 
-    While the device evaluates a round, the host assigns the experts of the next.
+    While the device trains a cohort, the host sends the examples of the next, if they are not there
+    already; while it evaluates, the host assigns the next round's experts.
 
     Yields:
       The new state, which the next round consumes, and the round's line of metrics.jsonl.
@@ -188,21 +192,25 @@ def run_rounds(
     """
     algorithm, network = experiment.algorithm, experiment.network
 
-    def assign(state: State, round_index: int) -> Assigned:
-        cohort = network.cohort(round_index)
+    def assign(state: State, cohort: np.ndarray) -> Assigned:
         solution = algorithm.assign(state, cohort)
         fresh = np.asarray(state.fresh)[cohort] if config.edge.cache else None
         return Assigned(cohort, solution, traffic(solution.assignment, experiment.payload, fresh))
 
     if first == config.rounds:
         return
-    assigned = assign(state, first)
+    cohort = network.cohort(first)
+    assigned, examples = assign(state, cohort), experiment.feed(cohort)
     for round_index in range(first, config.rounds):
         begin = time.monotonic()
         arrival, outcome = network.play(assigned.cohort, assigned.traffic, round_index)
         plan = algorithm.plan(assigned.cohort, assigned.solution, arrival)
         clients = np.asarray(plan.clients)
-        state, report = algorithm.round(state, experiment.data, plan)
+        last = round_index + 1 == config.rounds
+        state, report = algorithm.round(state, examples, plan)
+        if not last:
+            cohort = network.cohort(round_index + 1)
+            examples = experiment.feed(cohort)
         report = jax.device_get(report)
         seconds = assigned.solution.seconds + time.monotonic() - begin
         check_health(report, clients, round_index, config)
@@ -218,13 +226,11 @@ def run_rounds(
             metrics["privacy/epsilon"] = epsilon(
                 config.server.noise_multiplier, round_index + 1, config.server.delta
             )
-        last = round_index + 1 == config.rounds
         evaluation = None
         if (round_index + 1) % config.eval.every == 0 or last:
-            share = experiment.data.label_share
-            evaluation = algorithm.evaluate(state, experiment.test, share)
+            evaluation = algorithm.evaluate(state, experiment.test, experiment.label_share)
         if not last:
-            assigned = assign(state, round_index + 1)
+            assigned = assign(state, cohort)
         # Only now is the evaluation waited for.
         yield state, metrics | (accuracies(evaluation) if evaluation else {})
 

@@ -3,12 +3,14 @@
 A line per cohort size P, each measured in a process of its own: seconds of a round, those of its
 assignment and plan among them, seconds per client of the cohort, bytes of the federation's state (a
 gate for every client is most of it), and peak memory. Every device keeps a copy of the state.
+`seconds_fed` are those of rounds whose examples the host sends while the round before computes.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from statistics import median
 
 import jax
@@ -50,7 +52,7 @@ def measure(clients: int, experts: int, per_round: int) -> Figures:
     rng = np.random.default_rng(0)
     dataset = data.load("digits")
     owned = rng.integers(0, len(dataset.train_labels), (clients, _EXAMPLES))
-    client_data = federated.replicate(data.build_clients(dataset, list(owned)), mesh)
+    client_data = data.build_clients(dataset, list(owned), place=np.asarray)
     algorithm = make_federation(
         models.MLP(),
         client_data,
@@ -60,18 +62,11 @@ def measure(clients: int, experts: int, per_round: int) -> Figures:
         experts=experts,
         mesh=mesh,
     )
-    state = algorithm.init(jax.random.key(0))
-    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    rounds, assignments = [], []
-    for number in range(_WARM_UP + _ROUNDS):
-        cohort = federated.sample_cohort(clients, per_round, seed=0, round_index=number)
-        begin = time.perf_counter()
-        plan = algorithm.plan(cohort, algorithm.assign(state, cohort))
-        assigned = time.perf_counter()
-        state, _ = jax.block_until_ready(algorithm.round(state, client_data, plan))
-        assignments.append(assigned - begin)
-        rounds.append(time.perf_counter() - begin)
-    rounds, assignments = rounds[_WARM_UP:], assignments[_WARM_UP:]
+    resident = federated.replicate(client_data, mesh)
+    rounds, assignments, state_bytes = time_rounds(algorithm, lambda cohort: resident, per_round)
+    peak = peak_bytes()
+    put = partial(federated.replicate, mesh=mesh)
+    fed, *_ = time_rounds(algorithm, data.feed_cohorts(client_data, per_round, put), per_round)
     return {
         "suite": "scale",
         "clients": clients,
@@ -81,7 +76,34 @@ def measure(clients: int, experts: int, per_round: int) -> Figures:
         "seconds_median": median(rounds),
         "assign_seconds": min(assignments),
         "seconds_per_client": min(rounds) / per_round,
+        "seconds_fed": min(fed),
         "state_bytes": state_bytes,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak,
         "devices": mesh.size,
     }
+
+
+def time_rounds(
+    algorithm: federated.Algorithm, feed: data.Feed, per_round: int
+) -> tuple[list[float], list[float], int]:
+    """Seconds of warm rounds, and of their assignments and plans; bytes of the state."""
+    clients = len(algorithm.setting.capacity)
+    state = algorithm.init(jax.random.key(0))
+    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    rounds, assignments = [], []
+
+    def draw(number: int) -> np.ndarray:
+        return federated.sample_cohort(clients, per_round, seed=0, round_index=number)
+
+    examples = feed(draw(0))
+    for number in range(_WARM_UP + _ROUNDS):
+        begin = time.perf_counter()
+        cohort = draw(number)
+        plan = algorithm.plan(cohort, algorithm.assign(state, cohort))
+        assigned = time.perf_counter()
+        state, report = algorithm.round(state, examples, plan)
+        examples = feed(draw(number + 1))
+        jax.block_until_ready((state, report, examples))
+        assignments.append(assigned - begin)
+        rounds.append(time.perf_counter() - begin)
+    return rounds[_WARM_UP:], assignments[_WARM_UP:], state_bytes

@@ -130,6 +130,9 @@ def get_config() -> ConfigDict:
     config.execution = ConfigDict()
     config.execution.devices = 0  # that share a round; 0 for all (on CPU: one a core)
     config.execution.client_block_size = 0  # clients side by side on a device; 0 for automatic
+    # Where training examples stay: device; host, from where a cohort's are sent while the round
+    # before it computes; or auto: device, unless they took more than half of its memory.
+    config.execution.data = "auto"
     config.execution.tile = 0  # examples whose gradient is taken at once; 0 for automatic
 
     config.eval = ConfigDict()

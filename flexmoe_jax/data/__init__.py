@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from flexmoe_jax.data.clients import ClientData, build_clients, label_counts
+from flexmoe_jax.data.clients import (
+    ClientData,
+    Feed,
+    build_clients,
+    feed_cohorts,
+    label_counts,
+)
 from flexmoe_jax.data.partition import PARTITIONS, check, partition, skewed
 from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, shards
 from flexmoe_jax.data.sources import Dataset, load
@@ -11,10 +17,12 @@ __all__ = [
     "PARTITIONS",
     "ClientData",
     "Dataset",
+    "Feed",
     "Partitioner",
     "build_clients",
     "check",
     "dirichlet",
+    "feed_cohorts",
     "iid",
     "k_class",
     "label_counts",

@@ -1,16 +1,18 @@
-"""The training examples and who owns them, as one pytree for the device."""
+"""The training examples and who owns them, as one pytree: of all clients, or of a cohort."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flexmoe_jax.data.sources import Dataset
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.types import Array
+from flexmoe_jax.types import Array, PyTree
 
 
 @flax.struct.dataclass
@@ -33,12 +35,22 @@ class ClientData:
     label_share: Array
 
 
-def build_clients(dataset: Dataset, parts: Sequence[np.ndarray]) -> ClientData:
-    """Puts the training examples and a partition of them on the device.
+Feed = Callable[[np.ndarray], ClientData]
+"""A round's cohort (P,) -> data in which at least its clients' examples are."""
+
+
+def build_clients(
+    dataset: Dataset,
+    parts: Sequence[np.ndarray],
+    *,
+    place: Callable[[np.ndarray], Any] = jnp.asarray,
+) -> ClientData:
+    """Joins the training examples and a partition of them.
 
     Args:
       dataset: where the training images and labels come from.
       parts: for each of the C clients, its positions in the training examples.
+      place: where the arrays go: on the device, or with `np.asarray` they stay on the host.
 
     Returns:
       The clients' data.
@@ -56,12 +68,46 @@ def build_clients(dataset: Dataset, parts: Sequence[np.ndarray]) -> ClientData:
     index[np.arange(index.shape[1]) < sizes[:, None]] = np.concatenate(list(parts))
     counts = label_counts(dataset.train_labels, parts, dataset.num_classes)
     return ClientData(
-        images=jnp.asarray(dataset.train_images),
-        labels=jnp.asarray(dataset.train_labels, jnp.int32),
-        index=jnp.asarray(index),
-        size=jnp.asarray(sizes),
-        label_share=jnp.asarray(counts / sizes[:, None], jnp.float32),
+        images=place(dataset.train_images),
+        labels=place(np.asarray(dataset.train_labels, np.int32)),
+        index=place(index),
+        size=place(sizes),
+        label_share=place(np.asarray(counts / sizes[:, None], np.float32)),
     )
+
+
+def feed_cohorts(
+    data: ClientData, most: int, put: Callable[[PyTree], PyTree] = jax.device_put
+) -> Feed:
+    """Sends a cohort's examples to the device, where those of all clients do not fit on it.
+
+    A round trains on what it is fed exactly as on the data of all clients. Fed while the device
+    still works on the round before, the next cohort's examples are there when it begins. Every
+    cohort's arrays have the same shapes, so one compiled program serves all.
+
+    Args:
+      data: of all clients, on the host: from `build_clients` with `place=np.asarray`.
+      most: P, the clients of the largest cohort.
+      put: puts host arrays on the devices.
+
+    Returns:
+      The feed: images and labels of the cohort alone, and an index table of rows among them.
+    """
+    room = int(np.sort(data.size)[::-1][:most].sum())
+    known = put({"size": data.size, "label_share": data.label_share})
+
+    def feed(cohort: np.ndarray) -> ClientData:
+        owned = np.arange(data.index.shape[1]) < np.asarray(data.size)[cohort, None]  # (P, N)
+        rows = np.asarray(data.index)[cohort][owned]
+        place = np.zeros(owned.shape, np.int32)
+        place[owned] = np.arange(rows.size)
+        index = np.zeros(data.index.shape, np.int32)
+        index[cohort] = place
+        rows = np.resize(rows, room)
+        sent = {"images": data.images[rows], "labels": data.labels[rows], "index": index}
+        return ClientData(**put(sent), **known)
+
+    return feed
 
 
 def _round_up(size: int) -> int:

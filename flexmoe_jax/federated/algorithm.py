@@ -152,8 +152,8 @@ def flexmoe(
 
     Args:
       model: with all E experts; clients run it with K.
-      data: every client's examples; `round` takes the same arrays again as an argument, so that
-        they are not baked into the compiled program.
+      data: every client's examples, on the device or on the host; `round` takes them, or those of
+        its cohort (`data.feed_cohorts`), as an argument, so that none are baked into the program.
       prepare: uint8 images -> what the model takes; runs on device.
       capacity: (C,) int k_c.
       policy: who holds which experts.
@@ -205,21 +205,17 @@ def flexmoe(
         outputs: Any = client_model.apply(variables, shared_features, held, method="classify")
         return outputs[0]
 
-    # On the host: a compiled program may not close over what other processes hold.
-    image = np.asarray(data.images.addressable_data(0))[:1]
-
     # Run once, so quick compilation is worth more than quick code: it halves XLA's time here.
     @partial(
         jax.jit, out_shardings=everywhere, compiler_options={"xla_backend_optimization_level": 1}
     )
     def init(key: Key) -> State:
         held = jnp.ones(experts, bool)
+        image = prepare(jnp.zeros((1, *data.images.shape[1:]), data.images.dtype))
         model_key, gate_key = jax.random.split(key)
-        start = model.init(model_key, prepare(jnp.asarray(image)), held)["params"]
+        start = model.init(model_key, image, held)["params"]
         params = split_params(start, ownership)
-        example: Any = model.apply(
-            {"params": start}, prepare(jnp.asarray(image)), method="features"
-        )
+        example: Any = model.apply({"params": start}, image, method="features")
 
         def init_gate(client: Array) -> PyTree:
             own = jax.random.fold_in(gate_key, client)

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from flexmoe_jax.data import Dataset, build_clients, label_counts
+from flexmoe_jax.data import Dataset, build_clients, feed_cohorts, label_counts
 from flexmoe_jax.errors import InputError
 
 
@@ -30,6 +34,28 @@ def test_clients_by_hand(dataset: Dataset) -> None:
         "int32",
         "float32",
     ]
+
+
+@given(st.data())
+def test_a_cohort_is_fed_its_own_examples_in_arrays_of_one_shape(draw: st.DataObject) -> None:
+    rows = st.lists(st.integers(0, 8), min_size=1, max_size=6)
+    parts = [np.array(part) for part in draw.draw(st.lists(rows, min_size=2, max_size=5))]
+    images = np.arange(9 * 4, dtype=np.uint8).reshape(9, 2, 2, 1)
+    labels = np.arange(9, dtype=np.int32)
+    dataset = Dataset("toy", images, labels, images[:1], labels[:1], tuple("abcdefghi"))
+    clients = build_clients(dataset, parts, place=np.asarray)
+    most = draw.draw(st.integers(1, len(parts)))
+    feed = feed_cohorts(clients, most)
+    cohorts = st.lists(st.sampled_from(range(len(parts))), unique=True, max_size=most)
+    shapes = set()
+    for cohort in map(partial(np.array, dtype=int), (draw.draw(cohorts), draw.draw(cohorts))):
+        fed = feed(cohort)
+        shapes.add(str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), fed)))
+        for client in cohort:
+            own = fed.index[client, : fed.size[client]]
+            assert np.array_equal(fed.images[own], images[parts[client]])
+            assert np.array_equal(fed.labels[own], labels[parts[client]])
+    assert len(shapes) == 1
 
 
 def test_label_counts_by_hand(dataset: Dataset) -> None:

@@ -122,10 +122,11 @@ def test_the_arrays_agree_with_the_metrics(finished):
     assert sorted(arrays["capacity"]) == [1, 1, 2, 2, 3, 3]
 
 
-def test_the_same_seed_gives_the_same_metrics(finished, tmp_path):
+def test_the_same_seed_gives_the_same_metrics_wherever_the_examples_stay(finished, tmp_path):
     workdir, _ = finished
     again = tmp_path / "again"
-    assert launch(f"--workdir={again}", *SMALL, "--config.tensorboard=true").returncode == 0
+    other = ("--config.execution.data=host", "--config.tensorboard=true")
+    assert launch(f"--workdir={again}", *SMALL, *other).returncode == 0
     assert timeless(again) == timeless(workdir)
     events = list((again / "tensorboard").iterdir())
     assert events[0].stat().st_size > 1000
@@ -173,6 +174,7 @@ BAD = {
     "--config.data.download=maybe": "config.data.download=maybe: give true or false",
     "--config.data=3": "config.data=3: is a group of fields",
     "--rounds=3": "--rounds: no such flag; did you mean --config.rounds?",
+    "--config.execution.data=disk": "execution.data=disk: choose one of auto, device, host",
     "--config.clients.capacity=9": "clients.capacity=9: choose 1 to model.experts=8",
     "--config.data.name=cifar10 --config.data.dir=/no/such/folder": "data.dir=/no/such/folder",
     "stray": "argument=stray",

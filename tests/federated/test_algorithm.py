@@ -11,6 +11,7 @@ import pytest
 
 from flexmoe_jax import federated, models
 from flexmoe_jax.assignment import make_policy
+from flexmoe_jax.data import feed_cohorts
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import (
     Arrival,
@@ -28,10 +29,11 @@ from tests.federated.conftest import CAPACITY, EXPERTS, prepare
 def run(algorithm, data, rounds=3, per_round=7, seed=0):
     state = algorithm.init(jax.random.key(seed))
     reports = []
+    feed = data if callable(data) else lambda cohort: data
     for t in range(rounds):
         cohort = sample_cohort(len(CAPACITY), per_round, seed=seed, round_index=t)
         solution = algorithm.assign(state, cohort)
-        state, report = algorithm.round(state, data, algorithm.plan(cohort, solution))
+        state, report = algorithm.round(state, feed(cohort), algorithm.plan(cohort, solution))
         reports.append((cohort, solution, jax.device_get(report)))
     return state, reports
 
@@ -107,6 +109,17 @@ def test_one_compilation_whatever_the_cohort_and_the_assignment(make_algorithm, 
     assert len(assignments) > 1
     assert len({tuple(CAPACITY[list(cohort)]) for cohort in cohorts}) > 1
     assert algorithm.round._cache_size() == 1
+
+
+def test_cohorts_fed_from_the_host_train_as_on_the_data_of_all(make_algorithm, clients):
+    # And no cohort compiles the round anew.
+    algorithm = make_algorithm()
+    resident, _ = run(algorithm, clients, per_round=3)
+    feed = feed_cohorts(jax.tree.map(np.asarray, clients), most=3)
+    assert feed(np.arange(3)).images.shape[0] < clients.images.shape[0]
+    fed, _ = run(algorithm, feed, rounds=3, per_round=3)
+    chex.assert_trees_all_equal(resident, fed)
+    assert algorithm.round._cache_size() == 2
 
 
 def test_a_round_needs_no_hidden_transfer(make_algorithm, clients):
