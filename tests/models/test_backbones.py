@@ -29,10 +29,18 @@ from flexmoe_jax.models.backbones import GroupNorm
 @pytest.mark.parametrize("image", [(8, 8, 1), (9, 7, 3)])
 def test_features_have_the_stated_width(name, options, features, image):
     backbone = make_backbone(name, **options)
-    x = jax.random.normal(jax.random.key(0), (2, *image))
-    y, _ = jax.jit(backbone.init_with_output)(jax.random.key(1), x)
+    x = jnp.zeros((2, *image))
+    y, _ = jax.eval_shape(backbone.init_with_output, jax.random.key(1), x)
     assert y.shape == (2, features)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "cnn", "resnet"])
+def test_features_differ_from_image_to_image_and_are_numbers(name):
+    backbone = make_backbone(name, widths=(4,) if name == "resnet" else (4, 8))
+    x = 100 * jax.random.normal(jax.random.key(0), (2, 9, 7, 3))
+    y, _ = jax.jit(backbone.init_with_output)(jax.random.key(1), x)
     assert jnp.isfinite(y).all()
+    assert not jnp.allclose(y[0], y[1])
 
 
 def test_resnet_depth_counts_its_layers():
@@ -93,8 +101,9 @@ def test_dense_is_that_of_flax(features):
 def test_max_pool_is_that_of_flax():
     x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
     assert (max_pool(x) == nn.max_pool(x, (2, 2), strides=(2, 2))).all()
-    gradient = jax.grad(lambda x: (max_pool(x) ** 2).sum())(x)
-    expected = jax.grad(lambda x: (nn.max_pool(x, (2, 2), strides=(2, 2)) ** 2).sum())(x)
+    gradient = jax.jit(jax.grad(lambda x: (max_pool(x) ** 2).sum()))(x)
+    flax_pool = partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
+    expected = jax.jit(jax.grad(lambda x: (flax_pool(x) ** 2).sum()))(x)
     assert (gradient == expected).all()
 
 
@@ -107,9 +116,15 @@ def test_group_norm_is_that_of_flax():
         jnp.shape, params
     )
 
-    def loss(model, x, params):
-        return (model.apply(params, x) ** 3).sum()
+    @partial(jax.jit, static_argnums=0)
+    def normalised_and_slopes(model, x, params):
+        def loss(x, params):
+            y = model.apply(params, x)
+            return (y**3).sum(), y
 
-    chex.assert_trees_all_close(ours.apply(params, x), flax.apply(params, x), atol=1e-5)
-    gradients = (jax.grad(partial(loss, model), (0, 1))(x, params) for model in (ours, flax))
-    chex.assert_trees_all_close(*gradients, rtol=1e-4, atol=1e-4)
+        slopes, y = jax.grad(loss, (0, 1), has_aux=True)(x, params)
+        return y, slopes
+
+    chex.assert_trees_all_close(
+        *(normalised_and_slopes(model, x, params) for model in (ours, flax)), rtol=1e-4, atol=1e-4
+    )
