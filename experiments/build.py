@@ -61,6 +61,7 @@ def build(config: ConfigDict) -> Experiment:
         solver=config.assignment.solver,
         rounding=config.assignment.rounding,
         backend=config.assignment.backend,
+        weighted=config.assignment.load != "clients",
         holders_min=config.assignment.holders_min,
         balance=config.assignment.balance,
         diversity=config.assignment.diversity,
@@ -121,8 +122,8 @@ def build(config: ConfigDict) -> Experiment:
     params = model_shapes(model, prepare, dataset.train_images)
     models.check_ownership(params, ownership, capacity.tolist())
     owned = models.split_params(params, ownership)
-    steps = np.asarray(local.steps(np.asarray(clients.size)))
-    examples = np.minimum(np.asarray(clients.size) * local.epochs, steps * local.batch_size)
+    sizes = np.asarray(clients.size)
+    steps, examples = local.steps(sizes), local.examples(sizes)
     network = make_network(config, devices, steps, examples)
     algorithm = federated.flexmoe(
         model,
@@ -130,7 +131,9 @@ def build(config: ConfigDict) -> Experiment:
         prepare=prepare,
         capacity=capacity,
         policy=policy,
-        load_model=federated.make_load_model(config.assignment.load, examples, capacity),
+        load_model=federated.make_load_model(
+            config.assignment.load, examples, capacity, config.model.top_k
+        ),
         local=local,
         fitness=federated.FitnessOptions(
             score, config.fitness.beta, config.fitness.initial, config.fitness.optimism
@@ -263,10 +266,16 @@ def make_aggregator(server: ConfigDict) -> federated.Aggregator | None:
     return partial(federated.trimmed_mean, trim=trims[server.aggregator])
 
 
+# Images that tell mean and deviation well enough; 10,000 of CIFAR's size.
+_SAMPLE_BYTES = 2**25
+
+
 def standardise(images: np.ndarray) -> Callable[[Array], Array]:
-    """Maps uint8 images to float32 of mean 0 and deviation 1 per channel over these images."""
-    sample = images[:10_000].astype(np.float32)
-    mean, deviation = sample.mean(axis=(0, 1, 2)), sample.std(axis=(0, 1, 2)) + 1e-6
+    """Maps uint8 images to float32 of mean 0 and deviation 1 per channel over the first of them."""
+    # In double precision, since single loses count over millions of pixels.
+    axes, sample = (0, 1, 2), images[: max(1, min(10_000, _SAMPLE_BYTES // images[0].nbytes))]
+    mean = sample.mean(axes, np.float64).astype(np.float32)
+    deviation = sample.std(axes, np.float64).astype(np.float32) + 1e-6
 
     def prepare(images: Array) -> Array:
         return (images.astype(jnp.float32) - mean) / deviation

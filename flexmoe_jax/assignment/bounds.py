@@ -36,7 +36,8 @@ def load_bounds(
     The target of expert e is `share_e · (total load) + deficit_e`, moved into what the cohort can
     give; the bounds lie `slack · share_e · (total load)` below and above it. With one weight for
     all pairs loads are whole multiples of it, so the bounds are rounded inward, yet always leave
-    room for the multiples just below and above the target: bounds so made can be met.
+    room for the multiples just below and above the target. Bounds so made can be met unless
+    deficits pile up on fewer experts than clients must hold; `solve` then lets them give way.
 
     Args:
       capacity: [P] experts that each client holds.

@@ -37,6 +37,15 @@ def effective_bounds(problem: Problem) -> tuple[FloatArray, FloatArray]:
     return np.maximum(least, floor) * unit, np.maximum(most, floor) * unit
 
 
+def has_impossible_bounds(problem: Problem) -> bool:
+    """Whether pairs have one weight, and no multiple of it lies within some expert's bounds."""
+    unit = problem.unit
+    if not unit:
+        return False
+    least, most = np.ceil(problem.load_min / unit - 1e-9), np.floor(problem.load_max / unit + 1e-9)
+    return bool((least > most).any())
+
+
 def price_bound(problem: Problem, prices: FloatArray, low: FloatArray, high: FloatArray) -> float:
     """`D(λ)` at prices [E] for load bounds [E], [E]; clients fill their capacity at best."""
     reduced = problem.fitness - problem.weights * prices

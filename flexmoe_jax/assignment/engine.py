@@ -9,13 +9,17 @@ import difflib
 import time
 from collections.abc import Callable, Iterable
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from flexmoe_jax.assignment.certificate import effective_bounds, price_bound
+from flexmoe_jax.assignment.certificate import (
+    effective_bounds,
+    has_impossible_bounds,
+    price_bound,
+)
 from flexmoe_jax.assignment.columns import solve_by_columns
-from flexmoe_jax.assignment.flow import solve_flow
+from flexmoe_jax.assignment.flow import require_ortools, solve_flow
 from flexmoe_jax.assignment.heuristics import (
     client_keys,
     take_best,
@@ -40,6 +44,17 @@ from flexmoe_jax.assignment.relaxation import solve_relaxation
 from flexmoe_jax.assignment.rounding import round_knapsack, round_shmoys_tardos
 from flexmoe_jax.errors import InputError
 
+# Terms of a problem that solvers do not take; `relaxation` and `auto` take all.
+_REFUSED = MappingProxyType(
+    {
+        "paths": ("weights that differ", "diversity", "sizes"),
+        "flow": ("weights that differ", "balance", "diversity", "sizes"),
+        "dual": ("balance", "sizes", "holders_min where weights differ"),
+        "greedy": ("sizes",),
+        "random": ("sizes",),
+        "round_robin": ("sizes",),
+    }
+)
 # Part of the relaxation's value that mending the load bounds may cost.
 _MENDING = MappingProxyType({"shmoys_tardos": 0.0, "repair": 0.01})
 ROUNDINGS = tuple(_MENDING)
@@ -105,12 +120,54 @@ def solve(
     require_name("assignment.rounding", rounding, ROUNDINGS)
     if not time_limit >= 0:
         raise InputError("assignment.time_limit", time_limit, "give seconds, or 0 for no limit")
+    require_solver(
+        solver,
+        weighted=problem.unit is None,
+        balance=bool(problem.balance),
+        diversity=bool(problem.diversity),
+        sizes=problem.expert_size is not None,
+        floors=bool(np.any(problem.holders_min)),
+    )
     begin = time.perf_counter()
     deadline = begin + (time_limit or np.inf)
     answer = SOLVERS[solver](problem, Options(rounding, seed, backend, deadline))
     bound = _certify(problem, answer)
     seconds = time.perf_counter() - begin
-    return make_solution(problem, answer.assignment, bound, seconds, relaxed=answer.relaxed)
+    relaxed = answer.relaxed or has_impossible_bounds(problem)
+    return make_solution(problem, answer.assignment, bound, seconds, relaxed=relaxed)
+
+
+def require_solver(
+    solver: str,
+    *,
+    weighted: bool = False,
+    balance: bool = False,
+    diversity: bool = False,
+    sizes: bool = False,
+    floors: bool = False,
+) -> None:
+    """Raises `InputError` for a solver that does not take problems with these terms.
+
+    Args:
+      solver: a name in `SOLVERS`.
+      weighted: load weights differ from pair to pair.
+      balance: there is a balance term.
+      diversity: there is a diversity term.
+      sizes: experts differ in size.
+      floors: experts have a least number of holders.
+    """
+    terms = {
+        "weights that differ": weighted,
+        "balance": balance,
+        "diversity": diversity,
+        "sizes": sizes,
+        "holders_min where weights differ": floors and weighted,
+    }
+    refused = " and no ".join(term for term in _REFUSED.get(solver, ()) if terms[term])
+    if refused:
+        raise InputError("assignment.solver", solver, f"takes no {refused}; use auto")
+    if solver == "flow":
+        require_ortools()
 
 
 def require_name(field: str, name: str, known: Iterable[str]) -> None:
@@ -153,12 +210,8 @@ def _relaxation(problem: Problem, options: Options) -> _Answer:
 
 
 def _paths(problem: Problem, options: Options) -> _Answer:
-    unit = problem.unit
-    if unit is None or problem.diversity or problem.expert_size is not None:
-        raise InputError(
-            "assignment.solver", "paths", "takes one weight, no diversity and no sizes; use auto"
-        )
-    experts = problem.experts
+    unit, experts = problem.unit, problem.experts
+    assert unit is not None
     low, high = effective_bounds(problem)
     low, high = (low / unit, high / unit) if unit else (np.zeros(experts), np.full(experts, 1e18))
     low = np.maximum(low, 0.0)
@@ -201,19 +254,12 @@ def _quantum(problem: Problem, curve: float) -> float:
 
 
 def _flow(problem: Problem, options: Options) -> _Answer:
-    _require_plain(problem, "flow")
     held, bound, relaxed = solve_flow(problem, options.deadline)
     return _Answer(held, bound=bound, relaxed=relaxed)
 
 
 def _dual(problem: Problem, options: Options) -> _Answer:
-    if problem.balance or problem.expert_size is not None:
-        raise InputError(
-            "assignment.solver", "dual", "takes no balance term and no sizes; use auto"
-        )
-    if np.any(problem.holders_min) and not problem.unit:
-        raise InputError("assignment.solver", "dual", "takes holders_min at equal weights only")
-    if problem.clients == 0:
+    if problem.clients == 0 or problem.unit == 0:
         return _relaxation(problem, options)
     # JAX is loaded here alone: no other solver needs it.
     from flexmoe_jax.assignment.device import run_dual
@@ -257,18 +303,17 @@ def _auto(problem: Problem, options: Options) -> _Answer:
 
 def _greedy(problem: Problem, options: Options) -> _Answer:
     keys = client_keys([options.seed], np.arange(problem.clients), problem.experts)
-    return _unpriced(problem, take_best(problem.fitness, _counts(problem, "greedy"), keys))
+    return _unpriced(problem, take_best(problem.fitness, problem.capacity, keys))
 
 
 def _random(problem: Problem, options: Options) -> _Answer:
     keys = client_keys([options.seed], np.arange(problem.clients), problem.experts)
-    return _unpriced(problem, take_random(_counts(problem, "random"), keys))
+    return _unpriced(problem, take_random(problem.capacity, keys))
 
 
 def _round_robin(problem: Problem, options: Options) -> _Answer:
     clients = np.arange(problem.clients)
-    counts = _counts(problem, "round_robin")
-    return _unpriced(problem, take_in_turn(counts, clients, 0, problem.experts))
+    return _unpriced(problem, take_in_turn(problem.capacity, clients, 0, problem.experts))
 
 
 SOLVERS: MappingProxyType[str, Callable[[Problem, Options], _Answer]] = MappingProxyType(
@@ -289,16 +334,3 @@ def _unpriced(problem: Problem, held: BoolArray) -> _Answer:
     """A heuristic's answer, bounded by what clients would take if loads did not matter."""
     free = float(np.sum(problem.fitness, where=take_top(problem.fitness, problem.capacity)))
     return _Answer(held, bound=free)
-
-
-def _counts(problem: Problem, solver: str) -> Any:
-    if problem.expert_size is not None:
-        raise InputError("assignment.solver", solver, "takes no expert sizes; use relaxation")
-    return problem.capacity
-
-
-def _require_plain(problem: Problem, solver: str) -> None:
-    if problem.balance or problem.diversity or problem.expert_size is not None:
-        raise InputError(
-            "assignment.solver", solver, "takes no balance, diversity or sizes; use auto"
-        )

@@ -34,6 +34,14 @@ _LARGEST_SUM = 2.0**60
 _FINEST = 2.0**40
 
 
+def require_ortools() -> None:
+    """Raises `InputError` where OR-Tools is not installed."""
+    if importlib.util.find_spec("ortools") is None:
+        raise InputError(
+            "assignment.solver", "flow", "needs OR-Tools: pip install 'flexmoe_jax[flow]'"
+        )
+
+
 def solve_flow(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, float, bool]:
     """Solves a problem whose pairs all have one weight.
 
@@ -46,16 +54,12 @@ def solve_flow(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, f
       whether load bounds had to give way.
 
     Raises:
-      InputError: OR-Tools is not installed, or weights differ.
+      InputError: OR-Tools is not installed.
       SolverError: OR-Tools failed, or the deadline passed.
     """
-    if importlib.util.find_spec("ortools") is None:
-        raise InputError(
-            "assignment.solver", "flow", "needs OR-Tools: pip install 'flexmoe_jax[flow]'"
-        )
+    require_ortools()
     unit = problem.unit
-    if unit is None:
-        raise InputError("assignment.solver", "flow", "takes one weight for all pairs; use auto")
+    assert unit is not None
     clients, experts = problem.fitness.shape
     total = int(problem.capacity.sum())
     ends = effective_bounds(problem) if unit else (np.zeros(experts), np.full(experts, np.inf))

@@ -18,7 +18,13 @@ from types import MappingProxyType
 import numpy as np
 
 from flexmoe_jax.assignment.bounds import load_bounds, normalise_share
-from flexmoe_jax.assignment.engine import ROUNDINGS, SOLVERS, require_name, solve
+from flexmoe_jax.assignment.engine import (
+    ROUNDINGS,
+    SOLVERS,
+    require_name,
+    require_solver,
+    solve,
+)
 from flexmoe_jax.assignment.heuristics import (
     client_keys,
     take_best,
@@ -85,6 +91,7 @@ def make_policy(
     solver: str = "auto",
     rounding: str = "repair",
     backend: str = "HIGHS",
+    weighted: bool = False,
     share: FloatArray | None = None,
     holders_min: int = 0,
     balance: float = 0.0,
@@ -101,7 +108,10 @@ def make_policy(
       solver: a name in `SOLVERS` (`flex`).
       rounding: a name in `ROUNDINGS` (`flex`).
       backend: the CVXPY solver that relaxations go to, by CVXPY's name (`flex`).
+      weighted: whether load weights will differ from pair to pair, so that a solver that takes
+        equal ones alone is refused at once (`flex`).
       share: [E] part of the load meant for each expert (`flex`); default: the same for all.
+        Whoever keeps the deficits must reckon with it, too.
       holders_min: least number of clients that hold each expert (`flex`).
       balance: worth of one squared unit of load off target (`flex`).
       diversity: worth of one unit by which an expert's holders deviate, in sum, from the cohort's
@@ -132,6 +142,14 @@ def make_policy(
     ):
         if not (np.isfinite(number) and number >= 0):
             raise InputError(f"assignment.{field}", number, "give a number of at least 0")
+    if name == "flex":
+        require_solver(
+            solver,
+            weighted=weighted,
+            balance=balance > 0,
+            diversity=diversity > 0,
+            floors=holders_min > 0,
+        )
     if share is not None:
         normalise_share(share, np.size(share))
     chosen = POLICIES[name]

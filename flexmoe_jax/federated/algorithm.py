@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax.assignment import Policy, Request, Solution, update_deficit
@@ -144,6 +145,7 @@ def flexmoe(
     aggregator: Aggregator | None = None,
     rows: int = 0,
     deficit_decay: float = 1.0,
+    share: np.ndarray | None = None,
     seed: int = 0,
     block_size: int = 0,
     mesh: Mesh | None = None,
@@ -167,6 +169,7 @@ def flexmoe(
         for all of them; None for weighted means, summed while the cohort trains.
       rows: for how many clients a plan makes room, where cohorts differ in size; 0 for the cohort.
       deficit_decay: how much of an expert's deficit lasts from round to round, in [0, 1].
+      share: (E,) part of the load that the policy means each expert to get; None for the same.
       seed: of the policy's ties and draws.
       block_size: clients side by side on a device; 0 for automatic.
       mesh: the devices that share a cohort, from `client_mesh`; None for one. Give `round` and
@@ -285,6 +288,9 @@ def flexmoe(
             rows=rows or len(solution.assignment),
             tamper=tamper,
         )
+        # Solvers with a time limit need not end alike on every host: the first one's plan holds.
+        if jax.process_count() > 1:
+            laid_out = multihost_utils.broadcast_one_to_all(laid_out)
         return replicate(laid_out, mesh)
 
     def put_rows(tree: PyTree, rows: Array, new: PyTree) -> PyTree:
@@ -353,7 +359,7 @@ def flexmoe(
             held_rounds=state.held_rounds.at[pairs].add(trained[:, None], mode="drop"),
             usage=usage,
             load=state.load + plan.load,
-            deficit=update_deficit(state.deficit, given, decay=deficit_decay),
+            deficit=update_deficit(state.deficit, given, share=share, decay=deficit_decay),
             fresh=jnp.where(took_part[:, None], received, state.fresh) & (sums.expert_weight == 0),
             residual=put_rows(state.residual, plan.clients, result.residual),
         )

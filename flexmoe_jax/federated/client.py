@@ -66,6 +66,11 @@ class LocalTraining(NamedTuple):
         steps = self.epochs * self.steps_per_epoch(size)
         return steps.clip(max=self.max_steps) if self.max_steps else steps
 
+    def examples(self, size: Sizes) -> Sizes:
+        """Examples that a client of `size` trains on in a round, counted once a step."""
+        epochs, rest = divmod(self.steps(size), self.steps_per_epoch(size))
+        return epochs * size + (rest * self.batch_size).clip(max=size)
+
     def steps_per_epoch(self, size: Sizes) -> Sizes:
         """Batches that it takes to see `size` examples once; the last may be smaller."""
         return -(-size // self.batch_size)

@@ -110,7 +110,8 @@ def compress_update(
     """
     if residual:
         shared, experts = jax.tree.map(jnp.add, (shared, experts), residual)
-    arrived = compressor.round_trip(shared), jax.vmap(compressor.round_trip)(experts)
+    each = jax.vmap(compressor.round_trip) if experts else compressor.round_trip
+    arrived = compressor.round_trip(shared), each(experts)
     kept = jax.tree.map(jnp.subtract, (shared, experts), arrived) if residual else ()
     return *arrived, kept
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -74,11 +75,17 @@ def client_mesh(devices: int = 0) -> Mesh:
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Puts a whole copy of every array on each device of the mesh.
 
-    Of several processes each hands over its own copy, which must be equal to the others'.
+    Of several processes each hands over its own copy, which must be equal to the others'. It is not
+    checked: that would send all copies around, and refuse NaN, which differs from itself.
     """
-    if jax.process_count() > 1:
-        tree = jax.device_get(tree)
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, everywhere)
+
+    def put(leaf: np.ndarray) -> Array:
+        return jax.make_array_from_callback(leaf.shape, everywhere, lambda part: leaf[part])
+
+    return jax.tree.map(lambda leaf: put(np.asarray(leaf)), jax.device_get(tree))
 
 
 def resolve_block_size(block_size: int, cohort: int, devices: int = 1) -> int:

@@ -32,7 +32,9 @@ class LoadModel(NamedTuple):
 LOAD_MODELS = ("clients", "samples", "usage")
 
 
-def make_load_model(name: str, examples: np.ndarray, capacity: np.ndarray) -> LoadModel:
+def make_load_model(
+    name: str, examples: np.ndarray, capacity: np.ndarray, top_k: int = 1
+) -> LoadModel:
     """Builds a load model by name.
 
     `clients`: every holder weighs 1. `samples`: a holder weighs the examples it trains on in a
@@ -45,6 +47,7 @@ def make_load_model(name: str, examples: np.ndarray, capacity: np.ndarray) -> Lo
       name: one of `LOAD_MODELS`.
       examples: (C,) examples that each client trains on in a round, counted once a step.
       capacity: (C,) k_c.
+      top_k: experts per example, or all that are held if those are fewer.
 
     Returns:
       The load model.
@@ -62,7 +65,8 @@ def make_load_model(name: str, examples: np.ndarray, capacity: np.ndarray) -> Lo
     def usage(state: State, cohort: np.ndarray) -> np.ndarray:
         seen = np.asarray(state.usage, np.float64)[cohort]
         rounds = np.asarray(state.held_rounds)[cohort]
-        even = (examples / np.maximum(capacity, 1))[cohort, None]
+        each = np.minimum(top_k, capacity) / np.maximum(capacity, 1)
+        even = (examples * each)[cohort, None]
         return np.where(rounds > 0, seen / np.maximum(rounds, 1), even)
 
     def holders(slots: Array, examples: Array, usage: Array) -> Array:

@@ -25,7 +25,7 @@ class Uplink(NamedTuple):
       error_feedback: whether what compression loses is added to the client's next update.
       quarantine: whether an update that is not all numbers, or longer than `norm_limit`, is
         refused.
-      norm_limit: greatest L2 norm of an update (ψ and all held experts together); 0 for none.
+      norm_limit: greatest L2 norm of an update (ψ and all experts used together); 0 for none.
       clip: L2 norm to which longer updates are cut; 0 for none.
       noise_multiplier: deviation of the server's noise over `clip` (see `privacy`), under which
         every client weighs the same; 0 for none.
@@ -44,7 +44,8 @@ class Delivery(NamedTuple):
 
     Attributes:
       update: with nothing in it (no examples, no usage, no change) if it was refused.
-      residual: what compression has kept back of the client's updates.
+      residual: what compression has kept back of the client's updates; as it was for what did not
+        travel.
       quarantined: () bool, it was refused.
     """
 
@@ -75,29 +76,39 @@ def deliver(
     Returns:
       What the server gets.
     """
-    # Empty slots trained nothing that counts; what they hold must neither travel nor be judged.
-    experts = jax.tree.map(
-        lambda x: jnp.where(held.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0), update.experts
-    )
-    shared, kept = update.shared, residual
+    # Slots that are empty, or whose expert has weight 0, must neither travel nor be judged.
+    travels = held if uplink.noise_multiplier else held & (update.feedback.usage > 0)
+
+    def of_travelling(experts: PyTree, others: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda x, y: jnp.where(travels.reshape(-1, *[1] * (x.ndim - 1)), x, y), experts, others
+        )
+
+    none = jax.tree.map(jnp.zeros_like, update.experts)
+    shared, experts, kept = update.shared, of_travelling(update.experts, none), residual
     if not uplink.compressor.lossless:
         shared, experts, kept = compress_update(uplink.compressor, shared, experts, residual)
+        experts = of_travelling(experts, none)
+        if residual:
+            kept = kept[0], of_travelling(kept[1], residual[1])
     shared, experts = jax.tree.map(lambda x: x * tamper, (shared, experts))
-    norm = optax.tree.norm((shared, experts, update.loss))
+    norm = optax.tree.norm((shared, experts))
+    # Padding, and clients whose work never arrives, have trained nothing and send nothing.
+    idle = update.examples == 0
     refused = jnp.zeros((), bool)
     if uplink.quarantine:
-        refused = ~jnp.isfinite(norm + optax.tree.norm((update.gate, update.private)))
+        others = optax.tree.norm((update.gate, update.private, update.loss))
+        refused = ~jnp.isfinite(norm + others)
         if uplink.norm_limit:
             refused |= norm > uplink.norm_limit
+        refused &= ~idle
     if uplink.clip:
-        length = optax.tree.norm((shared, experts))
-        factor = jnp.minimum(1.0, uplink.clip / jnp.maximum(length, 1e-12))
+        factor = jnp.minimum(1.0, uplink.clip / jnp.maximum(norm, 1e-12))
         shared, experts = jax.tree.map(lambda x: x * factor, (shared, experts))
     arrived = update._replace(shared=shared, experts=experts)
-    if not uplink.quarantine:
-        return Delivery(arrived, kept, refused)
+    void = refused | idle
     nothing = jax.tree.map(jnp.zeros_like, arrived)._replace(gate=start.gate, private=start.private)
     update, kept = jax.tree.map(
-        lambda old, new: jnp.where(refused, old, new), (nothing, residual), (arrived, kept)
+        lambda old, new: jnp.where(void, old, new), (nothing, residual), (arrived, kept)
     )
     return Delivery(update, kept, refused)

@@ -240,10 +240,10 @@ def check_ownership(params: PyTree, ownership: Ownership, capacity: Sequence[int
         if not any(path.startswith(f"{start}/") for path in paths):
             remedy = f"the model has no such part; its parts are {', '.join(params)}"
             raise InputError("model.private", start, remedy)
-    owned = split_params(params, ownership)
-    if not owned.experts and min(capacity) < jax.tree.leaves(params["expert"])[0].shape[0]:
-        remedy = "a client's own experts cannot be dealt out: give all clients all of them"
-        raise InputError("model.private", ",".join(ownership.private), remedy)
+        of_experts = start.split("/")[0] in ("expert", "gate")
+        if of_experts and min(capacity) < jax.tree.leaves(params["expert"])[0].shape[0]:
+            remedy = "a client's own experts cannot be dealt out: give all clients all of them"
+            raise InputError("model.private", start, remedy)
 
 
 # Flax leaves them without types.

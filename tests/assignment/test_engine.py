@@ -201,7 +201,7 @@ def test_unknown_names_are_refused_with_the_nearest(name: str, field: str, near:
 def test_solvers_refuse_what_they_cannot_take() -> None:
     weighted = Problem(np.ones((2, 2)), 1, 0, 9, [1.0, 2.0])
     for solver in ("paths", "flow"):
-        with pytest.raises(InputError, match="one weight"):
+        with pytest.raises(InputError, match="takes no weights that differ; use auto"):
             solve(weighted, solver)
     sized = Problem(np.ones((2, 2)), [1.0, 1.0], 0, 9, expert_size=[1.0, 1.0])
     for solver in ("paths", "flow", "dual", "greedy", "random", "round_robin"):

@@ -252,6 +252,10 @@ def test_a_backend_that_fails_leaves_an_even_assignment(backend: str) -> None:
 def test_what_the_user_got_wrong_is_no_reason_to_fall_back() -> None:
     with pytest.raises(InputError, match=r"assignment\.backend=SCS: too inexact"):
         make_policy("flex", solver="relaxation", backend="SCS", balance=1.0)(request())
+    with pytest.raises(InputError, match=r"assignment\.solver=paths: takes no weights that differ"):
+        make_policy("flex", solver="paths", weighted=True)
+    with pytest.raises(InputError, match=r"assignment\.solver=dual: takes no balance"):
+        make_policy("flex", solver="dual", balance=1.0)
     with pytest.raises(InputError, match="fitness"):
         make_policy("flex")(request(fitness=np.full((20, 8), np.nan)))
 

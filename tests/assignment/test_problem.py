@@ -126,3 +126,12 @@ class TestHostile:
         for scale in (1e9, 1e-9):
             scaled = solve(Problem(fitness * scale, 1, 2, 2), solver).value
             assert scaled / scale == pytest.approx(plain, rel=1e-3)
+
+
+def test_bounds_between_two_whole_numbers_are_said_to_give_way() -> None:
+    # Five holders, and a load of 2.5 asked of each of two experts.
+    problem = Problem(np.random.default_rng(0).random((5, 2)), 1, 2.5, 2.5)
+    for solver in ("paths", "relaxation", "dual"):
+        found = solve(problem, solver)
+        assert sorted(found.load) == [2, 3]
+        assert found.status == "relaxed"

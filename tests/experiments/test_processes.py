@@ -10,7 +10,14 @@ import pytest
 
 from tests.experiments.test_train import ROOT, SMALL, command, rows
 
-TWO_ROUNDS = (*SMALL, "--config.rounds=2", "--config.eval.every=1")
+# One of six clients sends updates that are not numbers.
+TWO_ROUNDS = (
+    *SMALL,
+    "--config.rounds=2",
+    "--config.eval.every=1",
+    "--config.clients.per_round=6",
+    "--config.faults.share=0.1",
+)
 
 
 def launch_together(count: int, workdir: Path, *arguments: str) -> list[tuple[int, str]]:
@@ -40,12 +47,14 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
         check=True,
         timeout=120,
     )
-    # Two devices in each: four in all, for a cohort of four clients.
-    ended = launch_together(2, tmp_path / "two", *TWO_ROUNDS, "--config.execution.devices=4")
+    # Two devices in each: four in all, for a cohort of six clients, whose examples are sent.
+    apart = ("--config.execution.devices=4", "--config.execution.data=host")
+    ended = launch_together(2, tmp_path / "two", *TWO_ROUNDS, *apart)
     assert [code for code, _ in ended] == [0, 0], ended
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [row["round"] for row in two] == [1, 2]
     for alone, together in zip(one, two, strict=True):
+        assert together["clients/quarantined"] == alone["clients/quarantined"] == 1
         for key in ("train/loss", "eval/global_accuracy", "eval/server_accuracy"):
             assert together[key] == pytest.approx(alone[key], abs=1e-4)
         assert together["load/assigned"] == alone["load/assigned"]

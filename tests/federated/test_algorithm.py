@@ -204,6 +204,14 @@ def test_the_books_balance(make_algorithm, clients):
     assert (solution.assignment.sum(axis=1) == CAPACITY[cohort]).all()
 
 
+def test_loads_keep_to_the_shares_they_are_meant_to_have(make_algorithm, clients):
+    # Half of 13 holders a round for expert 0: deficits make up for what does not divide.
+    share = np.array([3.0, 1.0, 1.0, 1.0])
+    algorithm = make_algorithm(policy=make_policy("flex", share=share), share=share)
+    state, _ = run(algorithm, clients, rounds=6)
+    assert np.abs(np.asarray(state.load) - 6 * CAPACITY.sum() * share / share.sum()).max() <= 1
+
+
 def test_optimism_sends_clients_to_what_they_never_tried(make_algorithm, clients):
     hopeful = FitnessOptions(initial=0.0, optimism=9.0)
     algorithm = make_algorithm(policy=make_policy("greedy"), fitness=hopeful)

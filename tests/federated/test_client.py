@@ -66,6 +66,16 @@ def test_batches_hold_every_example_once_an_epoch(size, padding, epochs, batch_s
     assert (batches[:steps] == alone).all()
 
 
+@pytest.mark.parametrize("max_steps", [0, 1, 3, 5])
+def test_examples_are_those_that_batches_hold(max_steps):
+    # 7 examples in batches of 4: every second step is 3, not 4.
+    local = LocalTraining(optax.sgd(0.1), epochs=3, batch_size=4, max_steps=max_steps)
+    size = np.asarray(7)
+    batches = np.asarray(draw_batches(local, jax.random.key(0), jnp.arange(9), jnp.asarray(7)))
+    steps = int(local.steps(size))
+    assert local.examples(size) == (batches[:steps] >= 0).sum()
+
+
 def test_every_example_counts_once_an_epoch(clients, start):
     local = LocalTraining(optax.sgd(0.0), epochs=3, batch_size=8)
     client = make_client(apply, local, clients, slots=2)

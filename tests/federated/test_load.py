@@ -30,6 +30,10 @@ def test_usage_by_hand(state):
     )
     model = make_load_model("usage", np.full(7, 40), np.full(7, 2))
     assert model.weigh(state, np.array([0])).tolist() == [[20, 15, 20, 20]]
+    # With two experts an example, both of the two get all 40; with three, too.
+    for top_k in (2, 3):
+        model = make_load_model("usage", np.full(7, 40), np.full(7, 2), top_k)
+        assert model.weigh(state, np.array([0])).tolist() == [[40, 15, 40, 40]]
 
 
 def test_unknown_model_is_refused():

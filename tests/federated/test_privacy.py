@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexmoe_jax.federated import Sums, epsilon, privatise
+from flexmoe_jax.federated import Sums, Uplink, epsilon, make_compressor, privatise
 from flexmoe_jax.types import Plan
 
 PLAN = Plan(
@@ -39,7 +39,6 @@ def test_epsilon_by_hand():
 def test_a_private_round_weighs_every_client_alike(make_algorithm, clients):
     # Told apart from the plain mean by one number alone: with hardly any noise the clients' cut
     # updates are averaged with equal weight, whatever they hold.
-    from flexmoe_jax.federated import Uplink
     from tests.federated.test_algorithm import run
 
     almost = Uplink(clip=1e-3, noise_multiplier=1e-6)
@@ -52,3 +51,21 @@ def test_a_private_round_weighs_every_client_alike(make_algorithm, clients):
         )
     )
     assert 0 < moved <= 1e-3
+
+
+def test_who_is_not_in_the_cohort_leaves_no_trace(make_algorithm, clients):
+    # Where all weigh the same, and what compression kept back is sent too: neither padding, which
+    # fills the block, nor a client whose work never arrives.
+    uplink = Uplink(make_compressor("int8"), clip=1.0, noise_multiplier=1e-9)
+    algorithm = make_algorithm(uplink=uplink, block_size=4)
+
+    def train(absent: float) -> np.ndarray:
+        state = algorithm.init(jax.random.key(0))
+        held_back = jax.tree.map(lambda x: x.at[1:].set(absent), state.residual)
+        cohort = np.array([0, 1])
+        plan = algorithm.plan(cohort, algorithm.assign(state, cohort))
+        plan = plan._replace(steps=jnp.where(plan.clients == 0, plan.steps, 0))
+        state, _ = algorithm.round(state._replace(residual=held_back), clients, plan)
+        return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(state.shared)])
+
+    assert np.allclose(train(0.0), train(3.0), atol=1e-6)

@@ -54,6 +54,12 @@ def test_quarantine_leaves_nothing_of_an_update(uplink, tamper):
     )
 
 
+def test_the_norm_limit_judges_the_update_and_not_the_loss():
+    # The update's norm is 10; with the loss of 0.9 it would be 10.04.
+    assert not send(Uplink(norm_limit=10.01)).quarantined
+    assert send(Uplink(), make_update()._replace(loss=jnp.array(jnp.nan))).quarantined
+
+
 def test_a_gate_that_is_no_number_is_quarantined_too():
     broken = make_update()._replace(gate={"kernel": jnp.array([[jnp.nan], [0.0]])})
     assert send(Uplink(), broken).quarantined
@@ -72,6 +78,37 @@ def test_clipping_keeps_the_direction_and_bounds_the_norm(value, clip):
     parts = np.array([update.shared["w"][0], update.experts["w"][0, 0]])
     assert np.allclose(parts / np.linalg.norm(parts), [0.6, 0.8], rtol=1e-4)
     assert np.linalg.norm(parts) == pytest.approx(min(clip, 5 * value), rel=1e-4)
+
+
+def test_who_trained_nothing_sends_nothing_and_keeps_its_residual():
+    # Padding, and clients whose work never arrives.
+    idle = jax.tree.map(jnp.zeros_like, make_update())._replace(gate=GATE, private=START.private)
+    residual = ({"w": jnp.array([0.5, 0.5])}, {"w": jnp.array([[0.5], [0.5]])})
+    for uplink in (Uplink(make_compressor("int8")), Uplink(make_compressor("int8"), True, False)):
+        for tamper in (1.0, np.nan):
+            update, kept, refused = send(uplink, idle, tamper, residual)
+            chex.assert_trees_all_equal((update, kept), (idle, residual))
+            assert not refused
+
+
+def test_an_expert_that_was_not_used_keeps_its_residual():
+    update = make_update()
+    unused = update._replace(feedback=update.feedback._replace(usage=jnp.zeros(2)))
+    residual = ({"w": jnp.zeros(2)}, {"w": jnp.array([[0.5], [0.5]])})
+    arrived, kept, _ = send(Uplink(make_compressor("top_k", 0.5)), unused, residual=residual)
+    assert not arrived.experts["w"].any()
+    chex.assert_trees_all_equal(kept[1], residual[1])
+    # Under the noise of privacy it counts as much as any other, so there it is sent.
+    private = Uplink(make_compressor("top_k", 0.5), clip=1e3, noise_multiplier=1.0)
+    arrived, kept, _ = send(private, unused, residual=residual)
+    assert arrived.experts["w"].tolist() == [[8.5], [0.0]]
+    assert kept[1]["w"].tolist() == [[0.0], [0.5]]
+
+
+def test_experts_of_the_clients_own_need_no_compression():
+    update = make_update()._replace(experts={})
+    residual = ({"w": jnp.zeros(2)}, {})
+    assert send(Uplink(make_compressor("int8")), update, residual=residual).update.experts == {}
 
 
 def test_a_quarantined_client_keeps_its_residual():
