@@ -88,6 +88,7 @@ def build(config: ConfigDict) -> Experiment:
         balance=config.local.balance,
         z=config.local.z,
         tile=config.execution.tile,
+        decay=make_decay(config.local.decay, config.rounds),
     )
     uplink = make_uplink(config)
     aggregator = make_aggregator(config.server)
@@ -281,6 +282,18 @@ def standardise(images: np.ndarray) -> Callable[[Array], Array]:
         return (images.astype(jnp.float32) - mean) / deviation
 
     return prepare
+
+
+def make_decay(name: str, rounds: int) -> optax.Schedule | None:
+    """The factor on clients' steps by round: from 1 in the first towards 0 after the last."""
+    decays = {
+        "none": None,
+        "linear": optax.linear_schedule(1.0, 0.0, rounds),
+        "cosine": optax.cosine_decay_schedule(1.0, rounds),
+    }
+    if name not in decays:
+        raise InputError("local.decay", name, f"choose one of {', '.join(decays)}")
+    return decays[name]
 
 
 def local_optimizer(options: ConfigDict) -> optax.GradientTransformation:

@@ -264,6 +264,7 @@ def _dense_rounds(
             gates,
             (),
             plan,
+            jnp.zeros((), jnp.int32),
             own,
             block_size,
             mesh,

@@ -311,6 +311,7 @@ def flexmoe(
             state.gates,
             state.private,
             plan,
+            state.round,
             key,
             resolve_block_size(block_size, plan.clients.shape[0], mesh.size),
             mesh,

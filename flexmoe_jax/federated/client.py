@@ -43,6 +43,7 @@ class LocalTraining(NamedTuple):
       tile: examples whose gradient is taken at once, to stay in cache; the batch's gradient is the
         sum over its tiles. 0 for automatic: on CPU 8 for batches above 12; the batch elsewhere.
         With a balance loss it is always the batch, over which that loss is defined.
+      decay: number of the round -> factor on every step of it, as optax's schedules; None for 1.
     """
 
     optimizer: optax.GradientTransformation
@@ -52,6 +53,7 @@ class LocalTraining(NamedTuple):
     balance: float = 0.0
     z: float = 0.0
     tile: int = 0
+    decay: optax.Schedule | None = None
 
     def tiles(self) -> int:
         """Number of equal tiles of a batch: as few as make none larger than asked for."""
@@ -156,13 +158,16 @@ class Client(NamedTuple):
     final: Callable[[Params, ClientState], ClientUpdate]
 
 
-def make_client(apply: Apply, local: LocalTraining, data: ClientData, slots: int) -> Client:
+def make_client(
+    apply: Apply, local: LocalTraining, data: ClientData, round_index: Array | int, slots: int
+) -> Client:
     """Builds the local training of a client that draws its examples from `data`.
 
     Args:
       apply: the model.
       local: how clients train.
       data: all clients' examples.
+      round_index: rounds completed.
       slots: K.
     """
 
@@ -215,6 +220,8 @@ def make_client(apply: Apply, local: LocalTraining, data: ClientData, slots: int
         )
         slope, (losses, correct, selected) = gradient(state.params, (images, labels, valid), held)
         updates, optimizer = local.optimizer.update(slope, state.optimizer, state.params)
+        if local.decay is not None:
+            updates = optax.tree.scale(local.decay(round_index), updates)
         routed = selected * valid[:, None]  # (B, K)
         return ClientState(
             params=optax.apply_updates(state.params, updates),

@@ -98,7 +98,7 @@ def resolve_block_size(block_size: int, cohort: int, devices: int = 1) -> int:
 
 
 def train_cohort(
-    make_client: Callable[[ClientData], Client],
+    make_client: Callable[[ClientData, Array], Client],
     local: LocalTraining,
     data: ClientData,
     shared: PyTree,
@@ -106,6 +106,7 @@ def train_cohort(
     gates: PyTree,
     private: PyTree,
     plan: Plan,
+    round_index: Array,
     key: Key,
     block_size: int,
     mesh: Mesh,
@@ -116,7 +117,7 @@ def train_cohort(
     """Trains every client of the plan and aggregates while it goes.
 
     Args:
-      make_client: builds the local training of a client that draws from the data.
+      make_client: builds the local training of a client that draws from the data in a round.
       local: its settings.
       data: all clients' examples.
       shared: ψ.
@@ -124,6 +125,7 @@ def train_cohort(
       gates: φ, leaves (C, E, ...).
       private: what else clients keep to themselves, leaves (C, ...).
       plan: cohort and slots, P a multiple of `block_size` times the number of devices.
+      round_index: () rounds completed.
       key: the round's key; each client folds its own id into it.
       block_size: clients side by side on a device.
       mesh: devices that share the cohort, along its axis `AXIS`.
@@ -146,8 +148,8 @@ def train_cohort(
         check_vma=False,
     )
     def train_share(share: tuple[Array, ...], known: tuple) -> tuple[Sums | None, tuple]:
-        data, shared, experts, gates, private, residual, key = known
-        client = make_client(data)
+        data, shared, experts, gates, private, residual, round_index, key = known
+        client = make_client(data, round_index)
 
         def train(start: Params, batches: Array, held: Array, steps: Array) -> ClientUpdate:
             # A client alone in its block is taken out of it for the whole of its training: with the
@@ -207,7 +209,7 @@ def train_cohort(
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
         return lax.psum(sums, AXIS), flat
 
-    known = data, shared, experts, gates, private, residual, key
+    known = data, shared, experts, gates, private, residual, round_index, key
     sums, outputs = train_share((plan.clients, plan.slots, plan.steps, plan.tamper), known)
     updates, *others = outputs
     if aggregator is not None:

@@ -76,9 +76,31 @@ def test_examples_are_those_that_batches_hold(max_steps):
     assert local.examples(size) == (batches[:steps] >= 0).sum()
 
 
+def test_steps_shrink_from_round_to_round(clients, start):
+    # One step of plain SGD: in round 3 of 4, a quarter of what it is in round 0.
+    local = LocalTraining(
+        optax.sgd(0.1), max_steps=1, batch_size=8, decay=optax.linear_schedule(1.0, 0.0, 4)
+    )
+    first, last = (
+        train(
+            make_client(apply, local, clients, number, slots=2),
+            start,
+            local,
+            clients.index[0],
+            20,
+            [True, True],
+        )
+        for number in (0, 3)
+    )
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x: 0.25 * x, first.shared), last.shared, atol=1e-7, rtol=1e-4
+    )
+    assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(last.shared)) > 1e-4
+
+
 def test_every_example_counts_once_an_epoch(clients, start):
     local = LocalTraining(optax.sgd(0.0), epochs=3, batch_size=8)
-    client = make_client(apply, local, clients, slots=2)
+    client = make_client(apply, local, clients, 0, slots=2)
     size = int(clients.size[0])
     update = train(client, start, local, clients.index[0], size, [True, True])
     assert update.examples == 3 * size
@@ -96,7 +118,7 @@ def test_every_example_counts_once_an_epoch(clients, start):
 def test_padding_never_trains(clients, start):
     # The same 11 examples, once with the padding full of other images, once with zeros.
     local = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=4)
-    client = make_client(apply, local, clients, slots=2)
+    client = make_client(apply, local, clients, 0, slots=2)
     rows = np.asarray(clients.index[0][:11])
     padded = np.concatenate([rows, np.full(13, 200)]).astype(np.int32)
     zeros = np.concatenate([rows, np.zeros(13)]).astype(np.int32)
@@ -107,7 +129,7 @@ def test_padding_never_trains(clients, start):
 
 def test_an_empty_slot_neither_moves_nor_reports(clients, start):
     local = LocalTraining(optax.sgd(0.1), batch_size=8, balance=0.1, z=0.01)
-    client = make_client(apply, local, clients, slots=2)
+    client = make_client(apply, local, clients, 0, slots=2)
     update = train(client, start, local, clients.index[1], clients.size[1], [True, False])
     for leaf in jax.tree.leaves(update.experts):
         assert jnp.abs(leaf[0]).max() > 0
@@ -120,7 +142,7 @@ def test_an_empty_slot_neither_moves_nor_reports(clients, start):
 
 def test_training_lowers_the_loss(clients, start):
     local = LocalTraining(optax.sgd(0.3), epochs=12, batch_size=8)
-    client = make_client(apply, local, clients, slots=2)
+    client = make_client(apply, local, clients, 0, slots=2)
     update = train(client, start, local, clients.index[0], clients.size[0], [True, True])
     trained = start._replace(
         shared=jax.tree.map(jnp.add, start.shared, update.shared),
@@ -140,7 +162,7 @@ def test_tiles_change_nothing_beyond_rounding(clients, start):
     updates = []
     for tile in (12, 4, 3):
         local = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=12, z=0.1, tile=tile)
-        client = make_client(apply, local, clients, slots=2)
+        client = make_client(apply, local, clients, 0, slots=2)
         # 20 examples: the last batch of each epoch is part padding, and so are its tiles.
         updates.append(train(client, start, local, clients.index[0], 20, [True, True]))
     for other in updates[1:]:
@@ -170,7 +192,7 @@ def test_proximal_by_hand():
 def test_a_strong_pull_keeps_a_client_near_the_server(clients, start):
     def distance(*before):
         local = LocalTraining(optax.chain(*before, optax.sgd(0.1)), epochs=2, batch_size=8)
-        client = make_client(apply, local, clients, slots=2)
+        client = make_client(apply, local, clients, 0, slots=2)
         update = train(client, start, local, clients.index[0], clients.size[0], [True, True])
         return float(optax.tree.norm((update.shared, update.experts)))
 
