@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.cli import flat_fields, nearest
 from experiments.configs import base
 from flexmoe_jax.errors import InputError
 
@@ -22,7 +23,11 @@ _KINDS: dict[type, str] = {
 
 
 def check_kinds(config: ConfigDict) -> None:
-    """Refuses what a ConfigDict takes from code: None, true for 1, and integers beyond 32 bits."""
+    """Refuses what a ConfigDict takes from code: new fields, None, true for 1, huge integers."""
+    known, given = flat_fields(base.get_config()), flat_fields(config)
+    for field in given.keys() - known.keys():
+        remedy = f"no such field; did you mean {nearest(field, known)}?"
+        raise InputError(field, given[field], remedy)
     for field, kind in _kinds(base.get_config()).items():
         value = _get(config, field)
         if value is None or isinstance(value, bool) != (kind is bool):

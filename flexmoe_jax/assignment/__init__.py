@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from flexmoe_jax.assignment.bounds import load_bounds, update_deficit, window_deficit
 from flexmoe_jax.assignment.engine import ROUNDINGS, SOLVERS, solve
 from flexmoe_jax.assignment.layers import solve_layers
-from flexmoe_jax.assignment.policies import POLICIES, Policy, Request, make_policy
+from flexmoe_jax.assignment.policies import (
+    POLICIES,
+    NamedPolicy,
+    Policy,
+    Request,
+    as_solution,
+    make_policy,
+)
 from flexmoe_jax.assignment.problem import Problem, Solution, SolverError
 
 if TYPE_CHECKING:
@@ -23,11 +30,13 @@ __all__ = [
     "ROUNDINGS",
     "SOLVERS",
     "DualSolution",
+    "NamedPolicy",
     "Policy",
     "Problem",
     "Request",
     "Solution",
     "SolverError",
+    "as_solution",
     "dual_assign",
     "load_bounds",
     "make_policy",

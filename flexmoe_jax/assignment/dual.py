@@ -42,9 +42,9 @@ class DualSolution(NamedTuple):
 
 def dual_assign(
     fitness: Array,
-    capacity: Array,
-    load_min: Array,
-    load_max: Array,
+    capacity: Array | int,
+    load_min: Array | float,
+    load_max: Array | float,
     load_weight: Array | float = 1.0,
     descriptor: Array | None = None,
     diversity: Array | float = 0.0,
@@ -58,9 +58,9 @@ def dual_assign(
 
     Args:
       fitness: [C, E], of a floating type.
-      capacity: [C] int.
-      load_min: [E].
-      load_max: [E]; may be infinite.
+      capacity: [C] int, or one for all.
+      load_min: [E], or one for all.
+      load_max: [E], or one for all; may be infinite.
       load_weight: a scalar, [C] or [C, E].
       descriptor: [C, F] what describes a client, or None; only the deviation from the mean counts.
       diversity: γ ≥ 0, worth of one unit of `Σ_e Σ_f |Σ_c x_ce (d_cf - mean_f)|`.
@@ -68,10 +68,13 @@ def dual_assign(
     """
     clients, experts = fitness.shape
     dtype = fitness.dtype
+    capacity = jnp.broadcast_to(jnp.asarray(capacity), clients)
     given = jnp.asarray(load_weight, dtype)
     equal = given.ndim == 0
     weight = jnp.broadcast_to(given[:, None] if given.ndim == 1 else given, fitness.shape)
-    low, high = (jnp.asarray(bound, dtype) for bound in (load_min, load_max))
+    low, high = (
+        jnp.broadcast_to(jnp.asarray(bound, dtype), experts) for bound in (load_min, load_max)
+    )
     z = jnp.zeros((clients, 0), dtype) if descriptor is None else jnp.asarray(descriptor, dtype)
     z = z - z.mean(axis=0)
     prices = ascend_prices(fitness, capacity, low, high, weight, z, diversity, slots)

@@ -10,10 +10,11 @@ Axis legend: `P` clients in this round's cohort, `E` experts, `F` numbers that d
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,7 @@ class Request:
       load_weight: load of a holder on its expert: a scalar, [P] or [P, E].
       deficit: [E] load that each expert is owed, as `update_deficit` keeps it; None for zeros.
       usage: [P, E] samples that each client routed to each expert in the past; None for zeros.
+      held_rounds: [P, E] rounds in which each client held each expert; None for zeros.
       descriptor: [P, F] what kind of data each client has, or None.
       held: [P, E] bool, experts that a client has already and would not have to be sent; None for
         none.
@@ -77,11 +79,29 @@ class Request:
     load_weight: float | FloatArray = 1.0
     deficit: FloatArray | None = None
     usage: FloatArray | None = None
+    held_rounds: IntArray | None = None
     descriptor: FloatArray | None = None
     held: BoolArray | None = None
 
 
 Policy = Callable[[Request], Solution]
+
+
+@dataclass(frozen=True)
+class NamedPolicy:
+    """A policy by name, as `make_policy` makes it: what it is called with stays readable.
+
+    Attributes:
+      name: in `POLICIES`.
+      options: what the policy takes beside the request.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+
+    def __call__(self, request: Request) -> Solution:
+        """Asks the policy, whatever the order of the cohort."""
+        return _in_order(partial(POLICIES[self.name], **self.options), request)
 
 
 def make_policy(
@@ -99,7 +119,7 @@ def make_policy(
     movement: float = 0.0,
     exploration: float = 0.0,
     time_limit: float = 60.0,
-) -> Policy:
+) -> NamedPolicy:
     """Makes the policy of that name.
 
     Args:
@@ -152,23 +172,20 @@ def make_policy(
         )
     if share is not None:
         normalise_share(share, np.size(share))
-    chosen = POLICIES[name]
-    if name == "flex":
-        chosen = partial(
-            flex,
-            slack=slack,
-            solver=solver,
-            rounding=rounding,
-            backend=backend,
-            share=share,
-            holders_min=holders_min,
-            balance=balance,
-            diversity=diversity,
-            movement=movement,
-            exploration=exploration,
-            time_limit=time_limit,
-        )
-    return partial(_in_order, chosen)
+    options = {
+        "slack": slack,
+        "solver": solver,
+        "rounding": rounding,
+        "backend": backend,
+        "share": share,
+        "holders_min": holders_min,
+        "balance": balance,
+        "diversity": diversity,
+        "movement": movement,
+        "exploration": exploration,
+        "time_limit": time_limit,
+    }
+    return NamedPolicy(name, MappingProxyType(options if name == "flex" else {}))
 
 
 def flex(
@@ -239,34 +256,37 @@ def flex(
 
 def greedy(request: Request) -> Solution:
     """Every client takes its fittest experts; ties fall by a seeded key."""
-    return _unbounded(
+    return as_solution(
         request, take_best(_fitness(request), request.capacity, _keys(request, request.round))
     )
 
 
 def greedy_usage(request: Request) -> Solution:
-    """Every client takes the experts that it used most (FedMoE, arXiv 2408.11304)."""
+    """Every client tries all experts, then takes those that it uses most in a round.
+
+    After FedMoE (arXiv 2408.11304), which chooses by activations recorded before: without the trial
+    no client would ever use, and so choose, an expert that it did not get in the first round.
+    """
     usage = np.zeros(request.fitness.shape) if request.usage is None else request.usage
-    return _unbounded(
-        request,
-        take_best(np.asarray(usage, float), request.capacity, _keys(request, request.round)),
-    )
+    held = np.zeros(usage.shape) if request.held_rounds is None else request.held_rounds
+    a_round = np.where(held > 0, usage / np.maximum(held, 1), np.inf)
+    return as_solution(request, take_best(a_round, request.capacity, _keys(request, request.round)))
 
 
 def random(request: Request) -> Solution:
     """Every client takes experts at random, anew each round."""
-    return _unbounded(request, take_random(request.capacity, _keys(request, request.round)))
+    return as_solution(request, take_random(request.capacity, _keys(request, request.round)))
 
 
 def static(request: Request) -> Solution:
     """Every client takes experts at random once and keeps them."""
-    return _unbounded(request, take_random(request.capacity, _keys(request, 0)))
+    return as_solution(request, take_random(request.capacity, _keys(request, 0)))
 
 
 def round_robin(request: Request) -> Solution:
     """Client c in round t takes experts `(c + t + 0 .. k_c - 1) mod E`."""
     held = take_in_turn(request.capacity, request.clients, request.round, request.fitness.shape[1])
-    return _unbounded(request, held)
+    return as_solution(request, held)
 
 
 def full(request: Request) -> Solution:
@@ -274,20 +294,19 @@ def full(request: Request) -> Solution:
     everything = replace(
         request, capacity=np.full(request.clients.shape, request.fitness.shape[1], np.int64)
     )
-    return _unbounded(everything, np.ones(request.fitness.shape, bool))
+    return as_solution(everything, np.ones(request.fitness.shape, bool))
 
 
-POLICIES: MappingProxyType[str, Policy] = MappingProxyType(
-    {
-        "flex": flex,
-        "full": full,
-        "greedy": greedy,
-        "greedy_usage": greedy_usage,
-        "random": random,
-        "round_robin": round_robin,
-        "static": static,
-    }
-)
+POLICIES: dict[str, Callable[..., Solution]] = {
+    "flex": flex,
+    "full": full,
+    "greedy": greedy,
+    "greedy_usage": greedy_usage,
+    "random": random,
+    "round_robin": round_robin,
+    "static": static,
+}
+"""Policies by name. Enter one of your own, and `make_policy` and the launchers know it."""
 
 
 def _in_order(policy: Policy, request: Request) -> Solution:
@@ -295,6 +314,11 @@ def _in_order(policy: Policy, request: Request) -> Solution:
     begin = time.perf_counter()
     order = np.argsort(request.clients, kind="stable")
     weight = np.asarray(request.load_weight)
+    tables: dict[str, Any] = {
+        name: None if table is None else np.asarray(table)[order]
+        for name in ("usage", "held_rounds", "descriptor", "held")
+        for table in [getattr(request, name)]
+    }
     found = policy(
         replace(
             request,
@@ -302,11 +326,7 @@ def _in_order(policy: Policy, request: Request) -> Solution:
             capacity=np.asarray(request.capacity)[order],
             clients=np.asarray(request.clients)[order],
             load_weight=weight[order] if weight.ndim else float(weight),
-            usage=None if request.usage is None else np.asarray(request.usage)[order],
-            descriptor=None
-            if request.descriptor is None
-            else np.asarray(request.descriptor)[order],
-            held=None if request.held is None else np.asarray(request.held)[order],
+            **tables,
         )
     )
     assignment = np.empty_like(found.assignment)
@@ -338,7 +358,11 @@ def _deal(request: Request, problem: Problem, deficit: FloatArray) -> BoolArray:
     return held
 
 
-def _unbounded(request: Request, assignment: BoolArray) -> Solution:
+def as_solution(request: Request, assignment: BoolArray) -> Solution:
+    """What a policy without load bounds answers with, for the assignment [P, E] bool that it chose.
+
+    The bound is what clients would take if loads did not matter.
+    """
     experts = request.fitness.shape[1]
     low, high = np.zeros(experts), np.full(experts, np.inf)
     problem = Problem(request.fitness, request.capacity, low, high, request.load_weight)

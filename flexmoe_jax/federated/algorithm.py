@@ -23,10 +23,16 @@ from flexmoe_jax.federated.aggregate import Aggregator, apply_sums, init_server
 from flexmoe_jax.federated.client import LocalTraining, make_client
 from flexmoe_jax.federated.compress import init_residual, move_residual
 from flexmoe_jax.federated.evaluate import TestSet, evaluate
-from flexmoe_jax.federated.execute import client_mesh, replicate, resolve_block_size, train_cohort
+from flexmoe_jax.federated.execute import (
+    client_mesh,
+    compiler_options,
+    replicate,
+    resolve_block_size,
+    train_cohort,
+)
 from flexmoe_jax.federated.fitness import Score, accuracy_score, update_fitness
 from flexmoe_jax.federated.load import LoadModel
-from flexmoe_jax.federated.participation import make_plan
+from flexmoe_jax.federated.participation import check_solution, make_plan
 from flexmoe_jax.federated.privacy import privatise
 from flexmoe_jax.federated.uplink import Uplink
 from flexmoe_jax.models import (
@@ -75,6 +81,7 @@ class Setting(NamedTuple):
       block_size: clients side by side on a device; 0 for automatic.
       devices: how many share a cohort.
       equal_load: whether every holder weighs 1 in the load.
+      policy: who holds which experts.
     """
 
     capacity: np.ndarray
@@ -83,6 +90,7 @@ class Setting(NamedTuple):
     block_size: int
     devices: int
     equal_load: bool
+    policy: Policy
 
 
 class Arrival(NamedTuple):
@@ -208,10 +216,8 @@ def flexmoe(
         outputs: Any = client_model.apply(variables, shared_features, held, method="classify")
         return outputs[0]
 
-    # Run once, so quick compilation is worth more than quick code: it halves XLA's time here.
-    @partial(
-        jax.jit, out_shardings=everywhere, compiler_options={"xla_backend_optimization_level": 1}
-    )
+    # Run once, so quick compilation is worth more than quick code.
+    @partial(jax.jit, out_shardings=everywhere, compiler_options=compiler_options(1))
     def init(key: Key) -> State:
         held = jnp.ones(experts, bool)
         image = prepare(jnp.zeros((1, *data.images.shape[1:]), data.images.dtype))
@@ -255,7 +261,7 @@ def flexmoe(
         )
         known = {name: table[cohort] for name, table in known.items()}
         untried = known["held_rounds"] == 0
-        return policy(
+        solution = policy(
             Request(
                 fitness=known["fitness"] + fitness.optimism * untried,
                 capacity=capacity[cohort],
@@ -265,10 +271,13 @@ def flexmoe(
                 load_weight=load_model.weigh(state, cohort),
                 deficit=np.asarray(state.deficit),
                 usage=known["usage"],
+                held_rounds=known["held_rounds"],
                 held=known["fresh"],
                 descriptor=np.asarray(data.label_share)[cohort],
             )
         )
+        check_solution(solution, cohort, capacity, experts)
+        return solution
 
     def plan(cohort: np.ndarray, solution: Solution, arrival: Arrival | None = None) -> Plan:
         planned, tamper, assignment = steps[cohort], None, solution.assignment
@@ -299,7 +308,9 @@ def flexmoe(
     def by_expert(slots: Array, amount: Array) -> Array:
         return jnp.zeros(experts).at[slots].add(amount, mode="drop")
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
+    @partial(
+        jax.jit, donate_argnums=0, out_shardings=everywhere, compiler_options=compiler_options(2)
+    )
     def run_round(state: State, data: ClientData, plan: Plan) -> tuple[State, RoundReport]:
         key = jax.random.fold_in(state.key, state.round)
         result = train_cohort(
@@ -377,6 +388,12 @@ def flexmoe(
         assign=assign,
         plan=plan,
         round=run_round,
-        evaluate=jax.jit(partial(evaluate, features, classify, mesh), out_shardings=everywhere),
-        setting=Setting(capacity, steps, fitness.optimism, block_size, mesh.size, load_model.equal),
+        evaluate=jax.jit(
+            partial(evaluate, features, classify, mesh),
+            out_shardings=everywhere,
+            compiler_options=compiler_options(2),
+        ),
+        setting=Setting(
+            capacity, steps, fitness.optimism, block_size, mesh.size, load_model.equal, policy
+        ),
     )

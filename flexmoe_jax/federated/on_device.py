@@ -8,24 +8,25 @@ many seeds one `vmap` over their states:
     state, reports = jax.jit(run, donate_argnums=0)(state, data)
     states, reports = jax.jit(jax.vmap(run, (0, None)), donate_argnums=0)(states, data)
 
-The load model is `clients`: every holder weighs 1, so the algorithm must be built with it. Its
-policy is not asked. Seeds differ in all that their `state.key` decides; the host path's draws
-(cohorts by `sample_cohort`, ties by `Request.seed`) are other draws of the same distributions.
+The algorithm must be built with the load model `clients`, where every holder weighs 1, and with the
+policy `flex`: its slack and exploration hold here too, its other terms are refused. Seeds differ in
+all that their `state.key` decides; the host path's draws (cohorts by `sample_cohort`, ties and
+exploration by `Request.seed`) are other draws of the same distributions.
 
 Nothing stops a run that diverges: look at the losses. Load bounds hold while fitness is finite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flexmoe_jax.assignment import dual_assign, load_bounds
+from flexmoe_jax.assignment import NamedPolicy, Policy, dual_assign
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated.algorithm import Algorithm
@@ -64,27 +65,25 @@ Rounds = Callable[[State, ClientData], tuple[State, DeviceReport]]
 """(State, ClientData) -> (State, DeviceReport); pure, to be jitted, scanned or vmapped."""
 
 
-def run_on_device(
-    algorithm: Algorithm, rounds: int, *, per_round: int = 0, slack: float = 0.1
-) -> Rounds:
+def run_on_device(algorithm: Algorithm, rounds: int, *, per_round: int = 0) -> Rounds:
     """Makes the function that runs many rounds without touching the host.
 
     Args:
-      algorithm: from `flexmoe`, with the load model `clients`. Its block size and mesh hold here
-        too; a `vmap` over seeds wants a mesh of one device.
+      algorithm: from `flexmoe`, with the load model `clients` and the policy `flex`. Its block size
+        and mesh hold here too; a `vmap` over seeds wants a mesh of one device.
       rounds: T.
       per_round: P clients in a cohort; 0 for all.
-      slack: δ ≥ 0, the part of its share by which an expert's load may miss its target.
 
     Returns:
       The function, with reports stacked over rounds (T, ...).
 
     Raises:
-      InputError: a number out of range.
+      InputError: a number out of range, another load model or policy, or a term of the policy that
+        the device does not know.
     """
     if rounds < 1:
         raise InputError("rounds", rounds, "give a number of at least 1")
-    run_round = round_on_device(algorithm, per_round=per_round, slack=slack)
+    run_round = round_on_device(algorithm, per_round=per_round)
 
     def run(state: State, data: ClientData) -> tuple[State, DeviceReport]:
         return lax.scan(lambda state, _: run_round(state, data), state, length=rounds)
@@ -92,28 +91,31 @@ def run_on_device(
     return run
 
 
-def round_on_device(algorithm: Algorithm, *, per_round: int = 0, slack: float = 0.1) -> Rounds:
+def round_on_device(algorithm: Algorithm, *, per_round: int = 0) -> Rounds:
     """Makes the function that `run_on_device` repeats; it takes that function's arguments."""
     setting = algorithm.setting
     clients, slots = len(setting.capacity), int(setting.capacity.max())
     if not 0 <= per_round <= clients:
         raise InputError("per_round", per_round, f"give 0 (all) to {clients}")
     if not setting.equal_load:
-        raise InputError("assignment.load", "weighted", "on the device the load model is clients")
-    load_bounds(np.ones(1, np.int64), np.zeros(1), slack=slack)
+        raise InputError("assignment.load", "weighted", "on the device give the load model clients")
+    options = _flex_options(setting.policy)
+    slack, exploration = options["slack"], options["exploration"]
     size = per_round or clients
     block_size = resolve_block_size(setting.block_size, size, setting.devices)
 
     def run_round(state: State, data: ClientData) -> tuple[State, DeviceReport]:
         # The round's key as such, and with a client's id folded in, belongs to the training.
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.round), clients + 1)
-        cohort_key, tie_key = jax.random.split(key)
+        cohort_key, tie_key, noise_key = jax.random.split(key, 3)
         cohort = draw_cohort(cohort_key, clients, size)
         capacity = jnp.asarray(setting.capacity)[cohort]
         low, high = device_load_bounds(capacity, state.deficit, slack)
         untried = state.held_rounds == 0
         ties = jax.random.uniform(tie_key, state.fitness.shape)
         fitness = state.fitness + setting.optimism * untried + _TIE_NOISE * ties
+        if exploration:
+            fitness += exploration * jax.random.uniform(noise_key, fitness.shape)
         found = dual_assign(fitness[cohort], capacity, low, high, slots=slots)
         plan = device_plan(
             cohort,
@@ -129,6 +131,16 @@ def round_on_device(algorithm: Algorithm, *, per_round: int = 0, slack: float = 
         return state, DeviceReport(training, plan, low, high, found.value, found.bound)
 
     return run_round
+
+
+def _flex_options(policy: Policy) -> Mapping[str, Any]:
+    name = policy.name if isinstance(policy, NamedPolicy) else "a function of the host"
+    if not (isinstance(policy, NamedPolicy) and name == "flex"):
+        raise InputError("assignment.policy", name, 'on the device give make_policy("flex", ...)')
+    for term in ("share", "holders_min", "balance", "diversity", "movement"):
+        if policy.options[term] not in (None, 0):
+            raise InputError(f"assignment.{term}", policy.options[term], "not on the device")
+    return policy.options
 
 
 def draw_cohort(key: Key, clients: int, per_round: int) -> Array:

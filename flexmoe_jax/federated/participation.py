@@ -6,6 +6,8 @@ from typing import cast
 
 import numpy as np
 
+from flexmoe_jax.assignment import Solution
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array, Plan
 
 
@@ -38,6 +40,28 @@ def sample_cohort(
         return np.zeros(0, np.int32)
     chosen = generator.choice(clients, size, replace=False, p=weight / weight.sum())
     return np.sort(chosen).astype(np.int32)
+
+
+def check_solution(
+    solution: Solution, cohort: np.ndarray, capacity: np.ndarray, experts: int
+) -> None:
+    """Refuses a policy's answer that is none for this cohort.
+
+    Raises:
+      InputError: no `Solution`, an assignment of another shape or type, or a client with more
+        experts than it has room for.
+    """
+    given = getattr(solution, "assignment", None)
+    if not (isinstance(given, np.ndarray) and given.dtype == bool):
+        raise InputError("policy", type(solution).__name__, "return a Solution: see as_solution")
+    if given.shape != (len(cohort), experts):
+        remedy = f"return an assignment of shape {(len(cohort), experts)}"
+        raise InputError("policy", given.shape, remedy)
+    held, room = given.sum(axis=1), capacity[cohort]
+    if (held > room).any():
+        worst = int(np.argmax(held - room))
+        remedy = f"client {cohort[worst]} has room for {room[worst]}"
+        raise InputError("policy", f"{held[worst]} experts", remedy)
 
 
 def make_plan(

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexmoe_jax.assignment import POLICIES, Request, load_bounds, make_policy, update_deficit
+from flexmoe_jax.assignment import (
+    POLICIES,
+    Request,
+    Solution,
+    as_solution,
+    load_bounds,
+    make_policy,
+    update_deficit,
+)
 from flexmoe_jax.errors import InputError
 
 
@@ -105,9 +113,26 @@ def test_greedy_goes_by_fitness_and_greedy_usage_by_use() -> None:
         0,
         0,
         usage=np.array([[7.0, 1.0, 3.0]]),
+        held_rounds=np.array([[7, 1, 2]]),
     )
     assert make_policy("greedy")(asked).assignment.tolist() == [[False, True, True]]
-    assert make_policy("greedy_usage")(asked).assignment.tolist() == [[True, False, True]]
+    # 1, 1 and 1.5 examples a round; then 7, 1 and 3.
+    assert make_policy("greedy_usage")(asked).assignment[0, 2]
+    once = replace(asked, held_rounds=np.ones((1, 3), int))
+    assert make_policy("greedy_usage")(once).assignment.tolist() == [[True, False, True]]
+    # What was never tried comes first.
+    untried = replace(asked, held_rounds=np.array([[7, 0, 2]]))
+    assert make_policy("greedy_usage")(untried).assignment.tolist() == [[False, True, True]]
+
+
+def test_a_policy_of_ones_own_is_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(request: Request) -> Solution:
+        return as_solution(request, np.arange(8) < np.asarray(request.capacity)[:, None])
+
+    monkeypatch.setitem(POLICIES, "first", first)
+    found = make_policy("first")(request())
+    assert (found.load[:1] == 20).all()
+    assert found.bound >= found.value
 
 
 def test_greedy_ties_are_fair() -> None:

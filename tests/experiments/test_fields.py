@@ -84,6 +84,15 @@ def test_bounds_that_no_slack_can_meet_are_not_an_error():
     assert (solution.assignment.sum(axis=1) >= 1).all()
 
 
+def test_a_misspelt_field_of_a_config_file_is_refused():
+    config = digits.get_config()
+    config.local.learning_rat = 0.5
+    with pytest.raises(
+        InputError, match=r"local\.learning_rat=0\.5: .* mean local\.learning_rate\?"
+    ):
+        build(config)
+
+
 @pytest.mark.parametrize("module", [digits, emnist_digits, cifar10])
 def test_shipped_configs_only_set_fields_that_exist(module):
     assert flat_fields(module.get_config()).keys() == flat_fields(base.get_config()).keys()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoe_jax.assignment import load_bounds, update_deficit
+from flexmoe_jax.assignment import load_bounds, make_policy, update_deficit
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import (
     Algorithm,
@@ -38,7 +38,11 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def algorithm(make_algorithm) -> Algorithm:
-    return make_algorithm(block_size=2, fitness=FitnessOptions(optimism=0.1))
+    return make_algorithm(
+        policy=make_policy("flex", slack=SLACK),
+        block_size=2,
+        fitness=FitnessOptions(optimism=0.1),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def keys():
 
 @pytest.fixture(scope="module")
 def scan(algorithm):
-    return jax.jit(run_on_device(algorithm, ROUNDS, per_round=PER_ROUND, slack=SLACK))
+    return jax.jit(run_on_device(algorithm, ROUNDS, per_round=PER_ROUND))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def assert_equal_runs(one: Run, other: Run) -> None:
 
 
 def test_a_scanned_run_is_its_rounds_one_at_a_time(algorithm, clients, keys, runs):
-    one_round = jax.jit(round_on_device(algorithm, per_round=PER_ROUND, slack=SLACK))
+    one_round = jax.jit(round_on_device(algorithm, per_round=PER_ROUND))
     state, reports = algorithm.init(keys[0]), []
     for _ in range(ROUNDS):
         state, report = one_round(state, clients)
@@ -78,7 +82,7 @@ def test_a_scanned_run_is_its_rounds_one_at_a_time(algorithm, clients, keys, run
 
 
 def test_vmapped_seeds_are_their_runs_one_by_one(algorithm, clients, keys, runs):
-    run = run_on_device(algorithm, ROUNDS, per_round=PER_ROUND, slack=SLACK)
+    run = run_on_device(algorithm, ROUNDS, per_round=PER_ROUND)
     together = Run(*jax.jit(jax.vmap(run, (0, None)))(jax.vmap(algorithm.init)(keys), clients))
     for seed, alone in enumerate(runs):
         assert_equal_runs(alone, Run(*jax.tree.map(lambda x, seed=seed: x[seed], together)))
@@ -187,7 +191,6 @@ def test_cohorts_are_uniform_and_without_replacement():
     [
         ({"rounds": 0}, "rounds=0"),
         ({"rounds": 1, "per_round": 8}, "per_round=8: give 0 \\(all\\) to 7"),
-        ({"rounds": 1, "slack": -1.0}, r"assignment\.slack=-1"),
     ],
 )
 def test_numbers_out_of_range_are_refused(algorithm, options, message):
@@ -195,7 +198,32 @@ def test_numbers_out_of_range_are_refused(algorithm, options, message):
         run_on_device(algorithm, **options)
 
 
-def test_weighted_loads_are_refused(make_algorithm):
+def test_what_the_device_would_leave_out_is_refused(make_algorithm):
     samples = make_load_model("samples", CAPACITY, CAPACITY)
     with pytest.raises(InputError, match=r"assignment.load=weighted: .* clients"):
         run_on_device(make_algorithm(load_model=samples), 2)
+    for policy, line in (
+        (make_policy("random"), r"assignment\.policy=random: "),
+        (lambda request: None, r"assignment\.policy=a function of the host: "),
+        (make_policy("flex", diversity=2.0), r"assignment\.diversity=2\.0: "),
+    ):
+        with pytest.raises(InputError, match=line):
+            run_on_device(make_algorithm(policy=policy), 2)
+
+
+def test_exploration_moves_holders_on_the_device_too(make_algorithm, clients):
+    # Fitness stays what it was, no load bound holds, and so holders stay without it.
+    def rounds(exploration):
+        algorithm = make_algorithm(
+            policy=make_policy("flex", slack=100.0, exploration=exploration),
+            fitness=FitnessOptions(beta=1e-9),
+        )
+        key = jax.random.key(0)
+        state = algorithm.init(key)
+        ranked = jax.random.permutation(key, state.fitness.size).reshape(state.fitness.shape)
+        run = jax.jit(run_on_device(algorithm, 4))
+        plans = run(state._replace(fitness=ranked / 100.0), clients)[1].plan.slots
+        return len({row.tobytes() for row in np.asarray(plans)})
+
+    assert rounds(0.0) == 1
+    assert rounds(1.0) == 4

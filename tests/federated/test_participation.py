@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexmoe_jax.assignment import Problem, solve
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import assignment_slots, make_plan, sample_cohort, slots_assignment
+from flexmoe_jax.federated.participation import check_solution
 
 
 @given(st.integers(1, 50), st.data(), st.integers(0, 5), st.integers(0, 9))
@@ -45,3 +49,17 @@ def test_plan_by_hand():
     # Longest first, equal ones by id, then padding (client 10 = C, slots 3 = E) to a whole block.
     assert plan.clients.tolist() == [7, 9, 4, 10]
     assert plan.slots.tolist() == [[1, 3], [0, 1], [0, 2], [3, 3]]
+
+
+def test_answers_that_do_not_fit_the_cohort_are_refused():
+    cohort, capacity = np.array([1, 4]), np.array([9, 2, 9, 9, 1])
+    found = solve(Problem(np.ones((2, 3)), [2, 1], 0, 9), "greedy")
+    check_solution(found, cohort, capacity, 3)
+    everything = solve(Problem(np.ones((2, 3)), 3, 0, 9), "greedy")
+    for answer, line in (
+        (found.assignment, "policy=ndarray: return a Solution"),
+        (solve(Problem(np.ones((3, 2)), 1, 0, 9), "greedy"), r"policy=\(3, 2\): .* \(2, 3\)"),
+        (everything, "policy=3 experts: client 4 has room for 1"),
+    ):
+        with pytest.raises(InputError, match=line):
+            check_solution(answer, cohort, capacity, 3)
