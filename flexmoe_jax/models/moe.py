@@ -161,23 +161,19 @@ class Gate(nn.Module):
         return jnp.einsum("bd,ed->be", x, kernel) + bias
 
 
-class MoEClassifier(nn.Module):
-    """Backbone, one mixture-of-experts layer, and a linear head.
+class MoELayer(nn.Module):
+    """A mixture-of-experts layer, to be added to a residual stream.
 
-    y = head(h + Σ_s shared_s(h) + Σ_e combine_e(h) · expert_e(h)),  h = backbone(x).
+    y = Σ_s shared_s(x) + Σ_e combine_e(x) · expert_e(x).
 
     Attributes:
-      backbone: Linen module (B, ...) -> (B, D).
-      classes: Y.
-      experts: E; clone with K (`module.clone(experts=K)`) for the parameters of one client.
+      experts: E, or K for those of one client.
       hidden: H of each expert.
       top_k: experts per example.
       shared_experts: experts beside those E that everybody holds and every example passes, with no
         gate (DeepSeekMoE, arXiv 2401.06066).
     """
 
-    backbone: nn.Module
-    classes: int
     experts: int
     hidden: int = 128
     top_k: int = 1
@@ -188,6 +184,52 @@ class MoEClassifier(nn.Module):
         self.expert = Experts(self.experts, self.hidden)
         self.shared_expert = Experts(self.shared_experts, self.hidden)
         self.gate = Gate(self.experts)
+
+    def __call__(self, x: Array, held: Array | None = None) -> tuple[Array, Routing]:
+        """What the experts add to examples or tokens, and where these went.
+
+        Args:
+          x: (..., D).
+          held: (E,) bool, the experts that may be used; None for all.
+
+        Returns:
+          (..., D), and the routing with leaves (..., E).
+        """
+        held = jnp.ones(self.experts, bool) if held is None else held
+        flat = x.reshape(-1, x.shape[-1])
+        routing = route(self.gate(flat), held, self.top_k)
+        mixed = jnp.einsum("be,bed->bd", routing.combine, self.expert(flat))
+        if self.shared_experts:
+            mixed = mixed + self.shared_expert(flat).sum(axis=1)
+        spread = jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], -1), routing)
+        return mixed.reshape(x.shape), spread
+
+
+class MoEClassifier(nn.Module):
+    """Backbone, one mixture-of-experts layer, and a linear head.
+
+    y = head(h + layer(h)),  h = backbone(x),  with a `MoELayer` whose parts are this module's own.
+
+    Attributes:
+      backbone: Linen module (B, ...) -> (B, D).
+      classes: Y.
+      experts: E; clone with K (`module.clone(experts=K)`) for the parameters of one client.
+      hidden: H of each expert.
+      top_k: experts per example.
+      shared_experts: beside those E; see `MoELayer`.
+    """
+
+    backbone: nn.Module
+    classes: int
+    experts: int
+    hidden: int = 128
+    top_k: int = 1
+    shared_experts: int = 0
+
+    def setup(self) -> None:
+        """Names the parts of the parameter tree: the layer's stand beside the backbone and head."""
+        self.layer = MoELayer(self.experts, self.hidden, self.top_k, self.shared_experts)
+        nn.share_scope(self, self.layer)
         self.head = Dense(self.classes)
 
     def features(self, x: Array) -> Array:
@@ -196,10 +238,7 @@ class MoEClassifier(nn.Module):
 
     def classify(self, features: Array, held: Array) -> tuple[Array, Routing]:
         """Class logits (B, Y) and routing, from shared features and the experts `held` (E,)."""
-        routing = route(self.gate(features), held, self.top_k)
-        mixed = jnp.einsum("be,bed->bd", routing.combine, self.expert(features))
-        if self.shared_experts:
-            mixed = mixed + self.shared_expert(features).sum(axis=1)
+        mixed, routing = self.layer(features, held)
         return self.head(features + mixed), routing
 
     def __call__(self, x: Array, held: Array) -> tuple[Array, Routing]:

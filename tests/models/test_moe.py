@@ -13,6 +13,7 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.models import (
     MLP,
     MoEClassifier,
+    MoELayer,
     Ownership,
     PersonalMixture,
     balance_loss,
@@ -123,6 +124,17 @@ def test_shared_experts_work_on_every_example_and_belong_to_everybody():
     expected = added @ params["head"]["kernel"] + params["head"]["bias"]
     chex.assert_trees_all_close(logits, expected, atol=1e-5)
     assert not routing.selected.any()
+
+
+def test_a_layer_takes_tokens_of_any_shape():
+    layer = MoELayer(experts=4, hidden=5, top_k=2)
+    x = jax.random.normal(jax.random.key(1), (3, 7, 6))
+    params = layer.init(jax.random.key(0), x)
+    y, routing = layer.apply(params, x)
+    flat, _ = layer.apply(params, x.reshape(21, 6), jnp.ones(4, bool))
+    chex.assert_trees_all_close(y, flat.reshape(3, 7, 6))
+    assert routing.combine.shape == (3, 7, 4)
+    assert set(params["params"]) == {"expert", "gate"}
 
 
 def test_split_and_merge_are_inverse():
