@@ -31,8 +31,12 @@ from flexmoe_jax.federated.execute import (
     train_cohort,
 )
 from flexmoe_jax.federated.fitness import Score, accuracy_score, update_fitness
-from flexmoe_jax.federated.load import LoadModel
-from flexmoe_jax.federated.participation import check_solution, make_plan
+from flexmoe_jax.federated.load import LoadModel, make_load_model
+from flexmoe_jax.federated.participation import (
+    check_setting,
+    check_solution,
+    make_plan,
+)
 from flexmoe_jax.federated.privacy import privatise
 from flexmoe_jax.federated.uplink import Uplink
 from flexmoe_jax.models import (
@@ -142,11 +146,11 @@ def flexmoe(
     data: ClientData,
     *,
     prepare: Callable[[Array], Array],
-    capacity: np.ndarray,
+    capacity: np.ndarray | int,
     policy: Policy,
-    load_model: LoadModel,
     local: LocalTraining,
-    fitness: FitnessOptions,
+    load_model: LoadModel | None = None,
+    fitness: FitnessOptions | None = None,
     server: optax.GradientTransformation | None = None,
     ownership: Ownership = FLEX_MOE,
     uplink: Uplink | None = None,
@@ -165,11 +169,11 @@ def flexmoe(
       data: every client's examples, on the device or on the host; `round` takes them, or those of
         its cohort (`data.feed_cohorts`), as an argument, so that none are baked into the program.
       prepare: uint8 images -> what the model takes; runs on device.
-      capacity: (C,) int k_c.
+      capacity: (C,) int k_c, or one for all.
       policy: who holds which experts.
-      load_model: what an assignment weighs, and what counts as given.
       local: how clients train.
-      fitness: how Q is learnt.
+      load_model: what an assignment weighs, and what counts as given; None for `clients`.
+      fitness: how Q is learnt; None for `FitnessOptions()`.
       server: optax transform of the mean update; None for `optax.sgd(1.0)`, plain averaging.
       ownership: which of the model's parameters are averaged, and which stay with their clients.
       uplink: how updates reach the server; None for `Uplink()`.
@@ -185,7 +189,13 @@ def flexmoe(
 
     Returns:
       The algorithm.
+
+    Raises:
+      InputError: capacities that do not fit clients and experts, or a model of other classes.
     """
+    capacity = check_setting(capacity, data, model)
+    load_model = load_model or make_load_model("clients", capacity, capacity)
+    fitness = fitness or FitnessOptions()
     server = server or optax.sgd(1.0)
     uplink = uplink or Uplink()
     mesh = mesh or client_mesh(1)

@@ -7,7 +7,9 @@ from typing import cast
 import numpy as np
 
 from flexmoe_jax.assignment import Solution
+from flexmoe_jax.data import ClientData
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.models import MoEClassifier
 from flexmoe_jax.types import Array, Plan
 
 
@@ -40,6 +42,30 @@ def sample_cohort(
         return np.zeros(0, np.int32)
     chosen = generator.choice(clients, size, replace=False, p=weight / weight.sum())
     return np.sort(chosen).astype(np.int32)
+
+
+def check_setting(capacity: np.ndarray | int, data: ClientData, model: MoEClassifier) -> np.ndarray:
+    """Refuses capacities and models that do not fit the clients' data.
+
+    Returns:
+      (C,) int64 k_c.
+
+    Raises:
+      InputError: capacities of another number of clients, not whole or outside 0..E, or a model of
+        other classes.
+    """
+    clients, classes = data.label_share.shape
+    given = np.asarray(capacity)
+    if given.shape not in ((), (clients,)) or not np.issubdtype(given.dtype, np.integer):
+        raise InputError(
+            "capacity", capacity, f"give a whole number, or one a client: ({clients},)"
+        )
+    if given.min() < 0 or given.max() > model.experts:
+        worst = given.min() if given.min() < 0 else given.max()
+        raise InputError("capacity", worst, f"give 0 to {model.experts}, the number of experts")
+    if model.classes != classes:
+        raise InputError("model.classes", model.classes, f"the clients' labels have {classes}")
+    return np.broadcast_to(given, clients).astype(np.int64)
 
 
 def check_solution(

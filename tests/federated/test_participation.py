@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from flexmoe_jax.assignment import Problem, solve
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import assignment_slots, make_plan, sample_cohort, slots_assignment
-from flexmoe_jax.federated.participation import check_solution
+from flexmoe_jax.federated.participation import check_setting, check_solution
+from flexmoe_jax.models import MLP, MoEClassifier
 
 
 @given(st.integers(1, 50), st.data(), st.integers(0, 5), st.integers(0, 9))
@@ -63,3 +64,24 @@ def test_answers_that_do_not_fit_the_cohort_are_refused():
     ):
         with pytest.raises(InputError, match=line):
             check_solution(answer, cohort, capacity, 3)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "classes", "line"),
+    [
+        ([1, 2], 10, r"capacity=\[1, 2\]: give a whole number, or one a client: \(7,\)"),
+        (1.5, 10, "capacity=1.5: give a whole number"),
+        (5, 10, "capacity=5: give 0 to 4"),
+        (-1, 10, "capacity=-1: give 0 to 4"),
+        (2, 3, "model.classes=3: the clients' labels have 10"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_refused(clients, capacity, classes, line):
+    model = MoEClassifier(MLP((4,)), classes=classes, experts=4)
+    with pytest.raises(InputError, match=line):
+        check_setting(capacity, clients, model)
+
+
+def test_one_capacity_serves_all(clients):
+    model = MoEClassifier(MLP((4,)), classes=10, experts=4)
+    assert check_setting(3, clients, model).tolist() == [3] * 7

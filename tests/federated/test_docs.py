@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PAGE = Path(__file__).parents[2] / "docs" / "federation.md"
+
+
+def test_the_federation_of_the_page_learns(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(example, str(PAGE), "exec"), {})
+    said = dict(re.findall(r"(\w+): (\d+)% of the test set", capsys.readouterr().out))
+    assert said.keys() == {"curious", "flex"}
+    assert min(map(int, said.values())) > 80
