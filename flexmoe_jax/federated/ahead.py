@@ -52,15 +52,19 @@ def compile_ahead(
         like, Plan(rows, whole_numbers(padded, slots), state.load, rows, cast(Array, tamper))
     )
     compiler = ThreadPoolExecutor()
+    # On a CPU, level 3, XLA's own, compiles longer than 2 for code that is no quicker; what runs once
+    # is done with even less.
+    on_cpu = jax.default_backend() == "cpu"
 
-    def start(lower: Callable[[], jax.stages.Lowered]) -> Callable[..., Any]:
-        program = compiler.submit(lambda: lower().compile())
+    def start(lower: Callable[[], jax.stages.Lowered], level: int) -> Callable[..., Any]:
+        options = {"xla_backend_optimization_level": level} if on_cpu else {}
+        program = compiler.submit(lambda: lower().compile(options))
         return lambda *arguments: program.result()(*arguments)
 
     ready = algorithm._replace(
-        round=start(lambda: _jitted(algorithm.round).lower(state, data, plan)),
-        init=start(lambda: init),
-        evaluate=start(lambda: _jitted(algorithm.evaluate).lower(state, test, data.label_share)),
+        round=start(lambda: _jitted(algorithm.round).lower(state, data, plan), 2),
+        init=start(lambda: init, 1),
+        evaluate=start(lambda: _jitted(algorithm.evaluate).lower(state, test, data.label_share), 2),
     )
     compiler.shutdown(wait=False)
     return ready

@@ -23,13 +23,7 @@ from flexmoe_jax.federated.aggregate import Aggregator, apply_sums, init_server
 from flexmoe_jax.federated.client import LocalTraining, make_client
 from flexmoe_jax.federated.compress import init_residual, move_residual
 from flexmoe_jax.federated.evaluate import TestSet, evaluate
-from flexmoe_jax.federated.execute import (
-    client_mesh,
-    compiler_options,
-    replicate,
-    resolve_block_size,
-    train_cohort,
-)
+from flexmoe_jax.federated.execute import client_mesh, replicate, resolve_block_size, train_cohort
 from flexmoe_jax.federated.fitness import Score, accuracy_score, update_fitness
 from flexmoe_jax.federated.load import LoadModel, make_load_model
 from flexmoe_jax.federated.participation import (
@@ -226,8 +220,7 @@ def flexmoe(
         outputs: Any = client_model.apply(variables, shared_features, held, method="classify")
         return outputs[0]
 
-    # Run once, so quick compilation is worth more than quick code.
-    @partial(jax.jit, out_shardings=everywhere, compiler_options=compiler_options(1))
+    @partial(jax.jit, out_shardings=everywhere)
     def init(key: Key) -> State:
         held = jnp.ones(experts, bool)
         image = prepare(jnp.zeros((1, *data.images.shape[1:]), data.images.dtype))
@@ -318,9 +311,7 @@ def flexmoe(
     def by_expert(slots: Array, amount: Array) -> Array:
         return jnp.zeros(experts).at[slots].add(amount, mode="drop")
 
-    @partial(
-        jax.jit, donate_argnums=0, out_shardings=everywhere, compiler_options=compiler_options(2)
-    )
+    @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def run_round(state: State, data: ClientData, plan: Plan) -> tuple[State, RoundReport]:
         key = jax.random.fold_in(state.key, state.round)
         result = train_cohort(
@@ -398,11 +389,7 @@ def flexmoe(
         assign=assign,
         plan=plan,
         round=run_round,
-        evaluate=jax.jit(
-            partial(evaluate, features, classify, mesh),
-            out_shardings=everywhere,
-            compiler_options=compiler_options(2),
-        ),
+        evaluate=jax.jit(partial(evaluate, features, classify, mesh), out_shardings=everywhere),
         setting=Setting(
             capacity, steps, fitness.optimism, block_size, mesh.size, load_model.equal, policy
         ),

@@ -88,16 +88,6 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: put(np.asarray(leaf)), jax.device_get(tree))
 
 
-def compiler_options(level: int) -> dict[str, int]:
-    """How hard XLA works on a program for a CPU, 0 to 3; empty where JAX is told to hardly try.
-
-    Its default of 3 takes two to three times as long to compile as 2, for code that is no quicker.
-    """
-    if jax.default_backend() != "cpu" or jax.config.read("jax_disable_most_optimizations"):
-        return {}
-    return {"xla_backend_optimization_level": level}
-
-
 def resolve_block_size(block_size: int, cohort: int, devices: int = 1) -> int:
     """Turns 0 (automatic) into a number, and cuts it to a device's share of the cohort.
 

