@@ -52,8 +52,8 @@ def compile_ahead(
         like, Plan(rows, whole_numbers(padded, slots), state.load, rows, cast(Array, tamper))
     )
     compiler = ThreadPoolExecutor()
-    # On a CPU, level 3, XLA's own, compiles longer than 2 for code that is no quicker; what runs once
-    # is done with even less.
+    # On a CPU, XLA's own level 3 compiles longer than 2 for code no quicker. What runs once is
+    # done with even less.
     on_cpu = jax.default_backend() == "cpu"
 
     def start(lower: Callable[[], jax.stages.Lowered], level: int) -> Callable[..., Any]:
