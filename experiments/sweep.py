@@ -4,7 +4,9 @@
 
 Runs that are done are skipped and half-done ones continued, so the same command goes on from
 wherever the last one stopped; several sweeps on one folder share the work. Ctrl-C ends after the
-round at work. At the end stand the table (DIR/table.md) and the page (DIR/report/index.html).
+round at work. At the end stand the table (DIR/table.md) and the page (DIR/report/index.html). A run
+that is not what an edited study asks for is `other config`: it goes on if it lacks rounds alone,
+and is refused otherwise.
 
 On a cluster, either one job of an array a share (`--index=$SLURM_ARRAY_TASK_ID --count=16`), or let
 the sweep submit its own (`--runner=slurm --count=16 --slurm_partition=gpu --gpus=1`).

@@ -1,6 +1,6 @@
 """Writes the tables of a study: DIR/table.md, DIR/table.csv and DIR/table.tex.
 
-    python -m experiments.table DIR [--target=0.6] [--reference=flex]
+    python -m experiments.table DIR [--target=0.6] [--reference=METHOD]
 
 DIR is the --workdir of a sweep, which need not be finished: what is missing is said. The same runs
 give the same bytes. Needs nothing of the machine that ran the sweep.
@@ -16,20 +16,20 @@ from absl import flags
 from experiments.reporting.quantities import counted
 from experiments.studying.formats import csv_text, latex, markdown
 from experiments.studying.results import Results, read_results
-from experiments.studying.sheets import REFERENCE, TARGET, read_rows, sheets
+from experiments.studying.sheets import TARGET, read_rows, sheets
 from experiments.workdir import write_atomically
 from flexmoe_jax.errors import InputError
 
 
 def write_tables(
-    folder: str | os.PathLike[str], target: float = TARGET, reference: str = REFERENCE
+    folder: str | os.PathLike[str], target: float = TARGET, reference: str = ""
 ) -> list[Path]:
     """Writes the tables of a study into its folder.
 
     Args:
       folder: of the study.
       target: client-global accuracy in (0, 1] to which rounds, bytes and seconds are counted.
-      reference: the method that all others are compared with.
+      reference: the method that all others are compared with; empty for the study's choice.
 
     Returns:
       the paths of the Markdown, CSV and LaTeX files.
@@ -41,8 +41,7 @@ def write_tables(
     results = read_results(folder)
     if not 0 < target <= 1:
         raise InputError("--target", target, "give an accuracy above 0 and up to 1")
-    if reference not in results.methods and reference != REFERENCE:
-        raise InputError("--reference", reference, f"choose one of {', '.join(results.methods)}")
+    reference = results.reference(reference)
     made = sheets(results, target, reference)
     notes = dict.fromkeys(f"- {sheet.note}\n" for sheet in made)
     lists = [*map(markdown, made), missing(results)]
@@ -84,5 +83,5 @@ if __name__ == "__main__":
     from experiments.cli import run_cli
 
     flags.DEFINE_float("target", TARGET, "Global accuracy to which rounds and bytes are counted.")
-    flags.DEFINE_string("reference", REFERENCE, "The method that all others are compared with.")
+    flags.DEFINE_string("reference", "", "Method that all others are compared with.")
     run_cli(main)

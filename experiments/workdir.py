@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -22,11 +22,33 @@ from flexmoe_jax.errors import InputError
 
 Metrics = dict[str, Any]
 
+# Fields, and groups of them, that say where and how a run is computed, not what: a run may be
+# moved, and go on elsewhere.
+INCIDENTAL = (
+    "data.dir",
+    "data.download",
+    "execution",
+    "eval.batch_size",
+    "checkpoint",
+    "tensorboard",
+)
+
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON values."""
     plain: dict[str, Any] = json.loads(config.to_json())
     return plain
+
+
+def incidental(field: str) -> bool:
+    """Whether runs that differ in a field are nevertheless the same experiment."""
+    return any(field == name or field.startswith(f"{name}.") for name in INCIDENTAL)
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The fields, sorted, that make two flat configs different experiments; None is no value."""
+    fields = sorted(one.keys() | other.keys())
+    return [f for f in fields if not incidental(f) and one.get(f) != other.get(f)]
 
 
 class Workdir:
@@ -45,6 +67,9 @@ class Workdir:
     def check(self, config: ConfigDict) -> None:
         """Refuses a folder that holds another experiment, or something else altogether.
 
+        Incidental fields may differ from those of the run that is there, and `rounds`, as long as
+        some are left and no learning rate was scheduled over the former number.
+
         Raises:
           InputError: naming the first field that differs.
         """
@@ -52,31 +77,57 @@ class Workdir:
             return
         if not self.path.is_dir():
             raise InputError("workdir", self.path, "is a file; choose a folder")
-        existing = self.path / "config.json"
+        existing = self._config_path
         if not existing.exists():
             # A process killed in `open` may leave its temporary file.
             if any(path != _temporary(existing) for path in self.path.iterdir()):
                 remedy = "holds files but no run; choose an empty or a new folder"
                 raise InputError("workdir", self.path, remedy)
             return
-        try:
-            there = flat_fields(ConfigDict(dict(json.loads(existing.read_bytes()))))
-        except (ValueError, TypeError) as error:
-            remedy = "its config.json cannot be read; choose another folder, or delete this one"
-            raise InputError("workdir", self.path, remedy) from error
-        here = flat_fields(ConfigDict(as_json(config)))
-        for field in sorted(there.keys() | here.keys()):
-            if there.get(field) != here.get(field):
+        there, here = self.config(), flat_fields(ConfigDict(as_json(config)))
+        for field in differing(there, here):
+            why = self._rounds_stay(config) if field == "rounds" else ""
+            if field != "rounds" or why:
                 remedy = (
-                    f"holds a run with {field}={there.get(field)}, not {here.get(field)}; "
+                    f"holds a run with {field}={there.get(field)}, not {here.get(field)}{why}; "
                     "choose another folder, or delete this one"
                 )
                 raise InputError("workdir", self.path, remedy)
 
+    def _rounds_stay(self, config: ConfigDict) -> str:
+        """Why the run that is there cannot have another number of rounds; empty where it can."""
+        done = len(self.read())
+        if config.local.decay != "none":
+            return f", and its learning rate falls over them all (local.decay={config.local.decay})"
+        # The last round is one that is evaluated and saved, so it must still be to come.
+        return "" if config.rounds > done else f", and {done} are done"
+
+    def config(self) -> dict[str, Any]:
+        """The flat config of the run that is there.
+
+        Raises:
+          InputError: config.json is missing, or no JSON object.
+        """
+        try:
+            return flat_fields(ConfigDict(dict(json.loads(self._config_path.read_bytes()))))
+        except (FileNotFoundError, ValueError, TypeError) as error:
+            remedy = "its config.json cannot be read; choose another folder, or delete this one"
+            raise InputError("workdir", self.path, remedy) from error
+
+    @property
+    def _config_path(self) -> Path:
+        return self.path / "config.json"
+
     def open(self, config: ConfigDict) -> None:
-        """Makes the folder and writes config.json; from here on it is this experiment's."""
+        """Makes the folder and writes config.json; from here on it is this experiment's.
+
+        Of a run that was finished, and now is to have more rounds, the summary no longer says so.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write(self.path / "config.json", json.dumps(as_json(config), indent=2) + "\n")
+        summary = self._summary()
+        if summary.get("status") == "finished" and summary.get("rounds") != config.rounds:
+            self.write_summary({"status": "unfinished", "seconds": self.seconds()})
+        self._write(self._config_path, json.dumps(as_json(config), indent=2) + "\n")
 
     def keep_rounds(self, rounds_done: int) -> None:
         """Cuts metrics.jsonl back to the rounds that the restored checkpoint holds."""
@@ -117,9 +168,15 @@ class Workdir:
     def seconds(self) -> float:
         """Wall time that summary.json states, or 0 where it says nothing of the kind."""
         try:
-            return float(json.loads((self.path / "summary.json").read_bytes())["seconds"])
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return float(self._summary()["seconds"])
+        except (ValueError, TypeError, KeyError):
             return 0.0
+
+    def _summary(self) -> Metrics:
+        try:
+            return dict(json.loads((self.path / "summary.json").read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return {}
 
     def write_arrays(self, **arrays: np.ndarray) -> None:
         """Writes arrays.npz."""

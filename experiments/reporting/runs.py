@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.reporting.quantities import better
+from experiments.workdir import incidental
 from flexmoe_jax.errors import InputError
 
 Floats = NDArray[np.float64]
@@ -158,8 +159,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing_fields(runs: Sequence[Run]) -> list[str]:
-    """Config fields that do not have the same value in every run, in the configs' order."""
-    fields = dict.fromkeys(name for run in runs for name in run.config)
+    """Config fields that tell the experiments apart, in the configs' order."""
+    fields = dict.fromkeys(f for run in runs for f in run.config if not incidental(f))
     absent = object()
     return [
         f for f in fields if any(r.config.get(f, absent) != runs[0].config.get(f) for r in runs)

@@ -15,7 +15,7 @@ from experiments.report import write_report
 from experiments.reporting.quantities import counted, duration, show
 from experiments.reporting.runs import read_run
 from experiments.studying.launch import Interrupts, as_typed, command, last_line, lock
-from experiments.studying.standing import ENDED, cost, standing, write_record
+from experiments.studying.standing import ENDED, OTHER, Standing, cost, standing, write_record
 from experiments.studying.study import Study, Trial, read_study
 from experiments.table import write_tables
 from experiments.workdir import Workdir
@@ -85,7 +85,7 @@ def dry_run(sweep: Sweep) -> None:
     study, trials = sweep.load()
     workdir = Path(sweep.workdir)
     for trial in trials:
-        status = standing(workdir / trial.name).status
+        status = _standing(study, trial, workdir).status
         words = as_typed(command(study, trial, workdir))
         print(f"{status}: {trial.name if status in ENDED else words}")
     print(_ahead(study, trials, trials, workdir))
@@ -123,7 +123,8 @@ def run(sweep: Sweep) -> int:
         print(f"failed: {line}")
     if ends["elsewhere"]:
         print(f"{counted(len(ends['elsewhere']), 'run')} left to another sweep, which is at them")
-    if any(standing(workdir / trial.name).status == "finished" for trial in study.trials()):
+    # Over runs of another config alone there may be a table of theirs, which is no longer this.
+    if any(_standing(study, t, workdir).status in ("finished", OTHER) for t in study.trials()):
         with lock(workdir / "sweep.lock", wait=True):
             print(f"table: {write_tables(workdir)[0]} · page: {write_report([workdir])}")
     if interrupts.caught:
@@ -157,13 +158,13 @@ def _attempt(study: Study, trial: Trial, workdir: Path, interrupts: Interrupts) 
     with lock(path) as log:
         if log is None:
             return End("elsewhere")
-        before = standing(folder).status
+        before = _standing(study, trial, workdir).status
         if before in ENDED:
             return End("finished") if before == "finished" else End("failed", _diverged(path))
         start = log.tell()
         code = interrupts.run(command(study, trial, workdir), log)
     seconds = time.monotonic() - begin
-    after = standing(folder)
+    after = _standing(study, trial, workdir)
     if after.status == "finished" and code == 0:
         return End("finished", f"{duration(seconds)} · {_headline(folder)}", started=True)
     if interrupts.caught:
@@ -173,6 +174,10 @@ def _attempt(study: Study, trial: Trial, workdir: Path, interrupts: Interrupts) 
     ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     said = last_line(path, start) or "it said nothing"
     return End("failed", f"{ended}: {said}", started=True)
+
+
+def _standing(study: Study, trial: Trial, workdir: Path) -> Standing:
+    return standing(workdir / trial.name, study.fields_of(trial))
 
 
 def _diverged(log: Path) -> str:
@@ -187,7 +192,7 @@ def _headline(folder: Path) -> str:
 def _ahead(study: Study, trials: Sequence[Trial], untried: Sequence[Trial], workdir: Path) -> str:
     """How many runs are done and, of those not tried yet, left; and the time that they take."""
     # Other shares of the study tell what a run takes, too.
-    every = {trial.name: standing(workdir / trial.name) for trial in study.trials()}
+    every = {trial.name: _standing(study, trial, workdir) for trial in study.trials()}
     spent = defaultdict(list)
     for trial in study.trials():
         status, seconds = every[trial.name]

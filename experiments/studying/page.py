@@ -13,7 +13,6 @@ from experiments.reporting.quantities import counted
 from experiments.studying import pictures
 from experiments.studying.results import Results
 from experiments.studying.sheets import (
-    REFERENCE,
     TARGET,
     Row,
     Sheet,
@@ -25,14 +24,15 @@ from experiments.studying.sheets import (
 )
 
 
-def render_study(results: Results, target: float = TARGET, reference: str = REFERENCE) -> str:
+def render_study(results: Results, target: float = TARGET, reference: str = "") -> str:
     """The page of a study, finished or not.
 
     Args:
       results: of the study.
       target: client-global accuracy to which rounds and bytes are counted.
-      reference: method that all others are compared with.
+      reference: method that all others are compared with; empty for the study's choice.
     """
+    reference = results.reference(reference)
     rows = read_rows(results, target)
     letters = dict(zip(results.methods, pens(len(results.methods)), strict=True))
     sections = {task: f"task-{i}" for i, task in enumerate(results.tasks, start=1)}

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments.reporting.runs import Floats, Run, read_run
-from experiments.studying.standing import RECORD, read_record, standing
-from experiments.studying.study import Trial
+from experiments.studying.standing import OTHER, RECORD, read_record, standing
+from experiments.studying.study import Trial, choose_reference
 
 ACCURACIES = ("personal", "global", "server")
 BALANCES = ("assigned", "usage")
@@ -27,7 +27,7 @@ class Result:
     Attributes:
       trial: what was asked for.
       status: how far it is; see `Standing`.
-      run: what it left, None where there is nothing.
+      run: what it left, None where there is nothing, or nothing of this run.
     """
 
     trial: Trial
@@ -48,11 +48,21 @@ class Results:
       name: of the study.
       folder: of the study.
       results: one for each run that the study asks for, in its order.
+      chosen: method that the study compares all others with; may be empty, see `Study`.
     """
 
     name: str
     folder: Path
     results: tuple[Result, ...]
+    chosen: str = ""
+
+    def reference(self, given: str = "") -> str:
+        """The method that all others are compared with: the one given, else the study's choice.
+
+        Raises:
+          InputError: the study has no such method.
+        """
+        return choose_reference(given or self.chosen, self.methods, "--reference")
 
     @property
     def methods(self) -> list[str]:
@@ -106,13 +116,14 @@ def read_results(folder: Path) -> Results:
     Raises:
       InputError: the folder holds no study.
     """
-    name, trials = read_record(folder)
+    record = read_record(folder)
     results = []
-    for trial in trials:
-        status = standing(folder / trial.name).status
-        there = status != "new"
-        results.append(Result(trial, status, read_run(folder / trial.name) if there else None))
-    return Results(name, folder, tuple(results))
+    for trial in record.trials:
+        at = folder / trial.name
+        status = standing(at, record.fields_of(trial)).status
+        there = status not in ("new", OTHER)
+        results.append(Result(trial, status, read_run(at) if there else None))
+    return Results(record.name, folder, tuple(results), record.reference)
 
 
 def figures(run: Run, target: float) -> Mapping[str, float]:

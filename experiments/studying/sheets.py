@@ -13,7 +13,6 @@ from experiments.studying.results import Results, figures
 from experiments.studying.statistics import Difference, Estimate, estimate, paired_difference
 
 TARGET = 0.6
-REFERENCE = "flex"
 
 # Quantities of `figures`, with the head of their column; accuracies are shown in percent.
 ACCURACY = {
@@ -178,8 +177,9 @@ def difference_sheet(
     )
 
 
-def sheets(results: Results, target: float = TARGET, reference: str = REFERENCE) -> list[Sheet]:
+def sheets(results: Results, target: float = TARGET, reference: str = "") -> list[Sheet]:
     """All tables of a study: three for every pair of data set and partition."""
+    reference = results.reference(reference)
     rows = read_rows(results, target)
     made: list[Sheet | None] = []
     for task in results.tasks:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import itertools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -64,6 +67,8 @@ class Study:
       partitions: how its examples lie with the clients.
       seeds: each gives a partition, a start and a course of its own, the same for all methods.
       variants: axis name to further axis, as `{"capacity": {"2": {"clients.capacity": 2}}}`.
+      reference: the method that the others are compared with; empty for `flex` where there is one,
+        or else the first.
     """
 
     name: str
@@ -73,12 +78,13 @@ class Study:
     partitions: Axis
     seeds: Sequence[int]
     variants: Mapping[str, Axis] = field(default_factory=dict)
+    reference: str = ""
 
     def __post_init__(self) -> None:
         """Refuses what gives no runs, or no folder names.
 
         Raises:
-          InputError: an axis is empty, or a name or seed cannot be used.
+          InputError: an axis is empty, or a name, seed or reference cannot be used.
         """
         axes = {
             "methods": self.methods,
@@ -96,6 +102,7 @@ class Study:
                     raise InputError(axis, name, remedy)
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError("seeds", list(self.seeds), "name each once")
+        choose_reference(self.reference, list(self.methods), "reference")
 
     @property
     def config_file(self) -> Path:
@@ -139,6 +146,16 @@ class Study:
         override(config, trial.overrides)
         return config
 
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """The flat config that no axis has touched, as config.json would have it."""
+        return flat_fields(ConfigDict(json.loads(self.config().to_json())))
+
+    def fields_of(self, trial: Trial) -> dict[str, Any]:
+        """The flat config of a run, as its config.json has it."""
+        plain: dict[str, Any] = json.loads(json.dumps(dict(trial.overrides)))
+        return self.fields | plain
+
     def check(self) -> None:
         """Tries what every axis sets.
 
@@ -149,6 +166,22 @@ class Study:
         for axis in (self.datasets, self.partitions, *self.variants.values(), self.methods):
             for overrides in axis.values():
                 override(config, overrides)
+
+
+def choose_reference(given: str, methods: Sequence[str], field: str) -> str:
+    """The method that all others are compared with.
+
+    Args:
+      given: its name, or nothing: then `flex`, or the first where none is called that.
+      methods: of the study.
+      field: where the name was given.
+
+    Raises:
+      InputError: the study has no such method.
+    """
+    if given and given not in methods:
+        raise InputError(field, given, f"choose one of {', '.join(methods)}")
+    return given or ("flex" if "flex" in methods else next(iter(methods), ""))
 
 
 def override(config: ConfigDict, overrides: Overrides) -> None:

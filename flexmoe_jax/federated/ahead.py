@@ -57,7 +57,7 @@ def compile_ahead(
     on_cpu = jax.default_backend() == "cpu"
 
     def start(lower: Callable[[], jax.stages.Lowered], level: int) -> Callable[..., Any]:
-        options = {"xla_backend_optimization_level": level} if on_cpu else {}
+        options: dict[str, Any] = {"xla_backend_optimization_level": level} if on_cpu else {}
         program = compiler.submit(lambda: lower().compile(options))
         return lambda *arguments: program.result()(*arguments)
 

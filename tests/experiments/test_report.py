@@ -300,6 +300,13 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
     same = [read_run(make_workdir(tmp_path / name / "run")) for name in ("x", "y")]
     assert differing_fields(same) == []
     assert name_runs(same) == ["x/run", "y/run"]
+    # Where the data lie, and what computes, is of no interest beside the policy.
+    moved = [
+        read_run(make_workdir(tmp_path / d, {"data": {"dir": d}, "execution": {"devices": n}, **p}))
+        for d, n, p in (("d1", 1, {"p": "flex"}), ("d2", 2, {"p": "greedy"}))
+    ]
+    assert differing_fields(moved) == ["p"]
+    assert name_runs(moved) == ["p flex", "p greedy"]
     twice = [
         read_run(make_workdir(tmp_path / name, {"seed": seed, "a": {"n": 1}, "b": {"n": n}}))
         for name, seed, n in (("p", 0, 1), ("q", 1, 2), ("r", 1, 2))

@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
+from experiments.cli import flat_fields
 from experiments.configs import digits
 from experiments.studying import local, slurm
 from experiments.studying.launch import command, lock
 from experiments.studying.local import Sweep, log_of
-from experiments.studying.standing import cost, write_record
+from experiments.studying.standing import OTHER, cost, standing, write_record
 from experiments.studying.study import Study, Trial, read_study
 from experiments.table import write_tables
 from experiments.workdir import as_json
@@ -117,6 +118,8 @@ def test_the_command_gives_the_config_that_the_study_asks_for(path, monkeypatch)
         known(sys.argv)
         assert as_json(known.config) == as_json(study.config_of(trial))
         assert known.workdir == f"runs/{trial.name}"
+        # What the study says of a run is what the run's config.json will say.
+        assert flat_fields(ConfigDict(as_json(known.config))) == study.fields_of(trial)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,7 @@ def test_the_command_gives_the_config_that_the_study_asks_for(path, monkeypatch)
         ({"datasets": {"a/b": {}}}, "datasets=a/b: names folders"),
         ({"variants": {"..": {"1": {}}}}, "variants=..: names folders"),
         ({"seeds": (0, 0)}, "seeds=.*: name each once"),
+        ({"reference": "fedavg"}, "reference=fedavg: choose one of flex, random"),
     ],
 )
 def test_a_study_that_gives_no_folders_is_refused(changes, line):
@@ -222,14 +226,63 @@ def test_a_folder_of_another_config_or_a_run_that_diverged_fails_in_one_line(
     runs = tmp_path / "runs"
     flex, broken = study.trials()
     other = study.config_of(flex)
-    other.rounds = 7
+    other.local.epochs = 7
     finish(runs / flex.name, other)
     finish(runs / broken.name, study.config_of(broken), status="diverged")
     assert local.run(Sweep(str(tiny), str(runs))) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed")]
     assert len(failed) == 2
-    assert "holds a run with rounds=7, not 16" in failed[0]
+    assert "holds a run with local.epochs=7, not 2" in failed[0]
     assert "diverged, see" in failed[1]
+
+
+def test_an_edited_study_does_not_take_old_runs_for_its_own(tiny, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    study = read_study(tiny)
+    for trial in study.trials():
+        finish(runs / trial.name, study.config_of(trial))
+    # Where a run's data lie, and on what it ran, is no part of what the study asks for.
+    assert local.run(Sweep(str(tiny), str(runs), data_dir="/elsewhere")) == 0
+    assert "2 runs done, 0 left" in capsys.readouterr().out
+    assert "All 2 runs are finished." in (runs / "table.md").read_text()
+
+    tiny.write_text(TINY.replace('"eval.every": 4', '"eval.every": 8'))
+    local.dry_run(Sweep(str(tiny), str(runs)))
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("other config: python -m experiments.train ")
+    assert last == "0 runs done, 2 left, time unknown"
+    assert local.run(Sweep(str(tiny), str(runs))) == 1
+    out = capsys.readouterr().out
+    assert "tiny: 0 runs done, 2 left" in out
+    assert out.count("holds a run with eval.every=4, not 8") == 2
+    # From the folder alone, too.
+    for _ in range(2):
+        text = (runs / "table.md").read_text()
+        assert "2 of 2 runs are not finished" in text
+        assert "- digits/iid/flex/seed_0: other config\n" in text
+        assert "0 of 2 runs finished" in (runs / "report" / "index.html").read_text()
+        write_tables(runs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, "finished"),
+        ({"execution.devices": 1, "data.dir": "/elsewhere"}, "finished"),
+        ({"rounds": 17}, OTHER),
+        ({"seed": 3}, OTHER),
+    ],
+)
+def test_how_far_a_run_is_depends_on_what_is_asked_for(tiny, tmp_path, changes, status):
+    study = read_study(tiny)
+    trial = study.trials()[0]
+    finish(tmp_path / "run", study.config_of(trial))
+    asked = study.fields_of(trial) | changes
+    assert standing(tmp_path / "run", asked).status == status
+    assert standing(tmp_path / "run", {}).status == "finished"
+    assert standing(tmp_path / "none", asked).status == "new"
+    (tmp_path / "run" / "config.json").write_text("{")
+    assert standing(tmp_path / "run", asked).status == OTHER
 
 
 def test_a_folder_of_another_study_is_refused(tiny, tmp_path):

@@ -26,6 +26,7 @@ from experiments.studying.standing import write_record
 from experiments.studying.statistics import estimate, paired_difference
 from experiments.studying.study import Study
 from experiments.table import write_tables
+from experiments.workdir import as_json
 from flexmoe_jax.errors import InputError
 from tests.experiments.test_report import Page
 
@@ -56,7 +57,10 @@ def write_run(
 ) -> None:
     """A run with an evaluation every second round, and 10 bytes down and 5 up in each."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    config = digits.get_config()
+    if folder.name.startswith("seed_"):
+        config.seed = int(folder.name.removeprefix("seed_"))
+    (folder / "config.json").write_text(json.dumps(as_json(config)))
     rows: list[dict[str, Any]] = []
     for number in range(1, 2 * len(globals_) + 1):
         row: dict[str, Any] = {
@@ -169,6 +173,35 @@ def test_an_unfinished_study_says_what_is_missing(tmp_path):
 def test_the_same_runs_give_the_same_bytes(folder):
     first = [path.read_bytes() for path in write_tables(folder)]
     assert [path.read_bytes() for path in write_tables(folder)] == first
+
+
+@pytest.mark.parametrize(
+    ("chosen", "given", "expected"),
+    [("", "", "full"), ("static", "", "static"), ("static", "random", "random")],
+)
+def test_all_methods_are_compared_with_one_even_where_none_is_flex(
+    tmp_path, chosen, given, expected
+):
+    methods = {"full": {}, "random": {}, "static": {}}
+    study = make_study(methods=methods, reference=chosen, seeds=(0, 1))
+    write_record(study, tmp_path)
+    for trial in study.trials():
+        write_run(tmp_path / trial.name, [0.5 + 0.1 * trial.seed])
+    text = write_tables(tmp_path, reference=given)[0].read_text()
+    assert f"### digits · iid: difference from {expected}\n" in text
+    compared = {method for (method, _), row in table(tmp_path).items() if row["reference"]}
+    assert compared == methods.keys() - {expected}
+    if not given:
+        assert f"Difference from {expected}" in write_report([tmp_path]).read_text()
+
+
+def test_a_record_that_says_neither_config_nor_reference_is_read(folder):
+    path = folder / "study.json"
+    record = json.loads(path.read_text())
+    runs = [{k: v for k, v in run.items() if k != "overrides"} for run in record["runs"]]
+    before = [written.read_bytes() for written in write_tables(folder)]
+    path.write_text(json.dumps({"name": record["name"], "runs": runs}))
+    assert [written.read_bytes() for written in write_tables(folder)] == before
 
 
 def test_a_further_axis_has_a_column_and_pairs_within_it(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+
+from experiments.configs import digits
+from experiments.workdir import Workdir, as_json
+from flexmoe_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -216,6 +222,100 @@ def test_a_finished_run_is_not_done_twice(finished):
     assert process.returncode == 0
     assert "all rounds are done" in process.stdout
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_finished_run_is_moved_and_goes_on_elsewhere_for_more_rounds(finished, tmp_path):
+    workdir, _ = finished
+    moved = tmp_path / "moved"
+    shutil.copytree(workdir, moved)
+    elsewhere = (
+        "--config.rounds=6",
+        "--config.data.dir=/elsewhere",
+        "--config.execution.data=host",
+        "--config.execution.devices=1",
+        "--config.eval.batch_size=50",
+        "--config.checkpoint.every=3",
+        "--config.tensorboard=true",
+    )
+    process = launch(f"--workdir={moved}", *SMALL, *elsewhere)
+    assert process.returncode == 0, process.stderr
+    assert "continuing after round 4 of 6" in process.stdout
+    assert [row["round"] for row in rows(moved)] == [1, 2, 3, 4, 5, 6]
+    # Those that were there stay, down to their times.
+    assert rows(moved)[:4] == rows(workdir)
+    summary = json.loads((moved / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"]) == ("finished", 6)
+    config = json.loads((moved / "config.json").read_text())
+    assert (config["rounds"], config["data"]["dir"]) == (6, "/elsewhere")
+
+
+def make_workdir(path: Path, done: int, **changes: object) -> Workdir:
+    """The folder of a run of 20 rounds."""
+    workdir = Workdir(path)
+    workdir.open(changed(rounds=20, **changes))
+    for number in range(done):
+        workdir.append({"round": number + 1})
+    workdir.write_summary(
+        {"status": "finished" if done == 20 else "interrupted", "rounds": done, "seconds": 7.0}
+    )
+    return workdir
+
+
+def changed(**changes: object) -> ConfigDict:
+    config = digits.get_config()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"rounds": 21}, ""),
+        ({"rounds": 13}, ""),
+        ({"rounds": 12}, "with rounds=20, not 12, and 12 are done; choose"),
+        ({"rounds": 20, "local__epochs": 9}, "with local.epochs=.*, not 9; choose"),
+        ({"rounds": 21, "data__name": "mnist"}, "with data.name=digits, not mnist; choose"),
+        ({"rounds": 20, "execution__tile": 4, "checkpoint__keep": 9, "tensorboard": True}, ""),
+        ({"rounds": 20, "data__dir": "/d", "data__download": True, "eval__batch_size": 9}, ""),
+        ({"rounds": 20, "eval__every": 7}, "with eval.every=1, not 7; choose"),
+    ],
+)
+def test_what_a_run_may_go_on_with(tmp_path, changes, refused):
+    workdir = make_workdir(tmp_path / "run", done=12)
+    if refused:
+        with pytest.raises(InputError, match=refused):
+            workdir.check(changed(**changes))
+    else:
+        workdir.check(changed(**changes))
+
+
+def test_a_schedule_over_all_rounds_keeps_their_number(tmp_path):
+    workdir = make_workdir(tmp_path / "run", done=12, local__decay="cosine")
+    workdir.check(changed(rounds=20, local__decay="cosine", execution__tile=4))
+    line = r"rounds=20, not 21, and its learning rate falls over them all \(local.decay=cosine\)"
+    with pytest.raises(InputError, match=line):
+        workdir.check(changed(rounds=21, local__decay="cosine"))
+
+
+def test_a_config_without_a_newer_field_is_another_one(tmp_path):
+    workdir = make_workdir(tmp_path / "run", done=12)
+    older = as_json(changed(rounds=20))
+    del older["execution"]["tile"]
+    (workdir.path / "config.json").write_text(json.dumps(older))
+    workdir.check(changed(rounds=20))
+    del older["local"]["proximal"]
+    (workdir.path / "config.json").write_text(json.dumps(older))
+    with pytest.raises(InputError, match=r"with local.proximal=None, not 0.0"):
+        workdir.check(changed(rounds=20))
+
+
+def test_a_run_that_is_given_more_rounds_is_finished_no_more(tmp_path):
+    workdir = make_workdir(tmp_path / "run", done=20)
+    summary = workdir.path / "summary.json"
+    workdir.open(changed(rounds=20, execution__tile=4))
+    assert json.loads(summary.read_text())["status"] == "finished"
+    workdir.open(changed(rounds=30))
+    assert json.loads(summary.read_text()) == {"status": "unfinished", "seconds": 7.0}
 
 
 def test_another_experiments_workdir_is_refused(finished, tmp_path):
