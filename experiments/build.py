@@ -196,12 +196,13 @@ def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray
         "min_per_client": config.partition.min_per_client,
     }
 
-    def accept(classes: int, examples: int) -> None:
+    def accept(classes: int, examples: int, owners: int) -> None:
         data.check(
             config.partition.name,
             num_clients=config.clients.count,
             num_classes=classes,
             num_examples=examples,
+            num_owners=owners,
             **options,
         )
 
@@ -219,6 +220,7 @@ def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray
         dataset.train_labels,
         config.clients.count,
         seed=config.seed,
+        owner=dataset.train_clients,
         **options,
     )
     return dataset, parts
@@ -272,9 +274,14 @@ _SAMPLE_BYTES = 2**25
 
 
 def standardise(images: np.ndarray) -> Callable[[Array], Array]:
-    """Maps uint8 images to float32 of mean 0 and deviation 1 per channel over the first of them."""
+    """Maps images to float32 of mean 0 and deviation 1 per channel over the first of them.
+
+    Args:
+      images: (M, ..., channels) uint8 or float; of features (M, D), each is its own channel.
+    """
     # In double precision, since single loses count over millions of pixels.
-    axes, sample = (0, 1, 2), images[: max(1, min(10_000, _SAMPLE_BYTES // images[0].nbytes))]
+    axes = tuple(range(images.ndim - 1))
+    sample = images[: max(1, min(10_000, _SAMPLE_BYTES // images[0].nbytes))]
     mean = sample.mean(axes, np.float64).astype(np.float32)
     deviation = sample.std(axes, np.float64).astype(np.float32) + 1e-6
 

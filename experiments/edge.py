@@ -17,12 +17,37 @@ from flexmoe_jax.types import Array, PyTree
 def model_shapes(
     model: models.MoEClassifier, prepare: Callable[[Array], Array], images: np.ndarray
 ) -> PyTree:
-    """Shapes of the model's parameters, without computing anything."""
-    variables = jax.eval_shape(
-        lambda x: model.init(jax.random.key(0), prepare(x), jnp.ones(model.experts, bool)),
-        images[:1],
+    """Shapes of the model's parameters, without computing anything.
+
+    Raises:
+      InputError: for a backbone that cannot be trained as the rounds train it.
+    """
+
+    def trace(x: Array) -> tuple[PyTree, PyTree]:
+        params = model.init(jax.random.key(0), prepare(x), jnp.ones(model.experts, bool))["params"]
+        # As the rounds do: from parameters alone.
+        return params, model.apply({"params": params}, prepare(x), method="features")
+
+    batch = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
+    try:
+        params, features = jax.eval_shape(trace, batch)
+    except InputError:
+        raise
+    except Exception as error:  # A backbone that does not fit can fail in any way.
+        reason = " ".join(str(error).split()).partition(" (https://flax")[0]
+        raise _unfit(model, reason[:300]) from error
+    if features.ndim != 2 or features.shape[0] != 2:
+        raise _unfit(model, f"it turns images {batch.shape} into {features.shape}")
+    return params
+
+
+def _unfit(model: models.MoEClassifier, reason: str) -> InputError:
+    """The refusal of a backbone, with what is asked of one."""
+    contract = (
+        "a backbone maps images (B, h, w, channels) to features (B, D) by its parameters alone, "
+        "without batch statistics, other collections or random numbers"
     )
-    return variables["params"]
+    return InputError("model.backbone", type(model.backbone).__name__, f"{reason}; {contract}")
 
 
 def capacity_in_memory(

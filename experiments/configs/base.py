@@ -17,15 +17,16 @@ def get_config() -> ConfigDict:
     config.rounds = 40
 
     config.data = ConfigDict()
-    config.data.name = "digits"  # "digits" (embedded), or any TFDS image-classification data set
+    # "digits" (embedded), any TFDS image-classification data set, or a file.npz of your own
+    config.data.name = "digits"
     config.data.dir = ""  # of prepared TFDS data; empty for TFDS's own default
     config.data.download = False
     config.data.train_limit = 0  # examples, drawn evenly over classes; 0 for all
     config.data.test_limit = 0
-    config.data.image_size = 0  # side in pixels; 0 for the data set's own, or 32 if it varies
+    config.data.image_size = 0  # side in pixels of uint8 images; 0 for the data set's own, or 32 if it varies
 
     config.partition = ConfigDict()
-    config.partition.name = "dirichlet"  # iid | k_class | dirichlet | shards
+    config.partition.name = "dirichlet"  # iid | k_class | dirichlet | shards | natural
     config.partition.classes_per_client = 4  # of k_class
     config.partition.alpha = 0.3  # of dirichlet: small is skewed
     config.partition.shards_per_client = 2  # of shards

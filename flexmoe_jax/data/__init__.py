@@ -10,7 +10,7 @@ from flexmoe_jax.data.clients import (
     label_counts,
 )
 from flexmoe_jax.data.partition import PARTITIONS, check, partition, skewed
-from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, shards
+from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, natural, shards
 from flexmoe_jax.data.sources import Dataset, load
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "k_class",
     "label_counts",
     "load",
+    "natural",
     "partition",
     "shards",
     "skewed",

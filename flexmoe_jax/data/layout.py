@@ -42,7 +42,7 @@ def parse(name: str) -> Reference:
     """Takes `base[/config][:version]` apart, as in `emnist/digits` or `cifar10:3.0.2`."""
     match = _NAME.fullmatch(name)
     if match is None:
-        raise InputError("data.name", name, "write it as name, name/config or name:1.2.3")
+        raise InputError("data.name", name, "write it as name, name/config, name:1.2.3 or file.npz")
     return Reference(match["base"], match["config"] or "", match["version"] or "")
 
 

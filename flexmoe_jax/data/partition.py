@@ -13,10 +13,12 @@ from flexmoe_jax.data.partitioners import (
     Partitioner,
     check_clients,
     check_k_class,
+    check_natural,
     check_shards,
     dirichlet,
     iid,
     k_class,
+    natural,
     shards,
 )
 from flexmoe_jax.errors import InputError
@@ -26,6 +28,7 @@ PARTITIONS: dict[str, Callable[..., Partitioner]] = {
     "k_class": k_class,
     "dirichlet": dirichlet,
     "shards": shards,
+    "natural": natural,
 }
 """Factories by the name that `partition.name` takes; each takes the options that it names."""
 
@@ -41,6 +44,7 @@ def partition(
     shards_per_client: int = 2,
     quantity_skew: float = 0.0,
     min_per_client: int = 1,
+    owner: np.ndarray | None = None,
 ) -> tuple[np.ndarray, ...]:
     """Gives every example to exactly one client.
 
@@ -54,6 +58,7 @@ def partition(
       shards_per_client: shards that each client gets; of `shards`.
       quantity_skew: spread q of the client sizes on top of the partition, see `skewed`; 0 is off.
       min_per_client: examples that each client has at least.
+      owner: (M,) int, id of each example's owner in the data set; of `natural`.
 
     Returns:
       For each of the C clients its positions in `labels`: int64, increasing.
@@ -67,13 +72,14 @@ def partition(
         num_clients=num_clients,
         num_classes=len(np.unique(labels)),
         num_examples=len(labels),
+        num_owners=0 if owner is None else len(np.unique(owner)),
         classes_per_client=classes_per_client,
         alpha=alpha,
         shards_per_client=shards_per_client,
         quantity_skew=quantity_skew,
         min_per_client=min_per_client,
     )
-    partitioner = _make(name, classes_per_client, alpha, shards_per_client, min_per_client)
+    partitioner = _make(name, classes_per_client, alpha, shards_per_client, min_per_client, owner)
     if quantity_skew > 0:
         partitioner = skewed(partitioner, quantity_skew, min_per_client=min_per_client)
     return tuple(partitioner(labels, num_clients, np.random.default_rng([seed, 0])))
@@ -85,6 +91,7 @@ def check(
     num_clients: int,
     num_classes: int,
     num_examples: int,
+    num_owners: int = 0,
     classes_per_client: int = 0,
     alpha: float = 0.5,
     shards_per_client: int = 2,
@@ -100,6 +107,7 @@ def check(
       num_clients: C.
       num_classes: Y.
       num_examples: M.
+      num_owners: clients that own the examples in the data set, 0 if it does not say; of `natural`.
       classes_per_client: of `k_class`.
       alpha: of `dirichlet`.
       shards_per_client: of `shards`.
@@ -111,6 +119,11 @@ def check(
     """
     _make(name, classes_per_client, alpha, shards_per_client, min_per_client)
     _check_skew(quantity_skew)
+    if name == "natural":
+        check_natural(num_owners, num_clients)
+        if quantity_skew:
+            remedy = "natural clients keep what they own; set it to 0"
+            raise InputError("partition.quantity_skew", quantity_skew, remedy)
     check_clients(num_clients, num_examples, min_per_client)
     if name == "k_class":
         check_k_class(classes_per_client, num_clients, num_classes, num_examples)
@@ -155,7 +168,12 @@ def skewed(
 
 
 def _make(
-    name: str, classes_per_client: int, alpha: float, shards_per_client: int, min_per_client: int
+    name: str,
+    classes_per_client: int,
+    alpha: float,
+    shards_per_client: int,
+    min_per_client: int,
+    owner: np.ndarray | None = None,
 ) -> Partitioner:
     """Calls the named factory with those of the options that it takes."""
     if name not in PARTITIONS:
@@ -167,6 +185,7 @@ def _make(
         "alpha": alpha,
         "shards_per_client": shards_per_client,
         "min_per_client": min_per_client,
+        "owner": owner,
     }
     factory = PARTITIONS[name]
     taken = inspect.signature(factory).parameters

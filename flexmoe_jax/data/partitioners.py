@@ -1,4 +1,4 @@
-"""Ways to spread labelled examples over clients: `iid`, `k_class`, `dirichlet`, `shards`.
+"""Ways to spread examples over clients: `iid`, `k_class`, `dirichlet`, `shards`, `natural`.
 
 Each factory closes over its options and returns a `Partitioner`. Whatever the labels, its parts are
 disjoint, together complete, and none is smaller than `min_per_client`.
@@ -150,6 +150,41 @@ def shards(shards_per_client: int, *, min_per_client: int = 1) -> Partitioner:
     return partitioner
 
 
+def natural(owner: np.ndarray | None, *, min_per_client: int = 1) -> Partitioner:
+    """Each client has the examples that are its own in the data set: a writer's, a hospital's.
+
+    Clients stand in the order of their ids. Nothing is drawn, and no example changes hands.
+
+    Args:
+      owner: (M,) int, id of each example's owner; None where the data set does not say.
+      min_per_client: examples.
+
+    Returns:
+      The partitioner. It raises InputError unless C is the number of owners, or where one has too
+      few examples.
+    """
+    owner = np.zeros(0, np.int64) if owner is None else np.asarray(owner)
+
+    def partitioner(
+        labels: np.ndarray, num_clients: int, rng: np.random.Generator
+    ) -> list[np.ndarray]:
+        ids, client, sizes = np.unique(owner, return_inverse=True, return_counts=True)
+        check_natural(len(ids), num_clients)
+        check_clients(num_clients, len(labels), min_per_client)
+        if owner.shape != labels.shape:
+            raise InputError("owner", f"of shape {owner.shape}", f"give {len(labels)}, one a label")
+        if sizes.min() < min_per_client:
+            raise InputError(
+                "partition.min_per_client",
+                min_per_client,
+                f"client {ids[sizes.argmin()]} has {sizes.min()} examples of its own; lower it to "
+                "that, or leave such clients out of the data",
+            )
+        return parts_of(client, num_clients)
+
+    return partitioner
+
+
 def check_clients(num_clients: int, num_examples: int, min_per_client: int) -> None:
     """Refuses a number of clients that the examples cannot serve."""
     if min_per_client < 1:
@@ -197,6 +232,16 @@ def check_shards(shards_per_client: int, num_clients: int, num_examples: int) ->
             f"{num_examples} examples make at most {num_examples // num_clients} shards for each "
             f"of {num_clients} clients",
         )
+
+
+def check_natural(num_owners: int, num_clients: int) -> None:
+    """Refuses a number of clients that is not that of the examples' owners."""
+    if not num_owners:
+        remedy = "the data set does not say who owns its examples (train_clients); choose another"
+        raise InputError("partition.name", "natural", remedy)
+    if num_clients != num_owners:
+        remedy = f"the training examples have {num_owners} owners; set it to {num_owners}"
+        raise InputError("clients.count", num_clients, remedy)
 
 
 def _holders_per_class(

@@ -1,4 +1,4 @@
-"""Data sets as arrays in the host's memory: the embedded digits, and whatever TFDS has prepared."""
+"""Data sets as arrays in the host's memory: the embedded digits, one's own arrays, and TFDS's."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flexmoe_jax.data import decode, layout, tfds_source
+from flexmoe_jax.data import decode, layout, npz_source, tfds_source
 from flexmoe_jax.data.apportion import apportion
-from flexmoe_jax.data.cache import cached, default_folder
+from flexmoe_jax.data.cache import Arrays, cached, default_folder
 from flexmoe_jax.errors import InputError
 
 _DIGITS_TEST_SHARE = 0.2
@@ -26,11 +26,17 @@ class Dataset:
 
     Attributes:
       name: the name that it was loaded by.
-      train_images: (M, height, width, channels) uint8; 1 channel (grey) or 3 (red, green, blue).
-      train_labels: (M,) int32 in [0, Y).
+      train_images: (M, height, width, channels) uint8, or any numbers of shape (M, ...) that the
+        backbone takes.
+      train_labels: (M,) int in [0, Y); int32 where `load` made it.
       test_images: like `train_images`, of the test examples.
       test_labels: like `train_labels`, of the test examples.
       classes: names of the Y classes.
+      train_clients: (M,) int, id of the client that owns each training example; None where the
+        data set does not say.
+
+    Raises:
+      InputError: naming the array that does not fit the others.
     """
 
     name: str
@@ -39,6 +45,17 @@ class Dataset:
     test_images: np.ndarray
     test_labels: np.ndarray
     classes: tuple[str, ...]
+    train_clients: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses arrays that do not fit together."""
+        _check_labels("train_labels", self.train_labels, self.train_images, self.num_classes)
+        _check_labels("test_labels", self.test_labels, self.test_images, self.num_classes)
+        if self.test_images.shape[1:] != self.image_shape:
+            shape = self.test_images.shape[1:]
+            raise InputError("test_images", shape, f"those to train on are {self.image_shape}")
+        if self.train_clients is not None:
+            _check_integers("train_clients", self.train_clients, len(self.train_images))
 
     @property
     def num_classes(self) -> int:
@@ -46,10 +63,14 @@ class Dataset:
         return len(self.classes)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def num_owners(self) -> int:
+        """How many clients own training examples; 0 where the data set does not say."""
+        return 0 if self.train_clients is None else len(np.unique(self.train_clients))
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
         """(height, width, channels) of every image."""
-        height, width, channels = self.train_images.shape[1:]
-        return height, width, channels
+        return self.train_images.shape[1:]
 
 
 def load(
@@ -62,17 +83,19 @@ def load(
     download: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    accept: Callable[[int, int], None] = lambda classes, examples: None,
+    accept: Callable[[int, int, int], None] = lambda classes, examples, owners: None,
 ) -> Dataset:
     """Loads a data set.
 
-    `digits` is scikit-learn's 1,797 handwritten digits, in a fixed stratified 80/20 split. Any
-    other name is a TFDS image classification data set (`emnist/digits`, `cifar10:3.0.2`), whose
+    `digits` is scikit-learn's 1,797 handwritten digits, in a fixed stratified 80/20 split. The path
+    of an `.npz` file gives its arrays: `train_images`, `train_labels`, `test_images`,
+    `test_labels`, and, where wanted, `classes` and `train_clients`, as in `Dataset`. Any other name
+    is a TFDS image classification data set (`emnist/digits`, `cifar10:3.0.2`), whose
     metadata gives its shape, classes and splits. It is decoded once; later loads read the pixels
     back from the cache.
 
     Args:
-      name: `digits`, or `name[/config][:version]`.
+      name: `digits`, `path/to/file.npz`, or `name[/config][:version]`.
       data_dir: folder of prepared data sets; TFDS's default (`$TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`) when empty.
       train_limit: keep that many training examples, drawn with the class shares kept; 0 keeps all.
@@ -83,8 +106,9 @@ def load(
       cache_dir: folder of the decoded pixels; `$XDG_CACHE_HOME/flexmoe_jax`, else
         `~/.cache/flexmoe_jax`, when empty.
       seed: of the examples that the limits keep.
-      accept: called with the number of classes and of training examples, as soon as they are
-        known and before images are decoded, to refuse a data set that will not do by raising.
+      accept: called with the number of classes, of training examples and of clients that own them
+        (0 where the data set does not say), as soon as they are known and before images are
+        decoded, to refuse a data set that will not do by raising.
 
     Returns:
       The data set.
@@ -100,23 +124,27 @@ def load(
         if value < 0:
             raise InputError(field, value, "give 0 or more; 0 keeps what the data set has")
 
-    def accept_limited(classes: int, examples: int) -> None:
-        accept(classes, min(train_limit or examples, examples))
+    def accept_prepared(classes: int, examples: int) -> None:
+        accept(classes, min(train_limit or examples, examples), 0)
 
     if name == layout.EMBEDDED:
         whole = _digits(image_size, cache_dir)
+    elif name.endswith(npz_source.SUFFIX):
+        whole = _dataset(name, npz_source.read(name, image_size))
     else:
-        whole = _prepared(name, data_dir, image_size, download, cache_dir, accept_limited)
-    accept_limited(whole.num_classes, len(whole.train_labels))
+        whole = _prepared(name, data_dir, image_size, download, cache_dir, accept_prepared)
     train = stratified_sample(whole.train_labels, train_limit, np.random.default_rng([seed, 0]))
     test = stratified_sample(whole.test_labels, test_limit, np.random.default_rng([seed, 1]))
-    return dataclasses.replace(
+    dataset = dataclasses.replace(
         whole,
         train_images=whole.train_images[train],
-        train_labels=whole.train_labels[train],
+        train_labels=whole.train_labels[train].astype(np.int32),
         test_images=whole.test_images[test],
-        test_labels=whole.test_labels[test],
+        test_labels=whole.test_labels[test].astype(np.int32),
+        train_clients=None if whole.train_clients is None else whole.train_clients[train],
     )
+    accept(dataset.num_classes, len(dataset.train_labels), dataset.num_owners)
+    return dataset
 
 
 def stratified_sample(
@@ -199,11 +227,30 @@ def _prepared(
         tfds_source.fingerprint(version_folder),
         lambda: tfds_source.read(name, version_folder, image_size, accept),
     )
-    return Dataset(
-        name=name,
-        train_images=arrays["train_images"],
-        train_labels=arrays["train_labels"],
-        test_images=arrays["test_images"],
-        test_labels=arrays["test_labels"],
-        classes=tuple(str(y) for y in arrays["classes"]),
-    )
+    return _dataset(name, arrays)
+
+
+def _dataset(name: str, arrays: Arrays) -> Dataset:
+    """Joins the arrays of a data set; where they do not fit, the message says whose they are."""
+    others = dict(arrays)
+    classes = tuple(str(y) for y in np.ravel(others.pop("classes")))
+    try:
+        return Dataset(name=name, classes=classes, **others)
+    except InputError as error:
+        raise InputError("data.name", name, str(error)) from error
+
+
+def _check_labels(field: str, labels: np.ndarray, images: np.ndarray, num_classes: int) -> None:
+    """Refuses labels that do not give every image one of the classes."""
+    _check_integers(field, labels, len(images))
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if outside.size:
+        remedy = f"number the {num_classes} classes from 0 to {num_classes - 1}, or name more"
+        raise InputError(field, outside[0], f"{remedy} in classes")
+
+
+def _check_integers(field: str, found: np.ndarray, count: int) -> None:
+    """Refuses what is not one whole number for each of `count` examples, or no examples."""
+    if not np.issubdtype(found.dtype, np.integer) or found.shape != (count,) or not count:
+        given = f"{found.dtype} of shape {found.shape}"
+        raise InputError(field, given, f"give a whole number for each of {count} images")

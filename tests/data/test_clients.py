@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,6 +71,29 @@ def test_clients_without_examples_are_refused(dataset: Dataset, parts: list[np.n
         build_clients(dataset, parts)
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"train_labels": [0, 2, 2, 1]}, r"train_labels=int64 of shape \(4,\): .*each of 5 images"),
+        ({"test_labels": [0, 1]}, r"test_labels=int64 of shape \(2,\): .*each of 1 images"),
+        ({"train_labels": [0.0, 1, 2, 1, 0]}, r"train_labels=float64 of shape \(5,\): .*whole"),
+        ({"train_labels": [0, 2, 3, 1, 0]}, "train_labels=3: number the 3 classes from 0 to 2"),
+        ({"test_labels": [-1]}, "test_labels=-1: number the 3 classes from 0 to 2"),
+        ({"test_images": np.zeros((1, 2, 3, 1))}, r"test_images=\(2, 3, 1\): .*\(2, 2, 1\)"),
+        ({"train_clients": [0, 1]}, r"train_clients=int64 of shape \(2,\): .*each of 5"),
+        ({"test_images": np.zeros((0, 2, 2, 1)), "test_labels": np.zeros(0, int)}, "test_labels="),
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_refused(
+    dataset: Dataset, change: dict[str, Any], line: str
+) -> None:
+    arrays: dict[str, Any] = {key: np.array(value) for key, value in change.items()}
+    with pytest.raises(InputError, match=f"^{line}"):
+        dataclasses.replace(dataset, **arrays)
+
+
 def test_dataset_knows_its_shape(dataset: Dataset) -> None:
     assert dataset.num_classes == 3
     assert dataset.image_shape == (2, 2, 1)
+    assert dataset.num_owners == 0
+    assert dataclasses.replace(dataset, train_clients=np.array([9, 4, 9, 9, 4])).num_owners == 2

@@ -18,16 +18,18 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
     num_classes = draw(st.integers(1, 8))
     counts = draw(st.lists(st.integers(1, 60), min_size=num_classes, max_size=num_classes))
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(num_classes) * 3, counts))
+    num_clients = draw(st.integers(1, min(30, len(labels))))
     return {
         "name": draw(st.sampled_from(sorted(PARTITIONS))),
         "labels": labels,
-        "num_clients": draw(st.integers(1, min(30, len(labels)))),
+        "num_clients": num_clients,
         "seed": draw(st.integers(0, 2**31)),
         "classes_per_client": draw(st.integers(1, num_classes)),
         "alpha": draw(st.sampled_from([1e-9, 0.05, 0.5, 10.0, 1e6])),
         "shards_per_client": draw(st.integers(1, 3)),
         "quantity_skew": draw(st.sampled_from([0.0, 0.5, 2.0, 50.0])),
         "min_per_client": draw(st.integers(1, 6)),
+        "owner": np.arange(len(labels)) % num_clients * 7 - 3,
     }
 
 
@@ -79,7 +81,7 @@ def test_skew_spreads_sizes_log_normally() -> None:
     assert abs(spread - 0.5) < 0.05
 
 
-@pytest.mark.parametrize("name", sorted(PARTITIONS))
+@pytest.mark.parametrize("name", sorted(PARTITIONS.keys() - {"natural"}))
 @pytest.mark.parametrize("skew", [0.0, 1.0])
 def test_seeds_differ(name: str, skew: float) -> None:
     labels = np.random.default_rng(0).integers(0, 10, 500)
@@ -137,6 +139,39 @@ def test_options_of_other_partitions_are_not_looked_at() -> None:
     check("iid", num_clients=2, num_classes=3, num_examples=9, alpha=-1.0, classes_per_client=99)
 
 
+OWNERS = np.array([40, -7, 40, 3, -7, 40])
+
+
+def test_natural_clients_keep_their_own_in_the_order_of_their_ids() -> None:
+    for seed in (0, 1):
+        parts = partition("natural", np.arange(6) % 2, 3, seed=seed, owner=OWNERS)
+        assert [part.tolist() for part in parts] == [[1, 4], [3], [0, 2, 5]]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"owner": None}, "partition.name=natural: the data set does not say"),
+        ({"num_clients": 20}, "clients.count=20: .* 3 owners; set it to 3"),
+        ({"num_clients": 2}, "clients.count=2: .* 3 owners; set it to 3"),
+        ({"min_per_client": 2}, "partition.min_per_client=2: client 3 has 1 examples"),
+        ({"owner": np.arange(3)}, r"owner=of shape \(3,\): give 6"),
+    ],
+)
+def test_natural_clients_that_do_not_fit_are_refused(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(InputError, match=f"^{line}"):
+        partition(
+            "natural", np.zeros(6, int), **{"num_clients": 3, "seed": 0, "owner": OWNERS} | options
+        )
+
+
+def test_natural_clients_are_counted_before_there_are_labels() -> None:
+    sizes = {"num_classes": 2, "num_examples": 6}
+    check("natural", num_clients=3, num_owners=3, **sizes)
+    with pytest.raises(InputError, match="set it to 3"):
+        check("natural", num_clients=4, num_owners=3, **sizes)
+
+
 def test_the_registry_takes_a_new_partition(monkeypatch: pytest.MonkeyPatch) -> None:
     def halves(*, alpha: float) -> Partitioner:
         def partitioner(
@@ -150,3 +185,10 @@ def test_the_registry_takes_a_new_partition(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(PARTITIONS, "halves", halves)
     parts = partition("halves", np.zeros(4, np.int64), 2, seed=0, alpha=0.25)
     assert [part.tolist() for part in parts] == [[0], [1, 2, 3]]
+
+
+def test_natural_clients_keep_what_they_own():
+    sizes = {"num_clients": 2, "num_classes": 2, "num_examples": 9, "num_owners": 2}
+    check("natural", **sizes)
+    with pytest.raises(InputError, match=r"partition\.quantity_skew=0\.5: natural clients keep"):
+        check("natural", quantity_skew=0.5, **sizes)

@@ -104,10 +104,10 @@ def test_what_will_not_do_is_refused_before_it_is_decoded(
 ) -> None:
     rows = make_examples(6, channels=1, classes=3)
     folder = write_dataset("small", {"train": rows, "test": rows}, shape=(None, None, 1), classes=3)
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, int]] = []
 
-    def refuse(classes: int, examples: int) -> None:
-        seen.append((classes, examples))
+    def refuse(*sizes: int) -> None:
+        seen.append(sizes)
         raise InputError("clients.count", 9, "too many")
 
     def decoding(*arguments: object) -> None:
@@ -118,7 +118,7 @@ def test_what_will_not_do_is_refused_before_it_is_decoded(
     for limit, examples in ((0, 6), (4, 4), (50, 6)):
         with pytest.raises(InputError, match=r"clients\.count=9: too many"):
             load("small", train_limit=limit, **options)
-        assert seen.pop() == (3, examples)
+        assert seen.pop() == (3, examples, 0)
     assert not (tmp_path / "cache").exists()
 
 

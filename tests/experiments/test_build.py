@@ -1,8 +1,19 @@
 from __future__ import annotations
 
+import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
+import pytest
+from ml_collections import ConfigDict
 
-from experiments.build import standardise
+from experiments.build import build, load_partitioned, standardise
+from experiments.configs import base
+from experiments.edge import model_shapes
+from experiments.train import train
+from experiments.workdir import Workdir
+from flexmoe_jax import models
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.types import Array
 
 
 def test_many_large_images_are_standardised_exactly():
@@ -14,3 +25,112 @@ def test_many_large_images_are_standardised_exactly():
     assert np.allclose(found[:, 0, 0, 0], [-1, 1], atol=1e-4)
     assert np.allclose(found[:, 0, 0, 1], [-1, 1], atol=1e-4)
     assert np.allclose(found[..., 2], 0, atol=1e-4)
+
+
+def test_features_are_standardised_each_by_itself():
+    features = np.array([[1.0, -300.0], [3.0, 100.0]], np.float32)
+    found = np.asarray(standardise(features)(features))
+    assert np.allclose(found, [[-1, -1], [1, 1]], atol=1e-4)
+
+
+def measurements(path, owners: int) -> ConfigDict:
+    """A config of 8 features, the first 3 of which tell the class, and of who measured them."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 400)
+    features = rng.normal(size=(400, 8)) + 4 * np.eye(3, 8)[labels]
+    np.savez(
+        path,
+        train_images=features[:300],
+        train_labels=labels[:300],
+        test_images=features[300:],
+        test_labels=labels[300:],
+        classes=["low", "middle", "high"],
+        train_clients=100 + np.arange(300) % owners,
+    )
+    config = base.get_config()
+    fields = {
+        "rounds": 3,
+        "data.name": str(path),
+        "partition.name": "natural",
+        "clients.count": 5,
+        "model.backbone": "mlp",
+        "model.widths": (16,),
+        "model.experts": 4,
+        "model.hidden": 16,
+        "local.epochs": 4,
+    }
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def test_ones_own_features_and_clients_are_trained_on(tmp_path):
+    config = measurements(tmp_path / "mine.npz", owners=5)
+    assert train(config, Workdir(tmp_path / "run")) == "finished"
+    rows = Workdir(tmp_path / "run").read()
+    assert rows[-1]["eval/server_accuracy"] > 0.9
+    dataset, parts = load_partitioned(config)
+    assert dataset.classes == ("low", "middle", "high")
+    for client, part in enumerate(parts):
+        assert part.tolist() == list(range(client, 300, 5))
+
+
+def test_another_number_of_clients_than_own_the_data_is_refused(tmp_path):
+    config = measurements(tmp_path / "mine.npz", owners=6)
+    with pytest.raises(InputError, match=r"^clients\.count=5: .* 6 owners; set it to 6$"):
+        build(config)
+
+
+def test_features_do_not_fit_a_backbone_of_images(tmp_path):
+    config = measurements(tmp_path / "mine.npz", owners=5)
+    config.model.backbone = "convnet"
+    with pytest.raises(InputError, match=r"^model\.backbone=ConvNet: .*images \(B, h, w, channel"):
+        build(config)
+
+
+class BatchNormed(nn.Module):
+    running: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.BatchNorm(use_running_average=self.running)(x).mean(axis=(1, 2))
+
+
+class Dropping(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.Dropout(0.5, deterministic=False)(x).mean(axis=(1, 2))
+
+
+class Shaped(nn.Module):
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.Dense(8)(x.reshape(self.shape))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "line"),
+    [
+        (BatchNormed(running=True), 'BatchNormed: .*"batch_stats"'),
+        (BatchNormed(running=False), 'BatchNormed: .*"batch_stats"'),
+        (Dropping(), 'Dropping: .*PRNG for "dropout"'),
+        (Shaped((-1, 4, 4, 1)), r"Shaped: it turns images \(2, 4, 4, 1\) into \(2, 4, 4, 8\)"),
+        (Shaped((1, -1)), r"Shaped: it turns images \(2, 4, 4, 1\) into \(1, 8\)"),
+        (Shaped((-1, 5)), "Shaped: .*reshape"),
+        (models.PersonalMixture(models.make_backbone("mlp"), Dropping()), "PersonalMixture: "),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_one_line(backbone: nn.Module, line: str):
+    model = models.MoEClassifier(backbone=backbone, classes=3, experts=2, hidden=4)
+    images = np.zeros((1, 4, 4, 1), np.uint8)
+    with pytest.raises(InputError, match=rf"^model\.backbone={line}.*\(B, D\)") as caught:
+        model_shapes(model, lambda x: x.astype(jnp.float32), images)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backbones_own_refusal_is_kept():
+    model = models.MoEClassifier(backbone=models.make_backbone("cnn"), classes=3, experts=2)
+    images = np.zeros((1, 3, 3, 1), np.uint8)
+    with pytest.raises(InputError, match=r"^model\.widths="):
+        model_shapes(model, lambda x: x.astype(jnp.float32), images)

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexmoe_jax.data import load
+from flexmoe_jax.errors import InputError
+
+Save = Callable[..., str]
+
+
+def arrays() -> dict[str, Any]:
+    """Ten examples to train on and four to test on, whose pixels are their positions."""
+    images = np.broadcast_to(np.arange(14, dtype=np.uint8)[:, None, None, None], (14, 3, 4, 3))
+    return {
+        "train_images": images[:10],
+        "train_labels": np.arange(10) % 2,
+        "test_images": images[10:],
+        "test_labels": np.array([0, 1, 1, 0]),
+    }
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Save:
+    """Writes the arrays with changes, None leaving one out, and returns the file's name."""
+
+    def write(**changes: Any) -> str:
+        path = tmp_path / "mine.npz"
+        kept = {key: value for key, value in {**arrays(), **changes}.items() if value is not None}
+        np.savez(path, **kept)
+        return str(path)
+
+    return write
+
+
+def test_arrays_come_back_as_they_were_written(save: Save) -> None:
+    name = save(classes=np.array(["cat", "dog"]), train_clients=np.arange(10) // 4)
+    data = load(name)
+    for key, value in arrays().items():
+        assert np.array_equal(getattr(data, key), value)
+    assert data.train_images.dtype == np.uint8
+    assert data.train_labels.dtype == data.test_labels.dtype == np.int32
+    assert data.classes == ("cat", "dog")
+    assert data.num_owners == 3
+    assert data.name == name
+
+
+def test_classes_are_counted_and_clients_unknown_where_the_file_does_not_say(save: Save) -> None:
+    data = load(save(train_labels=np.array([0, 1, 2, 3, 0, 1, 2, 3, 0, 1], np.uint8)))
+    assert data.classes == ("0", "1", "2", "3")
+    assert data.train_clients is None
+
+
+def test_images_without_channels_get_one(save: Save) -> None:
+    grey = arrays()["train_images"][..., 0]
+    data = load(save(train_images=grey, test_images=grey[:4]))
+    assert data.image_shape == (3, 4, 1)
+    assert np.array_equal(data.train_images[..., 0], grey)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.uint16, np.int8, bool])
+def test_other_numbers_become_single_precision(save: Save, dtype: type) -> None:
+    features = np.arange(50).reshape(10, 5).astype(dtype)
+    data = load(save(train_images=features, test_images=features[:4]))
+    assert data.train_images.dtype == np.float32
+    assert np.array_equal(data.train_images, features)
+
+
+def test_limits_keep_each_examples_label_and_client(save: Save) -> None:
+    data = load(save(train_clients=np.arange(10) * 5), train_limit=4, test_limit=2)
+    position = data.train_images[:, 0, 0, 0].astype(int)
+    assert np.bincount(data.train_labels).tolist() == [2, 2]
+    assert np.array_equal(position % 2, data.train_labels)
+    assert data.train_clients is not None
+    assert np.array_equal(position * 5, data.train_clients)
+    assert len(data.test_images) == len(data.test_labels) == 2
+
+
+def test_sizes_are_put_to_the_caller_as_they_will_be(save: Save) -> None:
+    seen = []
+    name = save(train_clients=np.arange(10) // 5)
+    load(name, train_limit=6, accept=lambda *sizes: seen.append(sizes))
+    assert seen == [(2, 6, 2)]
+
+
+def test_images_are_resized_on_request(save: Save) -> None:
+    data = load(save(), image_size=6)
+    assert data.train_images.shape == (10, 6, 6, 3)
+    assert np.array_equal(data.train_images[:, 5, 5, 2], np.arange(10))
+    with pytest.raises(InputError, match=r"^data\.image_size=6: .*not float32 of shape \(5,\)"):
+        load(save(train_images=np.zeros((10, 5)), test_images=np.zeros((4, 5))), image_size=6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"train_labels": None, "test_images": None}, "it lacks train_labels, test_images .*holds"),
+        ({"train_labels": np.zeros(9, int)}, "train_labels=.*each of 10 images"),
+        ({"train_clients": np.zeros(9, int)}, "train_clients=.*each of 10 images"),
+        ({"test_labels": np.array([0, 1, 0.5, 1])}, "test_labels=float64 .*whole number"),
+        ({"test_labels": np.array(list("abba"))}, "test_labels=<U1 .*whole number"),
+        # Two classes counted from 1; and a class 5 of which there are only two more.
+        ({"train_labels": np.ones(10, int), "test_labels": np.full(4, 2)}, "test_labels=2: number"),
+        ({"test_labels": np.array([0, 1, 5, 5])}, "test_labels=5: number the 3 .* 0 to 2"),
+        ({"classes": np.array(["cat"])}, "train_labels=1: number the 1 classes"),
+        ({"test_images": np.zeros((4, 3, 3, 3), np.uint8)}, r"test_images=\(3, 3, 3\): "),
+        ({"train_images": np.array(["png"] * 10)}, "train_images is <U3"),
+        ({"train_images": np.zeros((0, 3, 4, 3))}, r"train_images is float64 of shape \(0, 3"),
+        ({"train_images": np.full((10, 3, 4, 3), np.nan)}, "train_images has NaN"),
+        ({"classes": np.array(["cat", None], object)}, "it cannot be read .*np.savez"),
+    ],
+)
+def test_a_file_that_will_not_do_is_one_line(
+    save: Save, changes: dict[str, Any], line: str
+) -> None:
+    name = save(**changes)
+    with pytest.raises(InputError, match=rf"^data\.name=.*mine\.npz: {line}") as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_damaged_file_is_one_line(save: Save, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^data\.name=nowhere/mine\.npz: there is no such file$"):
+        load("nowhere/mine.npz")
+    path = Path(save())
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    for content in (b"", b"not an archive", whole[:500], bytes(flipped)):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"mine\.npz: it cannot be read \(") as caught:
+            load(str(path))
+        assert "\n" not in str(caught.value)
+    np.save(tmp_path / "alone.npy", np.zeros(3))
+    (tmp_path / "alone.npy").rename(tmp_path / "alone.npz")
+    with pytest.raises(InputError, match=r"alone\.npz: it cannot be read \("):
+        load(str(tmp_path / "alone.npz"))
+
+
+def test_the_home_folder_is_found(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(save())
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert load("~/mine.npz").num_classes == 2
