@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
     config.data.download = False
     config.data.train_limit = 0  # examples, drawn evenly over classes; 0 for all
     config.data.test_limit = 0
-    config.data.image_size = 0  # side in pixels of uint8 images; 0 for the data set's own, or 32 if it varies
+    # Side in pixels of uint8 images; 0 for the data set's own, or 32 if it varies.
+    config.data.image_size = 0
 
     config.partition = ConfigDict()
     config.partition.name = "dirichlet"  # iid | k_class | dirichlet | shards | natural
