@@ -9,15 +9,16 @@ import scipy.optimize
 from flexmoe_jax.assignment import Problem, Solution, load_bounds, solve
 from flexmoe_jax.errors import InputError
 
-# Few shapes, so that the device solver compiles few times; all instances have C ≤ 12, E ≤ 6.
-SHAPES = [(5, 3), (8, 4), (12, 6)]
+# Few shapes, so that the device solver compiles few times; all instances have C ≤ 12, E ≤ 6, and
+# every sixth is of the largest, for which branch and bound takes long.
+SHAPES = [(5, 3), (8, 4), (5, 3), (8, 4), (8, 4), (12, 6)]
 LOADS = ["clients", "samples", "usage"]
 
 
 def draw(index: int) -> tuple[str, Problem]:
     rng = np.random.default_rng([7, index])
     load = LOADS[index % 3]
-    clients, experts = SHAPES[(index // 3) % 3]
+    clients, experts = SHAPES[(index // 3) % 6]
     capacity = rng.integers(1, min(4, experts) + 1, clients)
     fitness = rng.random((clients, experts))
     if index % 5 == 0:
