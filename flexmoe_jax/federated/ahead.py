@@ -51,21 +51,24 @@ def compile_ahead(
     plan = jax.tree.map(
         like, Plan(rows, whole_numbers(padded, slots), state.load, rows, cast(Array, tamper))
     )
-    compiler = ThreadPoolExecutor()
+    # Tracing is Python, one at a time: the longest program first, while XLA compiles the others.
+    tracer, compiler = ThreadPoolExecutor(1), ThreadPoolExecutor()
     # On a CPU, XLA's own level 3 compiles longer than 2 for code no quicker. What runs once is
     # done with even less.
     on_cpu = jax.default_backend() == "cpu"
 
     def start(lower: Callable[[], jax.stages.Lowered], level: int) -> Callable[..., Any]:
         options: dict[str, Any] = {"xla_backend_optimization_level": level} if on_cpu else {}
-        program = compiler.submit(lambda: lower().compile(options))
+        lowered = tracer.submit(lower)
+        program = compiler.submit(lambda: lowered.result().compile(options))
         return lambda *arguments: program.result()(*arguments)
 
     ready = algorithm._replace(
-        round=start(lambda: _jitted(algorithm.round).lower(state, data, plan), 2),
         init=start(lambda: init, 1),
+        round=start(lambda: _jitted(algorithm.round).lower(state, data, plan), 2),
         evaluate=start(lambda: _jitted(algorithm.evaluate).lower(state, test, data.label_share), 2),
     )
+    tracer.shutdown(wait=False)
     compiler.shutdown(wait=False)
     return ready
 
