@@ -269,7 +269,9 @@ def _edge(run: Run) -> Picture | None:
 def _cost(run: Run) -> Picture | None:
     def panel(key: str, title: str, factor: float, colour: str) -> Panel:
         x, y = run.series(key)
-        return Panel(title, _with_trend(x, y * factor, "", colour), "positive")
+        # The first round compiles and loads the solver: it would flatten all others.
+        warm = slice(int("second" in key and x.size > 2), None)
+        return Panel(title, _with_trend(x[warm], y[warm] * factor, "", colour), "positive")
 
     gaps = run.series("assignment/gap")[1]
     largest = float(np.max(gaps[np.isfinite(gaps)], initial=0.0))
@@ -288,8 +290,8 @@ def _cost(run: Run) -> Picture | None:
             panel("time/train_examples_per_second", "Training, examples / s", 1, GREEN),
         ],
         "Time spent on the assignment, its distance from the best possible value (0 is optimal), "
-        f"wall time of a round and training speed{_smoothing_remark([run])}."
-        + (f" Solver: {said}." if said else ""),
+        "wall time of a round and training speed, these without the first round, which compiles"
+        f"{_smoothing_remark([run])}." + (f" Solver: {said}." if said else ""),
         columns=2,
         height=SMALL,
         wide=False,
