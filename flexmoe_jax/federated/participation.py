@@ -1,4 +1,4 @@
-"""Who takes part in a round."""
+"""Who takes part in a round, and what fits them: a plan, or a refusal."""
 
 from __future__ import annotations
 
