@@ -89,6 +89,7 @@ def build(config: ConfigDict) -> Experiment:
         z=config.local.z,
         tile=config.execution.tile,
         decay=make_decay(config.local.decay, config.rounds),
+        augment=augmentation(config.local.augment),
     )
     uplink = make_uplink(config)
     aggregator = make_aggregator(config.server)
@@ -105,6 +106,9 @@ def build(config: ConfigDict) -> Experiment:
 
     mesh = federated.client_mesh(config.execution.devices)
     dataset, parts = load_partitioned(config)
+    if local.augment is not None and dataset.train_images.ndim != 4:
+        remedy = "the examples are not images of (height, width, channels); say none"
+        raise InputError("local.augment", config.local.augment, remedy)
     clients = data.build_clients(dataset, parts, place=np.asarray)
     model = models.MoEClassifier(
         backbone=backbone,
@@ -301,6 +305,15 @@ def make_decay(name: str, rounds: int) -> optax.Schedule | None:
     if name not in decays:
         raise InputError("local.decay", name, f"choose one of {', '.join(decays)}")
     return decays[name]
+
+
+def augmentation(name: str) -> data.Augmentation | None:
+    """How training images are changed at random."""
+    if name not in ("none", *data.AUGMENTATIONS):
+        raise InputError(
+            "local.augment", name, f"choose one of none, {', '.join(data.AUGMENTATIONS)}"
+        )
+    return data.AUGMENTATIONS.get(name)
 
 
 def local_optimizer(options: ConfigDict) -> optax.GradientTransformation:

@@ -64,6 +64,7 @@ def get_config() -> ConfigDict:
     config.local.optimizer = "sgd"  # sgd | adam
     config.local.learning_rate = 0.1
     config.local.decay = "none"  # of the learning rate, from round to round: none | linear | cosine
+    config.local.augment = "none"  # of training images: none | flip | crop | crop_flip
     config.local.momentum = 0.0  # of sgd
     config.local.clip_norm = 0.0  # cap on the gradient's global norm; 0 for none
     config.local.proximal = 0.0  # μ of FedProx

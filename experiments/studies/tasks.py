@@ -26,8 +26,13 @@ SMALL: Axis = {
         **DATASETS["cifar10"],
         **_REDUCED,
         "model.backbone": "cnn",
-        "rounds": 24,
-        "eval.every": 3,
+        "rounds": 48,
+        "eval.every": 6,
+        "local.optimizer": "sgd",
+        "local.learning_rate": 0.1,
+        "local.momentum": 0.9,
+        "local.clip_norm": 1.0,
+        "local.decay": "cosine",
     },
 }
 

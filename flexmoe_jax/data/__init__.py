@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flexmoe_jax.data.augment import AUGMENTATIONS, Augmentation, crop, crop_flip, flip
 from flexmoe_jax.data.clients import (
     ClientData,
     Feed,
@@ -14,15 +15,20 @@ from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, 
 from flexmoe_jax.data.sources import Dataset, load
 
 __all__ = [
+    "AUGMENTATIONS",
     "PARTITIONS",
+    "Augmentation",
     "ClientData",
     "Dataset",
     "Feed",
     "Partitioner",
     "build_clients",
     "check",
+    "crop",
+    "crop_flip",
     "dirichlet",
     "feed_cohorts",
+    "flip",
     "iid",
     "k_class",
     "label_counts",

@@ -19,6 +19,7 @@ from flexmoe_jax.federated.algorithm import (
     flexmoe,
 )
 from flexmoe_jax.federated.client import (
+    Batches,
     Client,
     ClientUpdate,
     LocalTraining,
@@ -56,6 +57,7 @@ __all__ = [
     "Aggregator",
     "Algorithm",
     "Arrival",
+    "Batches",
     "Client",
     "ClientUpdate",
     "CohortResult",

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from flexmoe_jax.data import ClientData
+from flexmoe_jax.data import Augmentation, ClientData
 from flexmoe_jax.models import Routing, balance_loss, router_z_loss
 from flexmoe_jax.types import Array, Feedback, Key, Params, PyTree
 
@@ -44,6 +44,7 @@ class LocalTraining(NamedTuple):
         sum over its tiles. 0 for automatic: on CPU 8 for batches above 12; the batch elsewhere.
         With a balance loss it is always the batch, over which that loss is defined.
       decay: number of the round -> factor on every step of it, as optax's schedules; None for 1.
+      augment: random change of the images of every batch; None for none.
     """
 
     optimizer: optax.GradientTransformation
@@ -54,6 +55,7 @@ class LocalTraining(NamedTuple):
     z: float = 0.0
     tile: int = 0
     decay: optax.Schedule | None = None
+    augment: Augmentation | None = None
 
     def tiles(self) -> int:
         """Number of equal tiles of a batch: as few as make none larger than asked for."""
@@ -104,6 +106,18 @@ def proximal(weight: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: params, update)
 
 
+class Batches(NamedTuple):
+    """What a client trains on, step by step.
+
+    Attributes:
+      rows: (T, B) int32 rows of the data set, -1 for none.
+      bits: (T, B) uint32 random bits for their augmentation; None without one.
+    """
+
+    rows: Array
+    bits: Array | None = None
+
+
 class ClientState(NamedTuple):
     """A client in the middle of its local training.
 
@@ -149,12 +163,12 @@ class Client(NamedTuple):
 
     Attributes:
       init: params -> ClientState.
-      step: (ClientState, rows of the batch (B,), held (K,)) -> ClientState; see `draw_batches`.
+      step: (ClientState, one step's `Batches`, leaves (B,), held (K,)) -> ClientState.
       final: (params at the start, ClientState) -> ClientUpdate.
     """
 
     init: Callable[[Params], ClientState]
-    step: Callable[[ClientState, Array, Array], ClientState]
+    step: Callable[[ClientState, Batches, Array], ClientState]
     final: Callable[[Params, ClientState], ClientUpdate]
 
 
@@ -212,12 +226,15 @@ def make_client(
         total, seen = lax.scan(add, jax.tree.map(jnp.zeros_like, params), cut)
         return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
 
-    def step(state: ClientState, rows: Array, held: Array) -> ClientState:
-        valid = (rows >= 0).astype(jnp.float32)
+    def step(state: ClientState, batch: Batches, held: Array) -> ClientState:
+        valid = (batch.rows >= 0).astype(jnp.float32)
         images, labels = (
-            x.at[jnp.maximum(rows, 0)].get(mode="promise_in_bounds")
+            x.at[jnp.maximum(batch.rows, 0)].get(mode="promise_in_bounds")
             for x in (data.images, data.labels)
         )
+        if local.augment is not None:
+            assert batch.bits is not None
+            images = local.augment(images, batch.bits)
         slope, (losses, correct, selected) = gradient(state.params, (images, labels, valid), held)
         updates, optimizer = local.optimizer.update(slope, state.optimizer, state.params)
         if local.decay is not None:
@@ -249,7 +266,7 @@ def make_client(
     return Client(init, step, final)
 
 
-def draw_batches(local: LocalTraining, key: Key, index: Array, size: Array) -> Array:
+def draw_batches(local: LocalTraining, key: Key, index: Array, size: Array) -> Batches:
     """What a client trains on in a round: its examples in a new order every epoch, cut to batches.
 
     Args:
@@ -259,8 +276,8 @@ def draw_batches(local: LocalTraining, key: Key, index: Array, size: Array) -> A
       size: () how many it has.
 
     Returns:
-      (T, B) int32 rows of the data set, T the steps of a client with N examples; -1 where a batch
-      is not full and from the client's own last step on.
+      T steps, those of a client with N examples; rows are -1 where a batch is not full and from the
+      client's own last step on.
     """
     padded = index.shape[0]
     # The padding comes last, so that it does not move what the examples before it draw.
@@ -270,4 +287,7 @@ def draw_batches(local: LocalTraining, key: Key, index: Array, size: Array) -> A
     epoch, batch = jnp.divmod(step, jnp.maximum(local.steps_per_epoch(size), 1))
     place = batch * local.batch_size + jnp.arange(local.batch_size)
     rows = index[order[epoch.clip(max=local.epochs - 1), place.clip(max=padded - 1)]]
-    return jnp.where((step < local.steps(size)) & (place < size), rows, -1).astype(jnp.int32)
+    rows = jnp.where((step < local.steps(size)) & (place < size), rows, -1).astype(jnp.int32)
+    if local.augment is None:
+        return Batches(rows)
+    return Batches(rows, jax.random.bits(jax.random.fold_in(key, 0), rows.shape, jnp.uint32))

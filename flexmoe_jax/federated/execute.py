@@ -22,6 +22,7 @@ from flexmoe_jax.data import ClientData
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated.aggregate import Aggregator, Sums, Updates, add_updates, init_sums
 from flexmoe_jax.federated.client import (
+    Batches,
     Client,
     ClientState,
     ClientUpdate,
@@ -151,7 +152,7 @@ def train_cohort(
         data, shared, experts, gates, private, residual, round_index, key = known
         client = make_client(data, round_index)
 
-        def train(start: Params, batches: Array, held: Array, steps: Array) -> ClientUpdate:
+        def train(start: Params, batches: Batches, held: Array, steps: Array) -> ClientUpdate:
             # A client alone in its block is taken out of it for the whole of its training: with the
             # axis of one, XLA copies all parameters at every step.
             alone = block_size == 1
@@ -160,7 +161,8 @@ def train_cohort(
                 start, batches, held = jax.tree.map(lambda x: x[0], (start, batches, held))
 
             def step(t: Array, state: ClientState) -> ClientState:
-                stepped = across(client.step)(state, batches[..., t, :], held)
+                batch = jax.tree.map(lambda x: x[..., t, :], batches)
+                stepped = across(client.step)(state, batch, held)
                 # Nor does it ever go on beyond its own steps.
                 return stepped if alone else _where(t < steps, stepped, state)
 
@@ -168,8 +170,8 @@ def train_cohort(
             update = across(client.final)(start, state)
             return jax.tree.map(lambda x: x[None], update) if alone else update
 
-        def train_block(sums: Sums | None, block: tuple[Array, ...]) -> tuple[Sums | None, tuple]:
-            # (p,), (p, K), (p,), (p,), (p, T, B)
+        def train_block(sums: Sums | None, block: tuple[PyTree, ...]) -> tuple[Sums | None, tuple]:
+            # (p,), (p, K), (p,), (p,), leaves (p, T, B)
             clients, slots, steps, tamper, batches = block
             held = slots < experts_total
             start = Params(
@@ -202,8 +204,8 @@ def train_cohort(
         )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, clients)
         batches = jax.vmap(partial(draw_batches, local))(keys, index, size)
-        share = clients, slots, jnp.minimum(local.steps(size), most), tamper, batches
-        blocks = jax.tree.map(lambda x: x.reshape(-1, block_size, *x.shape[1:]), share)
+        rows = clients, slots, jnp.minimum(local.steps(size), most), tamper, batches
+        blocks = jax.tree.map(lambda x: x.reshape(-1, block_size, *x.shape[1:]), rows)
         start = init_sums(shared, experts, experts_total) if aggregator is None else None
         sums, outputs = lax.scan(train_block, start, blocks)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)

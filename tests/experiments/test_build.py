@@ -87,6 +87,16 @@ def test_features_do_not_fit_a_backbone_of_images(tmp_path):
         build(config)
 
 
+def test_features_are_not_mirrored(tmp_path):
+    config = measurements(tmp_path / "mine.npz", owners=5)
+    config.local.augment = "flip"
+    with pytest.raises(InputError, match=r"^local\.augment=flip: .* not images .* say none$"):
+        build(config)
+    config.local.augment = "flips"
+    with pytest.raises(InputError, match=r"^local\.augment=flips: .* none, flip, crop, crop_flip$"):
+        build(config)
+
+
 class BatchNormed(nn.Module):
     running: bool
 

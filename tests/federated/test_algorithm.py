@@ -11,7 +11,7 @@ import pytest
 
 from flexmoe_jax import federated, models
 from flexmoe_jax.assignment import make_policy
-from flexmoe_jax.data import feed_cohorts
+from flexmoe_jax.data import crop_flip, feed_cohorts
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import (
     Arrival,
@@ -24,6 +24,9 @@ from flexmoe_jax.federated import (
 )
 from flexmoe_jax.types import Params
 from tests.federated.conftest import CAPACITY, EXPERTS, prepare
+
+# Training that draws random numbers wherever it can.
+RANDOM = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=8, augment=crop_flip)
 
 
 def run(algorithm, data, rounds=3, per_round=7, seed=0):
@@ -39,7 +42,7 @@ def run(algorithm, data, rounds=3, per_round=7, seed=0):
 
 
 def test_block_size_changes_nothing_beyond_rounding(make_algorithm, clients):
-    states = [run(make_algorithm(block_size=size), clients)[0] for size in (1, 3)]
+    states = [run(make_algorithm(block_size=size, local=RANDOM), clients)[0] for size in (1, 3)]
     for other in states[1:]:
         chex.assert_trees_all_equal(states[0].slots, other.slots)
         for name in ("shared", "experts", "gates", "fitness", "usage", "load"):
@@ -50,7 +53,7 @@ def test_block_size_changes_nothing_beyond_rounding(make_algorithm, clients):
 
 @pytest.fixture(scope="module")
 def alone(make_algorithm, clients):
-    return run(make_algorithm(block_size=1), clients)[0]
+    return run(make_algorithm(block_size=1, local=RANDOM), clients)[0]
 
 
 @pytest.mark.parametrize(("devices", "block_size"), [(2, 2), (4, 1), (8, 1)])
@@ -58,9 +61,8 @@ def test_devices_change_nothing_beyond_rounding(
     make_algorithm, clients, alone, devices, block_size
 ):
     mesh = federated.client_mesh(devices)
-    shared = run(
-        make_algorithm(block_size=block_size, mesh=mesh), federated.replicate(clients, mesh)
-    )[0]
+    algorithm = make_algorithm(block_size=block_size, mesh=mesh, local=RANDOM)
+    shared = run(algorithm, federated.replicate(clients, mesh))[0]
     chex.assert_trees_all_equal(alone.slots, shared.slots)
     for name in ("shared", "experts", "gates", "fitness", "usage", "load"):
         chex.assert_trees_all_close(

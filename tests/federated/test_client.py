@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexmoe_jax.data import flip
 from flexmoe_jax.federated import LocalTraining, draw_batches, make_client, proximal
 from flexmoe_jax.models import MLP, MoEClassifier, merge_params, split_params
 from flexmoe_jax.types import Params
@@ -33,7 +34,12 @@ def train(client, start, local, index, size, held, key=0):
         state = client.init(start)
         batches = draw_batches(local, key, index, size)
         steps = local.steps(size)
-        state = jax.lax.fori_loop(0, steps, lambda t, s: client.step(s, batches[t], held), state)
+        state = jax.lax.fori_loop(
+            0,
+            steps,
+            lambda t, s: client.step(s, jax.tree.map(lambda x: x[t], batches), held),
+            state,
+        )
         return client.final(start, state)
 
     size = jnp.asarray(size, jnp.int32)
@@ -54,7 +60,7 @@ def test_steps_cover_every_epoch(size, epochs, batch, cap):
 def test_batches_hold_every_example_once_an_epoch(size, padding, epochs, batch_size):
     local = LocalTraining(optax.sgd(0.1), epochs, batch_size)
     rows = np.arange(100, 100 + size + padding)
-    batches = np.asarray(draw_batches(local, jax.random.key(0), jnp.asarray(rows), size))
+    batches = np.asarray(draw_batches(local, jax.random.key(0), jnp.asarray(rows), size).rows)
     assert batches.shape == (local.steps(np.asarray(size + padding)), batch_size)
     steps, per_epoch = int(local.steps(np.asarray(size))), -(-size // batch_size)
     for epoch in np.split(batches[:steps], epochs):
@@ -62,7 +68,7 @@ def test_batches_hold_every_example_once_an_epoch(size, padding, epochs, batch_s
         assert sorted(epoch[epoch >= 0]) == list(rows[:size])
     assert (batches[steps:] == -1).all()
     # Another client's size, which decides the padding, changes nothing.
-    alone = np.asarray(draw_batches(local, jax.random.key(0), jnp.asarray(rows[:size]), size))
+    alone = np.asarray(draw_batches(local, jax.random.key(0), jnp.asarray(rows[:size]), size).rows)
     assert (batches[:steps] == alone).all()
 
 
@@ -71,7 +77,7 @@ def test_examples_are_those_that_batches_hold(max_steps):
     # 7 examples in batches of 4: every second step is 3, not 4.
     local = LocalTraining(optax.sgd(0.1), epochs=3, batch_size=4, max_steps=max_steps)
     size = np.asarray(7)
-    batches = np.asarray(draw_batches(local, jax.random.key(0), jnp.arange(9), jnp.asarray(7)))
+    batches = np.asarray(draw_batches(local, jax.random.key(0), jnp.arange(9), jnp.asarray(7)).rows)
     steps = int(local.steps(size))
     assert local.examples(size) == (batches[:steps] >= 0).sum()
 
@@ -96,6 +102,42 @@ def test_steps_shrink_from_round_to_round(clients, start):
         jax.tree.map(lambda x: 0.25 * x, first.shared), last.shared, atol=1e-7, rtol=1e-4
     )
     assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(last.shared)) > 1e-4
+
+
+def test_training_sees_augmented_images(clients, start):
+    # Images turned to their negatives in every batch, or beforehand.
+    def negative(images, bits):
+        assert bits.shape == images.shape[:1]
+        return 255 - images
+
+    plain = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=8)
+    given_in_batches, given_before, as_they_are = (
+        train(
+            make_client(apply, local, data, 0, slots=2),
+            start,
+            local,
+            clients.index[0],
+            20,
+            [True, True],
+        )
+        for local, data in (
+            (plain._replace(augment=negative), clients),
+            (plain, clients.replace(images=255 - clients.images)),
+            (plain, clients),
+        )
+    )
+    chex.assert_trees_all_close(given_in_batches, given_before, atol=1e-6)
+    assert abs(given_in_batches.loss - as_they_are.loss) > 1e-3
+
+
+def test_bits_are_drawn_for_augmentation_alone_and_padding_moves_none():
+    local = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=4)
+    rows = jnp.arange(12)
+    assert draw_batches(local, jax.random.key(0), rows, jnp.asarray(7)).bits is None
+    local = local._replace(augment=flip)
+    short, long = (draw_batches(local, jax.random.key(0), r, 7).bits for r in (rows[:7], rows))
+    assert (short == long[: len(short)]).all()
+    assert len(np.unique(short)) == short.size
 
 
 def test_every_example_counts_once_an_epoch(clients, start):

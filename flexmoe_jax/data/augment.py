@@ -1,0 +1,51 @@
+"""Augmentation: random changes of training images that keep their label.
+
+Each is a pure function of images and of 32 random bits for each of them, drawn for a whole round at
+once, and runs in the compiled round. Evaluation never sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flexmoe_jax.types import Array
+
+Augmentation = Callable[[Array, Array], Array]
+"""(uint8 images (B, h, w, channels), random bits (B,) uint32) -> images of the same shape."""
+
+
+def flip(images: Array, bits: Array) -> Array:
+    """Mirrors half of the images, left to right."""
+    mirrored = (bits & 1).astype(bool)
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+def crop(images: Array, bits: Array) -> Array:
+    """Shifts images by up to an eighth of their height and width, and fills up with 0.
+
+    On 32×32 pixels the usual "pad by 4, then crop" (He et al. 2016, section 4.2).
+    """
+    _, height, width, channels = images.shape
+    down, right = height // 8, width // 8
+    padded = jnp.pad(images, ((0, 0), (down, down), (right, right), (0, 0)))
+    # The lowest bit decides on `flip`.
+    place = (bits >> 1) % ((2 * down + 1) * (2 * right + 1))
+    top, left = jnp.divmod(place, 2 * right + 1)
+
+    def cut(image: Array, top: Array, left: Array) -> Array:
+        return lax.dynamic_slice(image, (top, left, 0), (height, width, channels))
+
+    return jax.vmap(cut)(padded, top.astype(jnp.int32), left.astype(jnp.int32))
+
+
+def crop_flip(images: Array, bits: Array) -> Array:
+    """`crop`, then `flip`: what networks for CIFAR-10 are usually trained with."""
+    return flip(crop(images, bits), bits)
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {"flip": flip, "crop": crop, "crop_flip": crop_flip}
+"""Augmentations by name."""
