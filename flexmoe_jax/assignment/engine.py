@@ -192,15 +192,15 @@ def _certify(problem: Problem, answer: _Answer) -> float:
     return min(answer.bound, price_bound(problem, answer.prices, low, high))
 
 
-def _relaxation(problem: Problem, options: Options) -> _Answer:
+def _relaxation(problem: Problem, options: Options, direct: bool = False) -> _Answer:
     plain = not (problem.balance or problem.diversity or problem.expert_size is not None)
     floors = bool(np.any(problem.holders_min)) and not problem.unit
     if plain and not floors and problem.fitness.size > _MANY_PAIRS:
         relaxed = solve_by_columns(
-            problem, estimate_prices(problem), options.backend, options.deadline
+            problem, estimate_prices(problem), options.backend, options.deadline, direct
         )
     else:
-        relaxed = solve_relaxation(problem, options.backend, options.deadline)
+        relaxed = solve_relaxation(problem, options.backend, options.deadline, direct)
     if problem.expert_size is not None:
         held = round_knapsack(problem, relaxed.x)
     else:
@@ -298,7 +298,7 @@ def _auto(problem: Problem, options: Options) -> _Answer:
     floors = bool(np.any(problem.holders_min)) and not problem.unit
     if problem.diversity and not problem.balance and not floors and problem.fitness.size > 20_000:
         return _dual(problem, options)
-    return _relaxation(problem, options)
+    return _relaxation(problem, options, direct=True)
 
 
 def _greedy(problem: Problem, options: Options) -> _Answer:

@@ -5,7 +5,8 @@
 with one flat variable `x`, an entry a pair, and two sparse matrices of ones: `R` sums a client's
 pairs, `W` an expert's. Memory is linear in C·E. Numbers are CVXPY parameters, so a problem of the
 same shape is solved again without being canonicalised again. Where the load bounds cannot hold, a
-first problem finds the smallest weighted violation, and the second keeps to it.
+first problem finds the smallest weighted violation, and the second keeps to it. `solve_directly` is
+the same program where it is a linear one and the bounds hold, without CVXPY.
 
 Axis legend: `C` clients, `E` experts, `F` numbers that describe a client.
 """
@@ -20,11 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexmoe_jax.assignment.certificate import effective_bounds, price_bound
+from flexmoe_jax.assignment.linear import FEW_VARIABLES, HIGHS_OPTIONS, Rows, maximise
 from flexmoe_jax.assignment.problem import FloatArray, IntArray, Problem, SolverError, seconds_left
 from flexmoe_jax.errors import InputError
 
-# Tight enough that fitness values 1e-8 apart are told apart.
-_HIGHS_OPTIONS = {"dual_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
 # Solvers that stop near the optimum: prices prove a bound even so, their optimum does not.
 _FIRST_ORDER = ("CUOPT", "OSQP", "PDLP", "SCS")
 # What the backends call their time limit in seconds; others run without one.
@@ -39,8 +39,7 @@ _TIME_LIMIT = MappingProxyType(
         "SCS": "time_limit_secs",
     }
 )
-# Pairs up to which weights may be parameters (canonical form then is 4096² numbers at most), and
-# HiGHS is faster without presolve: 7.5 ms in place of 10 at 100×8, but 190 for 150 at 1,000×64.
+# Pairs up to which weights may be parameters: canonical form then is 4096² numbers at most.
 _FEW_PAIRS = 4096
 # Room that a solver's rounding error needs when it must keep to the least violation.
 _EXCESS_ROOM = 1e-7
@@ -63,13 +62,16 @@ class Relaxed(NamedTuple):
     excess: float
 
 
-def solve_relaxation(problem: Problem, backend: str = "HIGHS", deadline: float = np.inf) -> Relaxed:
+def solve_relaxation(
+    problem: Problem, backend: str = "HIGHS", deadline: float = np.inf, direct: bool = False
+) -> Relaxed:
     """Solves the relaxation; load bounds that contradict each other or the capacities give way.
 
     Args:
       problem: what to solve.
       backend: any CVXPY solver that is installed; HiGHS leaves quadratic terms to Clarabel.
       deadline: on the clock of `time.perf_counter`.
+      direct: whether HiGHS may be given the program without CVXPY, where it is linear.
 
     Raises:
       InputError: the CVXPY solver is not installed or does not take such problems; or it is a
@@ -88,6 +90,22 @@ def solve_relaxation(problem: Problem, backend: str = "HIGHS", deadline: float =
     if (extended or floors) and backend in _FIRST_ORDER:
         terms = "balance, diversity, sizes or weighted floors"
         raise InputError("assignment.backend", backend, f"too inexact for {terms}; use HIGHS")
+    # Solvers take numbers near 0 for 0: fitness goes in with 1 for its largest.
+    scale = 1.0 if extended else float(np.abs(problem.fitness).max()) or 1.0
+    if direct and backend == "HIGHS" and not (extended or floors):
+        found = solve_directly(
+            *_all_pairs(clients, experts),
+            problem.weights.ravel() / unit,
+            problem.fitness.ravel() / scale,
+            problem.capacity,
+            low / unit,
+            high / unit,
+            deadline,
+        )
+        if found is not None:
+            prices = found.prices * scale / unit
+            x = np.clip(found.x, 0.0, 1.0).reshape(clients, experts)
+            return Relaxed(x, prices, price_bound(problem, prices, low, high), 0.0)
     weight = None
     if extended:
         program = _program(problem, floors, problem.weights.ravel(), problem)
@@ -97,8 +115,6 @@ def solve_relaxation(problem: Problem, backend: str = "HIGHS", deadline: float =
         program, weight = _weighted_program(clients, experts, floors), problem.weights.ravel()
     else:
         program = _program(problem, floors, problem.weights.ravel(), None)
-    # Solvers take numbers near 0 for 0: fitness goes in with 1 for its largest.
-    scale = 1.0 if extended else float(np.abs(problem.fitness).max()) or 1.0
     found = program.solve(
         backend,
         fitness=problem.fitness.ravel() / scale,
@@ -134,6 +150,35 @@ class Found(NamedTuple):
     prices: FloatArray
     value: float
     excess: float
+
+
+def solve_directly(
+    client: IntArray,
+    expert: IntArray,
+    weight: FloatArray,
+    fitness: FloatArray,
+    capacity: FloatArray | IntArray,
+    low: FloatArray,
+    high: FloatArray,
+    deadline: float = np.inf,
+) -> Found | None:
+    """The relaxation over given pairs, without CVXPY; None where the load bounds cannot hold.
+
+    Args:
+      client: client of each pair.
+      expert: expert of each pair.
+      weight: load of each pair.
+      fitness: of each pair.
+      capacity: of each client.
+      low: least load of each expert.
+      high: greatest load of each expert.
+      deadline: on the clock of `time.perf_counter`.
+    """
+    full, balanced = Rows(client, 1.0, capacity, capacity), Rows(expert, weight, low, high)
+    optimum = maximise(fitness, full, balanced, deadline=deadline)
+    if optimum is None:
+        return None
+    return Found(optimum.x, optimum.prices[1], optimum.value, 0.0)
 
 
 class Program:
@@ -290,8 +335,8 @@ def _cvxpy() -> Any:
 def _run(program: Any, backend: str, deadline: float) -> bool:
     """Solves; says whether it was feasible."""
     cp = _cvxpy()
-    options: dict[str, Any] = dict(_HIGHS_OPTIONS) if backend == "HIGHS" else {}
-    if backend == "HIGHS" and program.size_metrics.num_scalar_variables <= _FEW_PAIRS:
+    options: dict[str, Any] = dict(HIGHS_OPTIONS) if backend == "HIGHS" else {}
+    if backend == "HIGHS" and program.size_metrics.num_scalar_variables <= FEW_VARIABLES:
         options["presolve"] = "off"
     if backend == "HIGHS" and not program.objective.expr.is_pwl():
         # HiGHS' active-set method for quadratics can cycle for ever on degenerate problems.

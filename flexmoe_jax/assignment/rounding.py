@@ -21,10 +21,9 @@ Axis legend: `C` clients, `E` experts.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from flexmoe_jax.assignment.linear import Rows, maximise
 from flexmoe_jax.assignment.problem import (
     TINY,
     BoolArray,
@@ -114,26 +113,13 @@ def _integral_flow(
     remaining: IntArray,
 ) -> IntArray:
     """Pairs of the best integral flow; a simplex vertex of this network is integral."""
-    edges, pairs, bins = pair.size, client.size, full.size
-    one, column = np.ones(edges), np.arange(edges)
     owners, owner = np.unique(client[pair], return_inverse=True)
-    # Loaded where it is needed: most answers round nothing, and it takes memory and time.
-    import scipy.optimize
-    import scipy.sparse
-
-    per_client = scipy.sparse.csr_array((one, (owner, column)), shape=(owners.size, edges))
-    per_pair = scipy.sparse.csr_array((one, (pair, column)), shape=(pairs, edges))
-    per_bin = scipy.sparse.csr_array((one, (bin_of, column)), shape=(bins, edges))
-    linprog: Any = scipy.optimize.linprog
-    found = linprog(
-        -fitness[client[pair], expert[pair]],
-        A_ub=scipy.sparse.vstack([per_pair, per_bin[~full]]),
-        b_ub=np.ones(pairs + int((~full).sum())),
-        A_eq=scipy.sparse.vstack([per_client, per_bin[full]]),
-        b_eq=np.concatenate((remaining[owners], np.ones(int(full.sum())))),
-        bounds=(0, 1),
-        method="highs-ds",
+    found = maximise(
+        fitness[client[pair], expert[pair]],
+        Rows(owner, 1.0, remaining[owners], remaining[owners]),
+        Rows(pair, 1.0, np.zeros(client.size), np.ones(client.size)),
+        Rows(bin_of, 1.0, full.astype(np.float64), np.ones(full.size)),
     )
-    if found.x is None:
-        raise SolverError(f"the rounding flow failed: {found.message}")
+    if found is None:
+        raise SolverError("the rounding flow has no solution")
     return pair[found.x > 0.5]
