@@ -29,18 +29,24 @@ def get_config() -> ConfigDict:
     config.model.depth = 20
     config.local.momentum = 0.9
     config.local.learning_rate = 0.05
-    config.local.clip_norm = 10.0
+    config.local.clip_norm = 1.0  # the first steps are the largest
+    config.local.decay = "cosine"
     config.eval.every = 10
     return config
 
 
 def get_study() -> Study:
     """All methods."""
+    # A digit or a traffic sign in a mirror is another one, or none.
     return Study(
         name="paper_full",
         config=get_config,
         methods=METHODS,
-        datasets={name: DATASETS[name] for name in ("cifar10", "emnist", "gtsrb")},
+        datasets={
+            "cifar10": {**DATASETS["cifar10"], "local.augment": "crop_flip"},
+            "emnist": DATASETS["emnist"],
+            "gtsrb": {**DATASETS["gtsrb"], "local.augment": "crop"},
+        },
         partitions=PARTITIONS,
         seeds=(0, 1, 2, 3, 4),
     )
