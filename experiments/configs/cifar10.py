@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config = emnist_digits.get_config()
     config.data.name = "cifar10"
     config.rounds = 48
+    config.model.backbone = "cnn"
     config.local.optimizer = "sgd"
     config.local.learning_rate = 0.1
     config.local.momentum = 0.9
