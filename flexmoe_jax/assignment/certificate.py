@@ -23,7 +23,9 @@ def effective_bounds(problem: Problem) -> tuple[FloatArray, FloatArray]:
     that holds no multiple becomes the nearest one, or the two that are equally near.
     """
     reach = _reach(problem)
-    low, high = np.clip(problem.load_min, -1.0, None), np.minimum(problem.load_max, reach + 1.0)
+    # Beyond what all clients weigh, one bound says as much as another.
+    beyond = np.where(reach > 0, 2.0 * reach, 1.0)
+    low, high = np.clip(problem.load_min, -1.0, beyond), np.minimum(problem.load_max, beyond)
     low, high = np.minimum(low, high), np.maximum(high, low)
     unit = problem.unit
     if not unit:

@@ -73,3 +73,10 @@ def test_weighted_rounds_load_neither_cvxpy_nor_scipy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("solver", ["auto", "relaxation"])
+def test_bounds_a_million_million_times_out_of_reach_take_no_longer(solver):
+    found = solve(Problem(np.eye(3), 1, 1e9, 1e9, 1e-6), solver, time_limit=20.0)
+    assert found.status == "relaxed"
+    assert found.value == 3.0
