@@ -12,20 +12,22 @@ from ml_collections.config_dict import ConfigDict
 
 from experiments.configs import emnist_digits
 
+# Gradients are cut: the first steps are the largest, and without, they can leave units that never
+# fire again. Adam, which starts anew every round, learned far more slowly.
+TRAINING = {
+    "rounds": 48,
+    "model.backbone": "cnn",
+    "local.optimizer": "sgd",
+    "local.learning_rate": 0.1,
+    "local.momentum": 0.9,
+    "local.clip_norm": 1.0,
+    "local.decay": "cosine",
+}
+
 
 def get_config() -> ConfigDict:
-    """16 local steps a round, by SGD with momentum.
-
-    Gradients are cut: the first steps are the largest, and without, they can leave units that never
-    fire again. Adam, which starts anew every round, learned far more slowly.
-    """
+    """16 local steps a round, by SGD with momentum."""
     config = emnist_digits.get_config()
     config.data.name = "cifar10"
-    config.rounds = 48
-    config.model.backbone = "cnn"
-    config.local.optimizer = "sgd"
-    config.local.learning_rate = 0.1
-    config.local.momentum = 0.9
-    config.local.clip_norm = 1.0
-    config.local.decay = "cosine"
+    config.update_from_flattened_dict(TRAINING)
     return config

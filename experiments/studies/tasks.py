@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from experiments.configs import cifar10
 from experiments.studying.study import Axis
 
 DATASETS: Axis = {
@@ -25,14 +26,8 @@ SMALL: Axis = {
     "cifar10": {
         **DATASETS["cifar10"],
         **_REDUCED,
-        "model.backbone": "cnn",
-        "rounds": 48,
+        **cifar10.TRAINING,
         "eval.every": 6,
-        "local.optimizer": "sgd",
-        "local.learning_rate": 0.1,
-        "local.momentum": 0.9,
-        "local.clip_norm": 1.0,
-        "local.decay": "cosine",
     },
 }
 

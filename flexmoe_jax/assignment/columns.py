@@ -46,6 +46,7 @@ def solve_by_columns(
     Raises:
       SolverError: the backend failed, or the deadline passed.
     """
+    direct = direct and backend == "HIGHS"
     experts = problem.experts
     low, high = effective_bounds(problem)
     reduced = problem.fitness - problem.weights * prices
@@ -73,7 +74,6 @@ def solve_by_columns(
         fitness = problem.fitness[client, expert]
         capacity = (problem.capacity - decided.sum(axis=1))[owners]
         last = attempt == _ATTEMPTS - 1
-        direct = direct and backend == "HIGHS"
         found = None
         if direct:
             sides = capacity, low - base, high - base

@@ -92,40 +92,32 @@ def solve_relaxation(
         raise InputError("assignment.backend", backend, f"too inexact for {terms}; use HIGHS")
     # Solvers take numbers near 0 for 0: fitness goes in with 1 for its largest.
     scale = 1.0 if extended else float(np.abs(problem.fitness).max()) or 1.0
+    fitness, sides = problem.fitness.ravel() / scale, (low / unit, high / unit)
+    found = None
     if direct and backend == "HIGHS" and not (extended or floors):
-        found = solve_directly(
-            *_all_pairs(clients, experts),
-            problem.weights.ravel() / unit,
-            problem.fitness.ravel() / scale,
-            problem.capacity,
-            low / unit,
-            high / unit,
-            deadline,
+        pairs, weights = _all_pairs(clients, experts), problem.weights.ravel() / unit
+        found = solve_directly(*pairs, weights, fitness, problem.capacity, *sides, deadline)
+    if found is None:
+        weight = None
+        if extended:
+            program = _program(problem, floors, problem.weights.ravel(), problem)
+        elif problem.unit:
+            program = _unit_program(clients, experts, floors)
+        elif clients * experts <= _FEW_PAIRS:
+            program, weight = _weighted_program(clients, experts, floors), problem.weights.ravel()
+        else:
+            program = _program(problem, floors, problem.weights.ravel(), None)
+        found = program.solve(
+            backend,
+            fitness=fitness,
+            weight=weight,
+            capacity=problem.capacity,
+            low=sides[0],
+            high=sides[1],
+            holders=np.asarray(problem.holders_min),
+            violation_weight=np.asarray(problem.violation_weight),
+            deadline=deadline,
         )
-        if found is not None:
-            prices = found.prices * scale / unit
-            x = np.clip(found.x, 0.0, 1.0).reshape(clients, experts)
-            return Relaxed(x, prices, price_bound(problem, prices, low, high), 0.0)
-    weight = None
-    if extended:
-        program = _program(problem, floors, problem.weights.ravel(), problem)
-    elif problem.unit:
-        program = _unit_program(clients, experts, floors)
-    elif clients * experts <= _FEW_PAIRS:
-        program, weight = _weighted_program(clients, experts, floors), problem.weights.ravel()
-    else:
-        program = _program(problem, floors, problem.weights.ravel(), None)
-    found = program.solve(
-        backend,
-        fitness=problem.fitness.ravel() / scale,
-        weight=weight,
-        capacity=problem.capacity,
-        low=low / unit,
-        high=high / unit,
-        holders=np.asarray(problem.holders_min),
-        violation_weight=np.asarray(problem.violation_weight),
-        deadline=deadline,
-    )
     x = np.clip(found.x, 0.0, 1.0).reshape(clients, experts)
     prices = found.prices * scale / unit
     if extended or floors or found.excess > 0:
