@@ -40,10 +40,9 @@ class SmallCNN(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps (B, h, w, channels) to (B, 128)."""
-        for width in (32, 64):
-            x = models.Conv(width, padding="VALID", use_bias=True, conv=self.conv)(x)
-            x = nn.relu(x)
-        x = models.max_pool(x)
+        x = nn.relu(models.Conv(32, padding="VALID", use_bias=True, conv=self.conv)(x))
+        x = models.Conv(64, padding="VALID", use_bias=True, conv=self.conv)(x)
+        x = nn.relu(models.max_pool(x))
         return nn.relu(models.Dense(128)(x.reshape(x.shape[0], -1)))
 
 

@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     config.model.widths = config_dict.placeholder(tuple)  # of its layers; unset for its own default
     config.model.depth = 0  # of resnet (6n+2); 0 for its own default
     config.model.groups = 0  # of the group normalisation; 0 for the backbone's default
-    config.model.conv = "auto"  # auto | matmul | winograd | lax
+    config.model.conv = "auto"  # auto | matmul | direct | winograd | lax
     config.model.experts = 8  # E
     config.model.hidden = 128  # H
     config.model.top_k = 1  # experts per example

@@ -12,6 +12,7 @@ from flexmoe_jax.models.backbones import (
 from flexmoe_jax.models.conv import (
     Conv,
     conv_auto,
+    conv_direct,
     conv_lax,
     conv_matmul,
     conv_winograd,
@@ -53,6 +54,7 @@ __all__ = [
     "balance_loss",
     "check_ownership",
     "conv_auto",
+    "conv_direct",
     "conv_lax",
     "conv_matmul",
     "conv_winograd",

@@ -16,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.models.dense import kernel_gradient
 from flexmoe_jax.models.winograd import winograd_3x3
 from flexmoe_jax.types import Array
 
@@ -78,19 +80,24 @@ def _conv_backward(
     strides: Strides, padding: Padding, residuals: _Residuals, dy: Array
 ) -> tuple[Array, Array]:
     x, rows, kernel = residuals
-    features, width = kernel.shape[-1], rows.shape[-1]
-    dy_rows = dy.reshape(-1, features)
-    # As (o, kh*kw*i), the small side first, XLA's CPU backend runs this product 1.4 times as fast.
-    # The barrier keeps the compiler from turning it round.
-    contract = (((0,), (0,)), ((), ()))
-    product = lax.dot_general(dy_rows, rows.reshape(-1, width), contract)
-    d_kernel: Array = lax.optimization_barrier(product)
-    d_rows = (dy_rows @ kernel.reshape(width, features).T).reshape(rows.shape)
-    windows = partial(
-        _windows, taps=(kernel.shape[0], kernel.shape[1]), strides=strides, padding=padding
-    )
-    (dx,) = jax.linear_transpose(windows, x)(d_rows)
-    return dx, d_kernel.T.reshape(kernel.shape)
+    d_kernel = _kernel_gradient(rows, dy).reshape(kernel.shape)
+    return _image_gradient(dy, kernel, x.shape, strides, padding), d_kernel
+
+
+def _kernel_gradient(rows: Array, dy: Array) -> Array:
+    """Rows of windows and (B, h', w', o) to (kh*kw*i, o)."""
+    return kernel_gradient(rows.reshape(-1, rows.shape[-1]), dy.reshape(-1, dy.shape[-1]))
+
+
+def _image_gradient(
+    dy: Array, kernel: Array, shape: tuple[int, ...], strides: Strides, padding: Padding
+) -> Array:
+    """(B, h', w', o) and the kernel to the images' shape."""
+    taps, features = (kernel.shape[0], kernel.shape[1]), kernel.shape[-1]
+    d_rows = dy @ kernel.reshape(-1, features).T
+    windows = partial(_windows, taps=taps, strides=strides, padding=padding)
+    (dx,) = jax.linear_transpose(windows, jax.ShapeDtypeStruct(shape, dy.dtype))(d_rows)
+    return dx
 
 
 conv_matmul.defvjp(_conv_forward, _conv_backward)
@@ -103,6 +110,90 @@ def conv_lax(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Arr
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv_direct(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
+    """The same through XLA's own operator, but in a client's loop and with gradients as fast.
+
+    Without a client axis, XLA's CPU backend lays windows out a cache's worth at a time, where
+    images are (B, h, w, i), kernels (kh, kw, i, o), and nothing is turned round; anything else
+    falls back to loops up to a hundred times as slow. So both gradients are written as such
+    convolutions, and where kernels have a client axis after all, `conv_matmul` takes over.
+    """
+    products = partial(conv_matmul, strides=strides, padding=padding)
+    return _unless_vmapped(lambda x, k: conv_lax(x, k, strides, padding), products)(x, kernel)
+
+
+def _direct_forward(
+    x: Array, kernel: Array, strides: Strides, padding: Padding
+) -> tuple[Array, tuple[Array, Array]]:
+    return conv_direct(x, kernel, strides, padding), (x, kernel)
+
+
+def _direct_backward(
+    strides: Strides, padding: Padding, residuals: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, kernel = residuals
+    sides, taps = x.shape[1:3], kernel.shape[:2]
+    before = [low for low, _ in lax.padtype_to_pads(sides, taps, strides, padding)]
+    reach = [s * (n - 1) + 1 for s, n in zip(strides, dy.shape[1:3], strict=True)]
+
+    def image_gradient(dy: Array, kernel: Array) -> Array:
+        # Every output, set apart by the strides, is spread over its window by the turned kernel.
+        pads = [
+            (tap - 1 - low, side + low - length)
+            for tap, low, side, length in zip(taps, before, sides, reach, strict=True)
+        ]
+        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        return _correlate(dy, turned, pads, strides, (1, 1))
+
+    def d_kernel(x: Array, dy: Array) -> Array:
+        # The outputs' gradient, set apart by the strides, is moved over the images; sums run over
+        # the batch, which stands where channels do.
+        pads = [
+            (low, tap + length - 1 - side - low)
+            for tap, low, side, length in zip(taps, before, sides, reach, strict=True)
+        ]
+        as_kernel = dy.transpose(1, 2, 0, 3)
+        moved = _correlate(x.transpose(3, 1, 2, 0), as_kernel, pads, (1, 1), strides)
+        return moved.transpose(1, 2, 0, 3)
+
+    def image_gradient_by_product(dy: Array, kernel: Array) -> Array:
+        return _image_gradient(dy, kernel, x.shape, strides, padding)
+
+    def d_kernel_by_product(x: Array, dy: Array) -> Array:
+        rows = _windows(x, (taps[0], taps[1]), strides, padding)
+        return _kernel_gradient(rows, dy).reshape(kernel.shape)
+
+    return (
+        _unless_vmapped(image_gradient, image_gradient_by_product)(dy, kernel),
+        _unless_vmapped(d_kernel, d_kernel_by_product)(x, dy),
+    )
+
+
+def _correlate(
+    x: Array, kernel: Array, pads: list[tuple[int, int]], spread: Strides, spread_kernel: Strides
+) -> Array:
+    """`conv_lax` with pads of its own, and pixels or taps set apart."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), pads, spread, spread_kernel, numbers)
+
+
+def _unless_vmapped(
+    alone: Callable[[Array, Array], Array], vmapped: Callable[[Array, Array], Array]
+) -> Callable[[Array, Array], Array]:
+    """The first, and under `jax.vmap` the second in its place."""
+    function = custom_vmap(alone)
+
+    @function.def_vmap
+    def _(_size: int, batched: list[bool], *args: Array) -> tuple[Array, bool]:
+        return jax.vmap(vmapped, [0 if each else None for each in batched])(*args), True
+
+    return function
+
+
+conv_direct.defvjp(_direct_forward, _direct_backward)
+
+
 def conv_winograd(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
     """The same for 3×3 kernels of stride 1 by `winograd_3x3`; `conv_matmul` for all others."""
     if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1):
@@ -111,20 +202,25 @@ def conv_winograd(x: Array, kernel: Array, strides: Strides, padding: Padding) -
 
 
 def conv_auto(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
-    """The fastest for a client axis: `conv_winograd` on CPU where it pays, else `conv_matmul`.
+    """The fastest for a client axis: `conv_matmul`, and two others where they pay on a CPU.
 
-    It pays from 32 channels on and for images of 8×8 and more; elsewhere the sums before and after
-    the products cost more than they save (docs/performance.md).
+    Both pay for stride 1: `conv_winograd` from 32 channels on and for images of 8×8 and more
+    (elsewhere the sums before and after the products cost more than they save), `conv_direct` from
+    16 channels on (docs/performance.md).
     """
-    pays = kernel.shape[2] >= 32 and min(x.shape[1:3]) >= 8 and x.dtype == jnp.float32
-    if pays and jax.default_backend() == "cpu":
+    taps, channels = kernel.shape[:2], kernel.shape[2]
+    pays = x.dtype == jnp.float32 and tuple(strides) == (1, 1) and channels >= 16
+    if jax.default_backend() != "cpu" or not pays:
+        return conv_matmul(x, kernel, strides, padding)
+    if taps == (3, 3) and channels >= 32 and min(x.shape[1:3]) >= 8:
         return conv_winograd(x, kernel, strides, padding)
-    return conv_matmul(x, kernel, strides, padding)
+    return conv_direct(x, kernel, strides, padding)
 
 
 CONVOLUTIONS: dict[str, Convolution] = {
     "auto": conv_auto,
     "matmul": conv_matmul,
+    "direct": conv_direct,
     "winograd": conv_winograd,
     "lax": conv_lax,
 }

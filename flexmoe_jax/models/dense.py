@@ -1,4 +1,4 @@
-"""Fully connected layers whose backward pass suits XLA's CPU backend."""
+"""Fully connected layers, and gradients of kernels in the form that suits XLA's CPU backend."""
 
 from __future__ import annotations
 
@@ -11,16 +11,30 @@ from jax import lax
 
 from flexmoe_jax.types import Array
 
-_FEW = 32
+_OVER_ROWS = (((0,), (0,)), ((), ()))
+_FEW_ROWS, _FEW = 64, 32
+
+
+def kernel_gradient(x: Array, dy: Array) -> Array:
+    """xᵀ dy of (T, i) and (T, o): the gradient of a kernel (i, o) that maps rows to rows.
+
+    A sum over the first axis of both its operands is what XLA's CPU backend computes worst, at a
+    third of the rate of a plain product. Where dy is much the narrower, it comes first, so that the
+    result is (o, i) and turned round; else xᵀ is laid out if that is little work (few rows).
+    """
+    if jax.default_backend() != "cpu":
+        return lax.dot_general(x, dy, _OVER_ROWS)
+    # The barriers keep the compiler from turning the products round again.
+    (rows, width), features = x.shape, dy.shape[1]
+    if width > 4 * features and (rows > _FEW_ROWS or features <= _FEW):
+        return lax.optimization_barrier(lax.dot_general(dy, x, _OVER_ROWS)).T
+    if rows <= _FEW_ROWS:
+        return lax.optimization_barrier(x.T) @ dy
+    return lax.optimization_barrier(lax.dot_general(x, dy, _OVER_ROWS))
 
 
 def dot_general(x: Array, kernel: Array, dimensions: Any, *_: Any, **__: Any) -> Array:
-    """The product of a dense layer on (B, D) and (D, F), for `flax.linen.Dense(dot_general=...)`.
-
-    XLA's CPU backend computes the kernel's gradient, which sums over the first axis of both its
-    operands, at a third of the rate of a plain product. Here one of them is turned round first: the
-    kernel's gradient is, for many features, (xᵀ) dy with xᵀ laid out, and for few (dyᵀ x)ᵀ.
-    """
+    """A dense layer's product of (B, D) and (D, F), for `flax.linen.Dense(dot_general=...)`."""
     if x.ndim != 2 or jax.default_backend() != "cpu":
         return lax.dot_general(x, kernel, dimensions)
     return _product(x, kernel)
@@ -37,12 +51,7 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    # The barriers keep the compiler from turning the products round again.
-    if kernel.shape[1] <= _FEW:
-        d_kernel = lax.optimization_barrier(lax.dot_general(dy, x, (((0,), (0,)), ((), ())))).T
-    else:
-        d_kernel = lax.optimization_barrier(x.T) @ dy
-    return dy @ kernel.T, d_kernel
+    return dy @ kernel.T, kernel_gradient(x, dy)
 
 
 _product.defvjp(_forward, _backward)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flexmoe_jax.models.dense import kernel_gradient
 from flexmoe_jax.types import Array
 
 Points = list[Array]
@@ -112,12 +113,7 @@ def _backward(padding: str, residuals: _Residuals, dy: Array) -> tuple[Array, Ar
     )
     point = jax.ShapeDtypeStruct((inputs[0].shape[0], dy.shape[-1]), dy.dtype)
     (slopes,) = jax.linear_transpose(partial(_transform_output, shape=shape), [point] * 16)(whole)
-    # The small side first, and kept so: see `conv_matmul`.
-    contract = (((0,), (0,)), ((), ()))
-    d_points = [
-        lax.optimization_barrier(lax.dot_general(slope, v, contract)).T
-        for slope, v in zip(slopes, inputs, strict=True)
-    ]
+    d_points = [kernel_gradient(v, slope) for v, slope in zip(inputs, slopes, strict=True)]
     d_inputs = [s @ u.T for s, u in zip(slopes, _transform_kernel(kernel), strict=True)]
     (d_kernel,) = jax.linear_transpose(_transform_kernel, kernel)(d_points)
     (dx,) = jax.linear_transpose(partial(_transform_input, padding=padding), x)(d_inputs)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import chex
@@ -8,7 +9,15 @@ import jax.numpy as jnp
 import pytest
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.models import Conv, conv_auto, conv_lax, conv_matmul, conv_winograd, convolution
+from flexmoe_jax.models import (
+    Conv,
+    conv_auto,
+    conv_direct,
+    conv_lax,
+    conv_matmul,
+    conv_winograd,
+    convolution,
+)
 
 # Odd and even sizes, with a pixel left over or none; kernels below, at and above the stride.
 CASES = [
@@ -51,7 +60,8 @@ WINOGRAD_CASES = [
 
 @pytest.mark.parametrize(
     ("conv", "size", "kernel", "stride", "padding"),
-    [(conv_matmul, *case) for case in CASES] + [(conv_winograd, *case) for case in WINOGRAD_CASES],
+    [(conv, *case) for conv in (conv_matmul, conv_direct) for case in CASES]
+    + [(conv_winograd, *case) for case in WINOGRAD_CASES],
 )
 def test_every_form_equals_lax_in_value_and_gradient(conv, size, kernel, stride, padding):
     keys = jax.random.split(jax.random.key(0))
@@ -62,16 +72,44 @@ def test_every_form_equals_lax_in_value_and_gradient(conv, size, kernel, stride,
     chex.assert_trees_all_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
-def test_automatic_takes_winograd_for_many_channels_of_large_images():
-    def points(size, channels, stride=1):
+def test_automatic_takes_what_pays():
+    def program(size, channels, stride=1):
         x, kernel = jnp.zeros((2, size, size, channels)), jnp.zeros((3, 3, channels, 8))
         return str(
             jax.make_jaxpr(conv_auto, static_argnums=(2, 3))(x, kernel, (stride,) * 2, "SAME")
         )
 
-    products = {at: points(*at).count("dot_general") for at in [(8, 32), (7, 32), (8, 16)]}
-    assert products == {(8, 32): 16, (7, 32): 1, (8, 16): 1}
-    assert points(8, 32, stride=2).count("dot_general") == 1
+    def products_and_convolutions(*layer):
+        return [
+            program(*layer).count(f" = {op}[") for op in ("dot_general", "conv_general_dilated")
+        ]
+
+    assert products_and_convolutions(8, 32) == [16, 0]  # Winograd's
+    assert products_and_convolutions(7, 32) == [0, 1]
+    assert products_and_convolutions(8, 16) == [0, 1]
+    assert products_and_convolutions(8, 3) == [1, 0]
+    assert products_and_convolutions(8, 32, 2) == [1, 0]
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
+def test_direct_form_becomes_products_where_there_is_a_client_axis(axes):
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (3,) * (axes[0] == 0) + (2, 7, 6, 3))
+    kernels = jax.random.normal(keys[1], (3,) * (axes[1] == 0) + (3, 3, 3, 4))
+
+    def train(conv):
+        def gradients(x, kernel):
+            return value_and_gradients(conv, x, kernel, (2, 1), "SAME")
+
+        return jax.vmap(gradients, axes)
+
+    chex.assert_trees_all_close(
+        train(conv_direct)(x, kernels), train(conv_lax)(x, kernels), atol=2e-5, rtol=2e-5
+    )
+    # Grouped convolutions, one group a client, are what must not be.
+    programs = [str(jax.make_jaxpr(train(conv))(x, kernels)) for conv in (conv_direct, conv_lax)]
+    grouped = [bool(re.search("group_count=[^1]", program)) for program in programs]
+    assert grouped == [False, axes == (0, 0)]
 
 
 def test_unequal_strides_and_a_kernel_that_is_not_square():
@@ -114,7 +152,7 @@ def test_layer_by_hand():
 
 def test_unknown_implementation_is_refused():
     assert convolution("winograd") is conv_winograd
-    with pytest.raises(InputError, match=r"model\.conv=fft: choose one of auto, matmul, winograd"):
+    with pytest.raises(InputError, match=r"model\.conv=fft: choose one of auto, matmul, direct, w"):
         convolution("fft")
 
 
