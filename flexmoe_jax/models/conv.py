@@ -80,16 +80,16 @@ def _conv_backward(
     strides: Strides, padding: Padding, residuals: _Residuals, dy: Array
 ) -> tuple[Array, Array]:
     x, rows, kernel = residuals
-    d_kernel = _kernel_gradient(rows, dy).reshape(kernel.shape)
-    return _image_gradient(dy, kernel, x.shape, strides, padding), d_kernel
+    d_kernel = _kernel_gradient_by_product(rows, dy).reshape(kernel.shape)
+    return _image_gradient_by_product(dy, kernel, x.shape, strides, padding), d_kernel
 
 
-def _kernel_gradient(rows: Array, dy: Array) -> Array:
+def _kernel_gradient_by_product(rows: Array, dy: Array) -> Array:
     """Rows of windows and (B, h', w', o) to (kh*kw*i, o)."""
     return kernel_gradient(rows.reshape(-1, rows.shape[-1]), dy.reshape(-1, dy.shape[-1]))
 
 
-def _image_gradient(
+def _image_gradient_by_product(
     dy: Array, kernel: Array, shape: tuple[int, ...], strides: Strides, padding: Padding
 ) -> Array:
     """(B, h', w', o) and the kernel to the images' shape."""
@@ -137,7 +137,7 @@ def _direct_backward(
     before = [low for low, _ in lax.padtype_to_pads(sides, taps, strides, padding)]
     reach = [s * (n - 1) + 1 for s, n in zip(strides, dy.shape[1:3], strict=True)]
 
-    def image_gradient(dy: Array, kernel: Array) -> Array:
+    def image_gradient_alone(dy: Array, kernel: Array) -> Array:
         # Every output, set apart by the strides, is spread over its window by the turned kernel.
         pads = [
             (tap - 1 - low, side + low - length)
@@ -146,7 +146,7 @@ def _direct_backward(
         turned = kernel[::-1, ::-1].swapaxes(2, 3)
         return _correlate(dy, turned, pads, strides, (1, 1))
 
-    def d_kernel(x: Array, dy: Array) -> Array:
+    def kernel_gradient_alone(x: Array, dy: Array) -> Array:
         # The outputs' gradient, set apart by the strides, is moved over the images; sums run over
         # the batch, which stands where channels do.
         pads = [
@@ -158,15 +158,15 @@ def _direct_backward(
         return moved.transpose(1, 2, 0, 3)
 
     def image_gradient_by_product(dy: Array, kernel: Array) -> Array:
-        return _image_gradient(dy, kernel, x.shape, strides, padding)
+        return _image_gradient_by_product(dy, kernel, x.shape, strides, padding)
 
-    def d_kernel_by_product(x: Array, dy: Array) -> Array:
+    def kernel_gradient_by_product(x: Array, dy: Array) -> Array:
         rows = _windows(x, (taps[0], taps[1]), strides, padding)
-        return _kernel_gradient(rows, dy).reshape(kernel.shape)
+        return _kernel_gradient_by_product(rows, dy).reshape(kernel.shape)
 
     return (
-        _unless_vmapped(image_gradient, image_gradient_by_product)(dy, kernel),
-        _unless_vmapped(d_kernel, d_kernel_by_product)(x, dy),
+        _unless_vmapped(image_gradient_alone, image_gradient_by_product)(dy, kernel),
+        _unless_vmapped(kernel_gradient_alone, kernel_gradient_by_product)(x, dy),
     )
 
 
