@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,8 @@ from flexmoe_jax.types import Array
 
 _OVER_ROWS = (((0,), (0,)), ((), ()))
 _FEW_ROWS, _FEW = 64, 32
+# Kernels that no core's cache holds, and rows whose outer products take no longer than memory does.
+_LARGE, _FEWEST_ROWS = 2**20, 16
 
 
 def kernel_gradient(x: Array, dy: Array) -> Array:
@@ -20,12 +23,16 @@ def kernel_gradient(x: Array, dy: Array) -> Array:
 
     A sum over the first axis of both its operands is what XLA's CPU backend computes worst, at a
     third of the rate of a plain product. Where dy is much the narrower, it comes first, so that the
-    result is (o, i) and turned round; else xᵀ is laid out if that is little work (few rows).
+    result is (o, i) and turned round; else xᵀ is laid out if that is little work (few rows). A
+    large gradient of few rows is not written to memory at all: as a sum of outer products it is
+    computed in the loop that applies it.
     """
     if jax.default_backend() != "cpu":
         return lax.dot_general(x, dy, _OVER_ROWS)
     # The barriers keep the compiler from turning the products round again.
     (rows, width), features = x.shape, dy.shape[1]
+    if rows <= _FEWEST_ROWS and width * features >= _LARGE:
+        return reduce(add, (x[row, :, None] * dy[row] for row in range(rows)))
     if width > 4 * features and (rows > _FEW_ROWS or features <= _FEW):
         return lax.optimization_barrier(lax.dot_general(dy, x, _OVER_ROWS)).T
     if rows <= _FEW_ROWS:

@@ -40,27 +40,37 @@ def launch_together(count: int, workdir: Path, *arguments: str) -> list[tuple[in
     return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
 
 
-def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """Rows of the run in one process, on one device."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
     subprocess.run(
-        command(f"--workdir={tmp_path / 'one'}", *TWO_ROUNDS, "--config.execution.devices=1"),
+        command(f"--workdir={workdir}", *TWO_ROUNDS, "--config.execution.devices=1"),
         cwd=ROOT,
         check=True,
         timeout=120,
     )
-    # Two devices in each: four in all, for a cohort of six clients, whose examples are sent.
+    return rows(workdir)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_give_the_numbers_of_one(
+    tmp_path: Path, one: list[dict], processes: int
+) -> None:
+    # Four devices in all, for a cohort of six clients, whose examples are sent.
     apart = ("--config.execution.devices=4", "--config.execution.data=host")
-    ended = launch_together(2, tmp_path / "two", *TWO_ROUNDS, *apart)
-    assert [code for code, _ in ended] == [0, 0], ended
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert [row["round"] for row in two] == [1, 2]
-    for alone, together in zip(one, two, strict=True):
+    ended = launch_together(processes, tmp_path, *TWO_ROUNDS, *apart)
+    assert [code for code, _ in ended] == [0] * processes, ended
+    several = rows(tmp_path)
+    assert [row["round"] for row in several] == [1, 2]
+    for alone, together in zip(one, several, strict=True):
         assert together["clients/quarantined"] == alone["clients/quarantined"] == 1
         for key in ("train/loss", "eval/global_accuracy", "eval/server_accuracy"):
             assert together[key] == pytest.approx(alone[key], abs=1e-4)
         assert together["load/assigned"] == alone["load/assigned"]
         assert together["load/usage"] == pytest.approx(alone["load/usage"])
-    assert (tmp_path / "two" / "checkpoints" / "2").is_dir()
-    assert (tmp_path / "two" / "report" / "index.html").is_file()
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+    assert (tmp_path / "report" / "index.html").is_file()
 
 
 @pytest.mark.parametrize(

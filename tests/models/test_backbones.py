@@ -79,9 +79,9 @@ def test_an_image_too_small_to_be_halved_is_refused():
         jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
-@pytest.mark.parametrize("features", [10, 40])  # few and many
-def test_dense_is_that_of_flax(features):
-    x = jax.random.normal(jax.random.key(0), (5, 17))
+@pytest.mark.parametrize(("width", "features"), [(17, 10), (17, 40), (2**15 + 1, 32)])
+def test_dense_is_that_of_flax(width, features):
+    x = jax.random.normal(jax.random.key(0), (5, width))
 
     @partial(jax.jit, static_argnums=0)
     def value_and_slopes(layer, params, x):
@@ -105,6 +105,14 @@ def test_max_pool_is_that_of_flax():
     flax_pool = partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
     expected = jax.jit(jax.grad(lambda x: (flax_pool(x) ** 2).sum()))(x)
     assert (gradient == expected).all()
+
+
+def test_max_pool_shares_its_gradient_among_equals():
+    # Windows with 2 and with 4 greatest numbers; the last row fills no window.
+    x = jnp.asarray([[3.0, 3, 5, 5], [1, 2, 5, 5], [9, 9, 9, 9]]).reshape(1, 3, 4, 1)
+    gradient = jax.grad(lambda x: (max_pool(x) ** 2).sum())(x)[0, :, :, 0]
+    expected = [[3, 3, 2.5, 2.5], [0, 0, 2.5, 2.5], [0, 0, 0, 0]]
+    assert gradient.tolist() == expected
 
 
 def test_group_norm_is_that_of_flax():
