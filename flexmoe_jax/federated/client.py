@@ -6,13 +6,15 @@ Nothing here knows of other clients: `execute` maps these functions over blocks 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from flexmoe_jax.data import Augmentation, ClientData
 from flexmoe_jax.models import Routing, balance_loss, router_z_loss
@@ -25,9 +27,9 @@ Apply = Callable[[Params, Array, Array], tuple[Array, Routing]]
 """(params, uint8 images (B, ...), held (K,)) -> class logits (B, Y) and routing."""
 
 
-# Examples whose activations in a small convolutional network stay in a core's cache, and batches
-# that are not worth cutting: every tile adds a gradient as large as the model.
-_CACHED, _WHOLE = 8, 12
+# Bytes of a tile's largest array that a core still works on in its cache, and batches that are not
+# worth cutting: every tile adds a gradient as large as the model.
+_CACHED, _WHOLE = 5 * 2**18, 12
 
 
 class LocalTraining(NamedTuple):
@@ -41,8 +43,9 @@ class LocalTraining(NamedTuple):
       balance: weight of the Switch-style balance loss over the experts held.
       z: weight of the router z-loss.
       tile: examples whose gradient is taken at once, to stay in cache; the batch's gradient is the
-        sum over its tiles. 0 for automatic: on CPU 8 for batches above 12; the batch elsewhere.
-        With a balance loss it is always the batch, over which that loss is defined.
+        sum over its tiles. 0 for automatic: on CPU, for batches above 12, as many as fit by the
+        largest array that the model makes of one; the batch elsewhere. With a balance loss it is
+        always the batch, over which that loss is defined.
       decay: number of the round -> factor on every step of it, as optax's schedules; None for 1.
       augment: random change of the images of every batch; None for none.
     """
@@ -57,11 +60,18 @@ class LocalTraining(NamedTuple):
     decay: optax.Schedule | None = None
     augment: Augmentation | None = None
 
-    def tiles(self) -> int:
-        """Number of equal tiles of a batch: as few as make none larger than asked for."""
-        cut = jax.default_backend() == "cpu" and self.batch_size > _WHOLE
-        automatic = _CACHED if cut else self.batch_size
-        most = self.batch_size if self.balance else self.tile or automatic
+    def tiles(self, example_bytes: Callable[[], int]) -> int:
+        """Number of equal tiles of a batch: as few as make none larger than asked for.
+
+        Args:
+          example_bytes: tells the size of the largest array that the model makes of one example;
+            called only where that counts.
+        """
+        most = self.tile or self.batch_size
+        if self.balance:
+            most = self.batch_size
+        elif not self.tile and self.batch_size > _WHOLE and jax.default_backend() == "cpu":
+            most = max(1, _CACHED // example_bytes())
         tiles = -(-self.batch_size // most)
         return next(n for n in range(tiles, self.batch_size + 1) if self.batch_size % n == 0)
 
@@ -212,7 +222,8 @@ def make_client(
     def gradient(params: Params, batch: tuple[Array, ...], held: Array) -> tuple[PyTree, tuple]:
         """Gradient of the batch's mean loss, a tile of its examples at a time."""
         take = jax.grad(objective, has_aux=True)
-        tiles = local.tiles()
+        first = jax.tree.map(lambda x: x[:1], batch)
+        tiles = local.tiles(partial(largest_array, objective, params, *first, held))
         if tiles == 1:
             return take(params, *batch, held)
         cut = jax.tree.map(lambda x: x.reshape(tiles, -1, *x.shape[1:]), batch)
@@ -264,6 +275,22 @@ def make_client(
         )
 
     return Client(init, step, final)
+
+
+def largest_array(function: Callable[..., PyTree], *inputs: PyTree) -> int:
+    """Bytes of the largest array that a function of these inputs computes on its way."""
+
+    def largest(jaxpr: Jaxpr) -> int:
+        inner = jax.tree.leaves(
+            [list(equation.params.values()) for equation in jaxpr.eqns],
+            is_leaf=lambda leaf: isinstance(leaf, Jaxpr | ClosedJaxpr),
+        )
+        within = [getattr(leaf, "jaxpr", leaf) for leaf in inner]
+        made: list[Any] = [result.aval for equation in jaxpr.eqns for result in equation.outvars]
+        sizes = [array.size * array.dtype.itemsize for array in made if hasattr(array, "size")]
+        return max([*sizes, *(largest(leaf) for leaf in within if isinstance(leaf, Jaxpr))])
+
+    return largest(jax.make_jaxpr(function)(*inputs).jaxpr)
 
 
 def draw_batches(local: LocalTraining, key: Key, index: Array, size: Array) -> Batches:

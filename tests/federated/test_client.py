@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from flexmoe_jax.data import flip
 from flexmoe_jax.federated import LocalTraining, draw_batches, make_client, proximal
+from flexmoe_jax.federated.client import largest_array
 from flexmoe_jax.models import MLP, MoEClassifier, merge_params, split_params
 from flexmoe_jax.types import Params
 
@@ -213,10 +214,29 @@ def test_tiles_change_nothing_beyond_rounding(clients, start):
 
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_tiles_are_equal_and_no_larger_than_asked_for(batch, most):
-    tiles = LocalTraining(optax.sgd(0.1), batch_size=batch, tile=most).tiles()
+    local = LocalTraining(optax.sgd(0.1), batch_size=batch, tile=most)
+    tiles = local.tiles(lambda: 0)
     assert batch % tiles == 0
     assert batch // tiles <= most
-    assert LocalTraining(optax.sgd(0.1), batch_size=batch, tile=most, balance=0.1).tiles() == 1
+    assert local._replace(balance=0.1).tiles(lambda: 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "megabytes", "tiles"),
+    [(16, 1, 16), (16, 0.25, 4), (16, 0.01, 1), (64, 0.25, 16), (12, 1, 1), (15, 0.25, 3)],
+)
+def test_automatic_tiles_fit_into_a_cache(batch, megabytes, tiles):
+    local = LocalTraining(optax.sgd(0.1), batch_size=batch)
+    assert local.tiles(lambda: int(megabytes * 2**20)) == tiles
+
+
+def test_largest_array_by_hand():
+    # 5 and 7 numbers in, 35 of four bytes on the way, in a loop and behind a call; 7 out.
+    @jax.jit
+    def body(i, x):
+        return x + (jnp.ones(5)[:, None] * x).sum(axis=0)
+
+    assert largest_array(lambda x: jax.lax.fori_loop(0, 3, body, x), jnp.ones(7)) == 4 * 35
 
 
 def test_proximal_by_hand():
