@@ -319,10 +319,13 @@ def augmentation(name: str) -> data.Augmentation | None:
 def local_optimizer(options: ConfigDict) -> optax.GradientTransformation:
     """The clients' optimiser."""
     optimizer = _optimizer("local.optimizer", options)
-    before = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
+    steps = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
     if options.proximal:
-        before.append(federated.proximal(options.proximal))
-    return optax.chain(*before, optimizer) if before else optimizer
+        steps.append(federated.proximal(options.proximal))
+    steps.append(optimizer)
+    if options.expert_rate != 1:
+        steps.append(federated.scale_experts(options.expert_rate))
+    return optax.chain(*steps) if len(steps) > 1 else optimizer
 
 
 def server_optimizer(options: ConfigDict) -> optax.GradientTransformation:

@@ -80,7 +80,7 @@ def check_numbers(config: ConfigDict) -> None:
         "server.noise_multiplier",
         "edge.deadline",
     )
-    positive = ("local.learning_rate", "server.learning_rate")
+    positive = ("local.learning_rate", "local.expert_rate", "server.learning_rate")
     ranges: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         (at_least_one, lambda value: value >= 1, "choose 1 or more"),
         (not_negative, lambda value: 0 <= value < float("inf"), "choose 0 or more"),

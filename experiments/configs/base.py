@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
     config.local.max_steps = 0  # cap on the local steps of a round; 0 for none
     config.local.optimizer = "sgd"  # sgd | adam
     config.local.learning_rate = 0.1
+    config.local.expert_rate = 1.0  # factor on it for experts and gate, whose gradients are small
     config.local.decay = "none"  # of the learning rate, from round to round: none | linear | cosine
     config.local.augment = "none"  # of training images: none | flip | crop | crop_flip
     config.local.momentum = 0.0  # of sgd

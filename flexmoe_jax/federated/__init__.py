@@ -26,6 +26,7 @@ from flexmoe_jax.federated.client import (
     draw_batches,
     make_client,
     proximal,
+    scale_experts,
 )
 from flexmoe_jax.federated.compress import COMPRESSIONS, Compressor, make_compressor
 from flexmoe_jax.federated.evaluate import TestSet, chunk_test_set, evaluate
@@ -100,6 +101,7 @@ __all__ = [
     "payload",
     "privatise",
     "proximal",
+    "scale_experts",
     "replicate",
     "resolve_block_size",
     "round_on_device",
