@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     config.model.hidden = 128  # H
     config.model.top_k = 1  # experts per example
     config.model.shared_experts = 0  # beside those E: held by everybody, used on every example
-    config.model.gate = "private"  # private | shared: a gate's row travels with its expert
+    config.model.gate = "shared"  # shared: a gate's row travels with its expert | private
     # Parts of the model that stay with their clients, as "head,backbone/local"; empty for none.
     config.model.private = ""
     config.model.local_backbone = False  # mixes in a second backbone, of the client's own (pFedMoE)
@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     config.local.clip_norm = 0.0  # cap on the gradient's global norm; 0 for none
     config.local.proximal = 0.0  # μ of FedProx
     # Weight of the Switch-style balance loss over the held experts: keeps them all in use.
-    config.local.balance = 0.05
+    config.local.balance = 0.1
     config.local.z = 0.0  # weight of the router z-loss
 
     config.server = ConfigDict()
@@ -111,7 +111,7 @@ def get_config() -> ConfigDict:
     config.assignment = ConfigDict()
     config.assignment.policy = "flex"  # or greedy, greedy_usage, random, round_robin, static, full
     config.assignment.solver = "auto"
-    config.assignment.load = "usage"  # clients | samples | usage
+    config.assignment.load = "clients"  # clients | samples | usage
     config.assignment.slack = 0.1  # δ: by how much of the mean load an expert's load may miss it
     config.assignment.deficit_decay = 1.0  # 1 never forgets what an expert was owed, 0 always does
     config.assignment.rounding = "repair"  # repair | shmoys_tardos, where loads are weighted
@@ -121,7 +121,7 @@ def get_config() -> ConfigDict:
     config.assignment.diversity = 0.0  # price of holders whose label mix differs from all clients'
     config.assignment.movement = 0.0  # price of sending an expert to a client that has it not
     # Width of the noise on the fitness, drawn anew every round. Holders that stay would teach an
-    # expert their few classes alone. 0, with load clients and local.balance 0: as in the paper.
+    # expert their few classes alone. 0, with local.balance 0 and private gates: as in the paper.
     config.assignment.exploration = 1.0
     config.assignment.time_limit = 60.0  # seconds of a solver; then even loads; 0 for none
 

@@ -19,6 +19,7 @@ TRAINING = {
     "model.backbone": "cnn",
     "local.optimizer": "sgd",
     "local.learning_rate": 0.1,
+    "local.expert_rate": 4.0,  # each of a client's two experts sees half of the images, at p = 1/2
     "local.momentum": 0.9,
     "local.clip_norm": 1.0,
     "local.decay": "cosine",

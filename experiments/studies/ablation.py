@@ -10,40 +10,46 @@ the table are the effects. 75 runs of a quarter of a minute each on two cores.
 from __future__ import annotations
 
 from experiments.configs import emnist_digits
-from experiments.studies.methods import METHODS
+from experiments.studies.methods import FLEX, METHODS, PAPER
 from experiments.studies.tasks import PARTITIONS, SMALL
 from experiments.studying.study import Axis, Study
 
 CHANGES: Axis = {
     # Without one of our three additions, with one alone, or with none: the paper's form.
-    "load_clients": {"assignment.load": "clients"},
     "no_exploration": {"assignment.exploration": 0.0},
     "no_local_balance": {"local.balance": 0.0},
-    "only_usage": {"assignment.exploration": 0.0, "local.balance": 0.0},
-    "only_exploration": {"assignment.load": "clients", "local.balance": 0.0},
-    "only_local_balance": {"assignment.load": "clients", "assignment.exploration": 0.0},
-    "paper": METHODS["flex_paper"],
+    "private_gate": {"model.gate": "private"},
+    "only_exploration": {**PAPER, "assignment.exploration": 1.0},
+    "only_local_balance": {**PAPER, "local.balance": FLEX["local.balance"]},
+    "only_shared_gate": {**PAPER, "model.gate": "shared"},
+    "paper": PAPER,
     # Less exploration, or more; diversity of holders instead of it, beside it, or alone.
     "exploration_0.3": {"assignment.exploration": 0.3},
     "exploration_3": {"assignment.exploration": 3.0},
     "diverse": {"assignment.exploration": 0.0, "assignment.diversity": 3.0},
     "and_diverse": {"assignment.diversity": 3.0},
-    "only_diverse": {**METHODS["flex_paper"], "assignment.diversity": 3.0},
-    # The null model, with and without the one addition that is not the assignment's.
+    "only_diverse": {**PAPER, "assignment.diversity": 3.0},
+    # The null model, with and without the two additions that are not the assignment's.
     "random": METHODS["random"],
-    "random_local_balance": {**METHODS["random"], "local.balance": 0.05},
+    "random_and_gates": {
+        **METHODS["random"],
+        "local.balance": FLEX["local.balance"],
+        "model.gate": "shared",
+    },
     # Fitness: score, weight β of the newest score, start value.
     "score_loss": {"fitness.score": "loss"},
     "beta_0.1": {"fitness.beta": 0.1},
     "initial_0": {"fitness.initial": 0.0},
-    # Load bounds: slack δ, the other load model, no memory of the deficit, the other rounding.
-    "slack_0": {"assignment.slack": 0.0},
+    # In-client balance loss, and load: what it counts, and by how much it may miss its share.
+    "local_balance_0.05": {"local.balance": 0.05},
+    "local_balance_1": {"local.balance": 1.0},
+    "load_samples": {"assignment.load": "samples"},
+    "load_usage": {"assignment.load": "usage"},
     "slack_0.3": {"assignment.slack": 0.3},
     "slack_1": {"assignment.slack": 1.0},
-    "load_samples": {"assignment.load": "samples"},
-    "no_deficit": {"assignment.deficit_decay": 0.0},
-    "shmoys_tardos": {"assignment.rounding": "shmoys_tardos"},
-    "shared_gate": {"model.gate": "shared"},
+    # Under load usage, no memory of the deficit, and the other rounding.
+    "usage_no_deficit": {"assignment.load": "usage", "assignment.deficit_decay": 0.0},
+    "usage_shmoys_tardos": {"assignment.load": "usage", "assignment.rounding": "shmoys_tardos"},
 }
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from experiments.studying.study import Axis
 
-# Without our additions: load is the number of holders, fitness alone decides, gates are free.
+# Without our additions: fitness alone decides, gates are free, and their clients' own.
 PLAIN = {
+    "model.gate": "private",
     "assignment.load": "clients",
     "assignment.exploration": 0.0,
     "assignment.diversity": 0.0,
@@ -13,17 +14,19 @@ PLAIN = {
 }
 
 PAPER = {**PLAIN, "assignment.policy": "flex", "fitness.score": "accuracy"}
-# Even use, holders that change, and clients that use all they hold.
+# Holders that change, clients that use all they hold, and gates that travel with experts.
 FLEX = {
     **PAPER,
-    "assignment.load": "usage",
+    "model.gate": "shared",
     "assignment.exploration": 1.0,
-    "local.balance": 0.05,
+    "local.balance": 0.1,
 }
 
-# All parameters in one expert, which everybody holds: as wide as two of the default 128.
+# All parameters in one expert, which everybody holds: as wide as two of the default 128. It sees
+# every example, so its steps are as long as those of the rest.
 DENSE = {
     **PLAIN,
+    "local.expert_rate": 1.0,
     "assignment.policy": "full",
     "model.experts": 1,
     "model.hidden": 256,
@@ -35,8 +38,8 @@ METHODS: Axis = {
     "flex": FLEX,
     # The same with holders of unlike label mixes instead of holders that change.
     "flex_diverse": {**FLEX, "assignment.exploration": 0.0, "assignment.diversity": 3.0},
-    # The same with holders counted instead of the use foreseen.
-    "flex_clients": {**FLEX, "assignment.load": "clients"},
+    # The same with the use foreseen weighed instead of holders counted.
+    "flex_usage": {**FLEX, "assignment.load": "usage"},
     # The same with the loss score exp(-α l).
     "flex_loss": {**FLEX, "fitness.score": "loss"},
     # FLEX-MoE as the paper describes it, by either score: arXiv 2512.23070.
@@ -54,8 +57,8 @@ METHODS: Axis = {
     "static": {**PLAIN, "assignment.policy": "static"},
     # Every client holds all experts: no capacity limit, the reference from above.
     "full": {**PLAIN, "assignment.policy": "full"},
-    # Gates that travel with their experts and are averaged as they are.
-    "flex_shared_gate": {**FLEX, "model.gate": "shared"},
+    # Gates that stay with their clients, as the paper's do.
+    "flex_private_gate": {**FLEX, "model.gate": "private"},
     # Server optimisers: FedAvgM (arXiv 1909.06335) and FedAdam (arXiv 2003.00295).
     "flex_fedavgm": {**FLEX, "server.momentum": 0.9, "server.learning_rate": 0.3},
     "flex_fedadam": {**FLEX, "server.optimizer": "adam", "server.learning_rate": 0.01},

@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     config.model.depth = 20
     config.local.momentum = 0.9
     config.local.learning_rate = 0.05
+    config.local.expert_rate = 4.0  # as in configs/cifar10.py
     config.local.clip_norm = 1.0  # the first steps are the largest
     config.local.decay = "cosine"
     config.eval.every = 10
