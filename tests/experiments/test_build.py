@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.build import build, load_partitioned, standardise
+from experiments.build import build, load_partitioned, local_optimizer, standardise
+from experiments.cli import flat_fields
 from experiments.configs import base
 from experiments.edge import model_shapes
+from experiments.studies.methods import METHODS
 from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax import models
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.types import Array
+from flexmoe_jax.types import Array, Params
 
 
 def test_many_large_images_are_standardised_exactly():
@@ -144,3 +147,21 @@ def test_a_backbones_own_refusal_is_kept():
     images = np.zeros((1, 3, 3, 1), np.uint8)
     with pytest.raises(InputError, match=r"^model\.widths="):
         model_shapes(model, lambda x: x.astype(jnp.float32), images)
+
+
+def test_the_default_is_flex_as_studies_have_it():
+    fields = flat_fields(base.get_config())
+    assert {field: fields[field] for field in METHODS["flex"]} == METHODS["flex"]
+
+
+def test_experts_step_further_than_the_rest():
+    options = base.get_config().local
+    options.expert_rate = 4.0
+    part = {"w": jnp.zeros(1)}
+    params = Params(shared=part, experts=part, gate=part, private=part)
+    transform = local_optimizer(options)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    steps, _ = transform.update(gradient, transform.init(params), params)
+    far, near = -4 * options.learning_rate, -options.learning_rate
+    for found, expected in zip(steps, (near, far, far, near), strict=True):
+        assert np.allclose(found["w"], expected)
