@@ -5,8 +5,8 @@
 
 TFDS_DIR holds `emnist/digits` and `cifar10` as TFDS prepares them (array_record). All methods on
 two data sets, three partitions and three seeds, 360 runs. On one core a digits run takes 15 to 25
-seconds and a CIFAR-10 run 110, so two sweeps on one folder, each bound to a core (`taskset`), take
-three and a half hours; EMNIST digits alone, half an hour.
+seconds and a CIFAR-10 run 70, so two sweeps on one folder, each bound to a core (`taskset`), take
+two and a half hours; EMNIST digits alone, half an hour.
 """
 
 from __future__ import annotations
