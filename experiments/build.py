@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from experiments.cli import nearest
 from experiments.edge import capacity_in_memory, make_devices, make_network, model_shapes
-from experiments.fields import check_kinds, check_numbers, client_capacities
+from experiments.fields import check_kinds, check_numbers, client_capacities, load_model_name
 from flexmoe_jax import assignment, data, federated, models
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array
@@ -55,13 +55,17 @@ def build(config: ConfigDict) -> Experiment:
     """
     check_kinds(config)
     check_numbers(config)
+    load = load_model_name(config.assignment.load, config.clients.capacity)
+    if load not in federated.LOAD_MODELS:
+        choices = ", ".join(("auto", *federated.LOAD_MODELS))
+        raise InputError("assignment.load", load, f"choose one of {choices}")
     policy = assignment.make_policy(
         config.assignment.policy,
         slack=config.assignment.slack,
         solver=config.assignment.solver,
         rounding=config.assignment.rounding,
         backend=config.assignment.backend,
-        weighted=config.assignment.load != "clients",
+        weighted=load != "clients",
         holders_min=config.assignment.holders_min,
         balance=config.assignment.balance,
         diversity=config.assignment.diversity,
@@ -101,8 +105,6 @@ def build(config: ConfigDict) -> Experiment:
         )
     elif devices is None:
         raise InputError("clients.capacity", "memory", "say what devices there are: edge.mix")
-    if config.assignment.load not in federated.LOAD_MODELS:
-        federated.make_load_model(config.assignment.load, capacity, capacity)
 
     mesh = federated.client_mesh(config.execution.devices)
     dataset, parts = load_partitioned(config)
@@ -136,9 +138,7 @@ def build(config: ConfigDict) -> Experiment:
         prepare=prepare,
         capacity=capacity,
         policy=policy,
-        load_model=federated.make_load_model(
-            config.assignment.load, examples, capacity, config.model.top_k
-        ),
+        load_model=federated.make_load_model(load, examples, capacity, config.model.top_k),
         local=local,
         fitness=federated.FitnessOptions(
             score, config.fitness.beta, config.fitness.initial, config.fitness.optimism
@@ -325,7 +325,7 @@ def local_optimizer(options: ConfigDict) -> optax.GradientTransformation:
     steps.append(optimizer)
     if options.expert_rate != 1:
         steps.append(federated.scale_experts(options.expert_rate))
-    return optax.chain(*steps) if len(steps) > 1 else optimizer
+    return optax.chain(*steps)
 
 
 def server_optimizer(options: ConfigDict) -> optax.GradientTransformation:

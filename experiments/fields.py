@@ -154,6 +154,19 @@ def client_capacities(given: object, clients: int, experts: int, seed: int) -> n
     return np.random.default_rng([seed, 0xCA9AC]).permutation(dealt)
 
 
+def load_model_name(load: str, capacity: object) -> str:
+    """The load model that `assignment.load` stands for, given `clients.capacity`.
+
+    `auto` counts holders where capacities are equal, which makes their number even to the last one.
+    Where capacities differ, a client of one expert puts all its load on it and one of four a
+    quarter on each: there it weighs the use foreseen.
+    """
+    if load != "auto":
+        return load
+    equal = capacity != "memory" and len(set(_capacity_choices(capacity))) == 1
+    return "clients" if equal else "usage"
+
+
 def _capacity_choices(given: object) -> Sequence[int]:
     ends = given.split("-") if isinstance(given, str) else []
     if len(ends) == 2 and all(end.isdecimal() for end in ends):

@@ -111,7 +111,9 @@ def get_config() -> ConfigDict:
     config.assignment = ConfigDict()
     config.assignment.policy = "flex"  # or greedy, greedy_usage, random, round_robin, static, full
     config.assignment.solver = "auto"
-    config.assignment.load = "clients"  # clients | samples | usage
+    # What load is: clients (holders), samples or usage (that holders train on, or are foreseen to
+    # send the expert); or auto: clients where capacities are equal, usage where they differ.
+    config.assignment.load = "auto"
     config.assignment.slack = 0.1  # δ: by how much of the mean load an expert's load may miss it
     config.assignment.deficit_decay = 1.0  # 1 never forgets what an expert was owed, 0 always does
     config.assignment.rounding = "repair"  # repair | shmoys_tardos, where loads are weighted

@@ -17,7 +17,6 @@ def get_config() -> ConfigDict:
     """Dirichlet(0.3) partition of 1,797 images; needs no download."""
     config = base.get_config()
     config.rounds = 40
-    config.assignment.load = "usage"  # capacities differ here, and what clients have
     config.local.epochs = 2
     config.local.batch_size = 10
     config.local.clip_norm = 5.0  # ends the rare spikes of the loss

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.fields import load_model_name
 from experiments.reporting.quantities import better
 from experiments.workdir import incidental
 from flexmoe_jax.errors import InputError
@@ -234,7 +235,9 @@ ASSIGNED_UNITS = {
 
 def assigned_unit(run: Run) -> str:
     """What the run's assigned load counts."""
-    return ASSIGNED_UNITS.get(str(run.config.get("assignment.load")), ASSIGNED_UNITS["clients"])
+    load = str(run.config.get("assignment.load", "clients"))
+    load = load_model_name(load, run.config.get("clients.capacity", 1))
+    return ASSIGNED_UNITS.get(load, ASSIGNED_UNITS["clients"])
 
 
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     python -m experiments.sweep --study=experiments/studies/capacity.py \
         --data_dir=TFDS_DIR --workdir=runs/capacity
 
-TFDS_DIR holds `emnist/digits` as TFDS prepares it (array_record). 45 runs of a quarter of a
-minute each on two cores.
+TFDS_DIR holds `emnist/digits` as TFDS prepares it (array_record). 45 runs of ten
+seconds each on one core.
 """
 
 from __future__ import annotations

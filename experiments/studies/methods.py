@@ -18,6 +18,7 @@ PAPER = {**PLAIN, "assignment.policy": "flex", "fitness.score": "accuracy"}
 FLEX = {
     **PAPER,
     "model.gate": "shared",
+    "assignment.load": "auto",
     "assignment.exploration": 1.0,
     "local.balance": 0.1,
 }

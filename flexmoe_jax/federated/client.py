@@ -126,15 +126,8 @@ def scale_experts(factor: float) -> optax.GradientTransformation:
     Args:
       factor: on their steps; K² makes up for the above.
     """
-
-    def update(
-        updates: Params, state: optax.EmptyState, params: Params | None = None
-    ) -> tuple[Params, optax.EmptyState]:
-        del params
-        scaled = optax.tree.scale(factor, (updates.experts, updates.gate))
-        return updates._replace(experts=scaled[0], gate=scaled[1]), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    mixture = Params(shared=False, experts=True, gate=True, private=False)
+    return optax.masked(optax.scale(factor), mixture)
 
 
 class Batches(NamedTuple):

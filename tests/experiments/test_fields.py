@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from experiments.build import build
 from experiments.cli import flat_fields
 from experiments.configs import base, cifar10, digits, emnist_digits
-from experiments.fields import client_capacities
+from experiments.fields import client_capacities, load_model_name
 from flexmoe_jax.errors import InputError
 
 
@@ -102,3 +102,20 @@ def test_shipped_configs_only_set_fields_that_exist(module):
 def test_half_a_range_is_refused(given):
     with pytest.raises(InputError, match=r"clients\.capacity"):
         client_capacities(given, 4, 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("load", "capacity", "name"),
+    [
+        ("auto", 2, "clients"),
+        ("auto", "3-3", "clients"),
+        ("auto", [2, 2], "clients"),
+        ("auto", "1-4", "usage"),
+        ("auto", [1, 2], "usage"),
+        ("auto", "memory", "usage"),
+        ("clients", "1-4", "clients"),
+        ("samples", 2, "samples"),
+    ],
+)
+def test_load_is_use_where_capacities_differ(load, capacity, name):
+    assert load_model_name(load, capacity) == name

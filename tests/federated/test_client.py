@@ -10,13 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmoe_jax.data import flip
-from flexmoe_jax.federated import (
-    LocalTraining,
-    draw_batches,
-    make_client,
-    proximal,
-    scale_experts,
-)
+from flexmoe_jax.federated import LocalTraining, draw_batches, make_client, proximal
 from flexmoe_jax.federated.client import largest_array
 from flexmoe_jax.models import MLP, MoEClassifier, merge_params, split_params
 from flexmoe_jax.types import Params
@@ -255,22 +249,6 @@ def test_proximal_by_hand():
     pulled, state = transform.update(gradient, state, moved)
     assert (pulled.shared["w"], pulled.experts["w"][0], pulled.gate["g"]) == (7.0, 0.0, 1.0)
     chex.assert_trees_all_equal(state, start)
-
-
-def test_experts_and_gates_step_further_by_hand():
-    # SGD at 0.5 with a gradient of 1, four times as far where the mixture layer is.
-    transform = optax.chain(optax.sgd(0.5), scale_experts(4.0))
-    params = Params({"w": jnp.zeros(2)}, {"w": jnp.zeros(3)}, {"g": jnp.zeros(1)}, {"p": 0.0})
-    steps, _ = transform.update(jax.tree.map(jnp.ones_like, params), transform.init(params), params)
-    chex.assert_trees_all_equal(
-        steps,
-        Params(
-            {"w": jnp.full(2, -0.5)},
-            {"w": jnp.full(3, -2.0)},
-            {"g": -jnp.full(1, 2.0)},
-            {"p": -0.5},
-        ),
-    )
 
 
 def test_a_strong_pull_keeps_a_client_near_the_server(clients, start):
