@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -18,6 +17,10 @@ from experiments.fields import check_kinds, check_numbers, client_capacities, lo
 from flexmoe_jax import assignment, data, federated, models
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array
+
+# What personal accuracy is measured on.
+OWN_EXAMPLES = "clients' own test examples"
+COMMON_EXAMPLES = "common test set, weighted to each client's label shares"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Experiment:
       capacity: (C,) k_c.
       network: who takes part in a round, and what arrives.
       payload: bytes of what travels.
+      personal: what personal accuracy is measured on, in words.
+      notes: sentences on what a user should know before trusting the figures.
     """
 
     algorithm: federated.Algorithm
@@ -45,6 +50,8 @@ class Experiment:
     capacity: np.ndarray
     network: federated.Network
     payload: federated.Payload
+    personal: str
+    notes: tuple[str, ...]
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -120,7 +127,8 @@ def build(config: ConfigDict) -> Experiment:
         top_k=config.model.top_k,
         shared_experts=config.model.shared_experts,
     )
-    prepare = standardise(dataset.train_images)
+    owner = test_owner(dataset, config.partition.name)
+    prepare = data.standardise(dataset.train_images)
     if config.assignment.policy == "full":
         capacity = np.full_like(capacity, config.model.experts)
     elif config.clients.capacity == "memory":
@@ -158,13 +166,15 @@ def build(config: ConfigDict) -> Experiment:
         feed=make_feed(config.execution.data, clients, network.asked, mesh),
         label_share=federated.replicate(clients.label_share, mesh),
         test=federated.chunk_test_set(
-            dataset.test_images, dataset.test_labels, config.eval.batch_size, mesh
+            dataset.test_images, dataset.test_labels, config.eval.batch_size, mesh, owner
         ),
         classes=dataset.classes,
         label_counts=data.label_counts(dataset.train_labels, parts, dataset.num_classes),
         capacity=capacity,
         network=network,
         payload=federated.payload(owned.shared, owned.experts, uplink.compressor),
+        personal=OWN_EXAMPLES if owner is not None else COMMON_EXAMPLES,
+        notes=notes_on(dataset, config.partition.name),
     )
 
 
@@ -230,6 +240,35 @@ def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray
     return dataset, parts
 
 
+def test_owner(dataset: data.Dataset, partition: str) -> np.ndarray | None:
+    """The client (M,) that each test example is one of; None where clients have none of their own.
+
+    Only natural clients are those who own the examples of the data set.
+    """
+    if partition != "natural" or dataset.train_clients is None or dataset.test_clients is None:
+        return None
+    return data.client_numbers(dataset.train_clients, dataset.test_clients)
+
+
+def notes_on(dataset: data.Dataset, partition: str) -> tuple[str, ...]:
+    """Sentences on what a user should know of the data before trusting the figures."""
+    notes = [*dataset.notes, *data.doubts(dataset.train_images, dataset.test_images)]
+    owned = {"train_clients": dataset.train_clients, "test_clients": dataset.test_clients}
+    given = [name for name, ids in owned.items() if ids is not None]
+    if partition == "natural" and dataset.test_clients is None:
+        notes.append(
+            "natural clients without test examples of their own (test_clients): personal accuracy "
+            f"is that on the {COMMON_EXAMPLES}, which tells nothing of clients whose examples "
+            "follow rules of their own"
+        )
+    elif partition != "natural" and given:
+        notes.append(
+            f"{' and '.join(given)} are not used: partition.name={partition} deals the examples "
+            "out anew; natural keeps them with their owners"
+        )
+    return tuple(notes)
+
+
 def make_ownership(options: ConfigDict) -> models.Ownership:
     """Which parts of the model are averaged, and which stay with their clients."""
     if options.gate not in ("private", "shared"):
@@ -271,28 +310,6 @@ def make_aggregator(server: ConfigDict) -> federated.Aggregator | None:
         remedy = "its noise is reckoned for the mean: choose mean, or no noise_multiplier"
         raise InputError("server.aggregator", server.aggregator, remedy)
     return partial(federated.trimmed_mean, trim=trims[server.aggregator])
-
-
-# Images that tell mean and deviation well enough; 10,000 of CIFAR's size.
-_SAMPLE_BYTES = 2**25
-
-
-def standardise(images: np.ndarray) -> Callable[[Array], Array]:
-    """Maps images to float32 of mean 0 and deviation 1 per channel over the first of them.
-
-    Args:
-      images: (M, ..., channels) uint8 or float; of features (M, D), each is its own channel.
-    """
-    # In double precision, since single loses count over millions of pixels.
-    axes = tuple(range(images.ndim - 1))
-    sample = images[: max(1, min(10_000, _SAMPLE_BYTES // images[0].nbytes))]
-    mean = sample.mean(axes, np.float64).astype(np.float32)
-    deviation = sample.std(axes, np.float64).astype(np.float32) + 1e-6
-
-    def prepare(images: Array) -> Array:
-        return (images.astype(jnp.float32) - mean) / deviation
-
-    return prepare
 
 
 def make_decay(name: str, rounds: int) -> optax.Schedule | None:

@@ -127,7 +127,7 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     status = "finished"
     display = ProgressDisplay(config.rounds, done, quiet=not workdir.writes)
     with display:
-        for line in restored.passed_over:
+        for line in (*experiment.notes, *restored.passed_over):
             display.say(line)
         if done == config.rounds:
             display.say("all rounds are done; to train anew, delete the folder of the run")
@@ -169,6 +169,8 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
         {
             "status": status,
             **summarise(workdir.read()),
+            "personal_measured_on": experiment.personal,
+            "notes": list(experiment.notes),
             "seconds": workdir.seconds() + time.monotonic() - begin,
             **environment(),
         }
@@ -232,7 +234,12 @@ def run_rounds(
         if not last:
             assigned = assign(state, cohort)
         # Only now is the evaluation waited for.
-        yield state, metrics | (accuracies(evaluation) if evaluation else {})
+        yield state, existing(metrics | (accuracies(evaluation) if evaluation else {}))
+
+
+def existing(metrics: Metrics) -> Metrics:
+    """Leaves out figures that do not exist, as the balance of a round without load."""
+    return {key: value for key, value in metrics.items() if value == value}
 
 
 class Assigned(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 Array = jax.Array
 Key = jax.Array
@@ -128,19 +129,52 @@ class RoundReport(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Accuracies on the test set, of clients that have held an expert.
+    """What the clients' models get right on the test set.
+
+    The arrays are sums, which always exist; a figure that does not exist is NaN.
 
     Attributes:
-      class_accuracy: (C, Y) accuracy of each client's model on each class; NaN where the test set
-        has no example of it.
-      global_accuracy: (C,) accuracy on the whole test set.
-      personal_accuracy: (C,) accuracy weighted to the client's own label shares.
-      server_accuracy: () accuracy of the mean of the clients' class probabilities.
-      evaluated: (C,) bool, clients that have held an expert; the others' figures are void.
+      hits: (C, Y) test examples of each class that each client's model classifies correctly.
+      examples: (Y,) test examples of each class.
+      personal_hits: (C,) what the client gets right of what is its own: of its own test examples
+        where clients have such; else of the test set weighted to its label shares, which is the sum
+        over classes of its share times its accuracy.
+      personal_weight: (C,) how many those are: own test examples, or the part of its label shares
+        whose classes the test set has; 0 where there is nothing to measure on.
+      server_hits: () test examples that the mean of the clients' class probabilities gets right.
+      evaluated: (C,) bool, clients that have held an expert; the others' sums are void.
     """
 
-    class_accuracy: Array
-    global_accuracy: Array
-    personal_accuracy: Array
-    server_accuracy: Array
+    hits: Array
+    examples: Array
+    personal_hits: Array
+    personal_weight: Array
+    server_hits: Array
     evaluated: Array
+
+    @property
+    def class_accuracy(self) -> np.ndarray:
+        """(C, Y) accuracy on each class; NaN for a class that the test set has no example of."""
+        return _ratio(self.hits, self.examples)
+
+    @property
+    def global_accuracy(self) -> np.ndarray:
+        """(C,) accuracy on the whole test set."""
+        return _ratio(np.asarray(self.hits).sum(axis=1), np.asarray(self.examples).sum())
+
+    @property
+    def personal_accuracy(self) -> np.ndarray:
+        """(C,) accuracy on what is the client's own; NaN for one with nothing to measure on."""
+        return _ratio(self.personal_hits, self.personal_weight)
+
+    @property
+    def server_accuracy(self) -> float:
+        """Accuracy of the federation's joint prediction; NaN while nobody has held an expert."""
+        total = np.asarray(self.examples).sum() * np.asarray(self.evaluated).any()
+        return float(_ratio(self.server_hits, total))
+
+
+def _ratio(part: Any, whole: Any) -> np.ndarray:
+    """NaN where the whole is nil."""
+    part, whole = np.broadcast_arrays(np.asarray(part, np.float64), np.asarray(whole, np.float64))
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)

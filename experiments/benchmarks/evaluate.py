@@ -19,7 +19,6 @@ from jax import lax
 from experiments.benchmarks.process import Figures, refuse_words
 from experiments.benchmarks.timing import compiled, interleave, set_up
 from experiments.benchmarks.workloads import CLASSES, Prepare, draw_dataset, make_federation
-from experiments.build import standardise
 from flexmoe_jax import data, federated, models
 from flexmoe_jax.federated.execute import take_slots
 from flexmoe_jax.types import Array, Params, State
@@ -47,7 +46,7 @@ def measure(clients: int, tests: int, image: tuple[int, int, int] = (32, 32, 3))
     dataset = draw_dataset(clients, image, tests)
     owned = data.build_clients(dataset, np.split(np.arange(clients), clients))
     owned = federated.replicate(owned, mesh)
-    prepare = standardise(dataset.train_images)
+    prepare = data.standardise(dataset.train_images)
     algorithm = make_federation(
         models.ConvNet(),
         owned,

@@ -20,7 +20,6 @@ import optax
 from experiments.benchmarks.process import Figures, peak_bytes, run_case
 from experiments.benchmarks.timing import set_up
 from experiments.benchmarks.workloads import make_federation
-from experiments.build import standardise
 from flexmoe_jax import data, federated, models
 from flexmoe_jax.errors import InputError
 
@@ -57,7 +56,7 @@ def measure(clients: int, experts: int, per_round: int) -> Figures:
         models.MLP(),
         client_data,
         rng.integers(1, 5, clients),
-        prepare=standardise(dataset.train_images),
+        prepare=data.standardise(dataset.train_images),
         local=federated.LocalTraining(optax.sgd(0.1), batch_size=_BATCH),
         experts=experts,
         mesh=mesh,

@@ -15,7 +15,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from experiments.build import standardise
 from flexmoe_jax import data, federated, models
 from flexmoe_jax.assignment import make_policy
 from flexmoe_jax.models.conv import Convolution
@@ -151,7 +150,7 @@ def _make_rounds(
     dataset = draw_dataset(workload.clients * workload.examples, workload.image)
     parts = np.split(np.arange(len(dataset.train_labels)), workload.clients)
     clients = federated.replicate(data.build_clients(dataset, parts), mesh)
-    prepare = standardise(dataset.train_images)
+    prepare = data.standardise(dataset.train_images)
     make = _mixture_rounds if workload.mixture else _dense_rounds
     return make(workload.backbone(conv), clients, prepare, local, block_size, mesh)
 

@@ -94,6 +94,7 @@ QUANTITIES = {
     "eval/global_accuracy": Quantity("Global accuracy", percent, "higher"),
     "eval/server_accuracy": Quantity("Server accuracy", percent, "higher"),
     "eval/clients": Quantity("Clients evaluated", count),
+    "eval/personal_clients": Quantity("Clients with a personal accuracy", count),
     "train/loss": Quantity("Training loss", ratio, "lower"),
     "load/assigned_cv": Quantity("Assigned load CV, per round", ratio, "lower"),
     "load/assigned_cv_cumulative": Quantity("Assigned load CV, cumulative", ratio, "lower"),

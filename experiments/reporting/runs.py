@@ -44,7 +44,7 @@ class Run:
       summary: contents of summary.json, empty while the run is going.
       records: one mapping a round from metrics.jsonl, ascending in `round`, one for each round.
       arrays: entries of arrays.npz under the names and axes of `ARRAY_AXES`.
-      notes: sentences on what could not be read.
+      notes: sentences on what the run said of its data, and on what could not be read.
     """
 
     workdir: Path
@@ -138,6 +138,8 @@ def read_run(workdir: Path) -> Run:
     notes: list[str] = []
     config = _read_object(workdir / "config.json", notes)
     summary = _read_object(workdir / "summary.json", notes)
+    said = summary.get("notes")
+    notes += [note for note in said if isinstance(note, str)] if isinstance(said, list) else []
     return Run(
         workdir=workdir,
         config=flatten(config),

@@ -32,7 +32,7 @@ SETTING = (
     ("seed", "seed {}"),
 )
 # Entries of the summary that have a place of their own on the page.
-PLACED = {"status", "rounds", "versions", "device", "seconds"}
+PLACED = {"status", "rounds", "versions", "device", "seconds", "personal_measured_on", "notes"}
 STATUSES = {"finished", "interrupted", "diverged"}
 LONGEST_VALUE = 60
 DIFFERS = ' class="differs"'
@@ -51,6 +51,8 @@ def setting(run: Run) -> str:
         for field, words in SETTING
         if field in run.config
     ]
+    if isinstance(measured := run.summary.get("personal_measured_on"), str):
+        said.append(f"personal accuracy on {measured}")
     return f'<p class="lead">{escape(" · ".join(said))}</p>' if said else ""
 
 

@@ -7,12 +7,14 @@ from flexmoe_jax.data.clients import (
     ClientData,
     Feed,
     build_clients,
+    client_numbers,
     feed_cohorts,
     label_counts,
 )
 from flexmoe_jax.data.partition import PARTITIONS, check, partition, skewed
 from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, natural, shards
 from flexmoe_jax.data.sources import Dataset, load
+from flexmoe_jax.data.standardise import doubts, standardise
 
 __all__ = [
     "AUGMENTATIONS",
@@ -24,9 +26,11 @@ __all__ = [
     "Partitioner",
     "build_clients",
     "check",
+    "client_numbers",
     "crop",
     "crop_flip",
     "dirichlet",
+    "doubts",
     "feed_cohorts",
     "flip",
     "iid",
@@ -37,4 +41,5 @@ __all__ = [
     "partition",
     "shards",
     "skewed",
+    "standardise",
 ]

@@ -131,3 +131,18 @@ def label_counts(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: i
     rows = np.concatenate([np.zeros(0, np.int64), *parts])
     cells = owner * num_classes + labels[rows]
     return np.bincount(cells, minlength=len(parts) * num_classes).reshape(-1, num_classes)
+
+
+def client_numbers(train_clients: np.ndarray, test_clients: np.ndarray) -> np.ndarray:
+    """Numbers of the clients of the partition `natural` that own the test examples.
+
+    Args:
+      train_clients: ids of the training examples' owners; clients stand in the order of their ids.
+      test_clients: (M,) ids of the test examples' owners.
+
+    Returns:
+      (M,) int32 in [0, C), or -1 for an owner who is not among the clients.
+    """
+    ids = np.unique(train_clients)
+    place = np.searchsorted(ids, test_clients).clip(max=len(ids) - 1)
+    return np.where(ids[place] == test_clients, place, -1).astype(np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from flexmoe_jax.errors import InputError
 
 SUFFIX = ".npz"
 _NEEDED = ("train_images", "train_labels", "test_images", "test_labels")
-_KNOWN = (*_NEEDED, "classes", "train_clients")
+_KNOWN = (*_NEEDED, "classes", "train_clients", "test_clients")
 
 
-def read(name: str, image_size: int = 0) -> Arrays:
+def read(name: str, image_size: int = 0) -> tuple[Arrays, tuple[str, ...]]:
     """Reads the arrays of a file that `np.savez` wrote.
 
     Images are (M, height, width, channels), or (M, height, width) for one channel; features
@@ -29,7 +30,8 @@ def read(name: str, image_size: int = 0) -> Arrays:
     Returns:
       `train_images` (M, ...) uint8 or float32, `train_labels` (M,), the same two for `test`,
       `classes` (Y,), by default as many as there are different labels, and `train_clients` (M,)
-      where the file has them. Whether they fit together is for `Dataset` to say.
+      and `test_clients` where the file has them; whether they fit together is for `Dataset` to
+      say. And sentences on arrays of the file that mean nothing here.
 
     Raises:
       InputError: for a file that is missing or damaged or lacks an array, for images that are not
@@ -40,7 +42,7 @@ def read(name: str, image_size: int = 0) -> Arrays:
         raise InputError("data.name", name, "there is no such file")
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            held = ", ".join(file.files) or "nothing"
+            names = list(file.files)
             arrays = {key: file[key] for key in _KNOWN if key in file}
     except MemoryError:
         raise
@@ -50,13 +52,31 @@ def read(name: str, image_size: int = 0) -> Arrays:
         raise InputError("data.name", name, remedy) from error
     lacking = ", ".join(key for key in _NEEDED if key not in arrays)
     if lacking:
-        raise InputError("data.name", name, f"it lacks {lacking} (it holds {held})")
+        raise InputError("data.name", name, f"it lacks {lacking} (it holds {_listed(names)})")
     for key in ("train_images", "test_images"):
         arrays[key] = _resized(_numbers(name, key, arrays[key]), image_size)
     if "classes" not in arrays:
         labels = np.union1d(arrays["train_labels"], arrays["test_labels"])
         arrays["classes"] = np.arange(len(labels)).astype(str)
-    return arrays
+    for key in {"train_clients", "test_clients"} & arrays.keys():
+        if arrays[key].dtype.kind == "S":
+            arrays[key] = np.char.decode(arrays[key], "utf-8", "replace")
+    return arrays, _unread(name, [key for key in names if key not in _KNOWN])
+
+
+def _listed(names: list[str]) -> str:
+    """Names as one line, however many there are and whatever they hold."""
+    some = ", ".join(" ".join(name.split()) for name in names[:10]) or "nothing"
+    return f"{some[:200]} and {len(names) - 10} more" if len(names) > 10 else some[:200]
+
+
+def _unread(name: str, unknown: list[str]) -> tuple[str, ...]:
+    """A sentence on arrays that are not used, with what the first was perhaps meant to be."""
+    if not unknown:
+        return ()
+    near = difflib.get_close_matches(unknown[0], _KNOWN, n=1, cutoff=0.85)
+    hint = f"; did you mean {near[0]} by {unknown[0]}?" if near else ""
+    return (f"{name} holds arrays that are not used: {_listed(unknown)}{hint}",)
 
 
 def _numbers(name: str, key: str, images: np.ndarray) -> np.ndarray:

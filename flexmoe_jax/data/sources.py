@@ -32,8 +32,10 @@ class Dataset:
       test_images: like `train_images`, of the test examples.
       test_labels: like `train_labels`, of the test examples.
       classes: names of the Y classes.
-      train_clients: (M,) int, id of the client that owns each training example; None where the
-        data set does not say.
+      train_clients: (M,) int or str, id of the client that owns each training example; None where
+        the data set does not say.
+      test_clients: the same of the test examples; every owner of some owns training examples, too.
+      notes: sentences on what a user should know of how the data were read.
 
     Raises:
       InputError: naming the array that does not fit the others.
@@ -46,6 +48,8 @@ class Dataset:
     test_labels: np.ndarray
     classes: tuple[str, ...]
     train_clients: np.ndarray | None = None
+    test_clients: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses arrays that do not fit together."""
@@ -55,7 +59,10 @@ class Dataset:
             shape = self.test_images.shape[1:]
             raise InputError("test_images", shape, f"those to train on are {self.image_shape}")
         if self.train_clients is not None:
-            _check_integers("train_clients", self.train_clients, len(self.train_images))
+            _check_owners("train_clients", self.train_clients, len(self.train_images))
+        if self.test_clients is not None:
+            _check_owners("test_clients", self.test_clients, len(self.test_images))
+            _check_known_owners(self.test_clients, self.train_clients)
 
     @property
     def num_classes(self) -> int:
@@ -89,10 +96,10 @@ def load(
 
     `digits` is scikit-learn's 1,797 handwritten digits, in a fixed stratified 80/20 split. The path
     of an `.npz` file gives its arrays: `train_images`, `train_labels`, `test_images`,
-    `test_labels`, and, where wanted, `classes` and `train_clients`, as in `Dataset`. Any other name
-    is a TFDS image classification data set (`emnist/digits`, `cifar10:3.0.2`), whose
-    metadata gives its shape, classes and splits. It is decoded once; later loads read the pixels
-    back from the cache.
+    `test_labels`, and, where wanted, `classes`, `train_clients` and `test_clients`, as in
+    `Dataset`. Any other name is a TFDS image classification data set (`emnist/digits`,
+    `cifar10:3.0.2`), whose metadata gives its shape, classes and splits. It is decoded once; later
+    loads read the pixels back from the cache.
 
     Args:
       name: `digits`, `path/to/file.npz`, or `name[/config][:version]`.
@@ -130,7 +137,8 @@ def load(
     if name == layout.EMBEDDED:
         whole = _digits(image_size, cache_dir)
     elif name.endswith(npz_source.SUFFIX):
-        whole = _dataset(name, npz_source.read(name, image_size))
+        arrays, unread = npz_source.read(name, image_size)
+        whole = _dataset(name, arrays, unread)
     else:
         whole = _prepared(name, data_dir, image_size, download, cache_dir, accept_prepared)
     train = stratified_sample(whole.train_labels, train_limit, np.random.default_rng([seed, 0]))
@@ -142,6 +150,7 @@ def load(
         test_images=whole.test_images[test],
         test_labels=whole.test_labels[test].astype(np.int32),
         train_clients=None if whole.train_clients is None else whole.train_clients[train],
+        test_clients=None if whole.test_clients is None else whole.test_clients[test],
     )
     accept(dataset.num_classes, len(dataset.train_labels), dataset.num_owners)
     return dataset
@@ -230,12 +239,12 @@ def _prepared(
     return _dataset(name, arrays)
 
 
-def _dataset(name: str, arrays: Arrays) -> Dataset:
+def _dataset(name: str, arrays: Arrays, notes: tuple[str, ...] = ()) -> Dataset:
     """Joins the arrays of a data set; where they do not fit, the message says whose they are."""
     others = dict(arrays)
     classes = tuple(str(y) for y in np.ravel(others.pop("classes")))
     try:
-        return Dataset(name=name, classes=classes, **others)
+        return Dataset(name=name, classes=classes, notes=notes, **others)
     except InputError as error:
         raise InputError("data.name", name, str(error)) from error
 
@@ -254,3 +263,25 @@ def _check_integers(field: str, found: np.ndarray, count: int) -> None:
     if not np.issubdtype(found.dtype, np.integer) or found.shape != (count,) or not count:
         given = f"{found.dtype} of shape {found.shape}"
         raise InputError(field, given, f"give a whole number for each of {count} images")
+
+
+def _check_owners(field: str, found: np.ndarray, count: int) -> None:
+    """Refuses what is not one id, a whole number or a text, for each of `count` examples."""
+    if found.dtype.kind not in "iuU" or found.shape != (count,):
+        given = f"{found.dtype} of shape {found.shape}"
+        remedy = f"give the owner's id, a whole number or a text, for each of {count} images"
+        raise InputError(field, given, remedy)
+
+
+def _check_known_owners(test: np.ndarray, train: np.ndarray | None) -> None:
+    """Refuses test examples of clients that own no training examples."""
+    if train is None or (test.dtype.kind == "U") != (train.dtype.kind == "U"):
+        kind = "none" if train is None else train.dtype
+        remedy = f"train_clients are {kind}; give ids of the same clients in both"
+        raise InputError("test_clients", test.dtype, remedy)
+    strangers = np.setdiff1d(test, train)
+    if strangers.size:
+        alone = strangers.size == 1
+        which = "owns no" if alone else f"is one of {strangers.size} owners without a"
+        remedy = f"{which} training example; leave such test examples out"
+        raise InputError("test_clients", strangers[0], remedy)

@@ -24,6 +24,9 @@ Features = Callable[[PyTree, Array], Array]
 Classify = Callable[[Params, Array, Array], Array]
 """(a client's parameters, features (B, D), held (K,)) -> class logits (B, Y)."""
 
+Hits = tuple[Array, Array | None]
+"""Examples that clients get right: by class (C, Y), and of their own (C,) where they have such."""
+
 _SHARED = PartitionSpec(None, AXIS)
 
 
@@ -33,26 +36,47 @@ class TestSet(NamedTuple):
     Attributes:
       images: (chunks, B, h, w, channels) uint8.
       labels: (chunks, B) int32; -1 marks padding.
+      owner: (chunks, B) int32, the client that each example is one of; -1 for nobody. None where
+        clients have no test examples of their own.
     """
 
     images: Array
     labels: Array
+    owner: Array | None = None
 
 
 def chunk_test_set(
-    images: np.ndarray, labels: np.ndarray, batch_size: int = 500, mesh: Mesh | None = None
+    images: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int = 500,
+    mesh: Mesh | None = None,
+    owner: np.ndarray | None = None,
 ) -> TestSet:
-    """Cuts a test set into chunks of about `batch_size`, as even as can be, shared by the mesh."""
+    """Cuts a test set into chunks of about `batch_size`, as even as can be, shared by the mesh.
+
+    Args:
+      images: (M, ...) as the training images.
+      labels: (M,) int.
+      batch_size: B, about.
+      mesh: from `client_mesh`; None for one device.
+      owner: (M,) int, the client that each example is one of, -1 for nobody; None where clients
+        have no test examples of their own.
+    """
     mesh = mesh or client_mesh(1)
     chunks = -(-len(labels) // batch_size)
     size = -(-len(labels) // (chunks * mesh.size)) * mesh.size
     padding = chunks * size - len(labels)
-    padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), images.dtype)])
-    marked = np.concatenate([labels, np.full(padding, -1)]).astype(np.int32)
     shared = NamedSharding(mesh, _SHARED)
+
+    def cut(values: np.ndarray, filler: int) -> Array:
+        ends = np.full((padding, *values.shape[1:]), filler, values.dtype)
+        padded = np.concatenate([values, ends])
+        return jax.device_put(padded.reshape(chunks, size, *values.shape[1:]), shared)
+
     return TestSet(
-        jax.device_put(padded.reshape(chunks, size, *images.shape[1:]), shared),
-        jax.device_put(marked.reshape(chunks, size), shared),
+        cut(images, 0),
+        cut(np.asarray(labels, np.int32), -1),
+        None if owner is None else cut(np.asarray(owner, np.int32), -1),
     )
 
 
@@ -72,13 +96,13 @@ def evaluate(
       mesh: devices that share the images, along its axis `AXIS`.
       state: of the federation.
       test: the test set.
-      label_share: (C, Y) training label shares of each client; personal accuracy is the mean of
-        the per-class accuracies so weighted (over the classes that the test set has).
+      label_share: (C, Y) training label shares of each client. Where clients have no test examples
+        of their own, personal accuracy is the mean of the per-class accuracies so weighted, over
+        the classes that the test set has.
 
     Returns:
-      The accuracies. Clients that have never held an expert take no part.
+      What the models get right. Clients that have never held an expert take no part.
     """
-    classes = label_share.shape[1]
     experts = state.fitness.shape[1]
     evaluated = state.slots[:, 0] < experts  # slots rise, so an empty first slot means none held
 
@@ -89,47 +113,67 @@ def evaluate(
         out_specs=PartitionSpec(),
         check_vma=False,
     )
-    def evaluate_share(test: TestSet, known: tuple[State, Array]) -> tuple[Array, Array]:
-        state, evaluated = known
-        blocks = _blocks((state.slots, state.gates, state.private, evaluated))
+    def of_all_devices(test: TestSet, known: tuple[State, Array]) -> tuple[Hits, Array]:
+        return lax.psum(_count_hits(features, classify, label_share.shape[1], test, *known), AXIS)
 
-        def evaluate_chunk(hits: Array, chunk: TestSet) -> tuple[Array, Array]:
-            shared_features = features(state.shared, chunk.images)
-            one_hot = jax.nn.one_hot(chunk.labels, classes)  # (B, Y), zero rows for padding
+    (hits, own), server_hits = of_all_devices(test, (state, evaluated))
+    examples = _one_hot(test.labels, label_share.shape[1]).sum(axis=(0, 1))
+    if test.owner is None:
+        share = jnp.where(examples > 0, label_share, 0.0)
+        own = (share * hits / jnp.maximum(examples, 1.0)).sum(axis=1)
+        weight = share.sum(axis=1)
+    else:
+        # A number out of range is dropped; a negative one would count from the end.
+        owner = jnp.where(test.owner >= 0, test.owner, evaluated.size).ravel()
+        weight = jnp.zeros(evaluated.size, jnp.float32).at[owner].add(1.0, mode="drop")
+    return Evaluation(hits, examples, own, weight, server_hits, evaluated)
 
-            def evaluate_client(
-                slots: Array, gate: PyTree, private: PyTree, counts: Array
-            ) -> tuple[Array, Array]:
-                held = take_slots(state.experts, slots)
-                params = Params(state.shared, held, take_slots(gate, slots), private)
-                logits = classify(params, shared_features, slots < experts)
-                hit = (logits.argmax(axis=-1) == chunk.labels) & counts
-                return counts * jax.nn.softmax(logits), hit @ one_hot
 
-            def evaluate_block(total: Array, block: tuple) -> tuple:
-                probability, client_hits = jax.vmap(evaluate_client)(*block)
-                return total + probability.sum(axis=0), client_hits
+def _count_hits(
+    features: Features,
+    classify: Classify,
+    classes: int,
+    test: TestSet,
+    state: State,
+    evaluated: Array,
+) -> tuple[Hits, Array]:
+    """What each client, and all clients together, get right of one device's share of the images."""
+    numbers = jnp.arange(evaluated.size, dtype=jnp.int32)
+    blocks = _blocks((numbers, state.slots, state.gates, state.private, evaluated))
 
-            scanned: tuple[Array, Array] = lax.scan(evaluate_block, jnp.zeros_like(one_hot), blocks)
-            total, client_hits = scanned  # (B, Y), (blocks, p, Y)
-            client_hits = client_hits.reshape(-1, classes)[: evaluated.size]
-            return hits + client_hits, (total.argmax(axis=-1) == chunk.labels).sum()
+    def count_chunk(so_far: Hits, chunk: TestSet) -> tuple[Hits, Array]:
+        shared_features = features(state.shared, chunk.images)
+        one_hot = _one_hot(chunk.labels, classes)
 
-        hits = jnp.zeros((evaluated.size, classes))
-        return lax.psum(lax.scan(evaluate_chunk, hits, test), AXIS)
+        def count_client(
+            number: Array, slots: Array, gate: PyTree, private: PyTree, counts: Array
+        ) -> tuple[Array, Hits]:
+            held = take_slots(state.experts, slots)
+            params = Params(state.shared, held, take_slots(gate, slots), private)
+            logits = classify(params, shared_features, slots < state.fitness.shape[1])
+            hit = ((logits.argmax(axis=-1) == chunk.labels) & counts).astype(jnp.float32)
+            own = None if chunk.owner is None else jnp.where(chunk.owner == number, hit, 0.0).sum()
+            return counts * jax.nn.softmax(logits), (hit @ one_hot, own)
 
-    hits, server_hits = evaluate_share(test, (state, evaluated))
-    counts = jax.nn.one_hot(test.labels, classes).sum(axis=(0, 1))  # (Y,)
-    share = jnp.where(counts > 0, label_share, 0.0)
-    share = share / jnp.maximum(share.sum(axis=1, keepdims=True), 1e-9)
-    class_accuracy = jnp.where(counts > 0, hits / jnp.maximum(counts, 1.0), jnp.nan)
-    return Evaluation(
-        class_accuracy=class_accuracy,
-        global_accuracy=hits.sum(axis=1) / counts.sum(),
-        personal_accuracy=jnp.nansum(share * class_accuracy, axis=1),
-        server_accuracy=server_hits.sum() / counts.sum(),
-        evaluated=evaluated,
+        def count_block(total: Array, block: tuple) -> tuple[Array, Hits]:
+            probability, hits = jax.vmap(count_client)(*block)
+            return total + probability.sum(axis=0), hits
+
+        total, found = lax.scan(count_block, jnp.zeros_like(one_hot), blocks)
+        of_clients = jax.tree.map(lambda h: h.reshape(-1, *h.shape[2:])[: evaluated.size], found)
+        server_hits = (total.argmax(axis=-1) == chunk.labels).sum(dtype=jnp.int32)
+        return jax.tree.map(jnp.add, so_far, of_clients), server_hits
+
+    none = jnp.zeros((evaluated.size, classes), jnp.float32)
+    hits, server_hits = lax.scan(
+        count_chunk, (none, None if test.owner is None else none[:, 0]), test
     )
+    return hits, server_hits.sum(dtype=jnp.int32)
+
+
+def _one_hot(labels: Array, classes: int) -> Array:
+    """(..., Y) float32; zeros for padding."""
+    return jax.nn.one_hot(labels, classes, dtype=jnp.float32)
 
 
 def _blocks(clients: PyTree) -> PyTree:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexmoe_jax.data import load
+from flexmoe_jax.data import client_numbers, load, partition
 from flexmoe_jax.errors import InputError
 
 Save = Callable[..., str]
@@ -53,6 +53,40 @@ def test_classes_are_counted_and_clients_unknown_where_the_file_does_not_say(sav
     data = load(save(train_labels=np.array([0, 1, 2, 3, 0, 1, 2, 3, 0, 1], np.uint8)))
     assert data.classes == ("0", "1", "2", "3")
     assert data.train_clients is None
+
+
+@pytest.mark.parametrize("kind", [np.str_, np.bytes_])
+def test_clients_may_have_names(save: Save, kind: type) -> None:
+    names = np.array(["zoé", "ann", "bob"])
+    train, test = names[np.arange(10) % 3], np.array(["bob", "zoé", "bob", "bob"])
+    if kind is np.bytes_:
+        train, test = np.char.encode(train, "utf-8"), np.char.encode(test, "utf-8")
+    data = load(save(train_clients=train, test_clients=test), train_limit=8, test_limit=3)
+    position = data.train_images[:, 0, 0, 0].astype(int)
+    assert data.train_clients is not None
+    assert data.test_clients is not None
+    assert np.array_equal(data.train_clients, names[position % 3])
+    parts = partition("natural", data.train_labels, 3, seed=0, owner=data.train_clients)
+    assert [names[position[part] % 3][0] for part in parts] == ["ann", "bob", "zoé"]
+    numbers = client_numbers(data.train_clients, data.test_clients)
+    assert [["ann", "bob", "zoé"][n] for n in numbers] == data.test_clients.tolist()
+
+
+def test_owners_whom_a_limit_leaves_out_have_no_number() -> None:
+    assert client_numbers(np.array([5, 3, 5]), np.array([3, 4, 5, 9, 0])).tolist() == [
+        *(0, -1, 1, -1, -1)
+    ]
+
+
+def test_arrays_that_are_not_used_are_named(save: Save) -> None:
+    assert load(save()).notes == ()
+    (note,) = load(save(train_client=np.zeros(10), a=0, b=0)).notes
+    assert note.endswith(
+        "mine.npz holds arrays that are not used: train_client, a, b; did you mean train_clients "
+        "by train_client?"
+    )
+    (note,) = load(save(**{f"extra_{i}": 0 for i in range(50)})).notes
+    assert "extra_9 and 40 more" in note
 
 
 def test_images_without_channels_get_one(save: Save) -> None:
@@ -101,6 +135,20 @@ def test_images_are_resized_on_request(save: Save) -> None:
         ({"train_labels": None, "test_images": None}, "it lacks train_labels, test_images .*holds"),
         ({"train_labels": np.zeros(9, int)}, "train_labels=.*each of 10 images"),
         ({"train_clients": np.zeros(9, int)}, "train_clients=.*each of 10 images"),
+        ({"train_clients": np.zeros(10)}, "train_clients=float64 .*a whole number or a text"),
+        ({"test_clients": np.zeros(4, int)}, "test_clients=int64: train_clients are none"),
+        (
+            {"train_clients": np.zeros(10, int), "test_clients": np.zeros(5, int)},
+            "test_clients=int64 of shape .5,.: .*each of 4 images",
+        ),
+        (
+            {"train_clients": np.zeros(10, int), "test_clients": np.array(list("aaaa"))},
+            "test_clients=<U1: train_clients are int64; give ids",
+        ),
+        (
+            {"train_clients": np.zeros(10, int), "test_clients": np.array([0, 7, 0, 8])},
+            "test_clients=7: is one of 2 owners without a training example",
+        ),
         ({"test_labels": np.array([0, 1, 0.5, 1])}, "test_labels=float64 .*whole number"),
         ({"test_labels": np.array(list("abba"))}, "test_labels=<U1 .*whole number"),
         # Two classes counted from 1; and a class 5 of which there are only two more.

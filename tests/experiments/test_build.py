@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,33 +9,17 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.build import build, load_partitioned, local_optimizer, standardise
+from experiments.build import build, load_partitioned, local_optimizer
 from experiments.cli import flat_fields
 from experiments.configs import base
 from experiments.edge import model_shapes
+from experiments.report import write_report
 from experiments.studies.methods import METHODS
 from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax import models
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array, Params
-
-
-def test_many_large_images_are_standardised_exactly():
-    # Ten million pixels a channel: in single precision their sum comes out far too small.
-    images = np.broadcast_to(np.array([200, 0, 50], np.uint8), (2, 2_300, 2_300, 3)).copy()
-    images[0, :, :, 0] = 100
-    images[1, :, :, 1] = 255
-    found = np.asarray(standardise(images)(images[:, :1, :1]))
-    assert np.allclose(found[:, 0, 0, 0], [-1, 1], atol=1e-4)
-    assert np.allclose(found[:, 0, 0, 1], [-1, 1], atol=1e-4)
-    assert np.allclose(found[..., 2], 0, atol=1e-4)
-
-
-def test_features_are_standardised_each_by_itself():
-    features = np.array([[1.0, -300.0], [3.0, 100.0]], np.float32)
-    found = np.asarray(standardise(features)(features))
-    assert np.allclose(found, [[-1, -1], [1, 1]], atol=1e-4)
 
 
 def measurements(path, owners: int) -> ConfigDict:
@@ -75,6 +61,48 @@ def test_ones_own_features_and_clients_are_trained_on(tmp_path):
     assert dataset.classes == ("low", "middle", "high")
     for client, part in enumerate(parts):
         assert part.tolist() == list(range(client, 300, 5))
+
+
+def with_arrays(path, **changes) -> None:
+    """Adds arrays to a file."""
+    with np.load(path) as file:
+        np.savez(path, **{**file, **changes})
+
+
+def test_natural_clients_are_measured_on_their_own_test_examples(tmp_path):
+    """Five hospitals, one without test examples; an array that nobody knows stays in the report."""
+    config = measurements(tmp_path / "mine.npz", owners=5)
+    owner = np.array(["b", "a", "e", "d"])[np.arange(100) % 4]  # c has none
+    named = np.array(list("abcde"))[np.arange(300) % 5]
+    with_arrays(tmp_path / "mine.npz", train_clients=named, test_clients=owner, val_images=[1])
+    assert train(config, Workdir(tmp_path / "run")) == "finished"
+    row = Workdir(tmp_path / "run").read()[-1]
+    assert (row["eval/clients"], row["eval/personal_clients"]) == (5, 4)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["personal_measured_on"] == "clients' own test examples"
+    (note,) = summary["notes"]
+    assert note.endswith("mine.npz holds arrays that are not used: val_images")
+    page = (write_report([tmp_path / "run"])).read_text()
+    assert "personal accuracy on clients&#x27; own test examples" in page
+    assert "arrays that are not used: val_images" in page
+
+
+def test_what_figures_cannot_tell_stays_in_the_summary(tmp_path):
+    config = measurements(tmp_path / "mine.npz", owners=5)
+    experiment = build(config)
+    assert experiment.personal == "common test set, weighted to each client's label shares"
+    (note,) = experiment.notes
+    assert note.startswith("natural clients without test examples of their own (test_clients)")
+    config.partition.name = "iid"
+    (note,) = build(config).notes
+    assert note.startswith("train_clients are not used: partition.name=iid deals the examples")
+
+
+def test_test_examples_of_strangers_are_refused(tmp_path):
+    config = measurements(tmp_path / "mine.npz", owners=5)
+    with_arrays(tmp_path / "mine.npz", test_clients=100 + np.arange(100) % 7)
+    with pytest.raises(InputError, match=r"test_clients=105: is one of 2 owners without a"):
+        build(config)
 
 
 def test_another_number_of_clients_than_own_the_data_is_refused(tmp_path):

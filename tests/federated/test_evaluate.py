@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import chex
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,5 +86,73 @@ def test_a_class_that_the_test_set_lacks_is_left_out(federation, clients, digits
     assert np.isfinite(result.personal_accuracy).all()
     shares = np.asarray(clients.label_share[0]).copy()
     shares[3] = 0
-    expected = np.nansum(np.asarray(result.class_accuracy[0]) * shares) / shares.sum()
+    expected = np.nansum(result.class_accuracy[0] * shares) / shares.sum()
     assert result.personal_accuracy[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_client_none_of_whose_classes_are_there_has_no_personal_accuracy(
+    federation, clients, digits
+):
+    algorithm, state = federation
+    share = jnp.zeros_like(clients.label_share).at[:, 3].set(1.0).at[0].set(0.1)
+    some = digits.test_labels != 3
+    test = chunk_test_set(digits.test_images[some], digits.test_labels[some])
+    result = algorithm.evaluate(state, test, share)
+    assert np.isnan(result.personal_accuracy).tolist() == [False] + [True] * 6
+    figures = accuracies(result)
+    assert figures["eval/personal_clients"] == 1
+    assert figures["eval/personal_accuracy"] == pytest.approx(
+        np.nanmean(result.class_accuracy[0]), abs=1e-6
+    )
+
+
+def of_every_client(federation, clients, digits):
+    """Which images each client gets right, (C, M), one by one."""
+    algorithm, state = federation
+    images, labels = digits.test_images, digits.test_labels
+    test = chunk_test_set(images, labels, 1, owner=np.zeros(len(labels)))
+    alone = [jax.tree.map(lambda x, i=i: x[i : i + 1], test) for i in range(len(labels))]
+    hits = [algorithm.evaluate(state, one, clients.label_share).hits.sum(axis=1) for one in alone]
+    return np.stack(hits, axis=1)
+
+
+@pytest.fixture(scope="module")
+def right(federation, clients, digits):
+    return of_every_client(federation, clients, digits)
+
+
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(seed=st.integers(0, 2**32 - 1), nobody=st.booleans())
+def test_own_examples_are_counted_for_their_owners_in_any_order(
+    federation, clients, digits, right, seed, nobody
+):
+    """Whoever owns what, and however the rows stand: the same sums as counted one by one."""
+    algorithm, state = federation
+    rng = np.random.default_rng(seed)
+    labels, size = digits.test_labels, len(digits.test_labels)
+    owner = rng.integers(-1 if nobody else 0, 7, size)
+    owner[owner == 4] = 2  # client 4 has none of its own
+    order = rng.permutation(size)
+    test = chunk_test_set(digits.test_images[order], labels[order], 33, owner=owner[order])
+    result = algorithm.evaluate(state, test, clients.label_share)
+    mine = owner == np.arange(7)[:, None]
+    assert np.array_equal(result.personal_hits[:6], (right * mine).sum(axis=1)[:6])
+    assert np.array_equal(result.personal_weight, mine.sum(axis=1))
+    assert np.array_equal(result.hits.sum(axis=1)[:6], right.sum(axis=1)[:6])
+    assert accuracies(result)["eval/personal_clients"] == 5
+    expected = [right[c, owner == c].mean() for c in (0, 1, 2, 3, 5)]
+    assert accuracies(result)["eval/personal_accuracy"] == pytest.approx(np.mean(expected))
+
+
+def test_devices_count_own_examples_alike(make_algorithm, federation, clients, digits):
+    algorithm, state = federation
+    mesh = federated.client_mesh(8)
+    owner = np.arange(len(digits.test_labels)) % 6
+    arrays = digits.test_images, digits.test_labels
+    alone = algorithm.evaluate(state, chunk_test_set(*arrays, owner=owner), clients.label_share)
+    shared = make_algorithm(mesh=mesh).evaluate(
+        federated.replicate(state, mesh),
+        chunk_test_set(*arrays, 30, mesh, owner),
+        federated.replicate(clients.label_share, mesh),
+    )
+    chex.assert_trees_all_equal(jax.device_get(alone), jax.device_get(shared))
