@@ -37,7 +37,7 @@ def crop(images: Array, bits: Array) -> Array:
     top, left = jnp.divmod(place, 2 * right + 1)
 
     def cut(image: Array, top: Array, left: Array) -> Array:
-        return lax.dynamic_slice(image, (top, left, 0), (height, width, channels))
+        return lax.dynamic_slice(image, (top, left, jnp.int32(0)), (height, width, channels))
 
     return jax.vmap(cut)(padded, top.astype(jnp.int32), left.astype(jnp.int32))
 

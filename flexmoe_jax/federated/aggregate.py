@@ -38,7 +38,8 @@ class Sums(NamedTuple):
 def init_sums(shared: PyTree, experts: PyTree, count: int) -> Sums:
     """Zero sums for ψ and θ (leaves (E, ...)) of these shapes, with E = `count`."""
     zeros = jax.tree.map(jnp.zeros_like, (shared, experts))
-    return Sums(zeros[0], jnp.zeros(()), zeros[1], jnp.zeros(count))
+    none = jnp.zeros(count, jnp.float32)
+    return Sums(zeros[0], none.sum(), zeros[1], none)
 
 
 def add_updates(

@@ -31,9 +31,10 @@ def compile_ahead(
 
     Returns:
       The algorithm with the three functions bound to these shapes; a call waits for its program.
-      In a run over several processes, the algorithm as it is.
+      In a run over several processes, and where JAX is told not to compile
+      (`JAX_DISABLE_JIT`), the algorithm as it is.
     """
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 or jax.config.values["jax_disable_jit"]:
         return algorithm
     setting = algorithm.setting
 

@@ -240,7 +240,7 @@ def flexmoe(
             round=jnp.zeros((), jnp.int32),
             shared=params.shared,
             experts=params.experts,
-            gates=jax.vmap(init_gate)(jnp.arange(clients)),
+            gates=jax.vmap(init_gate)(jnp.arange(clients, dtype=jnp.int32)),
             private=jax.tree.map(
                 lambda x: jnp.broadcast_to(x, (clients, *x.shape)), params.private
             ),
@@ -249,9 +249,9 @@ def flexmoe(
             fitness=jnp.full((clients, experts), fitness.initial, jnp.float32),
             slots=jnp.full((clients, slots), experts, jnp.int32),
             held_rounds=jnp.zeros((clients, experts), jnp.int32),
-            usage=jnp.zeros((clients, experts)),
-            load=jnp.zeros(experts),
-            deficit=jnp.zeros(experts),
+            usage=jnp.zeros((clients, experts), jnp.float32),
+            load=jnp.zeros(experts, jnp.float32),
+            deficit=jnp.zeros(experts, jnp.float32),
             fresh=jnp.zeros((clients, experts), bool),
             residual=init_residual(params.shared, params.experts, clients, slots)
             if uplink.error_feedback and not uplink.compressor.lossless
@@ -309,7 +309,7 @@ def flexmoe(
         return jax.tree.map(lambda old, row: old.at[rows].set(row, mode="drop"), tree, new)
 
     def by_expert(slots: Array, amount: Array) -> Array:
-        return jnp.zeros(experts).at[slots].add(amount, mode="drop")
+        return jnp.zeros(experts, jnp.float32).at[slots].add(amount, mode="drop")
 
     @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def run_round(state: State, data: ClientData, plan: Plan) -> tuple[State, RoundReport]:
@@ -372,7 +372,10 @@ def flexmoe(
             held_rounds=state.held_rounds.at[pairs].add(trained[:, None], mode="drop"),
             usage=usage,
             load=state.load + plan.load,
-            deficit=update_deficit(state.deficit, given, share=share, decay=deficit_decay),
+            # Shares are NumPy's doubles.
+            deficit=update_deficit(state.deficit, given, share=share, decay=deficit_decay).astype(
+                jnp.float32
+            ),
             fresh=jnp.where(took_part[:, None], received, state.fresh) & (sums.expert_weight == 0),
             residual=put_rows(state.residual, plan.clients, result.residual),
         )

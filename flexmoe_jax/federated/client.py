@@ -210,13 +210,13 @@ def make_client(
     """
 
     def init(params: Params) -> ClientState:
-        zeros = jnp.zeros(slots)
+        zeros = jnp.zeros(slots, jnp.float32)
         return ClientState(
             params=params,
             optimizer=local.optimizer.init(params),
             feedback=Feedback(zeros, zeros, zeros),
-            loss=jnp.zeros(()),
-            examples=jnp.zeros(()),
+            loss=jnp.zeros((), jnp.float32),
+            examples=jnp.zeros((), jnp.float32),
         )
 
     def objective(
@@ -225,7 +225,9 @@ def make_client(
         logits, routing = apply(params, images, held)
         # Not by the label's place in a row: taking one entry out of each, and putting its gradient
         # back, is slow on a CPU.
-        losses = optax.softmax_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
+        losses = optax.softmax_cross_entropy(
+            logits, jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        )
         loss = jnp.dot(losses, valid) / jnp.maximum(valid.sum(), 1.0)
         if local.balance:
             loss += local.balance * balance_loss(routing, held, valid)
@@ -322,7 +324,7 @@ def draw_batches(local: LocalTraining, key: Key, index: Array, size: Array) -> B
     """
     padded = index.shape[0]
     # The padding comes last, so that it does not move what the examples before it draw.
-    rank = jax.random.uniform(key, (padded, local.epochs)).T
+    rank = jax.random.uniform(key, (padded, local.epochs), jnp.float32).T
     order = jnp.argsort(jnp.where(jnp.arange(padded) < size, rank, jnp.inf), axis=1)
     step = jnp.arange(int(local.steps(np.asarray(padded))))[:, None]
     epoch, batch = jnp.divmod(step, jnp.maximum(local.steps_per_epoch(size), 1))

@@ -119,8 +119,8 @@ def compress_update(
 def init_residual(shared: PyTree, experts: PyTree, clients: int, slots: int) -> PyTree:
     """Nothing kept back yet: zeros like ψ, leaves (C, ...), and like θ, leaves (C, K, ...)."""
     return (
-        jax.tree.map(lambda x: jnp.zeros((clients, *x.shape)), shared),
-        jax.tree.map(lambda x: jnp.zeros((clients, slots, *x.shape[1:])), experts),
+        jax.tree.map(lambda x: jnp.zeros((clients, *x.shape), x.dtype), shared),
+        jax.tree.map(lambda x: jnp.zeros((clients, slots, *x.shape[1:]), x.dtype), experts),
     )
 
 

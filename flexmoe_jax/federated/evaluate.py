@@ -7,7 +7,6 @@ The shared features of an image are computed once, not once per client; what dif
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flexmoe_jax.federated.execute import AXIS, client_mesh, take_slots
+from flexmoe_jax.federated.execute import AXIS, client_mesh, over_devices, take_slots
 from flexmoe_jax.types import Array, Evaluation, Params, PyTree, State
 
 Features = Callable[[PyTree, Array], Array]
@@ -106,17 +105,11 @@ def evaluate(
     experts = state.fitness.shape[1]
     evaluated = state.slots[:, 0] < experts  # slots rise, so an empty first slot means none held
 
-    @partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(_SHARED, PartitionSpec()),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
-    def of_all_devices(test: TestSet, known: tuple[State, Array]) -> tuple[Hits, Array]:
-        return lax.psum(_count_hits(features, classify, label_share.shape[1], test, *known), AXIS)
+    def of_device(test: TestSet, known: tuple[State, Array]) -> tuple[tuple[Hits, Array], None]:
+        return _count_hits(features, classify, label_share.shape[1], test, *known), None
 
-    (hits, own), server_hits = of_all_devices(test, (state, evaluated))
+    found, _ = over_devices(of_device, test, (state, evaluated), mesh, _SHARED)
+    (hits, own), server_hits = found
     examples = _one_hot(test.labels, label_share.shape[1]).sum(axis=(0, 1))
     if test.owner is None:
         share = jnp.where(examples > 0, label_share, 0.0)

@@ -34,6 +34,7 @@ from flexmoe_jax.types import Array, Feedback, Key, Params, Plan, PyTree
 
 AXIS = "clients"
 """The mesh axis over which devices share a cohort."""
+_ALONG_FIRST = PartitionSpec(AXIS)
 
 
 class CohortResult(NamedTuple):
@@ -89,6 +90,42 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: put(np.asarray(leaf)), jax.device_get(tree))
 
 
+def over_devices(
+    function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    split: PyTree,
+    whole: PyTree,
+    mesh: Mesh,
+    spec: PartitionSpec = _ALONG_FIRST,
+) -> tuple[PyTree, PyTree]:
+    """Runs a function of (a share of `split`, all of `whole`) on every device of a mesh.
+
+    Args:
+      function: its first output is added up over the devices, its second is joined along the first
+        axis.
+      split: arrays that the devices share out, along the axis that `spec` gives to `AXIS`.
+      whole: arrays that each device gets as they are.
+      mesh: from `client_mesh`. One device alone runs the plain function, which JAX can then also
+        run without compiling it.
+      spec: of `split`.
+    """
+    if mesh.size == 1:
+        return function(split, whole)
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(spec, PartitionSpec()),
+        out_specs=(PartitionSpec(), _ALONG_FIRST),
+        check_vma=False,
+    )
+    def on_one(split: PyTree, whole: PyTree) -> tuple[PyTree, PyTree]:
+        total, joined = function(split, whole)
+        return lax.psum(total, AXIS), joined
+
+    outputs: tuple[PyTree, PyTree] = on_one(split, whole)
+    return outputs
+
+
 def resolve_block_size(block_size: int, cohort: int, devices: int = 1) -> int:
     """Turns 0 (automatic) into a number, and cuts it to a device's share of the cohort.
 
@@ -141,13 +178,6 @@ def train_cohort(
     uplink = uplink or Uplink()
     experts_total = plan.load.shape[0]
 
-    @partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(PartitionSpec(AXIS), PartitionSpec()),
-        out_specs=(PartitionSpec(), PartitionSpec(AXIS)),
-        check_vma=False,
-    )
     def train_share(share: tuple[Array, ...], known: tuple) -> tuple[Sums | None, tuple]:
         data, shared, experts, gates, private, residual, round_index, key = known
         client = make_client(data, round_index)
@@ -209,10 +239,11 @@ def train_cohort(
         start = init_sums(shared, experts, experts_total) if aggregator is None else None
         sums, outputs = lax.scan(train_block, start, blocks)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
-        return lax.psum(sums, AXIS), flat
+        return sums, flat
 
     known = data, shared, experts, gates, private, residual, round_index, key
-    sums, outputs = train_share((plan.clients, plan.slots, plan.steps, plan.tamper), known)
+    rows = plan.clients, plan.slots, plan.steps, plan.tamper
+    sums, outputs = over_devices(train_share, rows, known, mesh)
     updates, *others = outputs
     if aggregator is not None:
         sums = aggregator(updates, experts_total)

@@ -112,10 +112,10 @@ def round_on_device(algorithm: Algorithm, *, per_round: int = 0) -> Rounds:
         capacity = jnp.asarray(setting.capacity)[cohort]
         low, high = device_load_bounds(capacity, state.deficit, slack)
         untried = state.held_rounds == 0
-        ties = jax.random.uniform(tie_key, state.fitness.shape)
+        ties = jax.random.uniform(tie_key, state.fitness.shape, state.fitness.dtype)
         fitness = state.fitness + setting.optimism * untried + _TIE_NOISE * ties
         if exploration:
-            fitness += exploration * jax.random.uniform(noise_key, fitness.shape)
+            fitness += exploration * jax.random.uniform(noise_key, fitness.shape, fitness.dtype)
         found = dual_assign(fitness[cohort], capacity, low, high, slots=slots)
         plan = device_plan(
             cohort,
@@ -196,7 +196,7 @@ def device_plan(
         slots=jnp.pad(held, ((0, padding), (0, 0)), constant_values=experts)[dealt],
         load=load,
         steps=jnp.pad(steps[order].astype(jnp.int32), (0, padding))[dealt],
-        tamper=jnp.ones(size + padding),
+        tamper=jnp.ones(size + padding, jnp.float32),
     )
 
 

@@ -75,8 +75,8 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps (B, h, w, channels) to the same shape."""
         batch, height, width, channels = x.shape
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
 
         def over_group(of_channel: Array) -> Array:
             grouped = of_channel.reshape(batch, self.groups, -1)

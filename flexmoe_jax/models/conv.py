@@ -260,8 +260,8 @@ class Conv(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps (B, h, w, i) to (B, h', w', features)."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
         y = self.conv(x, kernel, (self.stride, self.stride), self.padding)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return y

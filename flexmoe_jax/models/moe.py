@@ -135,10 +135,10 @@ class Experts(nn.Module):
         features = x.shape[-1]
         zeros = nn.initializers.zeros
         experts = {
-            "w_in": self.param("w_in", fan_in, (self.count, features, self.hidden)),
-            "b_in": self.param("b_in", zeros, (self.count, self.hidden)),
-            "w_out": self.param("w_out", fan_in, (self.count, self.hidden, features)),
-            "b_out": self.param("b_out", zeros, (self.count, features)),
+            "w_in": self.param("w_in", fan_in, (self.count, features, self.hidden), jnp.float32),
+            "b_in": self.param("b_in", zeros, (self.count, self.hidden), jnp.float32),
+            "w_out": self.param("w_out", fan_in, (self.count, self.hidden, features), jnp.float32),
+            "b_out": self.param("b_out", zeros, (self.count, features), jnp.float32),
         }
         return expert_mlp(experts, x)
 
@@ -156,8 +156,8 @@ class Gate(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps (B, D) to logits (B, count)."""
         small = nn.initializers.normal(0.02)
-        kernel = self.param("kernel", small, (self.count, x.shape[-1]))
-        bias = self.param("bias", nn.initializers.zeros, (self.count,))
+        kernel = self.param("kernel", small, (self.count, x.shape[-1]), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.count,), jnp.float32)
         return jnp.einsum("bd,ed->be", x, kernel) + bias
 
 
