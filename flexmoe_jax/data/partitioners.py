@@ -21,6 +21,9 @@ from flexmoe_jax.data.ownership import (
 )
 from flexmoe_jax.errors import InputError
 
+# Shares of this concentration are equal to eight digits; the sum of much larger ones overflows.
+_EVEN = 1e15
+
 Partitioner = Callable[[np.ndarray, int, np.random.Generator], list[np.ndarray]]
 """(labels (M,) int, C, generator) -> C increasing int64 arrays of positions in `labels`."""
 
@@ -109,7 +112,7 @@ def dirichlet(alpha: float, *, min_per_client: int = 1) -> Partitioner:
         present, label = np.unique(labels, return_inverse=True)
         for rows in parts_of(label, len(present)):
             rows = rng.permutation(rows)
-            share = rng.dirichlet(np.full(num_clients, alpha))
+            share = rng.dirichlet(np.full(num_clients, min(alpha, _EVEN)))
             ends = np.rint(np.cumsum(share) * len(rows)).astype(np.int64)
             ends[-1] = len(rows)
             owner[rows] = np.searchsorted(ends, np.arange(len(rows)), side="right")

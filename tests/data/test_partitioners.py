@@ -73,6 +73,13 @@ def test_k_class_covers_every_class(
     assert holders.max() - holders.min() <= 1
 
 
+@pytest.mark.parametrize("alpha", [1e15, 1e300, np.finfo(np.float64).max])
+def test_dirichlet_of_the_largest_alpha_is_even(alpha: float) -> None:
+    labels = np.arange(2000) % 4
+    counts = label_counts(labels, dirichlet(alpha)(labels, 10, np.random.default_rng(0)), 4)
+    assert np.abs(counts - 50).max() <= 1
+
+
 def test_dirichlet_goes_from_one_class_to_all() -> None:
     labels = np.arange(20_000) % 10
 
