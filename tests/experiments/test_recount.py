@@ -1,0 +1,351 @@
+"""Every figure of metrics.jsonl, counted anew with NumPy from what the run left on disk.
+
+Checkpoints hold the models after every round. Clients take one step of all their examples, so that
+what a round trained on, and how it was routed, follows from the models before it.
+
+Axes: `C` clients, `E` experts, `M` examples, `Y` classes.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import scipy.optimize
+from ml_collections import ConfigDict
+
+from experiments.build import load_partitioned
+from experiments.configs import base
+from experiments.edge import make_devices
+from experiments.fields import client_capacities
+from experiments.train import train
+from experiments.workdir import Workdir
+from flexmoe_jax.data import Dataset
+
+ROUNDS = 3
+Tree = dict[str, Any]
+
+COMMON = {
+    "rounds": ROUNDS,
+    "clients.count": 8,
+    "model.backbone": "mlp",
+    "model.widths": (16,),
+    "model.experts": 4,
+    "model.hidden": 8,
+    "local.batch_size": 1000,  # all of a client's examples at once
+    "checkpoint.every": 1,
+    "checkpoint.keep": ROUNDS,
+    "eval.batch_size": 47,
+}
+RUNS: dict[str, dict[str, object]] = {
+    # Clients with rules and test examples of their own; gates of their own; no noise in the
+    # fitness, so that the assignment can be solved anew.
+    "natural": {
+        "partition.name": "natural",
+        "clients.capacity": 2,
+        "model.gate": "private",
+        "assignment.exploration": 0.0,
+        "fitness.score": "loss",
+    },
+    "lossy": {
+        "clients.capacity": "1-3",
+        "model.top_k": 2,
+        "edge.dropout_during": 0.3,
+        "upload.compression": "int8",
+        "eval.every": 2,
+    },
+    "faulty": {
+        "data.test_limit": 8,
+        "partition.name": "k_class",
+        "partition.classes_per_client": 2,
+        "clients.per_round": 5,
+        "clients.capacity": 1,
+        "assignment.policy": "greedy",
+        "assignment.load": "samples",
+        "edge.mix": "sensor:1,phone:1",
+        "faults.share": 0.25,
+    },
+}
+
+
+def write_hospitals(path: Path) -> None:
+    """Eight clients, whose labels are shifted by who they are; the last has no test examples."""
+    rng = np.random.default_rng(0)
+    owner, truth = np.arange(480) % 8, rng.integers(0, 4, 480)
+    images = (rng.normal(size=(480, 6)) + 3 * np.eye(4, 6)[truth]).astype(np.float32)
+    labels = (truth + owner) % 4
+    test = (np.arange(480) >= 400) & (owner != 7)
+    train = np.arange(480) < 400
+    np.savez(
+        path,
+        train_images=images[train],
+        train_labels=labels[train],
+        train_clients=owner[train],
+        test_images=images[test],
+        test_labels=labels[test],
+        test_clients=owner[test],
+    )
+
+
+class Ran(NamedTuple):
+    """A run as it lies on disk."""
+
+    config: ConfigDict
+    rows: list[dict[str, Any]]
+    states: list[Tree]
+    dataset: Dataset
+    parts: tuple[np.ndarray, ...]
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def ran(request, tmp_path_factory) -> Ran:
+    folder = tmp_path_factory.mktemp(request.param)
+    config = base.get_config()
+    config.update_from_flattened_dict(COMMON | RUNS[request.param])
+    if request.param == "natural":
+        config.data.name = str(folder / "hospitals.npz")
+        write_hospitals(folder / "hospitals.npz")
+    workdir = Workdir(folder / "run")
+    assert train(config, workdir) == "finished"
+    reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    states = [reader.restore(folder / "run" / "checkpoints" / str(t + 1)) for t in range(ROUNDS)]
+    reader.close()
+    return Ran(config, workdir.read(), states, *load_partitioned(config))
+
+
+def standard(ran: Ran, images: np.ndarray) -> np.ndarray:
+    """(M, D) float64, each channel with the mean and deviation of all training examples."""
+    known = ran.dataset.train_images.astype(np.float64)
+    axes = tuple(range(known.ndim - 1))
+    deviation = known.std(axes)
+    scaled = (images - known.mean(axes)) / np.where(deviation > 0, deviation, np.inf)
+    return scaled.reshape(len(images), -1)
+
+
+class Outputs(NamedTuple):
+    """Class probabilities (M, Y), and who of the experts was used (M, E)."""
+
+    probability: np.ndarray
+    used: np.ndarray
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    grown = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return grown / grown.sum(axis=1, keepdims=True)
+
+
+def predict(ran: Ran, state: Tree, client: int, images: np.ndarray) -> Outputs:
+    """A client's model with the experts of its latest assignment."""
+    experts, shared = state["experts"]["expert"], state["shared"]
+    held = np.isin(np.arange(ran.config.model.experts), state["slots"][client])
+    gate = state["experts"].get("gate") or {
+        name: leaf[client] for name, leaf in state["gates"]["gate"].items()
+    }
+    layer = shared["backbone"]["Dense_0"]
+    h = np.maximum(standard(ran, images) @ layer["kernel"] + layer["bias"], 0)
+    weight = softmax(np.where(held, h @ gate["kernel"].T + gate["bias"], -1e30)) * held
+    ranked = np.argsort(-np.where(held, weight, -1), axis=1)[:, : ran.config.model.top_k]
+    used = np.zeros(weight.shape, bool)
+    np.put_along_axis(used, ranked, True, axis=1)
+    used &= held
+    combine = weight * used
+    if ran.config.model.top_k > 1:
+        combine = combine / np.maximum(combine.sum(axis=1, keepdims=True), 1e-9)
+    mixed = h.copy()
+    for e in np.flatnonzero(held):
+        inner = np.maximum(h @ experts["w_in"][e] + experts["b_in"][e], 0)
+        mixed += combine[:, e, None] * (inner @ experts["w_out"][e] + experts["b_out"][e])
+    return Outputs(softmax(mixed @ shared["head"]["kernel"] + shared["head"]["bias"]), used)
+
+
+def evaluation(ran: Ran, state: Tree) -> dict[str, float]:
+    """What `eval/` keys say."""
+    test, labels = ran.dataset.test_images, ran.dataset.test_labels
+    able = [c for c in range(8) if state["slots"][c, 0] < ran.config.model.experts]
+    if not able:
+        return {"eval/clients": 0, "eval/personal_clients": 0}
+    every = {c: predict(ran, state, c, test).probability for c in able}
+    personal = []
+    for c in able:
+        hit = every[c].argmax(axis=1) == labels
+        if ran.dataset.test_clients is not None:
+            mine = ran.dataset.test_clients == c
+            personal += [hit[mine].mean()] if mine.any() else []
+            continue
+        own = ran.dataset.train_labels[ran.parts[c]]
+        there = [y for y in np.unique(own) if (labels == y).any()]
+        weight = [np.mean(own == y) for y in there]
+        if there:
+            personal.append(np.average([hit[labels == y].mean() for y in there], weights=weight))
+    joint = np.mean(list(every.values()), axis=0).argmax(axis=1) == labels
+    found = {
+        "eval/clients": len(able),
+        "eval/personal_clients": len(personal),
+        "eval/global_accuracy": np.mean(
+            [(p.argmax(axis=1) == labels).mean() for p in every.values()]
+        ),
+        "eval/server_accuracy": joint.mean(),
+    }
+    return found | ({"eval/personal_accuracy": np.mean(personal)} if personal else {})
+
+
+def test_accuracies(ran: Ran) -> None:
+    for row, state in zip(ran.rows, ran.states, strict=True):
+        evaluated = row["round"] % ran.config.eval.every == 0 or row["round"] == ROUNDS
+        expected = evaluation(ran, state) if evaluated else {}
+        assert {key: row[key] for key in row if key.startswith("eval/")} == pytest.approx(expected)
+
+
+def variation(load: np.ndarray) -> float:
+    return float(np.std(load) / np.mean(load))
+
+
+def holders(ran: Ran, state: Tree) -> np.ndarray:
+    """(C, E) bool, who held what in the round that led to this state."""
+    return (state["slots"][:, :, None] == np.arange(ran.config.model.experts)).any(axis=1)
+
+
+def test_training_load_and_clients(ran: Ran) -> None:
+    """From the second round on, whose models before it are known."""
+    sizes = np.array([len(part) for part in ran.parts])
+    images, labels = ran.dataset.train_images, ran.dataset.train_labels
+    for row, before, after in zip(ran.rows[1:], ran.states, ran.states[1:], strict=False):
+        # Those who took part hold what the assignment gave them; who trained, delivered as well.
+        asked, held = cohort(ran, row), holders(ran, after)
+        trained = (after["held_rounds"] > before["held_rounds"]).any(axis=1)
+        start = before | {"slots": after["slots"]}
+        losses, usage = np.zeros(8), np.zeros(held.shape)
+        for c in np.flatnonzero(trained):
+            outputs = predict(ran, start, c, images[ran.parts[c]])
+            right = outputs.probability[np.arange(sizes[c]), labels[ran.parts[c]]]
+            losses[c], usage[c] = -np.log(right).mean(), outputs.used.sum(axis=0)
+        mine = np.where(asked, sizes, 0) if ran.config.assignment.load == "samples" else asked
+        weighed = mine[:, None] * held
+        if ran.config.assignment.load == "auto" and ran.config.clients.capacity == "1-3":
+            weighed = foreseen(ran, before, sizes) * held
+        assigned, total = weighed.sum(axis=0), after["load"]
+        expected = {
+            "train/loss": np.average(losses, weights=sizes * trained),
+            "load/assigned": assigned,
+            "load/usage": usage.sum(axis=0),
+            "load/assigned_cv": variation(assigned),
+            "load/assigned_cv_cumulative": variation(total),
+            "load/usage_cv": variation(usage.sum(axis=0)),
+            "load/usage_cv_cumulative": variation(before["usage"].sum(axis=0) + usage.sum(axis=0)),
+            "clients/asked": asked.sum(),
+            "clients/delivered": trained.sum() + row["clients/quarantined"],
+            "clients/quarantined": (asked & ~trained).sum() if ran.config.faults.share else 0,
+        }
+        assert np.allclose(total, before["load"] + assigned, rtol=1e-5)
+        for key, value in expected.items():
+            assert np.allclose(row[key], value, rtol=1e-4), key
+
+
+def cohort(ran: Ran, row: dict[str, Any]) -> np.ndarray:
+    """(C,) bool, the clients that the round asked: all, or those drawn without replacement."""
+    if not ran.config.clients.per_round:
+        return np.ones(8, bool)
+    drawn = np.random.default_rng([ran.config.seed, row["round"] - 1])
+    chosen = np.zeros(8, bool)
+    chosen[drawn.choice(8, ran.config.clients.per_round, replace=False)] = True
+    return chosen
+
+
+def foreseen(ran: Ran, before: Tree, sizes: np.ndarray) -> np.ndarray:
+    """(C, E) examples that a holder is foreseen to send: as so far, or an even share at first."""
+    options = ran.config
+    capacity = client_capacities(options.clients.capacity, 8, options.model.experts, options.seed)
+    even = sizes * np.minimum(options.model.top_k, capacity) / capacity
+    rounds = before["held_rounds"]
+    return np.where(rounds > 0, before["usage"] / np.maximum(rounds, 1), even[:, None])
+
+
+def leaves(tree: Any) -> list[np.ndarray]:
+    return [x for v in tree.values() for x in leaves(v)] if isinstance(tree, dict) else [tree]
+
+
+def test_bytes_and_time(ran: Ran) -> None:
+    for row, before, after in zip(ran.rows[1:], ran.states, ran.states[1:], strict=False):
+        asked, held = cohort(ran, row), holders(ran, after)
+        trained = (after["held_rounds"] > before["held_rounds"]).any(axis=1)
+        delivered = asked if ran.config.faults.share else trained
+        shared = leaves(before["shared"])
+        expert = [leaf[0] for leaf in leaves(before["experts"])]
+        whole = [sum(leaf.nbytes for leaf in part) for part in (shared, expert)]
+        # int8 sends a byte an entry, and a step of four bytes an array.
+        small = [sum(leaf.size + 4 for leaf in part) for part in (shared, expert)]
+        up = small if ran.config.upload.compression == "int8" else whole
+        there = (held & before["fresh"]).sum(axis=1)
+        down_each = whole[0] + (held.sum(axis=1) - there) * whole[1]
+        up_each = up[0] + held.sum(axis=1) * (up[1] + 12)  # feedback: three numbers an expert
+        assert row["comm/bytes_down"] == down_each[asked].sum()
+        assert row["comm/bytes_up"] == up_each[delivered].sum()
+        assert row["comm/bytes_cached"] == (there[asked] * whole[1]).sum()
+        sizes = np.array([len(part) for part in ran.parts])
+        speed = row["time/train_examples_per_second"]
+        assert speed * row["time/round_seconds"] == pytest.approx(sizes[trained].sum())
+        assert 0 <= row["assignment/solve_seconds"] <= row["time/round_seconds"]
+        if devices := make_devices(ran.config.edge, 8, ran.config.seed):
+            needed = down_each / devices.down + sizes / devices.speed + up_each / devices.up
+            assert row["time/simulated_seconds"] == pytest.approx(needed[asked].max())
+
+
+def test_assignments(ran: Ran) -> None:
+    """The gap of an assignment that can be solved anew, and what the status says of its loads."""
+    for row, before, after in zip(ran.rows[1:], ran.states, ran.states[1:], strict=False):
+        assert row["assignment/gap"] >= 0
+        asked, held = cohort(ran, row), holders(ran, after)
+        worth = float(before["fitness"][asked][held[asked]].sum())
+        if ran.config.assignment.policy == "greedy":
+            best = np.sort(before["fitness"][asked], axis=1)[:, -1].sum()
+            assert worth == pytest.approx(best)
+            assert (row["assignment/gap"], row["assignment/status"]) == (0, "optimal")
+        elif not ran.config.assignment.exploration:
+            best = linear_optimum(before, slack=ran.config.assignment.slack)
+            gap = max(best - worth, 0) / abs(best)
+            assert row["assignment/gap"] == pytest.approx(gap, abs=1e-6)
+            assert row["assignment/status"] == "optimal"
+        else:
+            assert row["assignment/status"] in ("optimal", "feasible", "violated", "relaxed")
+
+
+def linear_optimum(before: Tree, slack: float) -> float:
+    """The relaxation's optimum, holders counted: two experts a client, loads near what is owed."""
+    fair = 8 * 2 / 4
+    target = fair + before["deficit"]
+    low = np.minimum(np.ceil(target - slack * fair), np.floor(target))
+    high = np.maximum(np.floor(target + slack * fair), np.ceil(target))
+    by_expert = np.tile(np.eye(4), (1, 8))
+    found = scipy.optimize.linprog(
+        -before["fitness"].ravel(),
+        A_ub=np.vstack([by_expert, -by_expert]),
+        b_ub=np.concatenate([high, -low]),
+        A_eq=np.kron(np.eye(8), np.ones(4)),
+        b_eq=np.full(8, 2),
+        bounds=(0, 1),
+    )
+    return float(-found.fun)
+
+
+COUNTED = {
+    *("round", "train/loss", "assignment/gap", "assignment/status", "assignment/solve_seconds"),
+    *(f"load/{word}" for word in ("assigned", "usage")),
+    *(f"load/{word}_cv{span}" for word in ("assigned", "usage") for span in ("", "_cumulative")),
+    *(f"clients/{word}" for word in ("asked", "delivered", "quarantined")),
+    *(f"comm/bytes_{way}" for way in ("down", "up", "cached")),
+    *(f"eval/{word}_accuracy" for word in ("personal", "global", "server")),
+    *("eval/clients", "eval/personal_clients"),
+    *("time/round_seconds", "time/train_examples_per_second", "time/simulated_seconds"),
+}
+
+
+def test_no_figure_is_left_out(ran: Ran) -> None:
+    """A figure that is new must be counted here, too."""
+    for t, row in enumerate(ran.rows):
+        assert row["round"] == t + 1
+        assert row.keys() <= COUNTED
+        assert all(math.isfinite(v) for v in row.values() if isinstance(v, int | float))
