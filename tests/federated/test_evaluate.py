@@ -156,3 +156,24 @@ def test_devices_count_own_examples_alike(make_algorithm, federation, clients, d
         federated.replicate(clients.label_share, mesh),
     )
     chex.assert_trees_all_equal(jax.device_get(alone), jax.device_get(shared))
+
+
+@hypothesis.settings(max_examples=5)
+@hypothesis.given(order=st.permutations(range(7)))
+def test_the_order_of_the_clients_changes_no_figure(federation, clients, digits, order):
+    algorithm, state = federation
+    order = np.array(order)
+    owner = np.arange(len(digits.test_labels)) % 5
+    moved = state._replace(
+        slots=state.slots[order], gates=jax.tree.map(lambda gate: gate[order], state.gates)
+    )
+    arrays, back = (digits.test_images, digits.test_labels, 50), np.argsort(order)
+    for owners, theirs in ((None, None), (owner, back[owner])):
+        before = algorithm.evaluate(
+            state, chunk_test_set(*arrays, owner=owners), clients.label_share
+        )
+        after = algorithm.evaluate(
+            moved, chunk_test_set(*arrays, owner=theirs), clients.label_share[order]
+        )
+        assert np.array_equal(np.asarray(before.hits)[order], after.hits)
+        assert accuracies(after) == pytest.approx(accuracies(before), rel=1e-6)
