@@ -17,19 +17,18 @@ from flexmoe_jax.types import Array, PyTree
 
 @flax.struct.dataclass
 class ClientData:
-    """All clients' training data: the images once, and each client's rows of them.
+    """All clients' training examples: every array once, and each client's rows of them.
 
     Attributes:
-      images: (M, height, width, channels) uint8.
-      labels: (M,) int32.
-      index: (C, N) int32, each client's rows of `images`, padded with 0 to the largest client, and
-        beyond it by at most an eighth: partitions of like sizes have one N and one program.
+      arrays: named examples, leaves (M, ...): `images` and `labels`, or `tokens`, or any others.
+      index: (C, N) int32, each client's rows of the arrays, padded with 0 to the largest client,
+        and beyond it by at most an eighth: partitions of like sizes have one N and one program.
       size: (C,) int32, how many entries of its row of `index` are a client's own.
-      label_share: (C, Y) float32, the share of each class among a client's examples.
+      label_share: (C, Y) float32, the share of each class among a client's examples; Y = 0 where
+        examples have no class.
     """
 
-    images: Array
-    labels: Array
+    arrays: dict[str, Array]
     index: Array
     size: Array
     label_share: Array
@@ -45,11 +44,26 @@ def build_clients(
     *,
     place: Callable[[np.ndarray], Any] = jnp.asarray,
 ) -> ClientData:
-    """Joins the training examples and a partition of them.
+    """Joins the training images and labels of a data set and a partition of them; see `join`."""
+    arrays = {
+        "images": dataset.train_images,
+        "labels": np.asarray(dataset.train_labels, np.int32),
+    }
+    return join(arrays, parts, label_counts(dataset.train_labels, parts, dataset.num_classes), place)
+
+
+def join(
+    arrays: dict[str, np.ndarray],
+    parts: Sequence[np.ndarray],
+    counts: np.ndarray | None = None,
+    place: Callable[[np.ndarray], Any] = jnp.asarray,
+) -> ClientData:
+    """Joins named training examples and a partition of them.
 
     Args:
-      dataset: where the training images and labels come from.
-      parts: for each of the C clients, its positions in the training examples.
+      arrays: leaves (M, ...).
+      parts: for each of the C clients, its positions in the arrays.
+      counts: (C, Y) examples of each class that each client has; None where they have no class.
       place: where the arrays go: on the device, or with `np.asarray` they stay on the host.
 
     Returns:
@@ -66,10 +80,9 @@ def build_clients(
         raise InputError("parts", empty, "give at least one example to each of one or more clients")
     index = np.zeros((len(parts), _round_up(sizes.max())), np.int32)
     index[np.arange(index.shape[1]) < sizes[:, None]] = np.concatenate(list(parts))
-    counts = label_counts(dataset.train_labels, parts, dataset.num_classes)
+    counts = np.zeros((len(parts), 0)) if counts is None else counts
     return ClientData(
-        images=place(dataset.train_images),
-        labels=place(np.asarray(dataset.train_labels, np.int32)),
+        arrays={name: place(values) for name, values in arrays.items()},
         index=place(index),
         size=place(sizes),
         label_share=place(np.asarray(counts / sizes[:, None], np.float32)),
@@ -91,7 +104,7 @@ def feed_cohorts(
       put: puts host arrays on the devices.
 
     Returns:
-      The feed: images and labels of the cohort alone, and an index table of rows among them.
+      The feed: examples of the cohort alone, and an index table of rows among them.
     """
     room = int(np.sort(data.size)[::-1][:most].sum())
     known = put({"size": data.size, "label_share": data.label_share})
@@ -104,7 +117,7 @@ def feed_cohorts(
         index = np.zeros(data.index.shape, np.int32)
         index[cohort] = place
         rows = np.resize(rows, room)
-        sent = {"images": data.images[rows], "labels": data.labels[rows], "index": index}
+        sent = {"arrays": {name: x[rows] for name, x in data.arrays.items()}, "index": index}
         return ClientData(**put(sent), **known)
 
     return feed

@@ -7,38 +7,22 @@ that are filled. How examples reach experts is data (a `Routing`), not a branch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.dense import Dense
-from flexmoe_jax.types import Array, Params, PyTree
+from flexmoe_jax.models.model import Model, from_linen
+from flexmoe_jax.models.ownership import EXPERT, GATE, mark
+from flexmoe_jax.types import Array, PyTree, Routing
 
 # Below every logit, and finite: a client without any expert still gives numbers, not NaN.
 _NEVER = -1e30
-
-
-class Routing(NamedTuple):
-    """Where a batch of examples goes.
-
-    Attributes:
-      logits: (B, E) the gate's logits, as they were before masking.
-      probability: (B, E) softmax over the held experts; exactly 0 for the others.
-      selected: (B, E) bool, the `top_k` most probable held experts of each example.
-      combine: (B, E) weight of each expert in the layer's output.
-    """
-
-    logits: Array
-    probability: Array
-    selected: Array
-    combine: Array
 
 
 def route(logits: Array, held: Array, top_k: int = 1) -> Routing:
@@ -67,39 +51,6 @@ def route(logits: Array, held: Array, top_k: int = 1) -> Routing:
     return Routing(logits, probability, selected, combine)
 
 
-def balance_loss(routing: Routing, held: Array, valid: Array) -> Array:
-    """Switch-style load-balance loss over the experts held (Fedus et al. 2022, eq. 4).
-
-    Args:
-      routing: of a batch.
-      held: (E,) bool.
-      valid: (B,) 1.0 for examples that count, 0.0 for padding.
-
-    Returns:
-      (): held · Σ_e f_e p_e, at its minimum when both the fraction of examples routed to each held
-      expert `f` and the mean probability `p` are uniform; then 1 for top-1 routing.
-    """
-    count = jnp.maximum(valid.sum(), 1.0)
-    fraction = jnp.einsum("be,b->e", routing.selected.astype(valid.dtype), valid) / count
-    probability = jnp.einsum("be,b->e", routing.probability, valid) / count
-    return held.sum() * jnp.dot(fraction, probability)
-
-
-def router_z_loss(routing: Routing, held: Array, valid: Array) -> Array:
-    """Mean squared log-partition of the gate (Zoph et al. 2022, eq. 5): keeps its logits small.
-
-    Args:
-      routing: of a batch.
-      held: (E,) bool; only these logits count.
-      valid: (B,) 1.0 for examples that count, 0.0 for padding.
-
-    Returns:
-      (): the loss.
-    """
-    log_z = jax.nn.logsumexp(routing.logits, axis=-1, where=held)
-    return jnp.dot(jnp.where(held.any(), log_z, 0.0) ** 2, valid) / jnp.maximum(valid.sum(), 1.0)
-
-
 def expert_mlp(experts: PyTree, x: Array) -> Array:
     """Applies every stacked expert D→H→D to every example.
 
@@ -119,12 +70,14 @@ class Experts(nn.Module):
     """A stack of residual MLP experts; its parameters are what `expert_mlp` takes.
 
     Attributes:
-      count: E, or K for the experts of one client.
+      count: E, when the parameters are made; later the stack is as large as they are.
       hidden: H.
+      part: the mark of its parameters; empty for experts that everybody holds.
     """
 
     count: int
     hidden: int
+    part: str = EXPERT
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -132,13 +85,19 @@ class Experts(nn.Module):
         fan_in = nn.initializers.variance_scaling(
             2.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
         )
-        features = x.shape[-1]
-        zeros = nn.initializers.zeros
+        features, zeros = x.shape[-1], nn.initializers.zeros
+        count = _stacked(self, "w_in", self.count)
+        shapes: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+            "w_in": (fan_in, (count, features, self.hidden)),
+            "b_in": (zeros, (count, self.hidden)),
+            "w_out": (fan_in, (count, self.hidden, features)),
+            "b_out": (zeros, (count, features)),
+        }
         experts = {
-            "w_in": self.param("w_in", fan_in, (self.count, features, self.hidden), jnp.float32),
-            "b_in": self.param("b_in", zeros, (self.count, self.hidden), jnp.float32),
-            "w_out": self.param("w_out", fan_in, (self.count, self.hidden, features), jnp.float32),
-            "b_out": self.param("b_out", zeros, (self.count, features), jnp.float32),
+            name: self.param(
+                name, mark(init, self.part) if self.part else init, shape, jnp.float32
+            ).astype(x.dtype)
+            for name, (init, shape) in shapes.items()
         }
         return expert_mlp(experts, x)
 
@@ -147,18 +106,26 @@ class Gate(nn.Module):
     """A linear gate; every parameter leads with the expert axis, as the experts' do.
 
     Attributes:
-      count: E, or K for the gate of one client.
+      count: E, when the parameters are made.
     """
 
     count: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Maps (B, D) to logits (B, count)."""
-        small = nn.initializers.normal(0.02)
-        kernel = self.param("kernel", small, (self.count, x.shape[-1]), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.count,), jnp.float32)
-        return jnp.einsum("bd,ed->be", x, kernel) + bias
+        """Maps (B, D) to logits (B, count), in single precision."""
+        small, count = nn.initializers.normal(0.02), _stacked(self, "kernel", self.count)
+        kernel = self.param("kernel", mark(small, GATE), (count, x.shape[-1]), jnp.float32)
+        bias = self.param("bias", mark(nn.initializers.zeros, GATE), (count,), jnp.float32)
+        return jnp.einsum("bd,ed->be", x.astype(jnp.float32), kernel) + bias
+
+
+def _stacked(module: nn.Module, name: str, count: int) -> int:
+    """How many experts the parameters of a module are of; `count` where there are none yet."""
+    if not module.has_variable("params", name):
+        return count
+    stored: Any = nn.meta.unbox(module.get_variable("params", name))
+    return int(stored.shape[0])
 
 
 class MoELayer(nn.Module):
@@ -166,8 +133,12 @@ class MoELayer(nn.Module):
 
     y = Σ_s shared_s(x) + Σ_e combine_e(x) · expert_e(x).
 
+    Wherever it stands in a model, it finds the mask of the experts that may be used in the
+    collection `held` (all, if there is none), and leaves a `Routing` in the collection `routing`:
+    `models.from_linen` fills the one and reads the other.
+
     Attributes:
-      experts: E, or K for those of one client.
+      experts: E; a client's stack of K experts runs by the same module.
       hidden: H of each expert.
       top_k: experts per example.
       shared_experts: experts beside those E that everybody holds and every example passes, with no
@@ -182,27 +153,23 @@ class MoELayer(nn.Module):
     def setup(self) -> None:
         """Names the parts of the parameter tree."""
         self.expert = Experts(self.experts, self.hidden)
-        self.shared_expert = Experts(self.shared_experts, self.hidden)
+        self.shared_expert = Experts(self.shared_experts, self.hidden, part="")
         self.gate = Gate(self.experts)
 
-    def __call__(self, x: Array, held: Array | None = None) -> tuple[Array, Routing]:
-        """What the experts add to examples or tokens, and where these went.
-
-        Args:
-          x: (..., D).
-          held: (E,) bool, the experts that may be used; None for all.
-
-        Returns:
-          (..., D), and the routing with leaves (..., E).
-        """
-        held = jnp.ones(self.experts, bool) if held is None else held
+    def __call__(self, x: Array) -> Array:
+        """What the experts add to examples or tokens (..., D)."""
         flat = x.reshape(-1, x.shape[-1])
-        routing = route(self.gate(flat), held, self.top_k)
-        mixed = jnp.einsum("be,bed->bd", routing.combine, self.expert(flat))
+        logits = self.gate(flat)
+        held: Any = jnp.ones(logits.shape[-1:], bool)
+        if self.has_variable("held", "mask"):
+            held = self.get_variable("held", "mask")
+        routing = route(logits, held, self.top_k)
+        mixed = jnp.einsum("be,bed->bd", routing.combine.astype(x.dtype), self.expert(flat))
         if self.shared_experts:
             mixed = mixed + self.shared_expert(flat).sum(axis=1)
         spread = jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], -1), routing)
-        return mixed.reshape(x.shape), spread
+        self.sow("routing", "at", spread)
+        return mixed.reshape(x.shape)
 
 
 class MoEClassifier(nn.Module):
@@ -213,7 +180,7 @@ class MoEClassifier(nn.Module):
     Attributes:
       backbone: Linen module (B, ...) -> (B, D).
       classes: Y.
-      experts: E; clone with K (`module.clone(experts=K)`) for the parameters of one client.
+      experts: E.
       hidden: H of each expert.
       top_k: experts per example.
       shared_experts: beside those E; see `MoELayer`.
@@ -236,77 +203,15 @@ class MoEClassifier(nn.Module):
         """Shared features (B, D) of images (B, h, w, channels): no expert, no gate."""
         return self.backbone(x)
 
-    def classify(self, features: Array, held: Array) -> tuple[Array, Routing]:
-        """Class logits (B, Y) and routing, from shared features and the experts `held` (E,)."""
-        mixed, routing = self.layer(features, held)
-        return self.head(features + mixed), routing
+    def classify(self, features: Array) -> Array:
+        """Class logits (B, Y) from shared features."""
+        return self.head(features + self.layer(features)).astype(jnp.float32)
 
-    def __call__(self, x: Array, held: Array) -> tuple[Array, Routing]:
-        """Class logits (B, Y) and routing, from images and the experts `held` (E,)."""
-        return self.classify(self.features(x), held)
-
-
-class Ownership(NamedTuple):
-    """Who owns which part of a classifier's parameters; the default is FLEX-MoE's.
-
-    Attributes:
-      private: parts that stay with their client, by the beginnings of their paths: "head", or
-        "backbone/local".
-      shared_gate: whether a gate's row for an expert travels with that expert, and is averaged as
-        the expert is, in place of staying with its client.
-    """
-
-    private: tuple[str, ...] = ()
-    shared_gate: bool = False
+    def __call__(self, x: Array) -> Array:
+        """Class logits (B, Y) from images."""
+        return self.classify(self.features(x))
 
 
-FLEX_MOE = Ownership()
-
-
-def check_ownership(params: PyTree, ownership: Ownership, capacity: Sequence[int]) -> None:
-    """Refuses owners of parts that the model does not have, or cannot give away.
-
-    Args:
-      params: of the classifier, or their shapes.
-      ownership: to check.
-      capacity: (C,) k_c.
-
-    Raises:
-      InputError: no such part; or private experts of which clients hold only some.
-    """
-    paths = [f"{path}/" for path in _flatten(params, sep="/")]
-    for start in ownership.private:
-        if not any(path.startswith(f"{start}/") for path in paths):
-            remedy = f"the model has no such part; its parts are {', '.join(params)}"
-            raise InputError("model.private", start, remedy)
-        of_experts = start.split("/")[0] in ("expert", "gate")
-        if of_experts and min(capacity) < jax.tree.leaves(params["expert"])[0].shape[0]:
-            remedy = "a client's own experts cannot be dealt out: give all clients all of them"
-            raise InputError("model.private", start, remedy)
-
-
-# Flax leaves them without types.
-_flatten: Any = flatten_dict
-_unflatten: Any = unflatten_dict
-
-
-def split_params(params: PyTree, ownership: Ownership = FLEX_MOE) -> Params:
-    """Splits a `MoEClassifier`'s parameters by who owns them."""
-    parts: dict[str, dict[str, PyTree]] = {name: {} for name in Params._fields}
-    for path, leaf in _flatten(params, sep="/").items():
-        if any(f"{path}/".startswith(f"{start}/") for start in ownership.private):
-            owner = "private"
-        elif path.startswith("expert/") or (ownership.shared_gate and path.startswith("gate/")):
-            owner = "experts"
-        else:
-            owner = "gate" if path.startswith("gate/") else "shared"
-        parts[owner][path] = leaf
-    return Params(**{name: _unflatten(part, sep="/") for name, part in parts.items()})
-
-
-def merge_params(params: Params) -> PyTree:
-    """Inverse of `split_params`."""
-    flat: dict[str, PyTree] = {}
-    for part in params:
-        flat |= _flatten(part, sep="/")
-    return _unflatten(flat, sep="/")
+def classifier(module: MoEClassifier) -> Model:
+    """The classifier as a model, whose backbone is its trunk."""
+    return from_linen(module, trunk="features", head="classify")

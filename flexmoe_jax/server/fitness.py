@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax.numpy as jnp
@@ -42,8 +43,24 @@ def make_score(name: str, alpha: float = 1.0) -> Score:
     return scores[name]
 
 
+class FitnessOptions(NamedTuple):
+    """How the fitness is learnt; the start value and the optimism are our choices, not the paper's.
+
+    Attributes:
+      score: of a pair, from its feedback.
+      beta: β in (0, 1], weight of the newest score.
+      initial: start value of Q; at 1, the best score, no tried pair beats an untried one.
+      optimism: added to Q, for the assignment alone, for pairs that have never been tried.
+    """
+
+    score: Score = accuracy_score
+    beta: float = 0.5
+    initial: float = 1.0
+    optimism: float = 0.0
+
+
 def update_fitness(
-    fitness: Array, clients: Array, slots: Array, feedback: Feedback, beta: float, score: Score
+    fitness: Array, clients: Array, slots: Array, feedback: Feedback, options: FitnessOptions
 ) -> Array:
     """Q ← (1-β) Q + β s for every held pair with feedback; all others keep their value.
 
@@ -52,8 +69,7 @@ def update_fitness(
       clients: (P,) int32 the cohort; C marks padding.
       slots: (P, K) int32 the experts held; E marks an empty slot.
       feedback: (P, K).
-      beta: β in (0, 1].
-      score: the pair's score from its feedback.
+      options: β and the score.
 
     Returns:
       (C, E) the new Q.
@@ -62,5 +78,5 @@ def update_fitness(
     chex.assert_equal_shape([slots, *feedback])
     rows = clients[:, None]
     held = fitness.at[rows, slots].get(mode="fill", fill_value=0.0)  # (P, K)
-    learnt = (1 - beta) * held + beta * score(feedback)
+    learnt = (1 - options.beta) * held + options.beta * options.score(feedback)
     return fitness.at[rows, slots].set(jnp.where(feedback.usage > 0, learnt, held), mode="drop")

@@ -9,22 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.types import Array, State
+from flexmoe_jax.types import Array
 
 
 class LoadModel(NamedTuple):
     """What load is: foreseen for the assignment, and settled after the round.
 
     Attributes:
-      weigh: (state, cohort (P,)) -> load weight w of a holder on its expert: a scalar, (P,) or
-        (P, E). Runs on the host.
-      settle: (slots (P, K), examples trained on (P,), usage (P, K)) -> the load (P, K) that each
+      weigh: (cohort (P,), usage (P, E) and rounds held (P, E) so far) -> load weight w of a holder
+        on its expert: a scalar, (P,) or (P, E). Runs on the host.
+      settle: (slots (P, K), units trained on (P,), usage (P, K)) -> the load (P, K) that each
         pair really gave, which is what deficits are reckoned from: a client whose update never
         arrived, or was refused, gave none. Runs inside the round's jit.
       equal: whether every pair weighs 1.
     """
 
-    weigh: Callable[[State, np.ndarray], np.ndarray | float]
+    weigh: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray | float]
     settle: Callable[[Array, Array, Array], Array]
     equal: bool = False
 
@@ -56,15 +56,13 @@ def make_load_model(
       InputError: if the name is none of these.
     """
 
-    def clients(state: State, cohort: np.ndarray) -> float:
+    def clients(cohort: np.ndarray, seen: np.ndarray, rounds: np.ndarray) -> float:
         return 1.0
 
-    def samples(state: State, cohort: np.ndarray) -> np.ndarray:
+    def samples(cohort: np.ndarray, seen: np.ndarray, rounds: np.ndarray) -> np.ndarray:
         return examples[cohort].astype(np.float64)
 
-    def usage(state: State, cohort: np.ndarray) -> np.ndarray:
-        seen = np.asarray(state.usage, np.float64)[cohort]
-        rounds = np.asarray(state.held_rounds)[cohort]
+    def usage(cohort: np.ndarray, seen: np.ndarray, rounds: np.ndarray) -> np.ndarray:
         each = np.minimum(top_k, capacity) / np.maximum(capacity, 1)
         even = (examples * each)[cohort, None]
         return np.where(rounds > 0, seen / np.maximum(rounds, 1), even)

@@ -1,8 +1,10 @@
 """Compression of the updates that clients send: what travels, and what arrives.
 
-A compressor turns a tree of arrays into the tree that would travel, and that back into what the
-server reads. The simulation really runs both, so the loss is the true one, and the bytes are those
-of the arrays that travel.
+A compressor turns an array into what would travel of it, and that back into what the server reads.
+A simulation really runs both, so the loss is the true one, and the bytes are those of the arrays
+that travel.
+
+Axis legend: `K` expert slots.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.types import Array, Plan, PyTree
+from flexmoe_jax.types import Array, PyTree
 
 
 class Compressor(NamedTuple):
@@ -29,10 +31,6 @@ class Compressor(NamedTuple):
     encode: Callable[[Array], PyTree]
     decode: Callable[[PyTree, Array], Array]
     lossless: bool = False
-
-    def round_trip(self, tree: PyTree) -> PyTree:
-        """What arrives of a tree."""
-        return jax.tree.map(lambda leaf: self.decode(self.encode(leaf), leaf), tree)
 
     def bytes(self, tree: PyTree) -> int:
         """Bytes that travel for a tree of arrays, or of their shapes."""
@@ -91,58 +89,54 @@ def make_compressor(name: str, kept: float = 0.1) -> Compressor:
     return compressors[name]
 
 
-def compress_update(
-    compressor: Compressor, shared: PyTree, experts: PyTree, residual: PyTree
-) -> tuple[PyTree, PyTree, PyTree]:
-    """What arrives of one client's update, and what is kept back for its next one.
+class Codec(NamedTuple):
+    """How updates travel.
 
-    Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847): what compression
-    took from this update is added to the next.
+    Attributes:
+      compressor: of the updates.
+      error_feedback: whether what compression loses is added to the client's next update (Seide et
+        al. 2014; Karimireddy et al. 2019, arXiv 1901.09847).
+    """
+
+    compressor: Compressor = make_compressor("none")
+    error_feedback: bool = True
+
+    @property
+    def keeps(self) -> bool:
+        """Whether clients keep back what compression takes from their updates."""
+        return self.error_feedback and not self.compressor.lossless
+
+
+def encode(codec: Codec, shared: PyTree, experts: PyTree) -> tuple[PyTree, PyTree]:
+    """What travels of Δψ and Δθ, leaves (K, ...); every expert is compressed by itself."""
+    send = codec.compressor.encode
+    return jax.tree.map(send, shared), jax.tree.map(jax.vmap(send), experts)
+
+
+def decode(
+    codec: Codec, sent: tuple[PyTree, PyTree], like: tuple[PyTree, PyTree]
+) -> tuple[PyTree, PyTree]:
+    """What arrives of what travelled.
 
     Args:
-      compressor: to use; every expert is compressed by itself.
-      shared: Δψ of the client.
-      experts: Δθ of its experts, leaves (K, ...).
-      residual: kept back so far, a pair of trees like these; () for no error feedback.
-
-    Returns:
-      Δψ and Δθ as they arrive, and the new residual.
+      codec: that encoded it.
+      sent: from `encode`.
+      like: trees with the shapes and types of Δψ and Δθ, leaves (...) and (K, ...).
     """
-    if residual:
-        shared, experts = jax.tree.map(jnp.add, (shared, experts), residual)
-    each = jax.vmap(compressor.round_trip) if experts else compressor.round_trip
-    arrived = compressor.round_trip(shared), each(experts)
-    kept = jax.tree.map(jnp.subtract, (shared, experts), arrived) if residual else ()
-    return *arrived, kept
+    read = codec.compressor.decode
+
+    def each(function: Callable[..., Array], tree: PyTree, parts: PyTree) -> PyTree:
+        leaves, structure = jax.tree.flatten(tree)
+        return structure.unflatten(map(function, structure.flatten_up_to(parts), leaves))
+
+    return each(read, like[0], sent[0]), each(jax.vmap(read), like[1], sent[1])
 
 
-def init_residual(shared: PyTree, experts: PyTree, clients: int, slots: int) -> PyTree:
-    """Nothing kept back yet: zeros like ψ, leaves (C, ...), and like θ, leaves (C, K, ...)."""
-    return (
-        jax.tree.map(lambda x: jnp.zeros((clients, *x.shape), x.dtype), shared),
-        jax.tree.map(lambda x: jnp.zeros((clients, slots, *x.shape[1:]), x.dtype), experts),
-    )
-
-
-def move_residual(residual: PyTree, slots: Array, plan: Plan) -> PyTree:
-    """Moves what was kept back of experts to the slots that a plan gives them.
-
-    What was kept back of an expert that a client no longer holds is lost.
-
-    Args:
-      residual: as `init_residual` makes it; () for none.
-      slots: (C, K) int32 each client's experts before the plan.
-      plan: of the round.
-    """
-    if not residual:
+def init_residual(codec: Codec, shared: PyTree, experts: PyTree, slots: int) -> PyTree:
+    """Nothing kept back yet by a client: zeros like ψ, and like θ, leaves (K, ...); or ()."""
+    if not codec.keeps:
         return ()
-    of_shared, of_experts = residual
-    before = slots.at[plan.clients].get(mode="clip")  # (P, K)
-    same = plan.slots[:, :, None] == before[:, None, :]  # (P, new K, old K)
-
-    def move(kept: Array) -> Array:
-        old = kept.at[plan.clients].get(mode="clip")
-        new = jnp.einsum("pkj,pj...->pk...", same.astype(kept.dtype), old)
-        return kept.at[plan.clients].set(new, mode="drop")
-
-    return of_shared, jax.tree.map(move, of_experts)
+    return (
+        jax.tree.map(jnp.zeros_like, shared),
+        jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), experts),
+    )

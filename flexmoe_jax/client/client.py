@@ -1,0 +1,172 @@
+"""One client's part of a round: it receives, trains, answers, and decides what it keeps.
+
+    own = receive(own, download)
+    own_after, upload = train_and_answer(site, own, download, arrays, batches)
+    own = settle(own, own_after, accepted)
+
+Axis legend: `E` experts, `K` expert slots, `G` groups of MoE layers, `L` MoE layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flexmoe_jax.client.codec import Codec, decode, encode
+from flexmoe_jax.client.training import Batches, Learner, train
+from flexmoe_jax.tasks import Batch
+from flexmoe_jax.types import Array, Download, Own, Params, PyTree, Upload
+
+
+class Site(NamedTuple):
+    """What a client runs with.
+
+    Attributes:
+      learner: model, task and training.
+      codec: how its updates travel.
+      group: MoE layer to its group, of those that are assigned together.
+      experts: E.
+      send_all: whether updates of experts that the client held and did not use travel as well,
+        because all holders weigh the same.
+    """
+
+    learner: Learner
+    codec: Codec
+    group: dict[str, int]
+    experts: int
+    send_all: bool = False
+
+
+def receive(site: Site, own: Own, slots: Array) -> Own:
+    """What a client owns once it has its new experts.
+
+    What compression kept back of an expert moves to the slot that the expert has now; of one that
+    the client no longer holds it is lost.
+
+    Args:
+      site: of the client.
+      own: before.
+      slots: (G, K) int32 its new experts.
+    """
+    if not own.residual:
+        return own._replace(slots=slots)
+    of_shared, of_experts = own.residual
+    same = (slots[:, :, None] == own.slots[:, None, :]).astype(jnp.float32)  # (G, new K, old K)
+
+    def move(layer: str, kept: PyTree) -> PyTree:
+        moved = same[site.group[layer]]
+        return jax.tree.map(lambda x: jnp.einsum("kj,j...->k...", moved, x), kept)
+
+    return own._replace(
+        slots=slots, residual=(of_shared, {layer: move(layer, x) for layer, x in of_experts.items()})
+    )
+
+
+def model_of(site: Site, own: Own, down: Download) -> tuple[Params, dict[str, Array]]:
+    """A client's parameters, with the experts it was sent, and the slots (K,) that hold one."""
+    slots = {layer: down.slots[group] for layer, group in site.group.items()}
+    gates = {
+        layer: jax.tree.map(lambda g, s=slots[layer]: g.at[s].get(mode="clip"), gate)
+        for layer, gate in own.gates.items()
+    }
+    held = {layer: of_layer < site.experts for layer, of_layer in slots.items()}
+    return Params(down.shared, down.experts, gates, own.private), held
+
+
+def train_and_answer(
+    site: Site, own: Own, down: Download, arrays: Batch, batches: Batches
+) -> tuple[Own, Upload]:
+    """Trains from what was sent, and says what to send back and what the client would then own.
+
+    Args:
+      site: of the client.
+      own: from `receive`.
+      down: what the server sent.
+      arrays: named examples, of which the batches name rows.
+      batches: from `draw_batches`.
+
+    Returns:
+      What the client owns if its answer is accepted (see `settle`), and the answer.
+    """
+    slots = {layer: down.slots[group] for layer, group in site.group.items()}
+    start, held = model_of(site, own, down)
+    done = train(site.learner, start, arrays, batches, held, down.steps, down.round)
+    idle = done.examples == 0
+    change = jax.tree.map(jnp.subtract, (done.params.shared, done.params.experts), start[:2])
+    # Slots that are empty, or whose expert has weight 0, do not travel.
+    layers = site.learner.layers
+    travels = {
+        layer: held[layer] if site.send_all else held[layer] & (done.feedback.usage[i] > 0)
+        for i, layer in enumerate(layers)
+    }
+    sent, residual = _send(site, change, travels, own.residual)
+    after = Own(
+        gates={
+            layer: jax.tree.map(
+                lambda g, new, s=slots[layer]: g.at[s].set(new, mode="drop"),
+                gate,
+                done.params.gate[layer],
+            )
+            for layer, gate in own.gates.items()
+        },
+        private=done.params.private,
+        slots=own.slots,
+        residual=residual,
+    )
+    # What a client keeps never leaves it, so it alone can tell that it is no longer numbers.
+    whole = all_finite((after.gates, after.private))
+    upload = Upload(
+        *sent,
+        feedback=done.feedback,
+        loss=jnp.where(whole, done.loss / jnp.maximum(done.units, 1.0), jnp.nan),
+        units=done.units,
+        examples=done.examples,
+    )
+    return settle(own, after, ~idle), upload
+
+
+def all_finite(tree: PyTree) -> Array:
+    """() bool, whether every number of a tree is one."""
+    return jnp.asarray([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)], bool).all()
+
+
+def settle(before: Own, after: Own, accepted: Array) -> Own:
+    """What a client owns once it knows whether its answer was accepted: () bool.
+
+    A client whose answer was refused goes back to what it was, so that what it keeps fits what the
+    server has.
+    """
+    return jax.tree.map(lambda old, new: jnp.where(accepted, new, old), before, after)
+
+
+def _send(
+    site: Site, change: tuple[PyTree, PyTree], travels: dict[str, Array], residual: PyTree
+) -> tuple[tuple[PyTree, PyTree], PyTree]:
+    """What travels of Δψ and Δθ, and what compression then keeps back of them."""
+    shared, experts = change[0], select(travels, change[1])
+    if residual:
+        shared, experts = jax.tree.map(jnp.add, (shared, experts), residual)
+        experts = select(travels, experts)
+    sent = encode(site.codec, shared, experts)
+    if not residual:
+        return sent, residual
+    arrived = decode(site.codec, sent, (shared, experts))
+    kept = jax.tree.map(jnp.subtract, (shared, experts), arrived)
+    return sent, (kept[0], select(travels, kept[1], residual[1]))
+
+
+def select(slots: dict[str, Array], experts: PyTree, others: PyTree | None = None) -> PyTree:
+    """By layer the leaves (K, ...) of the slots chosen (K,), and the others, or 0, of the rest."""
+    if others is None:
+        others = jax.tree.map(jnp.zeros_like, experts)
+
+    def of_layer(layer: str) -> PyTree:
+        return jax.tree.map(
+            lambda x, y: jnp.where(slots[layer].reshape(-1, *[1] * (x.ndim - 1)), x, y),
+            experts[layer],
+            others[layer],
+        )
+
+    return {layer: of_layer(layer) for layer in experts}

@@ -1,0 +1,367 @@
+"""Local training: what a client does with its own examples in a round.
+
+Nothing here knows of other clients, nor of the server: a simulation maps these functions over many
+clients, and a real client calls them.
+
+Axis legend: `N` examples of a client, `B` batch, `U` units of an example, `S` local steps, `K`
+expert slots, `L` MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from flexmoe_jax.client.losses import balance_loss, router_z_loss
+from flexmoe_jax.client.units import fractions, weights_of
+from flexmoe_jax.tasks import Batch, Task
+from flexmoe_jax.types import Array, Feedback, Key, Params, PyTree, Routing
+
+Sizes = TypeVar("Sizes", Array, np.ndarray)
+"""Whole numbers, on the device or on the host."""
+
+Routings = dict[str, Routing]
+Held = dict[str, Array]
+Apply = Callable[[Params, PyTree, Held], tuple[PyTree, Routings]]
+"""(params, what the model takes (B, ...), held by layer (K,)) -> outputs and routings by layer."""
+
+Augment = Callable[[Batch, Array], Batch]
+"""(batch, random bits (B,) uint32) -> the batch with its inputs changed at random."""
+
+# Bytes of a tile's largest array that a core still works on in its cache, and batches that are not
+# worth cutting: every tile adds a gradient as large as the model.
+_CACHED, _WHOLE = 5 * 2**18, 12
+
+
+class LocalTraining(NamedTuple):
+    """How a client trains.
+
+    Attributes:
+      optimizer: optax transform over a client's `Params`, started anew each round.
+      epochs: passes over the client's examples in a round.
+      batch_size: B.
+      max_steps: cap on the local steps of a round; 0 for none.
+      balance: weight of the Switch-style balance loss over the experts held.
+      z: weight of the router z-loss.
+      tile: examples whose gradient is taken at once, to stay in cache; the batch's gradient is the
+        sum over its tiles. 0 for automatic: on CPU, for batches above 12, as many as fit by the
+        largest array that the model makes of one; the batch elsewhere. With a balance loss it is
+        always the batch, over which that loss is defined.
+      decay: number of the round -> factor on every step of it, as optax's schedules; None for 1.
+      augment: random change of every batch; None for none.
+    """
+
+    optimizer: optax.GradientTransformation
+    epochs: int = 1
+    batch_size: int = 32
+    max_steps: int = 0
+    balance: float = 0.0
+    z: float = 0.0
+    tile: int = 0
+    decay: optax.Schedule | None = None
+    augment: Augment | None = None
+
+    def tiles(self, example_bytes: Callable[[], int]) -> int:
+        """Number of equal tiles of a batch: as few as make none larger than asked for.
+
+        Args:
+          example_bytes: tells the size of the largest array that the model makes of one example;
+            called only where that counts.
+        """
+        most = self.tile or self.batch_size
+        if self.balance:
+            most = self.batch_size
+        elif not self.tile and self.batch_size > _WHOLE and jax.default_backend() == "cpu":
+            most = max(1, _CACHED // example_bytes())
+        tiles = -(-self.batch_size // most)
+        return next(n for n in range(tiles, self.batch_size + 1) if self.batch_size % n == 0)
+
+    def steps(self, size: Sizes) -> Sizes:
+        """Local steps of a round for a client of `size` examples, elementwise, int32."""
+        steps = self.epochs * self.steps_per_epoch(size)
+        return steps.clip(max=self.max_steps) if self.max_steps else steps
+
+    def examples(self, size: Sizes) -> Sizes:
+        """Examples that a client of `size` trains on in a round, counted once a step."""
+        epochs, rest = divmod(self.steps(size), self.steps_per_epoch(size))
+        return epochs * size + (rest * self.batch_size).clip(max=size)
+
+    def steps_per_epoch(self, size: Sizes) -> Sizes:
+        """Batches that it takes to see `size` examples once; the last may be smaller."""
+        return -(-size // self.batch_size)
+
+
+def proximal(weight: float) -> optax.GradientTransformation:
+    """Adds the gradient of `weight/2 · |p - p_start|²` (FedProx, arXiv 1812.06127).
+
+    It holds back what is averaged, ψ and θ, and not what stays with the client. To be chained
+    before the optimizer.
+
+    Args:
+      weight: μ of FedProx.
+    """
+
+    def update(
+        updates: Params, start: Params, params: Params | None = None
+    ) -> tuple[Params, Params]:
+        assert params is not None
+
+        def pull(part: str) -> PyTree:
+            return jax.tree.map(
+                lambda g, p, s: g + weight * (p - s),
+                *(getattr(tree, part) for tree in (updates, params, start)),
+            )
+
+        return updates._replace(shared=pull("shared"), experts=pull("experts")), start
+
+    return optax.GradientTransformation(lambda params: params, update)
+
+
+def scale_experts(factor: float) -> optax.GradientTransformation:
+    """Scales the steps of a client's experts and gate, and leaves the rest as it is.
+
+    An example's gradient reaches only the expert that it was routed to, times the gate's
+    probability: with K experts in even use about 1/K² of what a dense layer in their place gets,
+    which plain SGD takes as it comes. To be chained after the optimizer.
+
+    Args:
+      factor: on their steps; K² makes up for the above.
+    """
+    mixture = Params(shared=False, experts=True, gate=True, private=False)
+    return optax.masked(optax.scale(factor), mixture)
+
+
+class Batches(NamedTuple):
+    """What a client trains on, step by step.
+
+    Attributes:
+      rows: (S, B) int32 rows of the arrays of examples, -1 for none.
+      bits: (S, B) uint32 random bits for their augmentation; None without one.
+    """
+
+    rows: Array
+    bits: Array | None = None
+
+
+def draw_batches(local: LocalTraining, key: Key, index: Array, size: Array) -> Batches:
+    """What a client trains on in a round: its examples in a new order every epoch, cut to batches.
+
+    Args:
+      local: how clients train.
+      key: of the client in this round.
+      index: (N,) rows of its examples in the arrays, then padding.
+      size: () how many it has.
+
+    Returns:
+      S steps, those of a client with N examples; rows are -1 where a batch is not full and from the
+      client's own last step on.
+    """
+    padded = index.shape[0]
+    # The padding comes last, so that it does not move what the examples before it draw.
+    rank = jax.random.uniform(key, (padded, local.epochs), jnp.float32).T
+    order = jnp.argsort(jnp.where(jnp.arange(padded) < size, rank, jnp.inf), axis=1)
+    step = jnp.arange(int(local.steps(np.asarray(padded))))[:, None]
+    epoch, batch = jnp.divmod(step, jnp.maximum(local.steps_per_epoch(size), 1))
+    place = batch * local.batch_size + jnp.arange(local.batch_size)
+    rows = index[order[epoch.clip(max=local.epochs - 1), place.clip(max=padded - 1)]]
+    rows = jnp.where((step < local.steps(size)) & (place < size), rows, -1).astype(jnp.int32)
+    if local.augment is None:
+        return Batches(rows)
+    return Batches(rows, jax.random.bits(jax.random.fold_in(key, 0), rows.shape, jnp.uint32))
+
+
+class Trained(NamedTuple):
+    """A client in the middle of its local training, and at its end.
+
+    Attributes:
+      params: current parameters, experts and gate cut to the K slots.
+      optimizer: the local optimiser's state.
+      feedback: running sums per slot, (L, K).
+      loss: () running sum of the loss.
+      units: () running count of units trained on.
+      examples: () running count of examples trained on.
+    """
+
+    params: Params
+    optimizer: PyTree
+    feedback: Feedback
+    loss: Array
+    units: Array
+    examples: Array
+
+
+class Learner(NamedTuple):
+    """What a client needs to train: the model, the task and how.
+
+    Attributes:
+      apply: the model.
+      task: what is learnt.
+      local: how.
+      layers: the L MoE layers.
+    """
+
+    apply: Apply
+    task: Task
+    local: LocalTraining
+    layers: tuple[str, ...]
+
+
+def train(
+    learner: Learner,
+    start: Params,
+    arrays: Batch,
+    batches: Batches,
+    held: Held,
+    steps: Array,
+    round_index: Array,
+) -> Trained:
+    """Trains a client for so many steps, and scores every batch before the step that learns from it.
+
+    Args:
+      learner: model, task and training.
+      start: parameters at the start, experts and gate cut to the K slots.
+      arrays: named examples, leaves (M, ...), of which the batches name rows.
+      batches: of the round.
+      held: (K,) bool by MoE layer, slots that hold an expert.
+      steps: () int32.
+      round_index: () rounds completed.
+    """
+    slots = next(iter(held.values())).shape[0]
+    zeros = jnp.zeros((len(learner.layers), slots), jnp.float32)
+    nothing = jnp.zeros((), jnp.float32)
+    optimizer = learner.local.optimizer.init(start)
+    begun = Trained(start, optimizer, Feedback(zeros, zeros, zeros), nothing, nothing, nothing)
+
+    def step(t: Array, state: Trained) -> Trained:
+        batch = jax.tree.map(lambda x: x[t], batches)
+        return _step(learner, arrays, round_index, held, state, batch)
+
+    return lax.fori_loop(0, steps, step, begun)
+
+
+def _step(
+    learner: Learner,
+    arrays: Batch,
+    round_index: Array,
+    held: Held,
+    state: Trained,
+    chosen: Batches,
+) -> Trained:
+    local = learner.local
+    valid = (chosen.rows >= 0).astype(jnp.float32)
+    rows = jnp.maximum(chosen.rows, 0)
+    batch: Batch = {n: x.at[rows].get(mode="promise_in_bounds") for n, x in arrays.items()}
+    if local.augment is not None:
+        assert chosen.bits is not None
+        batch = local.augment(batch, chosen.bits)
+    slope, seen = _gradient(learner, state.params, batch, valid, held)
+    updates, optimizer = local.optimizer.update(slope, state.optimizer, state.params)
+    if local.decay is not None:
+        updates = optax.tree.scale(local.decay(round_index).astype(jnp.float32), updates)
+    return Trained(
+        params=optax.apply_updates(state.params, updates),
+        optimizer=optimizer,
+        feedback=jax.tree.map(jnp.add, state.feedback, seen.feedback),
+        loss=state.loss + seen.loss,
+        units=state.units + seen.units,
+        examples=state.examples + valid.sum(),
+    )
+
+
+class Seen(NamedTuple):
+    """Sums over the units of a batch: feedback (L, K), loss () and units ()."""
+
+    feedback: Feedback
+    loss: Array
+    units: Array
+
+
+def _gradient(
+    learner: Learner, params: Params, batch: Batch, valid: Array, held: Held
+) -> tuple[PyTree, Seen]:
+    """Gradient of the batch's mean loss, a tile of its examples at a time."""
+    objective = partial(_objective, learner)
+    take = jax.grad(objective, has_aux=True)
+    first = jax.tree.map(lambda x: x[:1], (batch, valid))
+    tiles = learner.local.tiles(partial(largest_array, objective, params, *first, held))
+    if tiles == 1:
+        return take(params, batch, valid, held)
+    cut = jax.tree.map(lambda x: x.reshape(tiles, -1, *x.shape[1:]), (batch, valid))
+    count = jnp.maximum(weights_of(learner.task, batch, valid).sum(), 1.0)
+
+    def add(total: tuple[PyTree, Seen], tile: tuple[Batch, Array]) -> tuple[tuple, None]:
+        part, seen = take(params, *tile, held)
+        share = seen.units / count
+        slope = jax.tree.map(lambda t, g: t + share * g, total[0], part)
+        return (slope, jax.tree.map(jnp.add, total[1], seen)), None
+
+    nothing = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(take, params, *jax.tree.map(lambda x: x[0], cut), held),
+    )
+    return lax.scan(add, nothing, cut)[0]
+
+
+def _objective(
+    learner: Learner, params: Params, batch: Batch, valid: Array, held: Held
+) -> tuple[Array, Seen]:
+    task, local = learner.task, learner.local
+    outputs, routings = learner.apply(params, task.inputs(batch), held)
+    weight = weights_of(task, batch, valid)
+    losses = task.loss(outputs, batch).astype(jnp.float32)
+    units = weight.sum()
+    loss = (losses * weight).sum() / jnp.maximum(units, 1.0)
+    for name in learner.layers if local.balance or local.z else ():
+        routing, counted = _flat(routings[name], weight)
+        if local.balance:
+            loss += local.balance * balance_loss(routing, held[name], counted)
+        if local.z:
+            loss += local.z * router_z_loss(routing, held[name], counted)
+    hits = None if task.hits is None else task.hits(outputs, batch).astype(jnp.float32)
+    each = [
+        _feedback(routings[name].selected, losses, hits, weight) for name in learner.layers
+    ]
+    feedback = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *each)
+    return loss, Seen(feedback, (losses * weight).sum(), units)
+
+
+def _feedback(selected: Array, losses: Array, hits: Array | None, weight: Array) -> Feedback:
+    """(K,) sums of a layer: a unit that is routed in parts counts in parts."""
+    share = fractions(selected, weight)  # (units, K)
+    correct = jnp.zeros(share.shape[1:], jnp.float32) if hits is None else hits.ravel() @ share
+    return Feedback(share.sum(axis=0), correct, losses.ravel() @ share)
+
+
+def _flat(routing: Routing, weight: Array) -> tuple[Routing, Array]:
+    """A routing with one leading axis, and the weight of each of what is routed."""
+    leading = routing.selected.shape[:-1]
+    inner = weight.reshape(*weight.shape, *[1] * (len(leading) - weight.ndim))
+    counted = jnp.broadcast_to(inner, leading) if inner.ndim == len(leading) else weight
+    if weight.ndim > len(leading):
+        counted = weight.max(axis=tuple(range(len(leading), weight.ndim)))
+    flat: Routing = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), routing)
+    return flat, counted.ravel()
+
+
+def largest_array(function: Callable[..., PyTree], *inputs: PyTree) -> int:
+    """Bytes of the largest array that a function of these inputs computes on its way."""
+
+    def largest(jaxpr: Jaxpr) -> int:
+        inner = jax.tree.leaves(
+            [list(equation.params.values()) for equation in jaxpr.eqns],
+            is_leaf=lambda leaf: isinstance(leaf, Jaxpr | ClosedJaxpr),
+        )
+        within = [getattr(leaf, "jaxpr", leaf) for leaf in inner]
+        made: list[Any] = [result.aval for equation in jaxpr.eqns for result in equation.outvars]
+        sizes = [array.size * array.dtype.itemsize for array in made if hasattr(array, "size")]
+        return max([*sizes, *(largest(leaf) for leaf in within if isinstance(leaf, Jaxpr))])
+
+    return largest(jax.make_jaxpr(function)(*inputs).jaxpr)

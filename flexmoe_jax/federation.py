@@ -1,0 +1,216 @@
+"""One record of all that a federation chooses; a variant is `replace(federation, ...)`.
+
+Axis legend: `C` clients, `E` experts, `K` expert slots, `L` MoE layers, `G` groups of layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from flexmoe_jax import tasks
+from flexmoe_jax.assignment import Policy
+from flexmoe_jax.client import Codec, Learner, LocalTraining, Site
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.models import FLEX_MOE, Layout, Model, Ownership, check_capacity, lay_out
+from flexmoe_jax.server import (
+    Admission,
+    Aggregator,
+    Desk,
+    FitnessOptions,
+    LoadModel,
+    make_load_model,
+    mean,
+    private,
+)
+from flexmoe_jax.types import Array, Params, PyTree, Routing
+
+LAYERS = ("same", "each")
+"""Whether an expert is a column through all MoE layers, or every layer is assigned by itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """All choices of a federation.
+
+    Attributes:
+      model: with all E experts; clients run it with K.
+      sample: a batch of the named examples, or its shapes: leaves (B, ...).
+      capacity: (C,) int k_c.
+      policy: who holds which experts.
+      local: how clients train.
+      task: what is learnt.
+      ownership: which of the model's parameters are averaged, and which stay with their clients.
+      layers: `same`, an expert is a column through all MoE layers, or `each`.
+      codec: how updates travel.
+      admission: which updates the server lets in.
+      aggregator: how it makes one update of many; None for the weighted mean, or for the noised one
+        where `admission` asks for noise.
+      optimizer: optax transform of that update; plain averaging by default.
+      fitness: how Q is learnt.
+      load: what an assignment weighs, and what counts as given; None for `clients`.
+      deficit_decay: how much of an expert's deficit lasts from round to round, in [0, 1].
+      share: (E,) part of the load that the policy means each expert to get; None for the same.
+      seed: of the policy's ties and draws.
+      prior: whether a client that predicts its own examples adds the logarithm of its label shares
+        to its logits (where the task has labels): for personal figures, and for no others.
+
+    Raises:
+      InputError: what does not fit together.
+    """
+
+    model: Model
+    sample: PyTree
+    capacity: np.ndarray
+    policy: Policy
+    local: LocalTraining
+    task: tasks.Task = field(default_factory=tasks.classification)
+    ownership: Ownership = FLEX_MOE
+    layers: str = "same"
+    codec: Codec = Codec()
+    admission: Admission = Admission()
+    aggregator: Aggregator | None = None
+    optimizer: optax.GradientTransformation = field(default_factory=lambda: optax.sgd(1.0))
+    fitness: FitnessOptions = FitnessOptions()
+    load: LoadModel | None = None
+    deficit_decay: float = 1.0
+    share: np.ndarray | None = None
+    seed: int = 0
+    prior: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses what does not fit together."""
+        if self.layers not in LAYERS:
+            raise InputError("assignment.layers", self.layers, f"choose one of {', '.join(LAYERS)}")
+        given = np.asarray(self.capacity)
+        if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer) or not given.size:
+            raise InputError("capacity", self.capacity, "give whole numbers, one a client: (C,)")
+        experts = self.layout.experts
+        if given.min() < 0 or given.max() > experts:
+            worst = given.min() if given.min() < 0 else given.max()
+            raise InputError("capacity", worst, f"give 0 to {experts}, the number of experts")
+        check_capacity(self.layout, given.tolist())
+        self._check_outputs()
+
+    def replace(self, **changes: Any) -> Federation:
+        """The same federation but for these choices."""
+        return replace(self, **changes)
+
+    @cached_property
+    def shapes(self) -> PyTree:
+        """Shapes of the model's parameters, with their marks."""
+        return jax.eval_shape(self.model.init, jax.random.key(0), self.inputs)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Who owns which parameter."""
+        return lay_out(self.shapes, self.ownership)
+
+    @cached_property
+    def outputs(self) -> tuple[PyTree, dict[str, Routing]]:
+        """Shapes of the outputs for the sample, and of the routings."""
+        held = {
+            layer: jax.ShapeDtypeStruct((self.layout.experts,), bool) for layer in self.layout.layers
+        }
+        found: tuple[PyTree, dict[str, Routing]] = jax.eval_shape(
+            self.model.apply, nn.meta.unbox(self.shapes), self.inputs, held
+        )
+        return found
+
+    @property
+    def clients(self) -> int:
+        """C."""
+        return len(self.capacity)
+
+    @property
+    def slots(self) -> int:
+        """K."""
+        return int(np.max(self.capacity))
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return len(self.layout.layers) if self.layers == "each" else 1
+
+    @property
+    def group(self) -> dict[str, int]:
+        """MoE layer to its group, of those that are assigned together."""
+        each = self.layers == "each"
+        return {layer: i if each else 0 for i, layer in enumerate(self.layout.layers)}
+
+    @cached_property
+    def shares_trunk(self) -> bool:
+        """Whether all clients compute the model's trunk alike: from ψ, and no part of their own."""
+        parts = self.layout.split(nn.meta.unbox(self.shapes))
+
+        def run(shared: PyTree, inputs: PyTree) -> PyTree:
+            return self.model.trunk(self.layout.merge_shared(shared), inputs)
+
+        try:
+            jax.eval_shape(run, parts.shared, self.inputs)
+        except Exception:  # A parameter that is not there can fail in any way.
+            return False
+        return True
+
+    @property
+    def assembles(self) -> bool:
+        """Whether all experts fit together in one model: no part of it stays with a client."""
+        return not ({"gate", "private"} & set(self.layout.owner))
+
+    @property
+    def site(self) -> Site:
+        """What a client runs with."""
+        return Site(
+            learner=Learner(self.apply, self.task, self.local, self.layout.layers),
+            codec=self.codec,
+            group=self.group,
+            experts=self.layout.experts,
+            send_all=self.admission.private,
+        )
+
+    @property
+    def desk(self) -> Desk:
+        """What the server runs with."""
+        return Desk(
+            experts=self.layout.experts,
+            group=self.group,
+            optimizer=self.optimizer,
+            admission=self.admission,
+            fitness=self.fitness,
+            load=self.load or make_load_model("clients", self.capacity, self.capacity),
+            deficit_decay=self.deficit_decay,
+            share=self.share,
+        )
+
+    @property
+    def aggregation(self) -> Aggregator:
+        """How the server makes one update of many."""
+        if self.aggregator is not None:
+            return self.aggregator
+        if self.admission.private:
+            return private(self.admission.noise_multiplier * self.admission.clip)
+        return mean()
+
+    def apply(
+        self, params: Params, inputs: PyTree, held: dict[str, Array]
+    ) -> tuple[PyTree, dict[str, Routing]]:
+        """The model on parameters by their owners."""
+        return self.model.apply(self.layout.merge(params), inputs, held)
+
+    @property
+    def inputs(self) -> PyTree:
+        """Shapes of what the model takes of the sample."""
+        return jax.eval_shape(self.task.inputs, self.sample)
+
+    def _check_outputs(self) -> None:
+        """Refuses a model whose layers name other routings than parameters."""
+        _, routings = self.outputs
+        if sorted(routings) != sorted(self.layout.layers):
+            remedy = f"its parameters are marked for the layers {', '.join(self.layout.layers)}"
+            raise InputError("model", f"routings of {', '.join(routings) or 'no layer'}", remedy)

@@ -1,0 +1,250 @@
+"""Who owns which parameter of a model: marks on parameters, and the split that follows from them.
+
+Axis legend: `E` experts, `K` expert slots, `L` MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.types import Params, PyTree
+
+EXPERT, GATE = "expert", "gate"
+"""What a parameter of a MoE layer can be of; both lead with the expert axis."""
+
+
+@flax.struct.dataclass
+class Marked(nn.meta.AxisMetadata[Any]):
+    """A parameter of a MoE layer, in the box that Flax takes off when the parameter is used.
+
+    Attributes:
+      value: the parameter, leading with the expert axis.
+      part: `EXPERT` or `GATE`.
+    """
+
+    value: Any
+    part: str = flax.struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        """The parameter."""
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Marked:
+        """The same mark on another value."""
+        return Marked(val, self.part)
+
+    def add_axis(self, index: int, params: Mapping[Any, Any]) -> Marked:
+        """As it is: layers made by `nn.scan` or `nn.vmap` have no expert axis in front."""
+        raise InputError("model", "nn.scan", "MoE layers must stand one by one: call each layer")
+
+    def remove_axis(self, index: int, params: Mapping[Any, Any]) -> Marked:
+        """The opposite of `add_axis`."""
+        raise InputError("model", "nn.scan", "MoE layers must stand one by one: call each layer")
+
+
+def mark(init: Callable[..., Any], part: str) -> Callable[..., Marked]:
+    """An initialiser whose parameter belongs to each expert, or to the gate."""
+
+    def init_marked(*arguments: Any) -> Marked:
+        return Marked(init(*arguments), part)
+
+    return init_marked
+
+
+def mark_paths(params: PyTree, rules: Mapping[str, str]) -> PyTree:
+    """Marks parameters of a foreign model by their paths.
+
+    Args:
+      params: any pytree; a path is the names on the way to a leaf, joined by "/".
+      rules: pattern of paths, as in a shell, to `EXPERT` or `GATE`: `{"*/moe/w_*": "expert"}`.
+
+    Raises:
+      InputError: a rule that matches nothing, or names another part.
+    """
+    paths, leaves, tree = _by_path(params)
+    for pattern, part in rules.items():
+        if part not in (EXPERT, GATE):
+            raise InputError("rules", part, f"mark parameters as {EXPERT} or {GATE}")
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise InputError("rules", pattern, f"matches none of {', '.join(paths)}")
+
+    def boxed(path: str, leaf: Any) -> Any:
+        part = next((part for p, part in rules.items() if fnmatchcase(path, p)), None)
+        return leaf if part is None else Marked(leaf, part)
+
+    return tree.unflatten([boxed(*pair) for pair in zip(paths, leaves, strict=True)])
+
+
+class Ownership(NamedTuple):
+    """Who owns which part of a model's parameters; the default is FLEX-MoE's.
+
+    Attributes:
+      private: parts that stay with their client, by the beginnings of their paths: "head", or
+        "backbone/local".
+      shared_gate: whether a gate's row for an expert travels with that expert, and is averaged as
+        the expert is, in place of staying with its client.
+    """
+
+    private: tuple[str, ...] = ()
+    shared_gate: bool = False
+
+
+FLEX_MOE = Ownership()
+
+
+class _Absent:
+    """Stands in a tree for parameters that are not there; whoever computes with it fails."""
+
+
+class Layout(NamedTuple):
+    """How a model's parameters lie: each leaf's owner, and the MoE layer that it is of.
+
+    Attributes:
+      experts: E.
+      layers: the L MoE layers, by the paths of their modules, in the order of these.
+      paths: of all leaves, in the tree's order.
+      owner: of each leaf: a field of `Params`.
+      layer: of each leaf: the MoE layer that it is of; empty for none.
+      tree: structure of the model's parameters.
+    """
+
+    experts: int
+    layers: tuple[str, ...]
+    paths: tuple[str, ...]
+    owner: tuple[str, ...]
+    layer: tuple[str, ...]
+    tree: Any
+
+    def split(self, params: PyTree) -> Params:
+        """The model's parameters, marked or not, by who owns them."""
+        leaves = self.tree.flatten_up_to(nn.meta.unbox(params))
+        parts: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in Params._fields}
+        for path, owner, layer, leaf in zip(
+            self.paths, self.owner, self.layer, leaves, strict=True
+        ):
+            names = tuple(path.split("/"))
+            inside = layer and owner in ("experts", "gate")
+            parts[owner][(layer, *names[_depth(layer) :]) if inside else names] = leaf
+        return Params(**{name: _unflatten(part) for name, part in parts.items()})
+
+    def merge_shared(self, shared: PyTree) -> PyTree:
+        """The model's tree with ψ alone: nothing can be computed with the other parameters."""
+        flat = _flatten(shared)
+        return self.tree.unflatten([flat.get(tuple(p.split("/")), _Absent()) for p in self.paths])
+
+    def merge(self, params: Params) -> PyTree:
+        """Inverse of `split`; stacks may hold K experts in place of E."""
+        flat: dict[tuple[str, ...], Any] = {}
+        for name, part in params._asdict().items():
+            inside = name in ("experts", "gate")
+            for names, leaf in _flatten(part).items():
+                path = (*_names(names[0]), *names[1:]) if inside else names
+                flat[path] = leaf
+        return self.tree.unflatten([flat[tuple(path.split("/"))] for path in self.paths])
+
+
+def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:
+    """Finds out who owns what of a model.
+
+    Args:
+      shapes: the model's parameters with their marks, or their shapes.
+      ownership: who owns what.
+
+    Raises:
+      InputError: a private part that the model does not have, no MoE layer, or MoE layers that
+        differ in the number of their experts.
+    """
+    marks = _marks(shapes)
+    paths, leaves, tree = _by_path(nn.meta.unbox(shapes))
+    for start in ownership.private:
+        if not any(f"{path}/".startswith(f"{start}/") for path in paths):
+            tops = ", ".join(dict.fromkeys(path.split("/")[0] for path in paths))
+            remedy = f"the model has no such part; its parts are {tops}"
+            raise InputError("model.private", start, remedy)
+    if not any(part == EXPERT for part in marks.values()):
+        raise InputError("model", "no MoE layer", "mark at least one stack of experts: see MoELayer")
+    counts = {
+        path: leaf.shape[0] if leaf.shape else 0
+        for path, leaf in zip(paths, leaves, strict=True)
+        if path in marks
+    }
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{path} has {count}" for path, count in counts.items())
+        raise InputError("model.experts", found, "give every MoE layer as many experts")
+
+    def owner(path: str) -> str:
+        if any(f"{path}/".startswith(f"{start}/") for start in ownership.private):
+            return "private"
+        part = marks.get(path)
+        if part is None:
+            return "shared"
+        return "experts" if part == EXPERT or ownership.shared_gate else "gate"
+
+    layer = tuple(_layer_of(path) if path in marks else "" for path in paths)
+    return Layout(
+        experts=next(iter(counts.values())),
+        layers=tuple(dict.fromkeys(name for name in layer if name)),
+        paths=tuple(paths),
+        owner=tuple(map(owner, paths)),
+        layer=layer,
+        tree=tree,
+    )
+
+
+def check_capacity(layout: Layout, capacity: Sequence[int]) -> None:
+    """Refuses private experts of which clients hold only some.
+
+    Raises:
+      InputError: naming the part.
+    """
+    for path, owner, layer in zip(layout.paths, layout.owner, layout.layer, strict=True):
+        if layer and owner == "private" and min(capacity) < layout.experts:
+            remedy = "a client's own experts cannot be dealt out: give all clients all of them"
+            raise InputError("model.private", path, remedy)
+
+
+ROOT = "mixture"
+"""Name of the MoE layer whose parts stand at the top of the model's tree."""
+
+
+def _layer_of(path: str) -> str:
+    """The module that a parameter's own module is in: `Block_0/MoELayer_0` of .../expert/w_in."""
+    return "/".join(path.split("/")[:-2]) or ROOT
+
+
+def _names(layer: str) -> tuple[str, ...]:
+    return () if layer == ROOT else tuple(layer.split("/"))
+
+
+def _depth(layer: str) -> int:
+    return len(_names(layer))
+
+
+def _marks(params: PyTree) -> dict[str, str]:
+    """The part of each leaf that has a mark, by its path."""
+    found, _ = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda node: isinstance(node, Marked)
+    )
+    return {_text(path): leaf.part for path, leaf in found if isinstance(leaf, Marked)}
+
+
+def _by_path(params: PyTree) -> tuple[list[str], list[Any], Any]:
+    found, tree = jax.tree_util.tree_flatten_with_path(params)
+    return [_text(path) for path, _ in found], [leaf for _, leaf in found], tree
+
+
+def _text(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+# Flax leaves them without types.
+_flatten: Any = flatten_dict
+_unflatten: Any = unflatten_dict

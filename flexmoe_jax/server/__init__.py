@@ -1,0 +1,60 @@
+"""What runs on the server: it assigns, sends, admits, aggregates, learns, and closes the round."""
+
+from flexmoe_jax.server.admit import Admission, Verdict, admit
+from flexmoe_jax.server.aggregate import (
+    Aggregator,
+    Arrived,
+    Due,
+    Sums,
+    collect,
+    mean,
+    private,
+    trimmed_mean,
+)
+from flexmoe_jax.server.fitness import (
+    FitnessOptions,
+    accuracy_score,
+    loss_score,
+    make_score,
+    update_fitness,
+)
+from flexmoe_jax.server.load import LOAD_MODELS, LoadModel, make_load_model
+from flexmoe_jax.server.privacy import draw_secret, epsilon, noise_key
+from flexmoe_jax.server.quarantine import norm_limits, too_late
+from flexmoe_jax.server.server import Desk, close, init, send, without
+from flexmoe_jax.server.assign import Assign, check_solution, make_assign
+
+__all__ = [
+    "LOAD_MODELS",
+    "Admission",
+    "Aggregator",
+    "Arrived",
+    "Assign",
+    "Desk",
+    "Due",
+    "FitnessOptions",
+    "LoadModel",
+    "Sums",
+    "Verdict",
+    "accuracy_score",
+    "admit",
+    "check_solution",
+    "close",
+    "collect",
+    "draw_secret",
+    "epsilon",
+    "init",
+    "loss_score",
+    "make_assign",
+    "make_load_model",
+    "make_score",
+    "mean",
+    "noise_key",
+    "norm_limits",
+    "private",
+    "send",
+    "too_late",
+    "trimmed_mean",
+    "update_fitness",
+    "without",
+]

@@ -1,0 +1,133 @@
+"""Admission: what the server makes of one client's answer before it counts.
+
+Axis legend: `K` expert slots, `L` MoE layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flexmoe_jax.server.aggregate import Arrived
+from flexmoe_jax.server.quarantine import part_norms
+from flexmoe_jax.types import Array, Feedback, Upload
+
+
+class Admission(NamedTuple):
+    """Which updates are let in, and how they count.
+
+    Attributes:
+      quarantine: whether an update is refused that is not all numbers, or too long by one of the
+        two limits below.
+      norm_factor: how many times the median of lately an update may be long, ψ and experts each by
+        itself (see `quarantine`); 0 for any length. Under `noise_multiplier` it does not count: a
+        limit learnt from clients would tell of them.
+      norm_limit: greatest L2 norm of an update (ψ and all experts used together); 0 for none.
+      clip: L2 norm to which longer updates are cut; 0 for none. An update that is not all numbers
+        cannot be cut, and is refused, quarantine or not.
+      noise_multiplier: deviation of the server's noise over `clip` (see `privacy`), under which
+        every client weighs the same; 0 for none.
+      simulated_noise: whether that noise comes from the run's key, and not from a secret.
+    """
+
+    quarantine: bool = True
+    norm_factor: float = 10.0
+    norm_limit: float = 0.0
+    clip: float = 0.0
+    noise_multiplier: float = 0.0
+    simulated_noise: bool = False
+
+    @property
+    def compares(self) -> bool:
+        """Whether updates are judged by what others' were like."""
+        return bool(self.quarantine and self.norm_factor and not self.noise_multiplier)
+
+    @property
+    def private(self) -> bool:
+        """Whether noise makes the sums differentially private, so that all clients weigh the same."""
+        return bool(self.noise_multiplier)
+
+
+class Verdict(NamedTuple):
+    """What became of one answer.
+
+    Attributes:
+      accepted: () bool, there was one and it was let in.
+      refused: () bool, there was one and it was not.
+      lengths: (2,) of its parts, ψ and experts (see `quarantine`), refused ones included; 0 where
+        that is no number, and of what never arrived.
+      feedback: (L, K) what it says of the experts; 0 unless it was let in.
+      loss: () mean training loss, the same.
+      units: () units trained on, the same.
+      examples: () examples trained on, the same.
+    """
+
+    accepted: Array
+    refused: Array
+    lengths: Array
+    feedback: Feedback
+    loss: Array
+    units: Array
+    examples: Array
+
+
+def admit(
+    admission: Admission,
+    upload: Upload,
+    slots: dict[str, Array],
+    steps: Array,
+    limits: Array | None,
+) -> tuple[Arrived, Verdict]:
+    """Judges one answer.
+
+    Args:
+      admission: by which rules.
+      upload: decoded; with 0 examples if there is none.
+      slots: by MoE layer (K,) int32 the experts that its client was sent.
+      steps: () int32 the local steps that the server asked for.
+      limits: (2,) greatest lengths of the two parts that others' updates allow; None for none.
+
+    Returns:
+      The update as it counts, with nothing in it if it was refused, and the verdict.
+    """
+    shared, experts = upload.shared, upload.experts
+    norms = part_norms(shared, experts)
+    reach = jnp.sqrt(jnp.maximum(steps, 1).astype(jnp.float32))
+    idle = upload.examples == 0
+    refused = ~idle & _refuse(admission, upload.loss, norms, limits, reach)
+    if admission.clip:
+        factor = jnp.minimum(1.0, admission.clip / jnp.maximum(_together(norms), 1e-12))
+        shared, experts = jax.tree.map(lambda x: x * factor, (shared, experts))
+    usage = {layer: upload.feedback.usage[i] for i, layer in enumerate(slots)}
+    weight = upload.units
+    accepted = ~(refused | idle)
+    counted = shared, experts, weight, usage, upload.feedback, upload.loss, upload.examples
+    shared, experts, weight, usage, feedback, loss, examples = jax.tree.map(
+        lambda x: jnp.where(accepted, x, jnp.zeros_like(x)), counted
+    )
+    units = weight
+    if admission.private:
+        weight, usage = jax.tree.map(jnp.ones_like, (weight, usage))
+    lengths = jnp.where(idle | ~jnp.isfinite(norms), 0.0, norms / reach)
+    verdict = Verdict(accepted, refused, lengths, feedback, loss, units, examples)
+    return Arrived(shared, experts, slots, weight, usage), verdict
+
+
+def _refuse(
+    admission: Admission, loss: Array, norms: Array, limits: Array | None, reach: Array
+) -> Array:
+    """Whether an answer is refused, by its norms and what is known of others': () bool."""
+    refused = jnp.zeros((), bool)
+    if admission.quarantine or admission.clip:
+        refused = ~jnp.isfinite(norms.sum() + loss)
+    if admission.compares and limits is not None:
+        refused |= (norms > limits * reach).any()
+    if admission.quarantine and admission.norm_limit:
+        refused |= _together(norms) > admission.norm_limit
+    return refused
+
+
+def _together(norms: Array) -> Array:
+    return jnp.sqrt((norms**2).sum())

@@ -1,0 +1,254 @@
+"""Server aggregation: one update of ψ and of every expert, made of many.
+
+An aggregator is four functions, so that updates can be added block by block while the cohort
+trains. A mean keeps running sums, in the memory of one block; a robust aggregator keeps all.
+
+Axis legend: `P` clients of the round's plan, `p` of a block, `E` experts, `K` expert slots, `L` MoE
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from flexmoe_jax.types import Array, Key, PyTree
+
+
+class Arrived(NamedTuple):
+    """Updates that were let in, side by side, as they count.
+
+    Attributes:
+      shared: Δψ, leaves (p, ...).
+      experts: Δθ of the experts held, by MoE layer, leaves (p, K, ...).
+      slots: by MoE layer (p, K) int32 which expert each slot holds; E for an empty slot.
+      weight: (p,) of each client in ψ; 0 for one that delivered nothing.
+      usage: by MoE layer (p, K), the weight of each client in θ_e.
+    """
+
+    shared: PyTree
+    experts: PyTree
+    slots: dict[str, Array]
+    weight: Array
+    usage: dict[str, Array]
+
+
+class Sums(NamedTuple):
+    """Weighted sums of a round's updates, kept apart from their weights until the end.
+
+    Attributes:
+      shared: Σ_c n_c Δψ_c.
+      shared_weight: () Σ_c n_c.
+      experts: Σ_c u_ce Δθ_ce by MoE layer, leaves (E, ...).
+      expert_weight: by MoE layer (E,) Σ_c u_ce.
+    """
+
+    shared: PyTree
+    shared_weight: Array
+    experts: PyTree
+    expert_weight: dict[str, Array]
+
+
+class Due(NamedTuple):
+    """What a round was to bring, which no client's data decides.
+
+    Attributes:
+      clients: () how many clients were to deliver.
+      holders: by MoE layer (E,), how many of them held each expert.
+      key: of the noise of differential privacy.
+    """
+
+    clients: Array
+    holders: dict[str, Array]
+    key: Key
+
+
+class Aggregator(NamedTuple):
+    """How the server makes one update of many.
+
+    Attributes:
+      zero: (ψ, θ, P, K) -> total: of nobody, with room for P clients of K slots.
+      add: (total, block of `Arrived`) -> total.
+      merge: (total, mesh axis) -> total: of all devices along the axis.
+      mean: (total, due) -> `Sums` whose quotients the server moves by.
+    """
+
+    zero: Callable[[PyTree, PyTree, int, int], Any]
+    add: Callable[[Any, Arrived], Any]
+    merge: Callable[[Any, str], Any]
+    mean: Callable[[Any, Due], Sums]
+
+
+def mean() -> Aggregator:
+    """Means weighted by units (ψ) and usage (θ_e), as in FLEX-MoE."""
+
+    def zero(shared: PyTree, experts: PyTree, rows: int, slots: int) -> Sums:
+        zeros = jax.tree.map(jnp.zeros_like, (shared, experts))
+        none = {layer: jnp.zeros(count_of(stack), jnp.float32) for layer, stack in experts.items()}
+        return Sums(zeros[0], jnp.zeros((), jnp.float32), zeros[1], none)
+
+    def add(sums: Sums, block: Arrived) -> Sums:
+        experts, weights = {}, {}
+        for layer, total in sums.experts.items():
+            usage, slots = block.usage[layer], block.slots[layer]
+            held = jax.nn.one_hot(slots, count_of(total), dtype=usage.dtype)
+            weight = jnp.einsum("pk,pke->pke", usage, held)
+            experts[layer] = _add("pke,pk...->e...", total, weight, block.experts[layer])
+            weights[layer] = sums.expert_weight[layer] + weight.sum(axis=(0, 1))
+        return Sums(
+            shared=_add("p,p...->...", sums.shared, block.weight, block.shared),
+            shared_weight=sums.shared_weight + block.weight.sum(),
+            experts=experts,
+            expert_weight=weights,
+        )
+
+    return Aggregator(zero, add, lax.psum, lambda sums, due: sums)
+
+
+def private(deviation: float) -> Aggregator:
+    """Means with Gaussian noise, weighed by numbers that no client's data decides.
+
+    Args:
+      deviation: of the noise on the sums of updates that were cut, each with weight 1; in units of
+        the parameters.
+    """
+    plain = mean()
+
+    def noised(sums: Sums, due: Due) -> Sums:
+        exact = sums.shared, sums.experts
+        noise = optax.tree.random_like(due.key, exact, jax.random.normal)
+        shared, experts = optax.tree.add_scale(exact, deviation, noise)
+        return Sums(shared, due.clients, experts, due.holders)
+
+    return plain._replace(mean=noised)
+
+
+class Collected(NamedTuple):
+    """All updates so far: how many rows are filled, and `Arrived` with room for P."""
+
+    rows: Array
+    updates: Arrived
+
+
+Centre = Callable[[PyTree, Array], PyTree]
+"""(values, leaves (P, ...), their weights (P,), 0 for those that are not there) -> their centre."""
+
+
+def collect(centre: Centre) -> Aggregator:
+    """Keeps all updates, and takes the centre of ψ's, and of each expert's by itself.
+
+    Updates that are not all numbers are left out. The sums carry the total weights of all.
+    """
+
+    def zero(shared: PyTree, experts: PyTree, rows: int, slots: int) -> Collected:
+        def room(tree: PyTree, *size: int) -> PyTree:
+            skip = len(size) - 1
+            return jax.tree.map(lambda x: jnp.zeros((*size, *x.shape[skip:]), x.dtype), tree)
+
+        empty = {layer: count_of(stack) for layer, stack in experts.items()}
+        none = Arrived(
+            shared=room(shared, rows),
+            experts=room(experts, rows, slots),
+            slots={layer: jnp.full((rows, slots), e, jnp.int32) for layer, e in empty.items()},
+            weight=jnp.zeros(rows, jnp.float32),
+            usage={layer: jnp.zeros((rows, slots), jnp.float32) for layer in empty},
+        )
+        return Collected(jnp.zeros((), jnp.int32), none)
+
+    def add(total: Collected, block: Arrived) -> Collected:
+        put = partial(lax.dynamic_update_slice_in_dim, start_index=total.rows, axis=0)
+        rows = total.rows + block.weight.shape[0]
+        return Collected(rows, jax.tree.map(put, total.updates, block))
+
+    def merge(total: Collected, axis: str) -> Collected:
+        together = partial(lax.all_gather, axis_name=axis, tiled=True)
+        return Collected(lax.psum(total.rows, axis), jax.tree.map(together, total.updates))
+
+    return Aggregator(zero, add, merge, lambda total, due: _by_part(total.updates, due, centre))
+
+
+def _by_part(updates: Arrived, due: Due, centre: Centre) -> Sums:
+    """Sums whose means are the centres of ψ's updates, and of each expert's."""
+    whole = jax.vmap(_all_finite)((updates.shared, updates.experts))
+    shared, of_slots = jax.tree.map(
+        lambda leaf: jnp.where(_along(whole, leaf), leaf, 0.0), (updates.shared, updates.experts)
+    )
+
+    def weigh(values: PyTree, weight: Array) -> tuple[PyTree, Array]:
+        total = weight.sum()
+        return jax.tree.map(lambda leaf: total * leaf, centre(values, weight)), total
+
+    def of_expert(layer: str, count: int) -> tuple[PyTree, Array]:
+        usage = jnp.where(whole[:, None], updates.usage[layer], 0.0)
+
+        def one(e: Array) -> tuple[PyTree, Array]:
+            holds = updates.slots[layer] == e  # (P, K), at most one slot of each client
+            slot, used = holds.argmax(axis=1), jnp.where(holds, usage, 0.0).sum(axis=1)
+            rows = jnp.arange(len(slot))
+            return weigh(jax.tree.map(lambda leaf: leaf[rows, slot], of_slots[layer]), used)
+
+        return lax.map(one, jnp.arange(count))
+
+    found = {layer: of_expert(layer, e.shape[0]) for layer, e in due.holders.items()}
+    return Sums(
+        *weigh(shared, jnp.where(whole, updates.weight, 0.0)),
+        {layer: total for layer, (total, _) in found.items()},
+        {layer: weight for layer, (_, weight) in found.items()},
+    )
+
+
+def trimmed_mean(trim: float) -> Aggregator:
+    """Coordinate-wise trimmed mean over clients (Yin et al. 2018, arXiv 1803.01498).
+
+    Of `n` values of a coordinate the `⌈trim · n⌉` least and greatest are left out, as long as one
+    value is left, or two of an even number; the others are averaged with equal weight.
+    `trim = 0.5` is the median. ψ is averaged over all clients that delivered, θ_e over those that
+    used expert e. One or two values have no outlier: they are averaged as they are.
+
+    Args:
+      trim: part cut off at either end, in [0, 0.5].
+    """
+
+    def centre(values: PyTree, weight: Array) -> PyTree:
+        present = weight > 0
+        count = present.sum(dtype=jnp.int32)
+        # A product just above a whole number, by rounding, is that number.
+        wanted = jnp.ceil(trim * count.astype(jnp.float32) * (1 - 1e-6)).astype(jnp.int32)
+        cut = jnp.minimum(wanted, jnp.maximum(count - 1, 0) // 2)
+        rank = jnp.arange(len(weight))
+        inside = (rank >= cut) & (rank < count - cut)
+
+        def average(leaf: Array) -> Array:
+            ranked = jnp.sort(jnp.where(_along(present, leaf), leaf, jnp.inf), axis=0)
+            kept = jnp.where(_along(inside, leaf), ranked, 0.0).sum(axis=0)
+            return kept / jnp.maximum(count - 2 * cut, 1).astype(kept.dtype)
+
+        return jax.tree.map(average, values)
+
+    return collect(centre)
+
+
+def _along(clients: Array, leaf: Array) -> Array:
+    """(P,) in the shape of a leaf (P, ...), to be broadcast."""
+    return clients.reshape(-1, *[1] * (leaf.ndim - 1))
+
+
+def _all_finite(tree: PyTree) -> Array:
+    return jnp.asarray([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)], bool).all()
+
+
+def count_of(stack: PyTree) -> int:
+    """E of a stack of experts, leaves (E, ...)."""
+    return int(jax.tree.leaves(stack)[0].shape[0])
+
+
+def _add(contraction: str, totals: PyTree, weight: Array, updates: PyTree) -> PyTree:
+    # Full precision: on accelerators the default would round the updates to 10 bits or fewer.
+    product = partial(jnp.einsum, contraction, precision=lax.Precision.HIGHEST)
+    return jax.tree.map(lambda total, update: total + product(weight, update), totals, updates)

@@ -1,0 +1,195 @@
+"""The server's part of a round: it sends, and it closes the round.
+
+Axis legend: `C` clients, `P` clients of the round's plan, `E` experts, `K` expert slots, `G` groups
+of MoE layers that are assigned together, `L` MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flexmoe_jax.assignment import update_deficit
+from flexmoe_jax.server.admit import Admission, Verdict
+from flexmoe_jax.server.aggregate import Sums
+from flexmoe_jax.server.fitness import FitnessOptions, update_fitness
+from flexmoe_jax.server.load import LoadModel
+from flexmoe_jax.server.quarantine import init_norms, learn_norms
+from flexmoe_jax.types import Array, Download, Feedback, Key, Ledger, Plan, PyTree, Server
+
+
+class Desk(NamedTuple):
+    """What a server runs with.
+
+    Attributes:
+      experts: E.
+      group: MoE layer to its group, of those that are assigned together.
+      optimizer: optax transform of the mean update.
+      admission: which updates are let in.
+      fitness: how Q is learnt.
+      load: what an assignment weighs, and what counts as given.
+      deficit_decay: how much of an expert's deficit lasts from round to round, in [0, 1].
+      share: (E,) part of the load that each expert is meant to get; None for the same.
+    """
+
+    experts: int
+    group: dict[str, int]
+    optimizer: optax.GradientTransformation
+    admission: Admission
+    fitness: FitnessOptions
+    load: LoadModel
+    deficit_decay: float = 1.0
+    share: np.ndarray | None = None
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return max(self.group.values()) + 1
+
+    def of_experts(self, slots: Array, amount: Array) -> Array:
+        """Sums (G, E) over clients of what each gives its slots (P, G, K)."""
+        none = jnp.zeros((self.groups, self.experts), amount.dtype)
+        return none.at[np.arange(self.groups)[:, None], slots].add(amount, mode="drop")
+
+    def by_group(self, of_layers: Array) -> Array:
+        """Means (..., G, K) over the layers of each group of (..., L, K)."""
+        rows = np.zeros((self.groups, len(self.group)), np.float32)
+        rows[list(self.group.values()), np.arange(len(self.group))] = 1
+        if self.groups == len(self.group):
+            return of_layers
+        return jnp.einsum("gl,...lk->...gk", rows / rows.sum(axis=1, keepdims=True), of_layers)
+
+
+def init(desk: Desk, key: Key, shared: PyTree, experts: PyTree, clients: int) -> Server:
+    """The server before the first round, which knows nothing of C `clients`."""
+    pairs = (desk.groups, clients, desk.experts)
+    ledger = Ledger(
+        fitness=jnp.full(pairs, desk.fitness.initial, jnp.float32),
+        usage=jnp.zeros(pairs, jnp.float32),
+        held_rounds=jnp.zeros(pairs, jnp.int32),
+        fresh=jnp.zeros(pairs, bool),
+        load=jnp.zeros((desk.groups, desk.experts), jnp.float32),
+        deficit=jnp.zeros((desk.groups, desk.experts), jnp.float32),
+        norms=init_norms() if desk.admission.compares else (),
+    )
+    optimizer = (
+        desk.optimizer.init(shared),
+        {layer: jax.vmap(desk.optimizer.init)(stack) for layer, stack in experts.items()},
+    )
+    return Server(key, jnp.zeros((), jnp.int32), shared, experts, optimizer, ledger)
+
+
+def send(desk: Desk, server: Server, slots: Array, steps: Array) -> Download:
+    """What a client gets that is given the experts `slots` (G, K) for so many steps."""
+    experts = {
+        layer: jax.tree.map(
+            lambda leaf, s=slots[desk.group[layer]]: jnp.take(leaf, s, axis=0, mode="clip"), stack
+        )
+        for layer, stack in server.experts.items()
+    }
+    return Download(server.shared, experts, slots, steps, server.round)
+
+
+def without(void: Array, sums: Sums, verdicts: Verdict) -> tuple[Sums, Verdict]:
+    """Sums and verdicts as if all updates had been refused, if () bool; else as they are."""
+    weights = sums.shared_weight, sums.expert_weight
+    said = verdicts.accepted, verdicts.feedback, verdicts.loss, verdicts.units, verdicts.examples
+    weights, said = jax.tree.map(lambda x: jnp.where(void, jnp.zeros_like(x), x), (weights, said))
+    refused = verdicts.refused | (void & verdicts.accepted)
+    accepted, feedback, loss, units, examples = said
+    return (
+        sums._replace(shared_weight=weights[0], expert_weight=weights[1]),
+        Verdict(accepted, refused, verdicts.lengths, feedback, loss, units, examples),
+    )
+
+
+def close(desk: Desk, server: Server, sums: Sums, verdicts: Verdict, plan: Plan) -> Server:
+    """The server after a round: parameters moved, books kept.
+
+    Args:
+      desk: what it runs with.
+      server: before the round.
+      sums: of all updates that were let in.
+      verdicts: on the answers, leaves (P, ...).
+      plan: of the round.
+    """
+    shared, experts, optimizer = _move(desk.optimizer, server, sums)
+    ledger = _keep_books(desk, server.ledger, sums, verdicts, plan)
+    if desk.admission.compares:
+        ledger = ledger._replace(norms=learn_norms(server.ledger.norms, verdicts.lengths.T))
+    return Server(server.key, server.round + 1, shared, experts, optimizer, ledger)
+
+
+def _move(
+    optimizer: optax.GradientTransformation, server: Server, sums: Sums
+) -> tuple[PyTree, PyTree, tuple[PyTree, PyTree]]:
+    """Moves ψ and θ by the mean updates, taken as pseudo-gradients (Reddi et al. 2021).
+
+    With `optax.sgd(1.0)`: ψ ← ψ + Σ n_c Δψ_c / Σ n_c and θ_e ← θ_e + Σ u_ce Δθ_ce / Σ u_ce
+    (FLEX-MoE). An expert that nobody used keeps its value and its optimiser state bit for bit.
+    """
+
+    def move(total: PyTree, weight: Array, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        gradient = jax.tree.map(lambda t: -t / jnp.where(weight > 0, weight, 1.0), total)
+        updates, stepped = optimizer.update(gradient, state, params)
+        moved = optax.apply_updates(params, updates), stepped
+        return jax.tree.map(
+            lambda new, old: jnp.where(weight > 0, new, old), moved, (params, state)
+        )
+
+    shared, of_shared = move(
+        sums.shared, sums.shared_weight, server.shared, server.optimizer[0]
+    )
+    moved = {
+        layer: jax.vmap(move)(
+            sums.experts[layer], sums.expert_weight[layer], stack, server.optimizer[1][layer]
+        )
+        for layer, stack in server.experts.items()
+    }
+    experts = {layer: stack for layer, (stack, _) in moved.items()}
+    return shared, experts, (of_shared, {layer: state for layer, (_, state) in moved.items()})
+
+
+def _keep_books(
+    desk: Desk, ledger: Ledger, sums: Sums, verdicts: Verdict, plan: Plan
+) -> Ledger:
+    """What the server has learnt of clients and experts after a round."""
+    feedback: Feedback = jax.tree.map(desk.by_group, verdicts.feedback)  # (P, G, K)
+    trained = (verdicts.examples > 0).astype(jnp.int32)
+    clients = ledger.fitness.shape[1]
+    took_part = jnp.zeros(clients, bool).at[plan.clients].set(True, mode="drop")
+    moved = {layer: weight > 0 for layer, weight in sums.expert_weight.items()}
+    books = []
+    for g in range(desk.groups):
+        slots = plan.slots[:, g]
+        pairs = plan.clients[:, None], slots
+        of_group = jax.tree.map(lambda x, g=g: x[:, g], feedback)
+        given = desk.load.settle(slots, verdicts.examples, of_group.usage)
+        given = jnp.zeros(desk.experts, jnp.float32).at[slots].add(given, mode="drop")
+        received = jnp.zeros((clients, desk.experts), bool).at[pairs].set(True, mode="drop")
+        changed = [moved[layer] for layer, group in desk.group.items() if group == g and layer in moved]
+        stays = ~jnp.stack(changed).any(axis=0) if changed else jnp.ones(desk.experts, bool)
+        fresh = jnp.where(took_part[:, None], received, ledger.fresh[g]) & stays
+        books.append(
+            Ledger(
+                fitness=update_fitness(
+                    ledger.fitness[g], plan.clients, slots, of_group, desk.fitness
+                ),
+                usage=ledger.usage[g].at[pairs].add(of_group.usage, mode="drop"),
+                held_rounds=ledger.held_rounds[g].at[pairs].add(trained[:, None], mode="drop"),
+                fresh=fresh,
+                load=ledger.load[g] + plan.load[g],
+                # Shares are NumPy's doubles.
+                deficit=update_deficit(
+                    ledger.deficit[g], given, share=desk.share, decay=desk.deficit_decay
+                ).astype(jnp.float32),
+                norms=ledger.norms,
+            )
+        )
+    stacked: Ledger = jax.tree.map(lambda *x: jnp.stack(x), *(b._replace(norms=()) for b in books))
+    return stacked._replace(norms=ledger.norms)

@@ -1,0 +1,306 @@
+"""Evaluation of every client's model on the whole test set, in one pass over the examples.
+
+What all clients compute alike of an example is computed once, not once per client; what differs
+(gates, experts held, private parts) runs on those features, block by block of clients. Devices
+share the examples.
+
+Axis legend: `C` clients, `B` batch, `U` units of an example, `Y` classes (one column for all
+examples where they have no class), `E` experts, `K` expert slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flexmoe_jax import client, server
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.federation import Federation
+from flexmoe_jax.simulation.blocks import AXIS, client_mesh, over_devices
+from flexmoe_jax.types import Array, Download, Evaluation, Own, Params, PyTree, State, Tally
+
+_SHARED = PartitionSpec(None, AXIS)
+# What every class has at least of a client's label shares, so that none is impossible.
+_SMOOTHING = 1e-3
+
+
+class TestSet(NamedTuple):
+    """The test set in equal chunks.
+
+    Attributes:
+      arrays: named examples, leaves (chunks, B, ...).
+      valid: (chunks, B) bool; False marks padding.
+      owner: (chunks, B) int32, the client that each example is one of; -1 for nobody. None where
+        clients have no test examples of their own.
+    """
+
+    arrays: dict[str, Array]
+    valid: Array
+    owner: Array | None = None
+
+
+def chunk_test_set(
+    arrays: dict[str, np.ndarray],
+    batch_size: int = 500,
+    mesh: Mesh | None = None,
+    owner: np.ndarray | None = None,
+) -> TestSet:
+    """Cuts a test set into chunks of about `batch_size`, as even as can be, shared by the mesh.
+
+    Args:
+      arrays: named examples, leaves (M, ...).
+      batch_size: B, about.
+      mesh: from `client_mesh`; None for one device.
+      owner: (M,) int, the client that each example is one of, -1 for nobody; None where clients
+        have no test examples of their own.
+
+    Raises:
+      InputError: arrays of different lengths, or none.
+    """
+    mesh = mesh or client_mesh(1)
+    lengths = {name: len(values) for name, values in arrays.items()}
+    count = next(iter(lengths.values()), 0)
+    if not count or set(lengths.values()) != {count}:
+        raise InputError("test", lengths, "give arrays with one entry for each test example")
+    chunks = -(-count // batch_size)
+    size = -(-count // (chunks * mesh.size)) * mesh.size
+    padding = chunks * size - count
+    shared = NamedSharding(mesh, _SHARED)
+
+    def cut(values: np.ndarray, filler: int) -> Array:
+        ends = np.full((padding, *values.shape[1:]), filler, values.dtype)
+        padded = np.concatenate([values, ends])
+        return jax.device_put(padded.reshape(chunks, size, *values.shape[1:]), shared)
+
+    return TestSet(
+        {name: cut(values, 0) for name, values in arrays.items()},
+        cut(np.ones(count, bool), 0),
+        None if owner is None else cut(np.asarray(owner, np.int32), -1),
+    )
+
+
+def evaluate(
+    federation: Federation, mesh: Mesh, state: State, test: TestSet, label_share: Array
+) -> Evaluation:
+    """Evaluates all clients with the aggregated ψ and θ, their own gates and latest experts.
+
+    Args:
+      federation: all its choices.
+      mesh: devices that share the examples, along its axis `AXIS`.
+      state: of the federation.
+      test: the test set.
+      label_share: (C, Y) training label shares of each client. Where clients have no test examples
+        of their own, personal figures are means over the classes of the test set, so weighted.
+
+    Returns:
+      What the models make of it. Clients that have never held an expert take no part.
+    """
+    # Slots rise, so an empty first slot means none held.
+    evaluated = (state.clients.slots[:, :, 0] < federation.layout.experts).any(axis=1)
+
+    def of_device(test: TestSet, known: tuple) -> tuple[_Sums, None]:
+        return _count(federation, test, *known), None
+
+    known = state, label_share, evaluated
+    sums, _ = over_devices(of_device, test, known, mesh, spec=_SHARED)
+    weight = sums.own_units
+    personal = sums.personal
+    if test.owner is None:
+        there = sums.units > 0
+        share = jnp.where(there, label_share if label_share.shape[1] else 1.0, 0.0)
+        factor = share / jnp.maximum(sums.units, 1.0)
+        personal = jax.tree.map(lambda x: (x * factor).sum(axis=1), sums.personal)
+        weight = jnp.broadcast_to(share, (evaluated.size, share.shape[-1])).sum(axis=1)
+    return Evaluation(
+        common=sums.common,
+        units=sums.units,
+        personal=personal,
+        personal_weight=weight,
+        server=sums.server,
+        assembled=sums.assembled,
+        evaluated=evaluated,
+    )
+
+
+class _Sums(NamedTuple):
+    """Sums over test examples: see `Evaluation`; `personal` is by class without owners."""
+
+    common: Tally
+    units: Array
+    personal: Tally
+    own_units: Array
+    server: Tally
+    assembled: Tally | None
+
+
+def _count(
+    federation: Federation, test: TestSet, state: State, label_share: Array, evaluated: Array
+) -> _Sums:
+    """Sums over one device's share of the examples."""
+    clients = evaluated.size
+    log_share = jnp.log((label_share + _SMOOTHING) / (1 + label_share.shape[1] * _SMOOTHING))
+    numbers = jnp.arange(clients, dtype=jnp.int32)
+    blocks = _blocks((numbers, state.clients, log_share, evaluated))
+    trunk = _trunk(federation)
+
+    def of_chunk(chunk: TestSet) -> _Sums:
+        features = trunk(state.server.shared, chunk.arrays)
+        judge = _Judge(federation, chunk, label_share.shape[1])
+
+        def of_client(number: Array, own: Own, log_share: Array, counts: Array) -> tuple:
+            outputs = _predict(federation, state, own, features)
+            mine = outputs
+            adjust = federation.task.adjust
+            if adjust is not None and federation.prior:
+                mine = adjust(outputs, log_share)
+            personal = judge.by_class(mine)
+            if chunk.owner is not None:
+                personal = judge.of_rows(mine, chunk.owner == number)
+            common = judge.by_class(outputs)
+            joint = jax.tree.map(lambda x: counts * x, federation.task.mean[0](outputs))
+            return joint, jax.tree.map(lambda x: counts * x, (common, personal))
+
+        def of_block(total: PyTree, block: tuple) -> tuple[PyTree, tuple[Tally, Tally]]:
+            joint, tallies = jax.vmap(of_client)(*block)
+            return jax.tree.map(lambda t, x: t + x.sum(axis=0), total, joint), tallies
+
+        first = jax.tree.map(lambda x: x[0, 0], blocks)
+        nothing = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_client, *first)[0]
+        )
+        total, tallies = lax.scan(of_block, nothing, blocks)
+        common, personal = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:])[:clients], tallies
+        )
+        number = jnp.maximum(evaluated.sum(dtype=jnp.float32), 1.0)
+        joint = federation.task.mean[1](jax.tree.map(lambda x: x / number, total))
+        return _Sums(
+            common=common,
+            units=judge.units_by_class(),
+            personal=personal,
+            own_units=judge.units_by_owner(clients),
+            server=judge.all_rows(joint),
+            assembled=_assembled(federation, state, features, judge),
+        )
+
+    one = jax.tree.map(lambda x: x[0], test)
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_chunk, one))
+    total, _ = lax.scan(lambda t, chunk: (jax.tree.map(jnp.add, t, of_chunk(chunk)), None), none, test)
+    return total
+
+
+class _Judge:
+    """Sums up what outputs are worth on one chunk of test examples."""
+
+    def __init__(self, federation: Federation, chunk: TestSet, classes: int) -> None:
+        task = federation.task
+        self._task, self._chunk = task, chunk
+        valid = chunk.valid.astype(jnp.float32)
+        weight = task.weight(chunk.arrays).astype(jnp.float32)
+        self._weight = weight * valid.reshape(-1, *[1] * (weight.ndim - 1))
+        column = jnp.ones((valid.size, 1), jnp.float32)
+        if task.labels is not None and classes:
+            column = jax.nn.one_hot(task.labels(chunk.arrays), classes, dtype=jnp.float32)
+        self._column = column * valid[:, None]
+
+    def by_class(self, outputs: PyTree) -> Tally:
+        """(Y,) sums by class."""
+        return jax.tree.map(lambda x: x @ self._column, self._of_examples(outputs))
+
+    def of_rows(self, outputs: PyTree, chosen: Array) -> Tally:
+        """() sums over the examples chosen (B,) bool."""
+        return jax.tree.map(
+            lambda x: jnp.where(chosen, x, 0.0).sum(), self._of_examples(outputs)
+        )
+
+    def all_rows(self, outputs: PyTree) -> Tally:
+        """() sums over all examples."""
+        return jax.tree.map(jnp.sum, self._of_examples(outputs))
+
+    def units_by_class(self) -> Array:
+        """(Y,) units of each class."""
+        return self._units() @ self._column
+
+    def units_by_owner(self, clients: int) -> Array:
+        """(C,) units of each client's own examples; 0 where nobody has any."""
+        none = jnp.zeros(clients, jnp.float32)
+        if self._chunk.owner is None:
+            return none
+        # A number out of range is dropped; a negative one would count from the end.
+        owner = jnp.where(self._chunk.owner >= 0, self._chunk.owner, clients)
+        return none.at[owner].add(self._units(), mode="drop")
+
+    def _units(self) -> Array:
+        return self._weight.reshape(self._weight.shape[0], -1).sum(axis=1)
+
+    def _of_examples(self, outputs: PyTree) -> Tally:
+        """(B,) sums over the units of each example."""
+
+        def add_up(values: Array) -> Array:
+            counted = jnp.where(self._weight > 0, self._weight * values.astype(jnp.float32), 0.0)
+            return counted.reshape(counted.shape[0], -1).sum(axis=1)
+
+        hits = self._task.hits
+        return Tally(
+            None if hits is None else add_up(hits(outputs, self._chunk.arrays)),
+            add_up(self._task.loss(outputs, self._chunk.arrays)),
+        )
+
+
+def _predict(federation: Federation, state: State, own: Own, features: PyTree) -> PyTree:
+    """Outputs of one client's model with its latest experts."""
+    down: Download = server.send(
+        federation.desk, state.server, own.slots, jnp.zeros((), jnp.int32)
+    )
+    params, held = client.model_of(federation.site, own, down)
+    return _outputs(federation, params, features, held)
+
+
+def _outputs(
+    federation: Federation, params: Params, features: PyTree, held: dict[str, Array]
+) -> PyTree:
+    """Outputs from the trunk's features, or from the inputs where every client has its own."""
+    model, merged = federation.model, federation.layout.merge(params)
+    if federation.shares_trunk:
+        return model.head(merged, features, held)[0]
+    return model.apply(merged, features, held)[0]
+
+
+def _assembled(
+    federation: Federation, state: State, features: PyTree, judge: _Judge
+) -> Tally | None:
+    """All experts and their gates in one model, where none of its parts stays with a client."""
+    if not federation.assembles:
+        return None
+    params = Params(state.server.shared, state.server.experts, {}, {})
+    held = {layer: jnp.ones(federation.layout.experts, bool) for layer in federation.layout.layers}
+    return judge.all_rows(_outputs(federation, params, features, held))
+
+
+def _trunk(federation: Federation) -> Any:
+    """(ψ, named arrays) -> what every client computes alike of them."""
+
+    def shared_trunk(shared: PyTree, arrays: dict[str, Array]) -> PyTree:
+        inputs = federation.task.inputs(arrays)
+        if not federation.shares_trunk:
+            return inputs
+        return federation.model.trunk(federation.layout.merge_shared(shared), inputs)
+
+    return shared_trunk
+
+
+def _blocks(clients: PyTree) -> PyTree:
+    """Leaves (C, ...) as (blocks, p, ...), padded with zeros: p clients run side by side."""
+    count = jax.tree.leaves(clients)[0].shape[0]
+    together = 1 if jax.default_backend() == "cpu" else min(64, count)
+
+    def cut(leaf: Array) -> Array:
+        padding = [(0, -count % together)] + [(0, 0)] * (leaf.ndim - 1)
+        return jnp.pad(leaf, padding).reshape(-1, together, *leaf.shape[1:])
+
+    return jax.tree.map(cut, clients)

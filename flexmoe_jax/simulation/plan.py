@@ -1,0 +1,162 @@
+"""Who takes part in a simulated round, and how they are laid out on the devices.
+
+Axis legend: `C` clients, `P` clients of the cohort, `E` experts, `K` expert slots, `G` groups of
+MoE layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from flexmoe_jax.types import Array, Plan
+
+
+def sample_cohort(
+    clients: int,
+    per_round: int,
+    *,
+    seed: int,
+    round_index: int,
+    weight: np.ndarray | None = None,
+) -> np.ndarray:
+    """Draws a cohort without replacement.
+
+    Args:
+      clients: C.
+      per_round: P.
+      seed: of the run.
+      round_index: of the round; the same round always draws the same cohort.
+      weight: (C,) of each client in the draw, of any scale; 0 for one that cannot be drawn. None to
+        draw uniformly from all.
+
+    Returns:
+      (P,) int32 client ids in rising order; fewer where fewer can be drawn.
+    """
+    generator = np.random.default_rng([seed, round_index])
+    if weight is None:
+        return np.sort(generator.choice(clients, per_round, replace=False)).astype(np.int32)
+    size = min(per_round, int(np.count_nonzero(weight)))
+    if not size:
+        return np.zeros(0, np.int32)
+    chosen = generator.choice(clients, size, replace=False, p=weight / weight.sum())
+    return np.sort(chosen).astype(np.int32)
+
+
+class Floor(NamedTuple):
+    """Where a simulated cohort trains; it decides the shapes of all plans.
+
+    Attributes:
+      clients: C.
+      slots: K, at least the largest number of experts held.
+      rows: P, for how many clients there is room.
+      block_size: clients side by side on a device.
+      devices: how many share the cohort; each gets an equal run of the plan's rows.
+    """
+
+    clients: int
+    slots: int
+    rows: int
+    block_size: int
+    devices: int = 1
+
+    @property
+    def padded(self) -> int:
+        """P rounded up to whole blocks on every device."""
+        together = self.block_size * self.devices
+        return -(-self.rows // together) * together
+
+    def deal(self, cohort: int) -> np.ndarray:
+        """Places of clients in order, dealt out in blocks to the devices in turn: (P,)."""
+        padded = self._replace(rows=max(self.rows, cohort)).padded
+        return np.arange(padded).reshape(-1, self.devices, self.block_size).swapaxes(0, 1).ravel()
+
+
+class Arrival(NamedTuple):
+    """What of a cohort's work reaches the server.
+
+    Attributes:
+      work: (P,) share of its local steps that each client completes and delivers, in [0, 1].
+      reached: (P,) bool, clients that received their experts; the others keep what they held.
+      tamper: (P,) factor on each update on its way; 1 for an honest client.
+      noise: (P,) L2 norm of the noise added to each, over its own; None where there is none.
+    """
+
+    work: np.ndarray
+    reached: np.ndarray
+    tamper: np.ndarray
+    noise: np.ndarray | None = None
+
+
+class Tampering(NamedTuple):
+    """What becomes of a cohort's updates on their way to the server.
+
+    Attributes:
+      factor: (P,) on each; 1 for an honest client; None for ones.
+      noise: (P,) L2 norm of the noise added to each, over its own; None where there is none.
+    """
+
+    factor: np.ndarray | None = None
+    noise: np.ndarray | None = None
+
+
+def make_plan(
+    cohort: np.ndarray,
+    assignment: np.ndarray,
+    load: np.ndarray,
+    floor: Floor,
+    steps: np.ndarray,
+    tampering: Tampering,
+    secret: np.ndarray | None = None,
+) -> Plan:
+    """Lays a cohort and its assignment out for training.
+
+    Clients are put in order of their local steps, longest first, so that those side by side finish
+    together, padded to whole blocks, and the blocks dealt out to the devices in turn, so that each
+    has as much to do as the next.
+
+    Args:
+      cohort: (P,) client ids.
+      assignment: (P, G, E) bool.
+      load: (G, E) assigned load.
+      floor: where they train.
+      steps: (P,) local steps that each client of the cohort completes and delivers.
+      tampering: what becomes of their updates.
+      secret: (2,) random bits of this round; None where no noise is drawn from any.
+
+    Returns:
+      The plan in NumPy arrays, with P rounded up to whole blocks on every device.
+    """
+    order, dealt = np.lexsort((cohort, -steps)), floor.deal(len(cohort))
+
+    def lay_out(values: np.ndarray, empty: float, dtype: type) -> Array:
+        laid_out = np.full((len(dealt), *values.shape[1:]), empty, dtype)
+        laid_out[: len(cohort)] = values[order]
+        return cast(Array, laid_out[dealt])
+
+    ones = np.ones(len(cohort))
+    slots = assignment_slots(assignment, floor.slots)
+    return Plan(
+        clients=lay_out(cohort, floor.clients, np.int32),
+        slots=lay_out(slots, assignment.shape[-1], np.int32),
+        load=cast(Array, np.asarray(load, np.float32)),
+        steps=lay_out(steps, 0, np.int32),
+        tamper=lay_out(ones if tampering.factor is None else tampering.factor, 1.0, np.float32),
+        noise=None if tampering.noise is None else lay_out(tampering.noise, 0.0, np.float32),
+        secret=cast(Array | None, secret),
+    )
+
+
+def assignment_slots(assignment: np.ndarray, slots: int) -> np.ndarray:
+    """Turns (..., E) bool into (..., K) int32 expert numbers, rising, with E for an empty slot."""
+    experts = assignment.shape[-1]
+    numbered = np.where(assignment, np.arange(experts), experts)
+    return np.sort(numbered, axis=-1)[..., :slots].astype(np.int32)
+
+
+def slots_assignment(slots: np.ndarray, experts: int) -> np.ndarray:
+    """Inverse of `assignment_slots`: (..., K) expert numbers to (..., E) bool."""
+    assignment = np.zeros((*slots.shape[:-1], experts + 1), bool)
+    np.put_along_axis(assignment, slots, True, axis=-1)
+    return assignment[..., :experts]

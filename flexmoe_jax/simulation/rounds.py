@@ -1,0 +1,348 @@
+"""A federation simulated: init, assign, plan, round, evaluate, as pure functions.
+
+One round: the server assigns experts to the cohort (host); every client of the plan receives,
+trains and answers, and the server admits, adds up and closes the round (one jit). These are the
+functions of `client` and `server`, mapped over blocks of clients.
+
+Axis legend: `C` clients, `P` clients of the plan, `E` experts, `K` expert slots, `G` groups of MoE
+layers, `L` MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flexmoe_jax import client, server
+from flexmoe_jax.assignment import Policy, Solution
+from flexmoe_jax.data import ClientData
+from flexmoe_jax.federation import Federation
+from flexmoe_jax.simulation.blocks import (
+    client_mesh,
+    over_blocks,
+    over_devices,
+    put_rows,
+    replicate,
+    resolve_block_size,
+    take_rows,
+)
+from flexmoe_jax.simulation.evaluate import TestSet, evaluate
+from flexmoe_jax.simulation.plan import Arrival, Floor, Tampering, make_plan
+from flexmoe_jax.types import (
+    Array,
+    Download,
+    Evaluation,
+    Key,
+    Own,
+    Plan,
+    PyTree,
+    RoundReport,
+    State,
+    Upload,
+)
+
+# Names of random streams that are folded into a round's key; a client's own is its number.
+_NOISE_OF_SERVER, _NOISE_OF_CLIENT = 0x5E12, 0xC11E
+
+
+class MakePlan(Protocol):
+    """See `Simulation.plan`."""
+
+    def __call__(
+        self,
+        cohort: np.ndarray,
+        solutions: tuple[Solution, ...],
+        arrival: Arrival | None = None,
+    ) -> Plan:
+        """Lays a cohort out."""
+
+
+class Setting(NamedTuple):
+    """What all rounds have in common, for whoever plans them on the device or compiles them.
+
+    Attributes:
+      floor: where cohorts train.
+      capacity: (C,) int k_c.
+      steps: (C,) int local steps of each client in a round.
+      federation: all choices.
+    """
+
+    floor: Floor
+    capacity: np.ndarray
+    steps: np.ndarray
+    federation: Federation
+
+
+class Simulation(NamedTuple):
+    """A federation as pure functions.
+
+    Attributes:
+      init: key -> State. Jitted.
+      assign: (State, cohort (P,)) -> a Solution for each group of MoE layers. Runs on the host.
+      plan: (cohort (P,), solutions, Arrival or None) -> Plan: the arrays that `round` takes, on the
+        host. Without an `Arrival` all clients deliver all their work.
+      round: (State, ClientData, Plan) -> (State, RoundReport). Jitted; the state is donated.
+      evaluate: (State, TestSet, label shares (C, Y)) -> Evaluation. Jitted.
+      setting: what the functions above were built with.
+    """
+
+    init: Callable[[Key], State]
+    assign: Callable[[State, np.ndarray], tuple[Solution, ...]]
+    plan: MakePlan
+    round: Callable[[State, ClientData, Plan], tuple[State, RoundReport]]
+    evaluate: Callable[[State, TestSet, Array], Evaluation]
+    setting: Setting
+
+
+def simulate(
+    federation: Federation,
+    data: ClientData,
+    *,
+    rows: int = 0,
+    block_size: int = 0,
+    mesh: Mesh | None = None,
+) -> Simulation:
+    """Builds the simulation of a federation.
+
+    Args:
+      federation: all its choices.
+      data: every client's examples, on the device or on the host; `round` takes them, or those of
+        its cohort (`data.feed_cohorts`), as an argument, so that none are baked into the program.
+      rows: for how many clients a plan makes room, where cohorts differ in size; 0 for the cohort.
+      block_size: clients side by side on a device; 0 for automatic.
+      mesh: the devices that share a cohort, from `client_mesh`; None for one. Give `round` and
+        `evaluate` arrays that `replicate` has put there.
+    """
+    mesh = mesh or client_mesh(1)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    steps = np.asarray(federation.local.steps(np.asarray(data.size)))
+    floor = Floor(federation.clients, federation.slots, rows, block_size, mesh.size)
+    assign = server.make_assign(
+        federation.desk,
+        federation.policy,
+        np.asarray(federation.capacity, np.int64),
+        np.asarray(data.label_share),
+        federation.seed,
+    )
+    jitted = partial(jax.jit, out_shardings=everywhere)
+    return Simulation(
+        init=jitted(partial(init, federation)),
+        assign=lambda state, cohort: assign(state.server, cohort),
+        plan=partial(_plan, federation, floor, steps, mesh),
+        round=jitted(partial(run_round, federation, floor, mesh), donate_argnums=0),
+        evaluate=jitted(partial(evaluate, federation, mesh)),
+        setting=Setting(floor, np.asarray(federation.capacity, np.int64), steps, federation),
+    )
+
+
+def init(federation: Federation, key: Key) -> State:
+    """The state before the first round, (C,) clients with gates and private parts of their own."""
+    inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), federation.inputs)
+    model_key, gate_key = jax.random.split(key)
+    params = federation.layout.split(federation.model.init(model_key, inputs))
+    clients, slots = federation.clients, federation.slots
+
+    def own(number: Array) -> Own:
+        drawn = federation.model.init(jax.random.fold_in(gate_key, number), inputs)
+        return Own(
+            gates=federation.layout.split(drawn).gate,
+            private=params.private,
+            slots=jnp.full((federation.groups, slots), federation.layout.experts, jnp.int32),
+            residual=client.init_residual(
+                federation.codec, params.shared, params.experts, slots
+            ),
+        )
+
+    begun = server.init(federation.desk, key, params.shared, params.experts, clients)
+    return State(begun, jax.vmap(own)(jnp.arange(clients, dtype=jnp.int32)))
+
+
+def _plan(
+    federation: Federation,
+    floor: Floor,
+    steps: np.ndarray,
+    mesh: Mesh,
+    cohort: np.ndarray,
+    solutions: tuple[Solution, ...],
+    arrival: Arrival | None = None,
+) -> Plan:
+    """See `Simulation.plan`."""
+    planned = steps[cohort]
+    assignment = np.stack([solution.assignment for solution in solutions], axis=1)
+    room = floor.rows or len(cohort)
+    tampering = Tampering() if arrival is None else Tampering(arrival.tamper, arrival.noise)
+    if arrival is not None:
+        planned = np.floor(arrival.work * planned + 1e-9).astype(np.int32)
+        cohort, planned, assignment, tampering = jax.tree.map(
+            lambda x: x[arrival.reached], (cohort, planned, assignment, tampering)
+        )
+    size = resolve_block_size(floor.block_size, room, floor.devices)
+    secret = federation.admission.private and not federation.admission.simulated_noise
+    laid_out = make_plan(
+        cohort,
+        assignment,
+        np.stack([solution.load for solution in solutions]),
+        floor._replace(rows=room, block_size=size),
+        planned,
+        tampering,
+        server.draw_secret() if secret else None,
+    )
+    # Solvers with a time limit need not end alike on every host: the first one's plan holds.
+    if jax.process_count() > 1:
+        laid_out = multihost_utils.broadcast_one_to_all(laid_out)
+    plan: Plan = replicate(laid_out, mesh)
+    return plan
+
+
+class Row(NamedTuple):
+    """One client of a plan.
+
+    Attributes:
+      number: () int32 its id; C for padding.
+      slots: (G, K) int32 the experts that it is given.
+      steps: () int32 the steps that it delivers.
+      batches: what it trains on.
+      tampering: what becomes of its update: factor (), noise () or None.
+      key: of that noise.
+    """
+
+    number: Array
+    slots: Array
+    steps: Array
+    batches: client.Batches
+    tampering: Tampering
+    key: Key
+
+
+def run_round(
+    federation: Federation, floor: Floor, mesh: Mesh, state: State, data: ClientData, plan: Plan
+) -> tuple[State, RoundReport]:
+    """Send, train, admit, close: one round of all clients of a plan (P,)."""
+    site, desk = federation.site, federation.desk
+    aggregator, clients = federation.aggregation, federation.clients
+    key = jax.random.fold_in(state.server.key, state.server.round)
+    received = jax.vmap(partial(client.receive, site))(
+        take_rows(state.clients, plan.clients), plan.slots
+    )
+    table = put_rows(state.clients, plan.clients, received) if site.codec.keeps else state.clients
+    limits = None
+    if desk.admission.compares:
+        limits = server.norm_limits(state.server.ledger.norms, desk.admission.norm_factor)
+
+    def train_share(plan: Plan, known: tuple) -> tuple[Any, PyTree]:
+        data, state_of_server, table, key, limits = known
+        rows = _rows(federation, data, plan, key)
+
+        def visit(row: Row) -> tuple[server.Arrived, tuple[Own, server.Verdict]]:
+            own = take_rows(table, row.number)._replace(slots=row.slots)
+            down = server.send(desk, state_of_server, row.slots, row.steps)
+            after, upload = client.train_and_answer(site, own, down, data.arrays, row.batches)
+            arrived = _deliver(site, upload, down, row)
+            slots = {layer: row.slots[group] for layer, group in site.group.items()}
+            update, verdict = server.admit(desk.admission, arrived, slots, row.steps, limits)
+            return update, (client.settle(own, after, verdict.accepted), verdict)
+
+        zero = aggregator.zero(
+            state_of_server.shared, state_of_server.experts, len(plan.clients), floor.slots
+        )
+        size = resolve_block_size(floor.block_size, len(plan.clients))
+        return over_blocks(visit, aggregator.add, zero, rows, size)
+
+    known = data, state.server, table, key, limits
+    total, (owns, verdicts) = over_devices(
+        train_share, plan._replace(load=None, secret=None), known, mesh, merge=aggregator.merge
+    )
+    sums = aggregator.mean(total, _due(federation, plan, key))
+    void = jnp.zeros((), bool)
+    if desk.admission.compares:
+        norms = state.server.ledger.norms
+        void = server.too_late(
+            norms, verdicts.lengths.T, verdicts.accepted, desk.admission.norm_factor
+        )
+        sums, verdicts = server.without(void, sums, verdicts)
+    # What clients keep of a round that counts for nothing is what they had.
+    learners = jnp.where(void, clients, plan.clients)
+    kept = put_rows(table, learners, owns)
+    slots = state.clients.slots.at[plan.clients].set(plan.slots, mode="drop")
+    following = State(
+        server.close(desk, state.server, sums, verdicts, plan), kept._replace(slots=slots)
+    )
+    report = RoundReport(
+        loss=verdicts.loss,
+        units=verdicts.units,
+        examples=verdicts.examples,
+        usage=desk.of_experts(plan.slots, desk.by_group(verdicts.feedback.usage)),
+        quarantined=verdicts.refused,
+        void=void,
+        finite=client.all_finite(
+            (following.server.shared, following.server.experts, owns.gates, owns.private)
+        ),
+    )
+    return following, report
+
+
+def _rows(federation: Federation, data: ClientData, plan: Plan, key: Key) -> Row:
+    """The clients of a plan, or of a device's share of it, with what they draw for the round."""
+    numbers = plan.clients
+    index = take_rows(data.index, numbers)
+    size = jnp.where(numbers < federation.clients, take_rows(data.size, numbers), 0)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+    batches = jax.vmap(partial(client.draw_batches, federation.local))(keys, index, size)
+    return Row(
+        number=numbers,
+        slots=plan.slots,
+        steps=jnp.minimum(federation.local.steps(size), plan.steps),
+        batches=batches,
+        tampering=Tampering(plan.tamper, plan.noise),
+        key=jax.vmap(jax.random.fold_in, (0, None))(keys, _NOISE_OF_CLIENT),
+    )
+
+
+def _deliver(site: client.Site, upload: Upload, down: Download, row: Row) -> Upload:
+    """An answer as it reaches the server: decoded, and tampered with if its client is faulty."""
+    like = down.shared, down.experts
+    shared, experts = client.decode(site.codec, (upload.shared, upload.experts), like)
+    sent = tamper((shared, experts), row.tampering, row.key)
+    return upload._replace(shared=sent[0], experts=sent[1])
+
+
+def tamper(sent: tuple[PyTree, PyTree], tampering: Tampering, key: Key) -> tuple[PyTree, PyTree]:
+    """What a faulty client makes of its update: so many times as long, and drowned in noise.
+
+    Args:
+      sent: Δψ and Δθ, leaves (...) and (K, ...).
+      tampering: factor (), and the noise's L2 norm over the update's own (), or None.
+      key: of the noise.
+    """
+    changed = jax.tree.map(lambda x: x * tampering.factor, sent)
+    if tampering.noise is None:
+        return changed
+    noise = optax.tree.random_like(key, sent, jax.random.normal)
+    # What a client does not send, an attacker in its place does not send either.
+    noise = jax.tree.map(lambda n, x: jnp.where(x == 0, 0.0, n), noise, sent)
+    length = tampering.noise * optax.tree.norm(sent) / jnp.maximum(optax.tree.norm(noise), 1e-12)
+    return jax.tree.map(lambda x, n: x + length * n, changed, noise)
+
+
+def _due(federation: Federation, plan: Plan, key: Key) -> server.Due:
+    """What the round was to bring."""
+    due = (plan.steps > 0).astype(jnp.float32)
+    holders = {
+        layer: jnp.zeros(federation.layout.experts, jnp.float32)
+        .at[plan.slots[:, group]]
+        .add(due[:, None], mode="drop")
+        for layer, group in federation.group.items()
+    }
+    drawn = key
+    if federation.admission.private:
+        own = jax.random.fold_in(key, _NOISE_OF_SERVER)
+        drawn = server.noise_key(plan, own, federation.admission.simulated_noise)
+    return server.Due(due.sum(), holders, drawn)
