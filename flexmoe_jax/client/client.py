@@ -92,7 +92,7 @@ def train_and_answer(
     """
     slots = {layer: down.slots[group] for layer, group in site.group.items()}
     start, held = model_of(site, own, down)
-    done = train(site.learner, start, arrays, batches, held, down.steps, down.round)
+    done = train(site.learner, start, arrays, batches, held, down)
     idle = done.examples == 0
     change = jax.tree.map(jnp.subtract, (done.params.shared, done.params.experts), start[:2])
     # Slots that are empty, or whose expert has weight 0, do not travel.

@@ -23,7 +23,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from flexmoe_jax.client.losses import balance_loss, router_z_loss
 from flexmoe_jax.client.units import fractions, weights_of
 from flexmoe_jax.tasks import Batch, Task
-from flexmoe_jax.types import Array, Feedback, Key, Params, PyTree, Routing
+from flexmoe_jax.types import Array, Download, Feedback, Key, Params, PyTree, Routing
 
 Sizes = TypeVar("Sizes", Array, np.ndarray)
 """Whole numbers, on the device or on the host."""
@@ -220,8 +220,7 @@ def train(
     arrays: Batch,
     batches: Batches,
     held: Held,
-    steps: Array,
-    round_index: Array,
+    down: Download,
 ) -> Trained:
     """Trains a client for so many steps, and scores every batch before the step that learns from it.
 
@@ -231,20 +230,18 @@ def train(
       arrays: named examples, leaves (M, ...), of which the batches name rows.
       batches: of the round.
       held: (K,) bool by MoE layer, slots that hold an expert.
-      steps: () int32.
-      round_index: () rounds completed.
+      down: what the server sent: how many steps, and in which round.
     """
-    slots = next(iter(held.values())).shape[0]
-    zeros = jnp.zeros((len(learner.layers), slots), jnp.float32)
+    zeros = jnp.zeros((len(learner.layers), down.slots.shape[-1]), jnp.float32)
     nothing = jnp.zeros((), jnp.float32)
     optimizer = learner.local.optimizer.init(start)
     begun = Trained(start, optimizer, Feedback(zeros, zeros, zeros), nothing, nothing, nothing)
 
     def step(t: Array, state: Trained) -> Trained:
         batch = jax.tree.map(lambda x: x[t], batches)
-        return _step(learner, arrays, round_index, held, state, batch)
+        return _step(learner, arrays, down.round, held, state, batch)
 
-    return lax.fori_loop(0, steps, step, begun)
+    return lax.fori_loop(0, down.steps, step, begun)
 
 
 def _step(
@@ -329,8 +326,9 @@ def _objective(
     each = [
         _feedback(routings[name].selected, losses, hits, weight) for name in learner.layers
     ]
-    feedback = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *each)
-    return loss, Seen(feedback, (losses * weight).sum(), units)
+    none = jnp.zeros((0, 1), jnp.float32)
+    stacked = [jnp.stack(sums) if sums else none for sums in zip(*each, strict=True)] or [none] * 3
+    return loss, Seen(Feedback(*stacked), (losses * weight).sum(), units)
 
 
 def _feedback(selected: Array, losses: Array, hits: Array | None, weight: Array) -> Feedback:

@@ -9,6 +9,7 @@ from flexmoe_jax.data.clients import (
     build_clients,
     client_numbers,
     feed_cohorts,
+    join,
     label_counts,
 )
 from flexmoe_jax.data.partition import PARTITIONS, check, partition, skewed
@@ -34,6 +35,7 @@ __all__ = [
     "feed_cohorts",
     "flip",
     "iid",
+    "join",
     "k_class",
     "label_counts",
     "load",

@@ -108,7 +108,7 @@ class Layout(NamedTuple):
     """How a model's parameters lie: each leaf's owner, and the MoE layer that it is of.
 
     Attributes:
-      experts: E.
+      experts: E; 1 for a model without MoE layers, which is then all of one expert.
       layers: the L MoE layers, by the paths of their modules, in the order of these.
       paths: of all leaves, in the tree's order.
       owner: of each leaf: a field of `Params`.
@@ -159,8 +159,8 @@ def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:
       ownership: who owns what.
 
     Raises:
-      InputError: a private part that the model does not have, no MoE layer, or MoE layers that
-        differ in the number of their experts.
+      InputError: a private part that the model does not have, or MoE layers that differ in the
+        number of their experts.
     """
     marks = _marks(shapes)
     paths, leaves, tree = _by_path(nn.meta.unbox(shapes))
@@ -169,8 +169,6 @@ def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:
             tops = ", ".join(dict.fromkeys(path.split("/")[0] for path in paths))
             remedy = f"the model has no such part; its parts are {tops}"
             raise InputError("model.private", start, remedy)
-    if not any(part == EXPERT for part in marks.values()):
-        raise InputError("model", "no MoE layer", "mark at least one stack of experts: see MoELayer")
     counts = {
         path: leaf.shape[0] if leaf.shape else 0
         for path, leaf in zip(paths, leaves, strict=True)
@@ -190,7 +188,7 @@ def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:
 
     layer = tuple(_layer_of(path) if path in marks else "" for path in paths)
     return Layout(
-        experts=next(iter(counts.values())),
+        experts=next(iter(counts.values()), 1),
         layers=tuple(dict.fromkeys(name for name in layer if name)),
         paths=tuple(paths),
         owner=tuple(map(owner, paths)),

@@ -49,7 +49,7 @@ class Desk(NamedTuple):
     @property
     def groups(self) -> int:
         """G."""
-        return max(self.group.values()) + 1
+        return max(self.group.values(), default=0) + 1
 
     def of_experts(self, slots: Array, amount: Array) -> Array:
         """Sums (G, E) over clients of what each gives its slots (P, G, K)."""
@@ -62,7 +62,8 @@ class Desk(NamedTuple):
         rows[list(self.group.values()), np.arange(len(self.group))] = 1
         if self.groups == len(self.group):
             return of_layers
-        return jnp.einsum("gl,...lk->...gk", rows / rows.sum(axis=1, keepdims=True), of_layers)
+        rows /= np.maximum(rows.sum(axis=1, keepdims=True), 1)
+        return jnp.einsum("gl,...lk->...gk", rows, of_layers)
 
 
 def init(desk: Desk, key: Key, shared: PyTree, experts: PyTree, clients: int) -> Server:

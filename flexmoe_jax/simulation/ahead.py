@@ -1,57 +1,49 @@
-"""Compiles a federation's programs side by side, before they are first called."""
+"""Compiles a simulation's programs side by side, before they are first called."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.data import ClientData
-from flexmoe_jax.federated.algorithm import Algorithm
-from flexmoe_jax.federated.evaluate import TestSet
-from flexmoe_jax.federated.execute import resolve_block_size
-from flexmoe_jax.types import Array, Plan
+from flexmoe_jax.simulation.blocks import resolve_block_size
+from flexmoe_jax.simulation.evaluate import TestSet
+from flexmoe_jax.simulation.rounds import Simulation
+from flexmoe_jax.types import Plan, State
 
 
 def compile_ahead(
-    algorithm: Algorithm, data: ClientData, test: TestSet, per_round: int
-) -> Algorithm:
+    simulation: Simulation, data: ClientData, test: TestSet, per_round: int, noise: bool = False
+) -> Simulation:
     """Starts to compile `init`, `round` and `evaluate`, while the caller goes on.
 
     XLA compiles a program mostly on one core, so several at a time take little longer than one.
 
     Args:
-      algorithm: from `flexmoe`.
+      simulation: from `simulate`.
       data: that `round` will be given.
       test: that `evaluate` will be given.
       per_round: P clients in a cohort.
+      noise: whether some clients drown their updates in noise (`Plan.noise`).
 
     Returns:
-      The algorithm with the three functions bound to these shapes; a call waits for its program.
+      The simulation with the three functions bound to these shapes; a call waits for its program.
       In a run over several processes, and where JAX is told not to compile
-      (`JAX_DISABLE_JIT`), the algorithm as it is.
+      (`JAX_DISABLE_JIT`), the simulation as it is.
     """
     if jax.process_count() > 1 or jax.config.values["jax_disable_jit"]:
-        return algorithm
-    setting = algorithm.setting
+        return simulation
 
     def like(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=data.index.sharding)
 
-    def whole_numbers(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    init = _jitted(algorithm.init).lower(jax.random.key(0))
+    init = _jitted(simulation.init).lower(jax.random.key(0))
     state = jax.tree.map(like, init.out_info)
-    together = setting.devices * resolve_block_size(setting.block_size, per_round, setting.devices)
-    padded, slots = -(-per_round // together) * together, state.slots.shape[1]
-    rows, tamper = whole_numbers(padded), jax.ShapeDtypeStruct((padded,), jnp.float32)
-    plan = jax.tree.map(
-        like, Plan(rows, whole_numbers(padded, slots), state.load, rows, cast(Array, tamper))
-    )
+    plan = jax.tree.map(like, _plan_shapes(simulation, state, per_round, noise))
     # Tracing is Python, one at a time: the longest program first, while XLA compiles the others.
     tracer, compiler = ThreadPoolExecutor(1), ThreadPoolExecutor()
     # On a CPU, XLA's own level 3 compiles longer than 2 for code no quicker. What runs once is
@@ -64,14 +56,36 @@ def compile_ahead(
         program = compiler.submit(lambda: lowered.result().compile(options))
         return lambda *arguments: program.result()(*arguments)
 
-    ready = algorithm._replace(
+    run, judge = _jitted(simulation.round), _jitted(simulation.evaluate)
+    ready = simulation._replace(
         init=start(lambda: init, 1),
-        round=start(lambda: _jitted(algorithm.round).lower(state, data, plan), 2),
-        evaluate=start(lambda: _jitted(algorithm.evaluate).lower(state, test, data.label_share), 2),
+        round=start(lambda: run.lower(state, data, plan), 2),
+        evaluate=start(lambda: judge.lower(state, test, data.label_share), 2),
     )
     tracer.shutdown(wait=False)
     compiler.shutdown(wait=False)
     return ready
+
+
+def _plan_shapes(simulation: Simulation, state: State, per_round: int, noise: bool) -> Plan:
+    """Shapes of the plans of all rounds."""
+    floor, admission = simulation.setting.floor, simulation.setting.federation.admission
+    size = resolve_block_size(floor.block_size, per_round, floor.devices)
+    rows = floor._replace(rows=per_round, block_size=size).padded
+
+    def numbers(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    secret = admission.private and not admission.simulated_noise
+    return Plan(
+        clients=numbers(rows),
+        slots=numbers(rows, *state.clients.slots.shape[1:]),
+        load=numbers(*state.server.ledger.load.shape, dtype=jnp.float32),
+        steps=numbers(rows),
+        tamper=numbers(rows, dtype=jnp.float32),
+        noise=numbers(rows, dtype=jnp.float32) if noise else None,
+        secret=numbers(2, dtype=jnp.uint32) if secret else None,
+    )
 
 
 def _jitted(function: Callable[..., Any]) -> jax.stages.Wrapped:

@@ -136,9 +136,11 @@ def over_blocks(
             )
         return add(total, sent), kept
 
-    blocks = jax.tree.map(lambda x: x.reshape(-1, block_size, *x.shape[1:]), rows)
+    blocks = jax.tree.map(
+        lambda x: x.reshape(len(x) // block_size, block_size, *x.shape[1:]), rows
+    )
     total, kept = lax.scan(run, zero, blocks)
-    return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
+    return total, jax.tree.map(lambda x: x.reshape(len(x) * block_size, *x.shape[2:]), kept)
 
 
 def take_rows(table: PyTree, rows: Array) -> PyTree:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from flexmoe_jax.federated.compress import Compressor, make_compressor
+from flexmoe_jax.client import Codec
 from flexmoe_jax.types import PyTree
 
-# Three float32 for every expert held: usage, correct, loss.
+# Three float32 for every expert held in a layer: usage, correct, loss.
 _FEEDBACK_BYTES = 3 * 4
 
 
@@ -44,38 +45,44 @@ class Traffic(NamedTuple):
     cached: np.ndarray
 
 
-def payload(shared: PyTree, experts: PyTree, compressor: Compressor | None = None) -> Payload:
+def payload(shared: PyTree, experts: PyTree, codec: Codec | None = None) -> Payload:
     """Sizes of what travels.
 
     Args:
       shared: ψ, or its shapes.
-      experts: θ, leaves (E, ...), or its shapes.
-      compressor: of updates; None for none.
+      experts: θ by MoE layer, leaves (E, ...), or its shapes: of an expert in all layers, or of one
+        layer alone where each is assigned by itself.
+      codec: how updates travel; None for as they are.
     """
-    compressor = compressor or make_compressor("none")
+    codec = codec or Codec()
     expert = jax.eval_shape(lambda stack: jax.tree.map(lambda x: x[0], stack), experts)
     return Payload(
         shared_down=tree_bytes(shared),
         expert_down=tree_bytes(expert),
-        shared_up=compressor.bytes(shared),
-        expert_up=compressor.bytes(expert) + _FEEDBACK_BYTES,
+        shared_up=codec.compressor.bytes(shared),
+        expert_up=codec.compressor.bytes(expert) + len(experts) * _FEEDBACK_BYTES,
     )
 
 
-def traffic(assignment: np.ndarray, payload: Payload, fresh: np.ndarray | None = None) -> Traffic:
-    """What travels for an assignment; gates stay with their clients.
+def traffic(
+    assignment: np.ndarray, payload: Payload | Sequence[Payload], fresh: np.ndarray | None = None
+) -> Traffic:
+    """What travels for an assignment; gates that are their clients' own stay with them.
 
     Args:
-      assignment: (P, E) bool.
-      payload: sizes of the parts.
-      fresh: (P, E) bool, experts that a client has as the server has them; None for none.
+      assignment: (P, E) bool, or (P, G, E) for groups of MoE layers.
+      payload: sizes of the parts, one for each group; ψ is counted once, with the first.
+      fresh: as the assignment, experts that a client has as the server has them; None for none.
     """
-    held = assignment.sum(axis=1, dtype=np.int64)
-    there = np.zeros_like(held) if fresh is None else (assignment & fresh).sum(axis=1)
+    sizes = [payload] if isinstance(payload, Payload) else list(payload)
+    given = assignment if assignment.ndim == 3 else assignment[:, None]
+    known = np.zeros_like(given) if fresh is None else fresh.reshape(given.shape)
+    held, there = given.sum(axis=2, dtype=np.int64), (given & known).sum(axis=2, dtype=np.int64)
+    down, up = (np.array([getattr(size, f"expert_{way}") for size in sizes]) for way in ("down", "up"))
     return Traffic(
-        down=payload.shared_down + (held - there) * payload.expert_down,
-        up=payload.shared_up + held * payload.expert_up,
-        cached=there * payload.expert_down,
+        down=sizes[0].shared_down + (held - there) @ down,
+        up=sizes[0].shared_up + held @ up,
+        cached=there @ down,
     )
 
 

@@ -1,0 +1,168 @@
+"""A decoder of tokens with mixture-of-experts layers, small enough for clients.
+
+y = head(norm(h)), h = embedding, then in every block  h += attention(norm(h));  h += layer(norm(h)),
+where the layer is a `MoELayer`, or a plain MLP in blocks without one (Vaswani et al. 2017; norms
+first, as Xiong et al. 2020; experts in place of MLPs, as Fedus et al. 2022).
+
+Axes: `B` batch, `S` tokens, `D` features, `A` heads, `F` features of a head, `H` hidden units, `V`
+vocabulary, `E` experts.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.models.model import Model, from_linen
+from flexmoe_jax.models.moe import MoELayer
+from flexmoe_jax.types import Array
+
+POSITIONS = ("rotary", "learnt")
+
+
+class Attention(nn.Module):
+    """Causal self-attention.
+
+    Attributes:
+      heads: A, a divisor of D.
+      rotary: whether queries and keys are turned by their positions (Su et al. 2021).
+    """
+
+    heads: int
+    rotary: bool
+
+    @nn.compact
+    def __call__(self, x_BxSxD: Array) -> Array:
+        """Maps (B, S, D) to the same shape."""
+        features = x_BxSxD.shape[-1]
+        joint = nn.Dense(3 * features, use_bias=False, name="qkv")(x_BxSxD)
+        q, k, v = (
+            part.reshape(*part.shape[:-1], self.heads, -1) for part in jnp.split(joint, 3, axis=-1)
+        )
+        if self.rotary:
+            q, k = rotate(q), rotate(k)
+        length = x_BxSxD.shape[1]
+        score_BxAxSxS = jnp.einsum("bsaf,btaf->bast", q, k) * q.shape[-1] ** -0.5
+        seen = jnp.arange(length)[:, None] >= jnp.arange(length)
+        weight = jax.nn.softmax(jnp.where(seen, score_BxAxSxS.astype(jnp.float32), -1e30), axis=-1)
+        mixed = jnp.einsum("bast,btaf->bsaf", weight.astype(v.dtype), v)
+        return nn.Dense(features, use_bias=False, name="out")(mixed.reshape(x_BxSxD.shape))
+
+
+def rotate(x_BxSxAxF: Array) -> Array:
+    """Turns pairs of features by angles that grow with the position (Su et al. 2021, eq. 34)."""
+    half = x_BxSxAxF.shape[-1] // 2
+    rate_F = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_SxF = jnp.arange(x_BxSxAxF.shape[1], dtype=jnp.float32)[:, None] * rate_F
+    sin, cos = (f(angle_SxF)[:, None].astype(x_BxSxAxF.dtype) for f in (jnp.sin, jnp.cos))
+    first, second = x_BxSxAxF[..., :half], x_BxSxAxF[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Block(nn.Module):
+    """Attention, then experts or an MLP, each added to the residual stream.
+
+    Attributes:
+      heads: A.
+      rotary: see `Attention`.
+      layer: what follows attention, (B, S, D) -> (B, S, D).
+    """
+
+    heads: int
+    rotary: bool
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps (B, S, D) to the same shape."""
+        x = x + Attention(self.heads, self.rotary)(nn.RMSNorm()(x))
+        return x + self.layer(nn.RMSNorm()(x))
+
+
+class MLPLayer(nn.Module):
+    """Two layers D→H→D.
+
+    Attributes:
+      hidden: H.
+    """
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps (..., D) to the same shape."""
+        return nn.Dense(x.shape[-1])(nn.relu(nn.Dense(self.hidden)(x)))
+
+
+class Transformer(nn.Module):
+    """A decoder of tokens; of bytes by default.
+
+    Attributes:
+      experts: E of every MoE layer; 0 for a dense model.
+      depth: blocks.
+      width: D.
+      heads: A.
+      hidden: H of each expert, and of each MLP in blocks without experts.
+      every: experts stand in every n-th block, the last one first.
+      top_k: experts per token.
+      vocabulary: V.
+      positions: `rotary`, or `learnt` for up to `length` tokens.
+      length: S, at the most, where positions are learnt.
+    """
+
+    experts: int
+    depth: int = 2
+    width: int = 96
+    heads: int = 4
+    hidden: int = 128
+    every: int = 1
+    top_k: int = 1
+    vocabulary: int = 256
+    positions: str = "rotary"
+    length: int = 512
+
+    def setup(self) -> None:
+        """Makes the parts, and refuses what does not fit together.
+
+        Raises:
+          InputError: naming the field.
+        """
+        if self.positions not in POSITIONS:
+            raise InputError("model.positions", self.positions, f"choose one of {POSITIONS}")
+        if self.width % (2 * self.heads):
+            remedy = f"choose a divisor of half of model.width={self.width}"
+            raise InputError("model.heads", self.heads, remedy)
+        rotary = self.positions == "rotary"
+        self.embedding = nn.Embed(self.vocabulary, self.width)
+        if not rotary:
+            self.position = nn.Embed(self.length, self.width)
+        self.blocks = [Block(self.heads, rotary, self._layer(i)) for i in range(self.depth)]
+        self.norm = nn.RMSNorm()
+        self.head = nn.Dense(self.vocabulary, use_bias=False)
+
+    def _layer(self, block: int) -> nn.Module:
+        if self.experts and (self.depth - 1 - block) % self.every == 0:
+            return MoELayer(self.experts, self.hidden, self.top_k, parent=None)
+        return MLPLayer(self.hidden, parent=None)
+
+    def embed(self, tokens: Array) -> Array:
+        """(B, S, D) features of tokens (B, S), before any expert."""
+        x = self.embedding(tokens)
+        return x if self.positions == "rotary" else x + self.position(jnp.arange(x.shape[1]))
+
+    def decode(self, x: Array) -> Array:
+        """Logits (B, S, V) of the tokens that follow."""
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)).astype(jnp.float32)
+
+    def __call__(self, tokens: Array) -> Array:
+        """Logits (B, S, V) of the tokens that follow tokens (B, S)."""
+        return self.decode(self.embed(tokens))
+
+
+def decoder(module: Transformer) -> Model:
+    """The decoder as a model, whose embedding is its trunk."""
+    return from_linen(module, trunk="embed", head="decode")
