@@ -116,7 +116,8 @@ class Federation:
     def outputs(self) -> tuple[PyTree, dict[str, Routing]]:
         """Shapes of the outputs for the sample, and of the routings."""
         held = {
-            layer: jax.ShapeDtypeStruct((self.layout.experts,), bool) for layer in self.layout.layers
+            layer: jax.ShapeDtypeStruct((self.layout.experts,), bool)
+            for layer in self.layout.layers
         }
         found: tuple[PyTree, dict[str, Routing]] = jax.eval_shape(
             self.model.apply, nn.meta.unbox(self.shapes), self.inputs, held

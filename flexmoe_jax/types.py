@@ -198,6 +198,8 @@ class Plan(NamedTuple):
     tamper: Array
     noise: Array | None = None
     secret: Array | None = None
+
+
 class RoundReport(NamedTuple):
     """What a round of training reports.
 

@@ -60,7 +60,8 @@ def receive(site: Site, own: Own, slots: Array) -> Own:
         return jax.tree.map(lambda x: jnp.einsum("kj,j...->k...", moved, x), kept)
 
     return own._replace(
-        slots=slots, residual=(of_shared, {layer: move(layer, x) for layer, x in of_experts.items()})
+        slots=slots,
+        residual=(of_shared, {layer: move(layer, x) for layer, x in of_experts.items()}),
     )
 
 

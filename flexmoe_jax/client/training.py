@@ -323,9 +323,7 @@ def _objective(
         if local.z:
             loss += local.z * router_z_loss(routing, held[name], counted)
     hits = None if task.hits is None else task.hits(outputs, batch).astype(jnp.float32)
-    each = [
-        _feedback(routings[name].selected, losses, hits, weight) for name in learner.layers
-    ]
+    each = [_feedback(routings[name].selected, losses, hits, weight) for name in learner.layers]
     none = jnp.zeros((0, 1), jnp.float32)
     stacked = [jnp.stack(sums) if sums else none for sums in zip(*each, strict=True)] or [none] * 3
     return loss, Seen(Feedback(*stacked), (losses * weight).sum(), units)

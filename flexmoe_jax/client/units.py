@@ -40,7 +40,5 @@ def fractions(selected: Array, weight: Array) -> Array:
     if len(routed) > len(units):
         share = share.mean(axis=tuple(range(1 + len(units), 1 + len(routed))))
     else:
-        share = share.reshape(
-            *share.shape[:-1], *[1] * (len(units) - len(routed)), share.shape[-1]
-        )
+        share = share.reshape(*share.shape[:-1], *[1] * (len(units) - len(routed)), share.shape[-1])
     return (share * weight[..., None]).reshape(-1, share.shape[-1])

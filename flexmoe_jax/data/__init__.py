@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flexmoe_jax.data.augment import AUGMENTATIONS, Augmentation, crop, crop_flip, flip
 from flexmoe_jax.data.clients import (
+    About,
     ClientData,
     Feed,
     build_clients,
@@ -20,6 +21,7 @@ from flexmoe_jax.data.standardise import doubts, standardise
 __all__ = [
     "AUGMENTATIONS",
     "PARTITIONS",
+    "About",
     "Augmentation",
     "ClientData",
     "Dataset",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -13,6 +13,19 @@ import numpy as np
 from flexmoe_jax.data.sources import Dataset
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array, PyTree
+
+
+class About(NamedTuple):
+    """What is known of all clients, for whoever judges their models.
+
+    Attributes:
+      label_share: (C, Y) float32, see `ClientData`.
+      owns: (C, F) bool, the groups of test examples that are each client's own, as its domains; None
+        where a group is one client, by its number.
+    """
+
+    label_share: Array
+    owns: Array | None = None
 
 
 @flax.struct.dataclass
@@ -26,12 +39,19 @@ class ClientData:
       size: (C,) int32, how many entries of its row of `index` are a client's own.
       label_share: (C, Y) float32, the share of each class among a client's examples; Y = 0 where
         examples have no class.
+      owns: (C, F) bool, see `About`.
     """
 
     arrays: dict[str, Array]
     index: Array
     size: Array
     label_share: Array
+    owns: Array | None = None
+
+    @property
+    def about(self) -> About:
+        """What is known of the clients."""
+        return About(self.label_share, self.owns)
 
 
 Feed = Callable[[np.ndarray], ClientData]
@@ -49,13 +69,15 @@ def build_clients(
         "images": dataset.train_images,
         "labels": np.asarray(dataset.train_labels, np.int32),
     }
-    return join(arrays, parts, label_counts(dataset.train_labels, parts, dataset.num_classes), place)
+    counts = label_counts(dataset.train_labels, parts, dataset.num_classes)
+    return join(arrays, parts, counts, place=place)
 
 
 def join(
     arrays: dict[str, np.ndarray],
     parts: Sequence[np.ndarray],
     counts: np.ndarray | None = None,
+    owns: np.ndarray | None = None,
     place: Callable[[np.ndarray], Any] = jnp.asarray,
 ) -> ClientData:
     """Joins named training examples and a partition of them.
@@ -64,6 +86,7 @@ def join(
       arrays: leaves (M, ...).
       parts: for each of the C clients, its positions in the arrays.
       counts: (C, Y) examples of each class that each client has; None where they have no class.
+      owns: (C, F) bool, groups of test examples that are each client's own; see `About`.
       place: where the arrays go: on the device, or with `np.asarray` they stay on the host.
 
     Returns:
@@ -86,6 +109,7 @@ def join(
         index=place(index),
         size=place(sizes),
         label_share=place(np.asarray(counts / sizes[:, None], np.float32)),
+        owns=None if owns is None else place(np.asarray(owns, bool)),
     )
 
 
@@ -107,7 +131,7 @@ def feed_cohorts(
       The feed: examples of the cohort alone, and an index table of rows among them.
     """
     room = int(np.sort(data.size)[::-1][:most].sum())
-    known = put({"size": data.size, "label_share": data.label_share})
+    known = put({"size": data.size, "label_share": data.label_share, "owns": data.owns})
 
     def feed(cohort: np.ndarray) -> ClientData:
         owned = np.arange(data.index.shape[1]) < np.asarray(data.size)[cohort, None]  # (P, N)

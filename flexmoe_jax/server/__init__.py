@@ -11,6 +11,7 @@ from flexmoe_jax.server.aggregate import (
     private,
     trimmed_mean,
 )
+from flexmoe_jax.server.assign import Assign, check_solution, make_assign
 from flexmoe_jax.server.fitness import (
     FitnessOptions,
     accuracy_score,
@@ -22,7 +23,6 @@ from flexmoe_jax.server.load import LOAD_MODELS, LoadModel, make_load_model
 from flexmoe_jax.server.privacy import draw_secret, epsilon, noise_key
 from flexmoe_jax.server.quarantine import norm_limits, too_late
 from flexmoe_jax.server.server import Desk, close, init, send, without
-from flexmoe_jax.server.assign import Assign, check_solution, make_assign
 
 __all__ = [
     "LOAD_MODELS",

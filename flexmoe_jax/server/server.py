@@ -6,7 +6,6 @@ of MoE layers that are assigned together, `L` MoE layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -143,9 +142,7 @@ def _move(
             lambda new, old: jnp.where(weight > 0, new, old), moved, (params, state)
         )
 
-    shared, of_shared = move(
-        sums.shared, sums.shared_weight, server.shared, server.optimizer[0]
-    )
+    shared, of_shared = move(sums.shared, sums.shared_weight, server.shared, server.optimizer[0])
     moved = {
         layer: jax.vmap(move)(
             sums.experts[layer], sums.expert_weight[layer], stack, server.optimizer[1][layer]
@@ -156,9 +153,7 @@ def _move(
     return shared, experts, (of_shared, {layer: state for layer, (_, state) in moved.items()})
 
 
-def _keep_books(
-    desk: Desk, ledger: Ledger, sums: Sums, verdicts: Verdict, plan: Plan
-) -> Ledger:
+def _keep_books(desk: Desk, ledger: Ledger, sums: Sums, verdicts: Verdict, plan: Plan) -> Ledger:
     """What the server has learnt of clients and experts after a round."""
     feedback: Feedback = jax.tree.map(desk.by_group, verdicts.feedback)  # (P, G, K)
     trained = (verdicts.examples > 0).astype(jnp.int32)
@@ -173,7 +168,9 @@ def _keep_books(
         given = desk.load.settle(slots, verdicts.examples, of_group.usage)
         given = jnp.zeros(desk.experts, jnp.float32).at[slots].add(given, mode="drop")
         received = jnp.zeros((clients, desk.experts), bool).at[pairs].set(True, mode="drop")
-        changed = [moved[layer] for layer, group in desk.group.items() if group == g and layer in moved]
+        changed = [
+            moved[layer] for layer, group in desk.group.items() if group == g and layer in moved
+        ]
         stays = ~jnp.stack(changed).any(axis=0) if changed else jnp.ones(desk.experts, bool)
         fresh = jnp.where(took_part[:, None], received, ledger.fresh[g]) & stays
         books.append(

@@ -60,7 +60,7 @@ def compile_ahead(
     ready = simulation._replace(
         init=start(lambda: init, 1),
         round=start(lambda: run.lower(state, data, plan), 2),
-        evaluate=start(lambda: judge.lower(state, test, data.label_share), 2),
+        evaluate=start(lambda: judge.lower(state, test, data.about), 2),
     )
     tracer.shutdown(wait=False)
     compiler.shutdown(wait=False)

@@ -131,14 +131,10 @@ def over_blocks(
         else:
             # A row alone is taken out of its block: with the axis of one, XLA copies all
             # parameters at every step of its training.
-            sent, kept = jax.tree.map(
-                lambda x: x[None], visit(jax.tree.map(lambda x: x[0], block))
-            )
+            sent, kept = jax.tree.map(lambda x: x[None], visit(jax.tree.map(lambda x: x[0], block)))
         return add(total, sent), kept
 
-    blocks = jax.tree.map(
-        lambda x: x.reshape(len(x) // block_size, block_size, *x.shape[1:]), rows
-    )
+    blocks = jax.tree.map(lambda x: x.reshape(len(x) // block_size, block_size, *x.shape[1:]), rows)
     total, kept = lax.scan(run, zero, blocks)
     return total, jax.tree.map(lambda x: x.reshape(len(x) * block_size, *x.shape[2:]), kept)
 

@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax import client, server
+from flexmoe_jax.data import About
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.simulation.blocks import AXIS, client_mesh, over_devices
@@ -35,20 +36,20 @@ class TestSet(NamedTuple):
     Attributes:
       arrays: named examples, leaves (chunks, B, ...).
       valid: (chunks, B) bool; False marks padding.
-      owner: (chunks, B) int32, the client that each example is one of; -1 for nobody. None where
-        clients have no test examples of their own.
+      group: (chunks, B) int32, the group that each example is of, -1 for none: a domain, or one
+        client (see `data.About`). None where clients have no test examples of their own.
     """
 
     arrays: dict[str, Array]
     valid: Array
-    owner: Array | None = None
+    group: Array | None = None
 
 
 def chunk_test_set(
     arrays: dict[str, np.ndarray],
     batch_size: int = 500,
     mesh: Mesh | None = None,
-    owner: np.ndarray | None = None,
+    group: np.ndarray | None = None,
 ) -> TestSet:
     """Cuts a test set into chunks of about `batch_size`, as even as can be, shared by the mesh.
 
@@ -56,8 +57,8 @@ def chunk_test_set(
       arrays: named examples, leaves (M, ...).
       batch_size: B, about.
       mesh: from `client_mesh`; None for one device.
-      owner: (M,) int, the client that each example is one of, -1 for nobody; None where clients
-        have no test examples of their own.
+      group: (M,) int, the group that each example is of, -1 for none; None where clients have no
+        test examples of their own.
 
     Raises:
       InputError: arrays of different lengths, or none.
@@ -80,12 +81,12 @@ def chunk_test_set(
     return TestSet(
         {name: cut(values, 0) for name, values in arrays.items()},
         cut(np.ones(count, bool), 0),
-        None if owner is None else cut(np.asarray(owner, np.int32), -1),
+        None if group is None else cut(np.asarray(group, np.int32), -1),
     )
 
 
 def evaluate(
-    federation: Federation, mesh: Mesh, state: State, test: TestSet, label_share: Array
+    federation: Federation, mesh: Mesh, state: State, test: TestSet, about: About
 ) -> Evaluation:
     """Evaluates all clients with the aggregated ψ and θ, their own gates and latest experts.
 
@@ -94,8 +95,8 @@ def evaluate(
       mesh: devices that share the examples, along its axis `AXIS`.
       state: of the federation.
       test: the test set.
-      label_share: (C, Y) training label shares of each client. Where clients have no test examples
-        of their own, personal figures are means over the classes of the test set, so weighted.
+      about: what is known of the clients. Where they have no test examples of their own, personal
+        figures are means over the classes of the test set, weighted by their label shares.
 
     Returns:
       What the models make of it. Clients that have never held an expert take no part.
@@ -106,13 +107,13 @@ def evaluate(
     def of_device(test: TestSet, known: tuple) -> tuple[_Sums, None]:
         return _count(federation, test, *known), None
 
-    known = state, label_share, evaluated
+    known = state, about, evaluated
     sums, _ = over_devices(of_device, test, known, mesh, spec=_SHARED)
     weight = sums.own_units
     personal = sums.personal
-    if test.owner is None:
+    if test.group is None:
         there = sums.units > 0
-        share = jnp.where(there, label_share if label_share.shape[1] else 1.0, 0.0)
+        share = jnp.where(there, about.label_share if about.label_share.shape[1] else 1.0, 0.0)
         factor = share / jnp.maximum(sums.units, 1.0)
         personal = jax.tree.map(lambda x: (x * factor).sum(axis=1), sums.personal)
         weight = jnp.broadcast_to(share, (evaluated.size, share.shape[-1])).sum(axis=1)
@@ -139,28 +140,33 @@ class _Sums(NamedTuple):
 
 
 def _count(
-    federation: Federation, test: TestSet, state: State, label_share: Array, evaluated: Array
+    federation: Federation, test: TestSet, state: State, about: About, evaluated: Array
 ) -> _Sums:
     """Sums over one device's share of the examples."""
-    clients = evaluated.size
-    log_share = jnp.log((label_share + _SMOOTHING) / (1 + label_share.shape[1] * _SMOOTHING))
+    clients, classes = about.label_share.shape
+    log_share = jnp.log((about.label_share + _SMOOTHING) / (1 + classes * _SMOOTHING))
     numbers = jnp.arange(clients, dtype=jnp.int32)
-    blocks = _blocks((numbers, state.clients, log_share, evaluated))
+    blocks = _blocks((numbers, state.clients, log_share, about.owns, evaluated))
     trunk = _trunk(federation)
 
     def of_chunk(chunk: TestSet) -> _Sums:
         features = trunk(state.server.shared, chunk.arrays)
-        judge = _Judge(federation, chunk, label_share.shape[1])
+        judge = _Judge(federation, chunk, classes)
 
-        def of_client(number: Array, own: Own, log_share: Array, counts: Array) -> tuple:
+        def of_client(
+            number: Array, own: Own, log_share: Array, owns: Array | None, counts: Array
+        ) -> tuple:
             outputs = _predict(federation, state, own, features)
             mine = outputs
             adjust = federation.task.adjust
             if adjust is not None and federation.prior:
                 mine = adjust(outputs, log_share)
             personal = judge.by_class(mine)
-            if chunk.owner is not None:
-                personal = judge.of_rows(mine, chunk.owner == number)
+            if chunk.group is not None:
+                theirs = chunk.group == number
+                if owns is not None:
+                    theirs = (chunk.group >= 0) & owns[chunk.group]
+                personal = judge.of_rows(mine, theirs)
             common = judge.by_class(outputs)
             joint = jax.tree.map(lambda x: counts * x, federation.task.mean[0](outputs))
             return joint, jax.tree.map(lambda x: counts * x, (common, personal))
@@ -174,23 +180,23 @@ def _count(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_client, *first)[0]
         )
         total, tallies = lax.scan(of_block, nothing, blocks)
-        common, personal = jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[2:])[:clients], tallies
-        )
+        common, personal = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:clients], tallies)
         number = jnp.maximum(evaluated.sum(dtype=jnp.float32), 1.0)
         joint = federation.task.mean[1](jax.tree.map(lambda x: x / number, total))
         return _Sums(
             common=common,
             units=judge.units_by_class(),
             personal=personal,
-            own_units=judge.units_by_owner(clients),
+            own_units=judge.units_of_own(about),
             server=judge.all_rows(joint),
             assembled=_assembled(federation, state, features, judge),
         )
 
     one = jax.tree.map(lambda x: x[0], test)
     none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_chunk, one))
-    total, _ = lax.scan(lambda t, chunk: (jax.tree.map(jnp.add, t, of_chunk(chunk)), None), none, test)
+    total, _ = lax.scan(
+        lambda t, chunk: (jax.tree.map(jnp.add, t, of_chunk(chunk)), None), none, test
+    )
     return total
 
 
@@ -214,9 +220,7 @@ class _Judge:
 
     def of_rows(self, outputs: PyTree, chosen: Array) -> Tally:
         """() sums over the examples chosen (B,) bool."""
-        return jax.tree.map(
-            lambda x: jnp.where(chosen, x, 0.0).sum(), self._of_examples(outputs)
-        )
+        return jax.tree.map(lambda x: jnp.where(chosen, x, 0.0).sum(), self._of_examples(outputs))
 
     def all_rows(self, outputs: PyTree) -> Tally:
         """() sums over all examples."""
@@ -226,14 +230,17 @@ class _Judge:
         """(Y,) units of each class."""
         return self._units() @ self._column
 
-    def units_by_owner(self, clients: int) -> Array:
+    def units_of_own(self, about: About) -> Array:
         """(C,) units of each client's own examples; 0 where nobody has any."""
-        none = jnp.zeros(clients, jnp.float32)
-        if self._chunk.owner is None:
-            return none
+        clients = about.label_share.shape[0]
+        groups = clients if about.owns is None else about.owns.shape[1]
+        none = jnp.zeros(groups, jnp.float32)
+        if self._chunk.group is None:
+            return jnp.zeros(clients, jnp.float32)
         # A number out of range is dropped; a negative one would count from the end.
-        owner = jnp.where(self._chunk.owner >= 0, self._chunk.owner, clients)
-        return none.at[owner].add(self._units(), mode="drop")
+        group = jnp.where(self._chunk.group >= 0, self._chunk.group, groups)
+        units = none.at[group].add(self._units(), mode="drop")
+        return units if about.owns is None else jnp.where(about.owns, units, 0.0).sum(axis=1)
 
     def _units(self) -> Array:
         return self._weight.reshape(self._weight.shape[0], -1).sum(axis=1)
@@ -254,9 +261,7 @@ class _Judge:
 
 def _predict(federation: Federation, state: State, own: Own, features: PyTree) -> PyTree:
     """Outputs of one client's model with its latest experts."""
-    down: Download = server.send(
-        federation.desk, state.server, own.slots, jnp.zeros((), jnp.int32)
-    )
+    down: Download = server.send(federation.desk, state.server, own.slots, jnp.zeros((), jnp.int32))
     params, held = client.model_of(federation.site, own, down)
     return _outputs(federation, params, features, held)
 

@@ -4,12 +4,13 @@ The host path asks the host for a cohort and an assignment before every round. H
 of the program, with the assignment from `dual_assign`, so that many rounds are one `lax.scan` and
 many seeds one `vmap` over their states:
 
-    run = run_on_device(algorithm, rounds=20)
+    run = run_on_device(simulation, rounds=20)
     state, reports = jax.jit(run, donate_argnums=0)(state, data)
     states, reports = jax.jit(jax.vmap(run, (0, None)), donate_argnums=0)(states, data)
 
-The algorithm must be built with the load model `clients`, where every holder weighs 1, and with the
-policy `flex`: its slack and exploration hold here too, its other terms are refused. Seeds differ in
+The federation must have the load model `clients`, where every holder weighs 1, one assignment for
+all its MoE layers, and the policy `flex`: its slack and exploration hold here too, its other terms
+are refused. Seeds differ in
 all that their `state.key` decides; the host path's draws (cohorts by `sample_cohort`, ties and
 exploration by `Request.seed`) are other draws of the same distributions.
 
@@ -23,15 +24,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from flexmoe_jax.assignment import NamedPolicy, Policy, dual_assign
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.federated.algorithm import Algorithm
-from flexmoe_jax.federated.execute import resolve_block_size
+from flexmoe_jax.simulation.blocks import resolve_block_size
+from flexmoe_jax.simulation.plan import Floor
+from flexmoe_jax.simulation.rounds import Simulation
 from flexmoe_jax.types import Array, Key, Plan, RoundReport, State
+
+# Name of the random stream of cohorts and assignments, folded into a round's key.
+_PLANNING = 0x91A7
 
 # Breaks ties: far below any fitness that matters, yet many steps of single precision near 1.
 _TIE_NOISE = 1e-5
@@ -65,12 +69,12 @@ Rounds = Callable[[State, ClientData], tuple[State, DeviceReport]]
 """(State, ClientData) -> (State, DeviceReport); pure, to be jitted, scanned or vmapped."""
 
 
-def run_on_device(algorithm: Algorithm, rounds: int, *, per_round: int = 0) -> Rounds:
+def run_on_device(simulation: Simulation, rounds: int, *, per_round: int = 0) -> Rounds:
     """Makes the function that runs many rounds without touching the host.
 
     Args:
-      algorithm: from `flexmoe`, with the load model `clients` and the policy `flex`. Its block size
-        and mesh hold here too; a `vmap` over seeds wants a mesh of one device.
+      simulation: from `simulate`. Its block size and mesh hold here too; a `vmap` over seeds wants
+        a mesh of one device.
       rounds: T.
       per_round: P clients in a cohort; 0 for all.
 
@@ -78,12 +82,11 @@ def run_on_device(algorithm: Algorithm, rounds: int, *, per_round: int = 0) -> R
       The function, with reports stacked over rounds (T, ...).
 
     Raises:
-      InputError: a number out of range, another load model or policy, or a term of the policy that
-        the device does not know.
+      InputError: a number out of range, or a federation that the device cannot plan.
     """
     if rounds < 1:
         raise InputError("rounds", rounds, "give a number of at least 1")
-    run_round = round_on_device(algorithm, per_round=per_round)
+    run_round = round_on_device(simulation, per_round=per_round)
 
     def run(state: State, data: ClientData) -> tuple[State, DeviceReport]:
         return lax.scan(lambda state, _: run_round(state, data), state, length=rounds)
@@ -91,43 +94,41 @@ def run_on_device(algorithm: Algorithm, rounds: int, *, per_round: int = 0) -> R
     return run
 
 
-def round_on_device(algorithm: Algorithm, *, per_round: int = 0) -> Rounds:
+def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
     """Makes the function that `run_on_device` repeats; it takes that function's arguments."""
-    setting = algorithm.setting
-    clients, slots = len(setting.capacity), int(setting.capacity.max())
+    setting, federation = simulation.setting, simulation.setting.federation
+    clients = federation.clients
     if not 0 <= per_round <= clients:
         raise InputError("per_round", per_round, f"give 0 (all) to {clients}")
-    if not setting.equal_load:
+    if not federation.desk.load.equal:
         raise InputError("assignment.load", "weighted", "on the device give the load model clients")
-    options = _flex_options(setting.policy)
+    if federation.groups > 1:
+        raise InputError("assignment.layers", federation.layers, "on the device give same")
+    if federation.admission.private and not federation.admission.simulated_noise:
+        remedy = "on the device no secret can be drawn: set simulated_noise"
+        raise InputError("server.noise_multiplier", federation.admission.noise_multiplier, remedy)
+    options = _flex_options(federation.policy)
     slack, exploration = options["slack"], options["exploration"]
     size = per_round or clients
-    block_size = resolve_block_size(setting.block_size, size, setting.devices)
+    block_size = resolve_block_size(setting.floor.block_size, size, setting.floor.devices)
+    floor = setting.floor._replace(rows=size, block_size=block_size)
 
     def run_round(state: State, data: ClientData) -> tuple[State, DeviceReport]:
-        # The round's key as such, and with a client's id folded in, belongs to the training.
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.round), clients + 1)
-        cohort_key, tie_key, noise_key = jax.random.split(key, 3)
-        cohort = draw_cohort(cohort_key, clients, size)
+        ledger = jax.tree.map(lambda x: x[0], state.server.ledger._replace(norms=()))
+        round_key = jax.random.fold_in(state.server.key, state.server.round)
+        keys = jax.random.split(jax.random.fold_in(round_key, _PLANNING), 3)
+        cohort = draw_cohort(keys[0], clients, size)
         capacity = jnp.asarray(setting.capacity)[cohort]
-        low, high = device_load_bounds(capacity, state.deficit, slack)
-        untried = state.held_rounds == 0
-        ties = jax.random.uniform(tie_key, state.fitness.shape, state.fitness.dtype)
-        fitness = state.fitness + setting.optimism * untried + _TIE_NOISE * ties
+        low, high = device_load_bounds(capacity, ledger.deficit, slack)
+        untried = ledger.held_rounds == 0
+        ties = jax.random.uniform(keys[1], ledger.fitness.shape, ledger.fitness.dtype)
+        fitness = ledger.fitness + federation.fitness.optimism * untried + _TIE_NOISE * ties
         if exploration:
-            fitness += exploration * jax.random.uniform(noise_key, fitness.shape, fitness.dtype)
-        found = dual_assign(fitness[cohort], capacity, low, high, slots=slots)
-        plan = device_plan(
-            cohort,
-            found.assignment,
-            found.load,
-            steps=jnp.asarray(setting.steps)[cohort],
-            slots=slots,
-            clients=clients,
-            block_size=block_size,
-            devices=setting.devices,
-        )
-        state, training = algorithm.round(state, data, plan)
+            fitness += exploration * jax.random.uniform(keys[2], fitness.shape, fitness.dtype)
+        found = dual_assign(fitness[cohort], capacity, low, high, slots=floor.slots)
+        steps = jnp.asarray(setting.steps)[cohort]
+        plan = device_plan(cohort, found.assignment, found.load, steps, floor)
+        state, training = simulation.round(state, data, plan)
         return state, DeviceReport(training, plan, low, high, found.value, found.bound)
 
     return run_round
@@ -173,28 +174,18 @@ def device_load_bounds(capacity: Array, deficit: Array, slack: float) -> tuple[A
     return jnp.clip(low, 0.0, reachable), jnp.clip(high, 0.0, reachable)
 
 
-def device_plan(
-    cohort: Array,
-    assignment: Array,
-    load: Array,
-    *,
-    steps: Array,
-    slots: int,
-    clients: int,
-    block_size: int,
-    devices: int = 1,
-) -> Plan:
-    """`make_plan` on the device, for a cohort (P,) in rising order; the arguments are its own."""
+def device_plan(cohort: Array, assignment: Array, load: Array, steps: Array, floor: Floor) -> Plan:
+    """`make_plan` on the device, for a cohort (P,) in rising order and one group of layers."""
     size, experts = assignment.shape
-    padding = -size % (block_size * devices)
+    padding, dealt = floor.padded - size, floor.deal(size)
     order = jnp.argsort(-steps, stable=True)
     numbered = jnp.where(assignment[order], jnp.arange(experts, dtype=jnp.int32), experts)
-    held = jnp.sort(numbered, axis=1)[:, :slots]
-    dealt = np.arange(size + padding).reshape(-1, devices, block_size).swapaxes(0, 1).ravel()
+    held = jnp.sort(numbered, axis=1)[:, : floor.slots]
+    slots = jnp.pad(held, ((0, padding), (0, 0)), constant_values=experts)[dealt]
     return Plan(
-        clients=jnp.pad(cohort[order], (0, padding), constant_values=clients)[dealt],
-        slots=jnp.pad(held, ((0, padding), (0, 0)), constant_values=experts)[dealt],
-        load=load,
+        clients=jnp.pad(cohort[order], (0, padding), constant_values=floor.clients)[dealt],
+        slots=slots[:, None],
+        load=load[None],
         steps=jnp.pad(steps[order].astype(jnp.int32), (0, padding))[dealt],
         tamper=jnp.ones(size + padding, jnp.float32),
     )

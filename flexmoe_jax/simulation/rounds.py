@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax import client, server
-from flexmoe_jax.assignment import Policy, Solution
-from flexmoe_jax.data import ClientData
+from flexmoe_jax.assignment import Solution
+from flexmoe_jax.data import About, ClientData
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.simulation.blocks import (
     client_mesh,
@@ -90,7 +90,7 @@ class Simulation(NamedTuple):
       plan: (cohort (P,), solutions, Arrival or None) -> Plan: the arrays that `round` takes, on the
         host. Without an `Arrival` all clients deliver all their work.
       round: (State, ClientData, Plan) -> (State, RoundReport). Jitted; the state is donated.
-      evaluate: (State, TestSet, label shares (C, Y)) -> Evaluation. Jitted.
+      evaluate: (State, TestSet, About) -> Evaluation. Jitted.
       setting: what the functions above were built with.
     """
 
@@ -98,7 +98,7 @@ class Simulation(NamedTuple):
     assign: Callable[[State, np.ndarray], tuple[Solution, ...]]
     plan: MakePlan
     round: Callable[[State, ClientData, Plan], tuple[State, RoundReport]]
-    evaluate: Callable[[State, TestSet, Array], Evaluation]
+    evaluate: Callable[[State, TestSet, About], Evaluation]
     setting: Setting
 
 
@@ -156,9 +156,7 @@ def init(federation: Federation, key: Key) -> State:
             gates=federation.layout.split(drawn).gate,
             private=params.private,
             slots=jnp.full((federation.groups, slots), federation.layout.experts, jnp.int32),
-            residual=client.init_residual(
-                federation.codec, params.shared, params.experts, slots
-            ),
+            residual=client.init_residual(federation.codec, params.shared, params.experts, slots),
         )
 
     begun = server.init(federation.desk, key, params.shared, params.experts, clients)

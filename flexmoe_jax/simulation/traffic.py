@@ -78,7 +78,9 @@ def traffic(
     given = assignment if assignment.ndim == 3 else assignment[:, None]
     known = np.zeros_like(given) if fresh is None else fresh.reshape(given.shape)
     held, there = given.sum(axis=2, dtype=np.int64), (given & known).sum(axis=2, dtype=np.int64)
-    down, up = (np.array([getattr(size, f"expert_{way}") for size in sizes]) for way in ("down", "up"))
+    down, up = (
+        np.array([getattr(size, f"expert_{way}") for size in sizes]) for way in ("down", "up")
+    )
     return Traffic(
         down=sizes[0].shared_down + (held - there) @ down,
         up=sizes[0].shared_up + held @ up,

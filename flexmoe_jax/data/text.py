@@ -1,0 +1,210 @@
+"""Text as bytes: domains from files, dealt out to clients in disjoint runs.
+
+A token is a byte, so nothing has to be learnt or downloaded to read a text. An example is a window
+of S + 1 bytes, of which the last S are to be told, each from those before it.
+
+Axis legend: `C` clients, `M` examples, `S` tokens of an example, `F` domains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from flexmoe_jax.data.apportion import fill
+from flexmoe_jax.errors import InputError
+
+TEXT, TOPICS = "text", "python_topics"
+"""Names that `data.name` takes: a folder or file of one's own, and Python's own help texts."""
+
+# The end of every domain that is not trained on.
+_TEST_SHARE = 0.1
+
+
+class Corpus(NamedTuple):
+    """Texts by what they are of.
+
+    Attributes:
+      names: of the F domains: languages, authors, clients.
+      texts: (bytes,) uint8 of each.
+    """
+
+    names: tuple[str, ...]
+    texts: tuple[np.ndarray, ...]
+
+
+class Dealt(NamedTuple):
+    """Text that has been dealt out.
+
+    Attributes:
+      train: (M, S + 1) uint8 examples to train on.
+      parts: for each of the C clients its examples among them, increasing.
+      test: (M', S + 1) uint8 examples to test on.
+      domain: (M',) int32, the domain of each of these.
+      owns: (C, F) bool, the domains of each client.
+    """
+
+    train: np.ndarray
+    parts: tuple[np.ndarray, ...]
+    test: np.ndarray
+    domain: np.ndarray
+    owns: np.ndarray
+
+
+def read_corpus(path: str | os.PathLike[str]) -> Corpus:
+    """Reads a folder of UTF-8 `*.txt` files, one a domain, or a `.jsonl` file.
+
+    Each line of a `.jsonl` file is an object with `text` and `client`; a client's lines follow one
+    another in its text.
+
+    Raises:
+      InputError: no such folder or file, no text in it, or what is no UTF-8.
+    """
+    place = Path(os.path.expanduser(path))
+    if place.is_dir():
+        files = sorted(file for file in place.glob("*.txt") if file.is_file())
+        if not files:
+            raise InputError("data.dir", place, "the folder holds no *.txt file: one a domain")
+        return _corpus({file.stem: _utf8(file, file.read_bytes()) for file in files}, place)
+    if place.suffix == ".jsonl" and place.is_file():
+        return _corpus(_by_client(place), place)
+    remedy = "name a folder of *.txt files, or a .jsonl file of objects with text and client"
+    raise InputError("data.dir", place, f"there is no such folder or file: {remedy}")
+
+
+def python_topics() -> Corpus:
+    """The help texts of the Python installation, in English, a topic a domain."""
+    from pydoc_data.topics import topics
+
+    texts = {name: text.encode() for name, text in topics.items()}
+    return _corpus(texts, Path("pydoc_data"))
+
+
+def _corpus(texts: Mapping[str, bytes], place: Path) -> Corpus:
+    kept = {name: text for name, text in sorted(texts.items()) if text.strip()}
+    if not kept:
+        raise InputError("data.dir", place, "there is no text in it")
+    return Corpus(tuple(kept), tuple(np.frombuffer(text, np.uint8) for text in kept.values()))
+
+
+def _utf8(file: Path, content: bytes) -> bytes:
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError("data.dir", file, f"is not UTF-8 text ({error.reason})") from error
+    return content
+
+
+def _by_client(file: Path) -> dict[str, bytes]:
+    texts: dict[str, list[str]] = {}
+    for number, line in enumerate(_utf8(file, file.read_bytes()).decode().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            texts.setdefault(str(entry["client"]), []).append(entry["text"] + "\n")
+        except (ValueError, TypeError, KeyError) as error:
+            remedy = f"line {number} is no object with text and client"
+            raise InputError("data.dir", file, remedy) from error
+    return {client: "".join(parts).encode() for client, parts in texts.items()}
+
+
+def deal_domains(
+    corpus: Corpus,
+    clients: int,
+    length: int,
+    *,
+    domains_per_client: int,
+    bytes_per_client: int = 0,
+    seed: int,
+) -> Dealt:
+    """Gives every client some domains, and of each a run of its own.
+
+    Domains are held by equally many clients (±1), and a domain's runs are disjoint. The last tenth
+    of every domain is its test text; a client's own test text is that of its domains.
+
+    Args:
+      corpus: the texts.
+      clients: C.
+      length: S.
+      domains_per_client: how many domains each client has.
+      bytes_per_client: what each client has in all, the same of each of its domains; 0 to divide
+        every domain among its clients.
+      seed: of who gets what.
+
+    Raises:
+      InputError: more domains a client than there are, domains that nobody gets, or a domain that
+        is too short for its clients.
+    """
+    count = len(corpus.names)
+    check_domains(count, clients, domains_per_client)
+    rng = np.random.default_rng([seed, 0])
+    owns = _draw_owners(count, clients, domains_per_client, rng)
+    windows: list[np.ndarray] = []
+    owner: list[np.ndarray] = []
+    for f, text in enumerate(corpus.texts):
+        holders = rng.permutation(np.flatnonzero(owns[:, f]))
+        train = text[: len(text) - round(_TEST_SHARE * len(text))]
+        stride = len(train) // len(holders)
+        size = bytes_per_client // domains_per_client or stride
+        if size > stride or size <= length:
+            raise InputError(
+                "partition.bytes_per_client",
+                bytes_per_client,
+                f"{corpus.names[f]} has {len(train)} bytes for {len(holders)} clients: give each "
+                f"{length + 1} to {stride} of it, have fewer clients, or a smaller data.length",
+            )
+        for place, holder in enumerate(holders):
+            cut = _windows(train[place * stride : place * stride + size], length)
+            windows.append(cut)
+            owner.append(np.full(len(cut), holder))
+    test = [_windows(text[len(text) - round(_TEST_SHARE * len(text)) :], length) for text in corpus.texts]
+    everyone = np.concatenate(owner)
+    return Dealt(
+        train=np.concatenate(windows),
+        parts=tuple(np.flatnonzero(everyone == c) for c in range(clients)),
+        test=np.concatenate(test),
+        domain=np.repeat(np.arange(count), [len(rows) for rows in test]).astype(np.int32),
+        owns=owns,
+    )
+
+
+def check_domains(domains: int, clients: int, per_client: int) -> None:
+    """Refuses a number of domains a client that cannot be.
+
+    Raises:
+      InputError: naming the field.
+    """
+    field = "partition.domains_per_client"
+    if not 1 <= per_client <= domains:
+        raise InputError(field, per_client, f"give 1 to {domains}, the number of domains")
+    if clients * per_client < domains:
+        least = -(-domains // clients)
+        remedy = f"{clients} clients leave some of the {domains} domains to nobody; give {least}"
+        raise InputError(field, per_client, f"{remedy} or more, or more clients")
+
+
+def _draw_owners(
+    domains: int, clients: int, per_client: int, rng: np.random.Generator
+) -> np.ndarray:
+    """(C, F) bool: each client has `per_client` domains, each domain equally many clients (±1)."""
+    left = fill(np.full(domains, clients), clients * per_client, rng).astype(np.float64)
+    owns = np.zeros((clients, domains), bool)
+    for client in rng.permutation(clients):
+        # Those with most clients still to find come first (Gale–Ryser), ties at random.
+        taken = np.argsort(-(left + rng.random(domains)))[:per_client]
+        left[taken] -= 1
+        owns[client, taken] = True
+    return owns
+
+
+def _windows(text: np.ndarray, length: int) -> np.ndarray:
+    """(M, S + 1) windows of a text, each beginning with the last byte of the one before."""
+    count = max(0, (len(text) - 1) // length)
+    starts = np.arange(count)[:, None] * length
+    return text[starts + np.arange(length + 1)] if count else np.zeros((0, length + 1), np.uint8)
