@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,13 @@ from absl import logging
 from flexmoe_jax.data import decode, layout
 from flexmoe_jax.data.cache import Arrays
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.reading import UnreadableError, read_bytes, read_json
 
 DEFAULT_IMAGE_SIZE = 32  # pixels a side, for data sets whose images vary in size
 _TEST_SPLITS = ("test", "validation")  # in order of preference
 _READ_AT_ONCE = 4096  # records
+_MOST_METADATA = 2**26  # bytes of a file of metadata or class names
+_TFDS = "tensorflow_datasets."
 
 
 class _Columns(NamedTuple):
@@ -65,6 +69,7 @@ def read(
         or that is damaged.
     """
     with _quiet(), _refusing_damage(name, version_folder):
+        _check_metadata(version_folder)
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(version_folder)
@@ -139,6 +144,25 @@ def fingerprint(version_folder: Path) -> str:
     return hashlib.sha256(repr((str(version_folder), listing)).encode()).hexdigest()
 
 
+def _check_metadata(version_folder: Path) -> None:
+    """Refuses metadata that TFDS would read without end, or that would have it import a module.
+
+    Raises:
+      UnreadableError: naming the file.
+    """
+    for path in sorted(version_folder.glob("*.txt")):
+        read_bytes(path, _MOST_METADATA)
+    read_json(version_folder / "dataset_info.json", _MOST_METADATA)
+    features: list[Any] = [read_json(version_folder / "features.json", _MOST_METADATA)]
+    while features:
+        node = features.pop()
+        kind = node.get("pythonClassName", _TFDS) if isinstance(node, dict) else _TFDS
+        if not str(kind).startswith(_TFDS):
+            raise UnreadableError(f"features.json names {kind}, which is no feature of TFDS")
+        if isinstance(node, dict | list):
+            features += node.values() if isinstance(node, dict) else node
+
+
 def _columns(name: str, info: Any, image_size: int) -> _Columns:
     """Finds the image and the label in the metadata."""
     import tensorflow_datasets as tfds
@@ -188,6 +212,9 @@ def _read_split(
         return None
     records = _records(name, builder, split)
     total = builder.info.splits[split].num_examples
+    if total > sum(Path(path).stat().st_size for path in builder.info.splits[split].filepaths):
+        raise UnreadableError(f"its split {split} is said to have {total:,} examples")
+    decode.check_room(total * math.prod(columns.shape), columns.shape[0])
     images = np.empty((total, *columns.shape), np.uint8)
     labels = np.empty((total,), np.int32)
     to_image = decode.decoder(columns.shape[-1])
@@ -266,7 +293,7 @@ def _refusing_damage(name: str, version_folder: Path) -> Iterator[None]:
     """Turns what the readers raise over damaged files into one line."""
     try:
         yield
-    except (InputError, ImportError, MemoryError):
+    except (InputError, ImportError):
         raise
     except Exception as error:  # Metadata, records and examples each break in their own ways.
         raise InputError(

@@ -8,6 +8,7 @@ from flexmoe_jax.edge.availability import (
     independent,
     make_availability,
     markov,
+    read_record,
     trace,
 )
 from flexmoe_jax.edge.capacity import experts_in_memory
@@ -34,6 +35,7 @@ __all__ = [
     "make_availability",
     "markov",
     "parse_mix",
+    "read_record",
     "read_tiers",
     "run_attempt",
     "trace",
