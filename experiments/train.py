@@ -31,15 +31,17 @@ import flexmoe_jax
 from experiments.build import Experiment, build
 from experiments.cli import read_config, run_cli
 from experiments.devices import prepare_devices
+from experiments.history import Metrics, missing_rounds
 from experiments.progress import ProgressDisplay
 from experiments.tensorboard import TensorBoard
-from experiments.workdir import Metrics, Workdir
+from experiments.workdir import Workdir
 from flexmoe_jax.assignment import Solution
 from flexmoe_jax.checkpoint import Checkpoints
 from flexmoe_jax.edge import Outcome
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import Traffic, compile_ahead, epsilon, slots_assignment, traffic
 from flexmoe_jax.metrics import accuracies, coefficient_of_variation
+from flexmoe_jax.reading import is_number
 from flexmoe_jax.types import RoundReport, State
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the experiment.")
@@ -105,6 +107,7 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     begin = time.monotonic()
     workdir.check(config)
     experiment = build(config)
+    notes = (*experiment.notes, *workdir.check_inputs(config, experiment.inputs))
     tensorboard = TensorBoard(
         workdir.path / "tensorboard" if config.tensorboard and workdir.writes else None
     )
@@ -117,17 +120,17 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     experiment = replace(experiment, algorithm=algorithm)
     state = algorithm.init(jax.random.key(config.seed))
 
-    workdir.open(config)
+    workdir.open(config, experiment.inputs)
     checkpoints = Checkpoints(workdir.path / "checkpoints", config.checkpoint.keep)
-    restored = checkpoints.restore(state, at_most=len(workdir.read()))
+    restored = checkpoints.restore(state, at_most=workdir.history().last)
     if restored.state is not None:
         state = restored.state
     done = int(state.round)
-    workdir.keep_rounds(done)
+    lost = workdir.keep_rounds(done)
     status = "finished"
     display = ProgressDisplay(config.rounds, done, quiet=not workdir.writes)
     with display:
-        for line in (*experiment.notes, *restored.passed_over):
+        for line in (*notes, *restored.passed_over, *lost):
             display.say(line)
         if done == config.rounds:
             display.say("all rounds are done; to train anew, delete the folder of the run")
@@ -168,7 +171,7 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     workdir.write_summary(
         {
             "status": status,
-            **summarise(workdir.read()),
+            **summarise(workdir.read(), done),
             "personal_measured_on": experiment.personal,
             "notes": list(experiment.notes),
             "seconds": workdir.seconds() + time.monotonic() - begin,
@@ -318,19 +321,27 @@ def arrays(experiment: Experiment, state: State) -> dict[str, np.ndarray]:
     }
 
 
-def summarise(rows: list[Metrics]) -> dict[str, Any]:
-    """Final and best values: of accuracies the highest is best, of all else the lowest."""
-    summary: dict[str, Any] = {"rounds": len(rows)}
+def summarise(rows: list[Metrics], done: int = 0) -> dict[str, Any]:
+    """Final and best values: of accuracies the highest is best, of all else the lowest.
+
+    Args:
+      rows: of metrics.jsonl.
+      done: rounds known to be done, told there or not. Totals over rounds that are lost are none.
+    """
+    rounds = max(done, rows[-1]["round"]) if rows else done
+    lost = missing_rounds(rows, rounds)
+    summary: dict[str, Any] = {"rounds": rounds, **({"rounds_lost": lost} if lost else {})}
     numbers = [key for row in rows[-1:] for key, value in row.items() if isinstance(value, float)]
     for key in numbers:
-        values = [row[key] for row in rows if key in row]
+        values = [row[key] for row in rows if is_number(row.get(key))]
         best = max if "accuracy" in key or key.endswith("per_second") else min
         summary[f"final/{key}"] = values[-1]
         summary[f"best/{key}"] = best(values)
     totals = ("comm/bytes_down", "comm/bytes_up", "comm/bytes_cached", "time/simulated_seconds")
     for key in (*totals, "clients/quarantined"):
-        if rows and key in rows[-1]:
-            summary[f"total/{key}"] = sum(row[key] for row in rows)
+        values = [row[key] for row in rows if is_number(row.get(key))]
+        if values and len(values) == rounds:
+            summary[f"total/{key}"] = sum(values)
     return summary
 
 

@@ -1,13 +1,16 @@
-"""The folder of a run: config.json, metrics.jsonl, summary.json, arrays.npz, checkpoints/.
+"""The folder of a run: config.json, inputs.json, metrics.jsonl, summary.json, arrays.npz.
 
-Files are replaced in one step, so a process killed at any moment, or a full disk, leaves the old
-file or the new one. Only metrics.jsonl grows line by line; what is wrong with its end is cut off.
+Beside them lie checkpoints/ and report/. Files are replaced in one step, so a process killed at any
+moment, or a full disk, leaves the old file or the new one. Only metrics.jsonl grows line by line;
+lines of it that are damaged are lost, and no others.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
@@ -17,10 +20,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.cli import flat_fields
-from flexmoe_jax.errors import InputError
-
-Metrics = dict[str, Any]
+from experiments.history import History, Metrics, missing_rounds, read_history
+from experiments.inputs import FILE, check_inputs, inputs_text, may_have_moved, read_inputs
+from flexmoe_jax.errors import InputError, printable
+from flexmoe_jax.reading import UnreadableError, is_number, read_json
 
 # Fields, and groups of them, that say where and how a run is computed, not what: a run may be
 # moved, and go on elsewhere.
@@ -38,6 +41,17 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON values."""
     plain: dict[str, Any] = json.loads(config.to_json())
     return plain
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping to a flat one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def incidental(field: str) -> bool:
@@ -68,7 +82,8 @@ class Workdir:
         """Refuses a folder that holds another experiment, or something else altogether.
 
         Incidental fields may differ from those of the run that is there, and `rounds`, as long as
-        some are left and no learning rate was scheduled over the former number.
+        some are left and no learning rate was scheduled over the former number. So may the paths of
+        files whose hashes the folder holds: `check_inputs` compares these.
 
         Raises:
           InputError: naming the first field that differs.
@@ -84,23 +99,43 @@ class Workdir:
                 remedy = "holds files but no run; choose an empty or a new folder"
                 raise InputError("workdir", self.path, remedy)
             return
-        there, here = self.config(), flat_fields(ConfigDict(as_json(config)))
+        there, here = self.config(), flatten(as_json(config))
+        hashed = self._inputs()[0] is not None
+        done = self.history().last
         for field in differing(there, here):
-            why = self._rounds_stay(config) if field == "rounds" else ""
-            if field != "rounds" or why:
+            why = _rounds_stay(config, done) if field == "rounds" else ""
+            moved = hashed and may_have_moved(field, there.get(field), here.get(field))
+            if (field != "rounds" or why) and not moved:
                 remedy = (
-                    f"holds a run with {field}={there.get(field)}, not {here.get(field)}{why}; "
-                    "choose another folder, or delete this one"
+                    f"holds a run with {field}={printable(there.get(field), 60)}, not "
+                    f"{here.get(field)}{why}; choose another folder, or delete this one"
                 )
                 raise InputError("workdir", self.path, remedy)
 
-    def _rounds_stay(self, config: ConfigDict) -> str:
-        """Why the run that is there cannot have another number of rounds; empty where it can."""
-        done = len(self.read())
-        if config.local.decay != "none":
-            return f", and its learning rate falls over them all (local.decay={config.local.decay})"
-        # The last round is one that is evaluated and saved, so it must still be to come.
-        return "" if config.rounds > done else f", and {done} are done"
+    def check_inputs(self, config: ConfigDict, inputs: Mapping[str, str]) -> tuple[str, ...]:
+        """Refuses to go on with other data than the run that is there began with.
+
+        Args:
+          config: of the run as it is to go on.
+          inputs: hashes of what it reads; see `inputs_of`.
+
+        Returns:
+          A sentence where that cannot be known, since inputs.json is damaged.
+
+        Raises:
+          InputError: naming the data that differ.
+        """
+        known, notes = self._inputs()
+        if known is not None:
+            check_inputs(self.path, known, config, inputs)
+        return notes
+
+    def _inputs(self) -> tuple[dict[str, str] | None, tuple[str, ...]]:
+        try:
+            return read_inputs(self.path), ()
+        except UnreadableError as error:
+            unknown = "whether the data are those that the run began with is not known"
+            return None, (f"{FILE} cannot be read ({error}): {unknown}",)
 
     def config(self) -> dict[str, Any]:
         """The flat config of the run that is there.
@@ -109,30 +144,55 @@ class Workdir:
           InputError: config.json is missing, or no JSON object.
         """
         try:
-            return flat_fields(ConfigDict(dict(json.loads(self._config_path.read_bytes()))))
-        except (FileNotFoundError, ValueError, TypeError) as error:
-            remedy = "its config.json cannot be read; choose another folder, or delete this one"
+            return flatten(read_json(self._config_path))
+        except (FileNotFoundError, UnreadableError) as error:
+            remedy = (
+                f"its config.json cannot be read ({_reason(error)}); put a copy of it back, or "
+                "choose another folder"
+            )
             raise InputError("workdir", self.path, remedy) from error
 
     @property
     def _config_path(self) -> Path:
         return self.path / "config.json"
 
-    def open(self, config: ConfigDict) -> None:
+    def open(self, config: ConfigDict, inputs: Mapping[str, str] | None = None) -> None:
         """Makes the folder and writes config.json; from here on it is this experiment's.
 
         Of a run that was finished, and now is to have more rounds, the summary no longer says so.
+
+        Args:
+          config: of the experiment.
+          inputs: hashes of what it reads, kept for those who go on with it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         summary = self._summary()
         if summary.get("status") == "finished" and summary.get("rounds") != config.rounds:
             self.write_summary({"status": "unfinished", "seconds": self.seconds()})
         self._write(self._config_path, json.dumps(as_json(config), indent=2) + "\n")
+        if inputs is not None:
+            self._write(self.path / FILE, inputs_text(inputs))
 
-    def keep_rounds(self, rounds_done: int) -> None:
-        """Cuts metrics.jsonl back to the rounds that the restored checkpoint holds."""
-        kept = [json.dumps(row) + "\n" for row in self.read()[:rounds_done]]
-        self._write(self.metrics_path, "".join(kept))
+    def keep_rounds(self, rounds_done: int) -> tuple[str, ...]:
+        """Cuts metrics.jsonl back to the rounds that the restored checkpoint holds.
+
+        A file with lines that cannot be read is kept beside it as it was, in metrics-set-aside.
+
+        Returns:
+          A sentence on what is lost, if anything is.
+        """
+        history, lines = self.history(), []
+        kept = [row for row in history.rows if row["round"] <= rounds_done]
+        lost = missing_rounds(kept, rounds_done)
+        if lost:
+            lines.append(f"{lost} of the {rounds_done} rounds done are lost from metrics.jsonl")
+        if (history.unread or history.repeated) and self.writes:
+            aside = _free(self.path / "metrics-set-aside.jsonl")
+            with _naming(aside):
+                shutil.copyfile(self.metrics_path, aside)
+            lines.append(f"metrics.jsonl as it was, with lines that are damaged: {aside.name}")
+        self._write(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+        return tuple(lines)
 
     @property
     def metrics_path(self) -> Path:
@@ -148,18 +208,24 @@ class Workdir:
                 os.fsync(file.fileno())
 
     def read(self) -> list[Metrics]:
-        """The rounds in metrics.jsonl, from the first to the last before anything is amiss."""
-        rows: list[Metrics] = []
-        if self.metrics_path.exists():
-            for line in self.metrics_path.read_bytes().split(b"\n"):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    break
-                if not isinstance(row, dict) or row.get("round") != len(rows) + 1:
-                    break
-                rows.append(row)
-        return rows
+        """The rounds in metrics.jsonl that can be read, rising."""
+        return list(self.history().rows)
+
+    def history(self) -> History:
+        """What metrics.jsonl tells.
+
+        Raises:
+          InputError: it is no file, or larger than any that a run writes.
+        """
+        try:
+            try:
+                most = read_json(self._config_path).get("rounds")
+            except (FileNotFoundError, UnreadableError):
+                most = None
+            return read_history(self.metrics_path, most)
+        except UnreadableError as error:
+            remedy = f"its metrics.jsonl cannot be read ({error}); move it away"
+            raise InputError("workdir", self.path, remedy) from error
 
     def write_summary(self, summary: Metrics) -> None:
         """Writes summary.json."""
@@ -167,15 +233,13 @@ class Workdir:
 
     def seconds(self) -> float:
         """Wall time that summary.json states, or 0 where it says nothing of the kind."""
-        try:
-            return float(self._summary()["seconds"])
-        except (ValueError, TypeError, KeyError):
-            return 0.0
+        stated = self._summary().get("seconds")
+        return float(stated) if is_number(stated) and 0 <= stated < float("inf") else 0.0
 
     def _summary(self) -> Metrics:
         try:
-            return dict(json.loads((self.path / "summary.json").read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
+            return read_json(self.path / "summary.json")
+        except (FileNotFoundError, UnreadableError):
             return {}
 
     def write_arrays(self, **arrays: np.ndarray) -> None:
@@ -189,6 +253,24 @@ class Workdir:
     def _write(self, path: Path, text: str) -> None:
         if self.writes:
             write_atomically(path, text)
+
+
+def _rounds_stay(config: ConfigDict, done: int) -> str:
+    """Why a run with `done` rounds cannot have those of this config; empty where it can."""
+    if config.local.decay != "none":
+        return f", and its learning rate falls over them all (local.decay={config.local.decay})"
+    # The last round is one that is evaluated and saved, so it must still be to come.
+    return "" if config.rounds > done else f", and {done} are done"
+
+
+def _reason(error: Exception) -> str:
+    return str(error.strerror) if isinstance(error, OSError) else str(error)
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first of `name-2`, `name-3`, ... where something is there already."""
+    others = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2))
+    return next(p for p in itertools.chain([path], others) if not os.path.lexists(p))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from experiments.fields import load_model_name
 from experiments.reporting.quantities import better
-from experiments.workdir import incidental
+from experiments.workdir import flatten, incidental
 from flexmoe_jax.errors import InputError
 
 Floats = NDArray[np.float64]
@@ -148,17 +148,6 @@ def read_run(workdir: Path) -> Run:
         arrays=_read_arrays(workdir / "arrays.npz", notes),
         notes=tuple(notes),
     )
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping to a flat one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def differing_fields(runs: Sequence[Run]) -> list[str]:

@@ -11,6 +11,8 @@ from flexmoe_jax.data.clients import (
     feed_cohorts,
     label_counts,
 )
+from flexmoe_jax.data.fingerprint import digest, fingerprint
+from flexmoe_jax.data.npz_source import SUFFIX as NPZ
 from flexmoe_jax.data.partition import PARTITIONS, check, partition, skewed
 from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, natural, shards
 from flexmoe_jax.data.sources import Dataset, load
@@ -18,6 +20,7 @@ from flexmoe_jax.data.standardise import doubts, standardise
 
 __all__ = [
     "AUGMENTATIONS",
+    "NPZ",
     "PARTITIONS",
     "Augmentation",
     "ClientData",
@@ -29,9 +32,11 @@ __all__ = [
     "client_numbers",
     "crop",
     "crop_flip",
+    "digest",
     "dirichlet",
     "doubts",
     "feed_cohorts",
+    "fingerprint",
     "flip",
     "iid",
     "k_class",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flexmoe_jax.edge.availability import (
+    AVAILABILITIES,
     Availability,
     always,
     independent,
@@ -18,6 +19,7 @@ from flexmoe_jax.edge.profiles import TIERS, Profile, check_profile, read_tiers
 from flexmoe_jax.edge.timing import LATE, Attempt, Outcome, attempt, run_attempt
 
 __all__ = [
+    "AVAILABILITIES",
     "LATE",
     "TIERS",
     "Attempt",

@@ -24,7 +24,7 @@ Availability = Callable[[int], np.ndarray]
 
 # Keeps these draws apart from others of the same seed and round.
 _STREAM = 0xA7A11
-NAMES = ("always", "independent", "markov")
+AVAILABILITIES = ("always", "independent", "markov")
 # Of a file of numbers as text: 10,000 rounds of 50,000 clients.
 _MOST_BYTES = 2**30
 
@@ -141,9 +141,9 @@ def make_availability(
     if name == "markov":
         return markov(share, mean_on_rounds, seed)
     if not _is_file(name):
-        near = difflib.get_close_matches(name, NAMES, n=1)
+        near = difflib.get_close_matches(name, AVAILABILITIES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        remedy = f"{hint}give {', '.join(NAMES)} or the path of a trace"
+        remedy = f"{hint}give {', '.join(AVAILABILITIES)} or the path of a trace"
         raise InputError("edge.availability", name, remedy)
     return trace(name, len(share))
 
