@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from experiments.cli import nearest
 from experiments.edge import capacity_in_memory, make_devices, make_network, model_shapes
 from experiments.fields import check_kinds, check_numbers, client_capacities, load_model_name
-from experiments.inputs import inputs_of
 from flexmoe_jax import assignment, data, federated, models
+from flexmoe_jax.edge import AVAILABILITIES, read_record, read_tiers
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array
 
@@ -242,6 +242,28 @@ def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray
         **options,
     )
     return dataset, parts
+
+
+def inputs_of(config: ConfigDict, dataset: data.Dataset) -> dict[str, str]:
+    """Hashes of what a run reads, by name: `data.train_images`, ..., `edge.tiers`.
+
+    Args:
+      config: of the run.
+      dataset: as the run has it, within its limits.
+
+    Raises:
+      InputError: one of the user's files cannot be read.
+    """
+    found = {f"data.{name}": value for name, value in data.fingerprint(dataset).items()}
+    if config.edge.tiers:
+        tiers = [
+            (tier.name, *map(float, tier[1:])) for tier in read_tiers(config.edge.tiers).values()
+        ]
+        found["edge.tiers"] = data.digest(np.array(repr(tiers)))
+    if config.edge.availability not in AVAILABILITIES:
+        record = read_record(config.edge.availability)
+        found["edge.availability"] = data.digest(record.astype(bool))
+    return found
 
 
 def test_owner(dataset: data.Dataset, partition: str) -> np.ndarray | None:

@@ -6,42 +6,18 @@ is not continued on others that have taken their place.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from flexmoe_jax import data, edge
+from flexmoe_jax.edge import AVAILABILITIES
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.reading import UnreadableError, read_json
 
 FILE = "inputs.json"
-_TIERS, _AVAILABILITY = "edge.tiers", "edge.availability"
-
-
-def inputs_of(config: ConfigDict, dataset: data.Dataset) -> dict[str, str]:
-    """Hashes of what a run reads, by name: `data.train_images`, ..., `edge.tiers`.
-
-    Args:
-      config: of the run.
-      dataset: as the run has it, within its limits.
-
-    Raises:
-      InputError: one of the user's files cannot be read.
-    """
-    found = {f"data.{name}": value for name, value in data.fingerprint(dataset).items()}
-    if config.edge.tiers:
-        tiers = [
-            (tier.name, *map(float, tier[1:]))
-            for tier in edge.read_tiers(config.edge.tiers).values()
-        ]
-        found[_TIERS] = data.digest(np.array(repr(tiers)))
-    if config.edge.availability not in edge.AVAILABILITIES:
-        record = edge.read_record(config.edge.availability)
-        found[_AVAILABILITY] = data.digest(record.astype(bool))
-    return found
 
 
 def may_have_moved(field: str, one: object, other: object) -> bool:
@@ -50,9 +26,9 @@ def may_have_moved(field: str, one: object, other: object) -> bool:
         return False
     both = {one, other}
     return (
-        (field == "data.name" and all(name.endswith(data.NPZ) for name in both))
-        or (field == _TIERS and "" not in both)
-        or (field == _AVAILABILITY and both.isdisjoint(edge.AVAILABILITIES))
+        (field == "data.name" and all(name.endswith(".npz") for name in both))
+        or (field == "edge.tiers" and "" not in both)
+        or (field == "edge.availability" and both.isdisjoint(AVAILABILITIES))
     )
 
 
@@ -79,7 +55,7 @@ def inputs_text(inputs: Mapping[str, str]) -> str:
 
 
 def _of_all(inputs: Mapping[str, object]) -> str:
-    return data.digest(np.array(json.dumps(inputs, sort_keys=True)))
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def check_inputs(

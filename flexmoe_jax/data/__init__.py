@@ -12,7 +12,6 @@ from flexmoe_jax.data.clients import (
     label_counts,
 )
 from flexmoe_jax.data.fingerprint import digest, fingerprint
-from flexmoe_jax.data.npz_source import SUFFIX as NPZ
 from flexmoe_jax.data.partition import PARTITIONS, check, partition, skewed
 from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, natural, shards
 from flexmoe_jax.data.sources import Dataset, load
@@ -20,7 +19,6 @@ from flexmoe_jax.data.standardise import doubts, standardise
 
 __all__ = [
     "AUGMENTATIONS",
-    "NPZ",
     "PARTITIONS",
     "Augmentation",
     "ClientData",
