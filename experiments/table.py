@@ -13,8 +13,9 @@ from pathlib import Path
 
 from absl import flags
 
+from experiments.markup import markdown_text
 from experiments.reporting.quantities import counted
-from experiments.studying.formats import csv_text, latex, markdown
+from experiments.studying.formats import csv_table, latex, markdown
 from experiments.studying.results import Results, read_results
 from experiments.studying.sheets import TARGET, read_rows, sheets
 from experiments.workdir import write_atomically
@@ -44,11 +45,16 @@ def write_tables(
     reference = results.reference(reference)
     made = sheets(results, target, reference)
     notes = dict.fromkeys(f"- {sheet.note}\n" for sheet in made)
-    lists = [*map(markdown, made), missing(results)]
-    parts = [f"# {results.name}\n", remark(results), "".join(notes), *filter(None, lists)]
+    lists = [*map(markdown, made), missing(results), noted(results)]
+    parts = [
+        f"# {markdown_text(results.name)}\n",
+        remark(results),
+        "".join(notes),
+        *filter(None, lists),
+    ]
     texts = {
         "table.md": "\n".join(parts),
-        "table.csv": csv_text(read_rows(results, target), results.axes, reference),
+        "table.csv": csv_table(read_rows(results, target), results.axes, reference),
         "table.tex": "\n".join(map(latex, made)),
     }
     for name, text in texts.items():
@@ -66,8 +72,15 @@ def remark(results: Results) -> str:
 
 def missing(results: Results) -> str:
     """The runs that are not finished, with how far they are."""
-    lines = [f"- {result.trial.name}: {result.status}\n" for result in results.missing]
+    said = [f"{result.trial.name}: {result.status}" for result in results.missing]
+    lines = [f"- {markdown_text(line)}\n" for line in said]
     return f"### Not finished\n\n{''.join(lines)}" if lines else ""
+
+
+def noted(results: Results) -> str:
+    """What of the runs was left out, or is to be known before their figures are trusted."""
+    lines = [f"- {markdown_text(note)}\n" for note in results.notes]
+    return f"### Notes\n\n{''.join(lines)}" if lines else ""
 
 
 def main(argv: list[str]) -> None:

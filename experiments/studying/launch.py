@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import BinaryIO
 
 from experiments.studying.study import Study, Trial
+from flexmoe_jax.errors import printable
 
 
 def command(study: Study, trial: Trial, workdir: Path) -> list[str]:
@@ -133,4 +134,4 @@ def last_line(log: Path, start: int) -> str:
         # The end alone: a log may be long.
         file.seek(max(start, end - 20_000))
         lines = file.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return printable(next((line.strip() for line in reversed(lines) if line.strip()), ""))
