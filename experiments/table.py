@@ -44,7 +44,7 @@ def write_tables(
         raise InputError("--target", target, "give an accuracy above 0 and up to 1")
     reference = results.reference(reference)
     made = sheets(results, target, reference)
-    notes = dict.fromkeys(f"- {sheet.note}\n" for sheet in made)
+    notes = dict.fromkeys(f"- {markdown_text(sheet.note)}\n" for sheet in made)
     lists = [*map(markdown, made), missing(results), noted(results)]
     parts = [
         f"# {markdown_text(results.name)}\n",

@@ -282,7 +282,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = _temporary(path)
     with _naming(path):
         try:
-            with temporary.open("wb") as file:
+            # What lies there is of a killed process, or nothing that may be written to.
+            temporary.unlink(missing_ok=True)
+            with temporary.open("xb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -160,7 +160,8 @@ class Checkpoints:
         except PermissionError:
             raise  # Not damaged, and well again once it may be read.
         except (OSError, UnreadableError) as error:
-            return f"is damaged ({_CHECKSUMS}: {printable(error)})"
+            said = error.strerror if isinstance(error, OSError) else error
+            return f"is damaged ({_CHECKSUMS}: {printable(said)})"
         return f"is damaged ({printable(wrong[0])})" if wrong else None
 
     def _read(self, step: int, like: State) -> State:

@@ -92,6 +92,10 @@ def open_npz(path: str | os.PathLike[str]) -> Iterator[Archive]:
             file = zipfile.ZipFile(raw)
             if len(file.infolist()) != members:
                 raise UnreadableError("its list of members is damaged")
+            for info in file.infolist():
+                # Compares the name in the list with the one before the member: of an array that
+                # may be left out, nobody would ask for a damaged name.
+                file.open(info).close()
             archive = Archive(file)
         yield archive
 

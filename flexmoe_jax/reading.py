@@ -53,12 +53,13 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
         raise UnreadableError(error) from error
     # Before it is opened: that alone may wind a tape, or wait for the pipe's other end.
     _require_regular(mode)
-    with open(path, "rb", opener=_without_waiting) as file:
+    with open(path, "rb", opener=without_waiting) as file:
         _require_regular(os.fstat(file.fileno()).st_mode)
         yield file
 
 
-def _without_waiting(path: str, flags: int) -> int:
+def without_waiting(path: str, flags: int) -> int:
+    """An `opener` for `open` that does not wait for the other end of a pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 

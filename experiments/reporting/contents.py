@@ -203,9 +203,10 @@ def _fit_to_draw(name: str, array: Numbers) -> Numbers:
         return np.array([printable(text, _LONGEST) for text in known.tolist()])
     if array.dtype.kind not in _NUMBER_KINDS:
         raise UnreadableError(f"it holds {array.dtype}, not numbers")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float64) if array.dtype.kind == "f" else array
     if name == "fitness":
-        shown = array.astype(np.float64)
-        return np.where(np.abs(shown) <= _LARGEST, shown, np.nan)
+        return np.where(np.abs(array) <= _LARGEST, array, np.nan)
     if not ((array >= 0) & (array <= _MOST_COUNTED)).all():
         raise UnreadableError("it holds numbers that count nothing")
     return array

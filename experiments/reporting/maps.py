@@ -242,8 +242,9 @@ def _fitness(run: Run, order: Order) -> Picture | None:
             shown = np.where(tried > 0, shown, np.nan)
             remark = f" Grey pairs were never tried and keep the start value {ratio(untouched[0])}."
     low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        room = 0.5 * max(1.0, abs(high))
+        low, high = low - room, high + room
     return _client_maps(
         run,
         order,

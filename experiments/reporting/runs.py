@@ -228,9 +228,9 @@ def _is_workdir(path: Path) -> bool:
 
 
 def _remedy(path: Path) -> str:
-    if not path.exists():
+    if not os.path.exists(path):
         return "no such folder; give the --workdir of a training run"
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return "not a folder; give the --workdir of a training run"
     try:
         inside = sum(_is_workdir(child) for child in path.iterdir() if child.is_dir())

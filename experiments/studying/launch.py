@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from experiments.studying.study import Study, Trial
 from flexmoe_jax.errors import printable
+from flexmoe_jax.reading import without_waiting
 
 
 def command(study: Study, trial: Trial, workdir: Path) -> list[str]:
@@ -56,7 +57,7 @@ def lock(path: Path, wait: bool = False) -> Iterator[BinaryIO | None]:
       The file, or None while another process has it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with open(path, "ab", opener=without_waiting) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

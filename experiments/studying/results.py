@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ class Results:
 
 def is_study(folder: Path) -> bool:
     """Whether a sweep wrote the folder."""
-    return (folder / RECORD).is_file()
+    return os.path.isfile(folder / RECORD)
 
 
 def read_results(folder: Path) -> Results:

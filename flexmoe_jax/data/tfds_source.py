@@ -293,9 +293,11 @@ def _refusing_damage(name: str, version_folder: Path) -> Iterator[None]:
     """Turns what the readers raise over damaged files into one line."""
     try:
         yield
-    except (InputError, ImportError):
+    except InputError:
         raise
     except Exception as error:  # Metadata, records and examples each break in their own ways.
+        if isinstance(error, ImportError) and error.name != "tensorflow":
+            raise  # What is not installed is no damage; TensorFlow is needed for odd types alone.
         raise InputError(
             "data.name", name, f"{version_folder} is damaged ({_reason(error)}); prepare it again"
         ) from error
