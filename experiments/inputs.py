@@ -77,10 +77,10 @@ def check_inputs(
         return
     arrays = [name.removeprefix("data.") for name in changed if name.startswith("data.")]
     field = "data.name" if arrays else changed[0]
-    said = f"its {', '.join(arrays)} differ from those" if arrays else "differs from what"
+    said = f"its {', '.join(arrays)} differ from those that" if arrays else "differs from what"
     remedy = (
-        f"{said} that the run in {folder} began with; put them back, or choose another folder (to "
-        f"go on all the same, delete {FILE} there)"
+        f"{said} the run in {folder} began with; put them back, or choose another folder (to go on "
+        f"all the same, delete {FILE} there)"
     )
     group, name = field.split(".")
     raise InputError(field, config[group][name], remedy)

@@ -107,7 +107,7 @@ class Workdir:
             moved = hashed and may_have_moved(field, there.get(field), here.get(field))
             if (field != "rounds" or why) and not moved:
                 remedy = (
-                    f"holds a run with {field}={printable(there.get(field), 60)}, not "
+                    f"holds a run with {field}={printable(there.get(field), 300)}, not "
                     f"{here.get(field)}{why}; choose another folder, or delete this one"
                 )
                 raise InputError("workdir", self.path, remedy)

@@ -165,7 +165,7 @@ def read_record(workdir: Path) -> Record:
         if not isinstance(name, str) or len({tuple(dict(t.variant)) for t in trials}) > 1:
             raise UnreadableError("has no name, or runs of several grids")
         known = reference if reference in {trial.method for trial in trials} else ""
-        return Record(name, known, trials, dict(record.get("config", {})))
+        return Record(printable(name, 200), known, trials, dict(record.get("config", {})))
     except FileNotFoundError:
         remedy = "holds no study.json; give the --workdir of a sweep"
         raise InputError("DIR", workdir, remedy) from None
@@ -175,15 +175,20 @@ def read_record(workdir: Path) -> Record:
 
 
 def _trial(run: Mapping[str, Any]) -> Trial:
-    """A run as study.json tells it.
+    """A run as study.json tells it, its names as they can be printed.
 
     Raises:
       TypeError: a part is of the wrong kind, or (KeyError) is missing.
     """
-    variant = tuple(run["variant"].items())
-    names = (run["dataset"], run["partition"], run["method"], *(name for _, name in variant))
     seed, overrides = run["seed"], run.get("overrides", {})
-    whole = isinstance(seed, int) and not isinstance(seed, bool)
-    if not (all(isinstance(name, str) for name in names) and whole and isinstance(overrides, dict)):
-        raise TypeError("a run's names are texts, and its seed a whole number")
-    return Trial(run["dataset"], run["partition"], variant, run["method"], seed, overrides)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(overrides, dict):
+        raise TypeError("a seed is a whole number, and overrides have names")
+    dataset, partition, method = (_name(run[key]) for key in ("dataset", "partition", "method"))
+    variant = tuple((_name(axis), _name(name)) for axis, name in run["variant"].items())
+    return Trial(dataset, partition, variant, method, seed, overrides)
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a name is a text")
+    return printable(value, 200)

@@ -133,14 +133,6 @@ def test_the_end_of_the_metrics_may_be_anything(tmp_path, end):
     assert [row["round"] for row in workdir.read()] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("numbers", [(1, 2, 2, 3), (1, 2, 4)])
-def test_a_round_doubled_or_missing_ends_the_metrics(tmp_path, numbers):
-    workdir = Workdir(tmp_path)
-    for number in numbers:
-        workdir.append({"round": number})
-    assert [row["round"] for row in workdir.read()] == [1, 2]
-
-
 @pytest.mark.parametrize("content", [b"", b'{"seed"', b"\xff\xfe", b"[]", b"3", b"null"])
 def test_a_config_or_summary_of_garbage(tmp_path, content):
     workdir = Workdir(tmp_path)
