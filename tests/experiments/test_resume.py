@@ -43,7 +43,7 @@ def change(
 
 
 def set_(config: ConfigDict, **fields: object) -> ConfigDict:
-    other = ConfigDict(config)
+    other = config.copy_and_resolve_references()
     other.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     return other
 
