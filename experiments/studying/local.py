@@ -15,7 +15,15 @@ from experiments.report import write_report
 from experiments.reporting.quantities import counted, duration, show
 from experiments.reporting.runs import read_run
 from experiments.studying.launch import Interrupts, as_typed, command, last_line, lock
-from experiments.studying.standing import ENDED, OTHER, Standing, cost, standing, write_record
+from experiments.studying.standing import (
+    ENDED,
+    OTHER,
+    UNKNOWN,
+    Standing,
+    cost,
+    standing,
+    write_record,
+)
 from experiments.studying.study import Study, Trial, read_study
 from experiments.table import write_tables
 from experiments.workdir import Workdir
@@ -124,7 +132,8 @@ def run(sweep: Sweep) -> int:
     if ends["elsewhere"]:
         print(f"{counted(len(ends['elsewhere']), 'run')} left to another sweep, which is at them")
     # Over runs of another config alone there may be a table of theirs, which is no longer this.
-    if any(_standing(study, t, workdir).status in ("finished", OTHER) for t in study.trials()):
+    told = ("finished", OTHER, UNKNOWN)
+    if any(_standing(study, t, workdir).status in told for t in study.trials()):
         with lock(workdir / "sweep.lock", wait=True):
             print(f"table: {write_tables(workdir)[0]} · page: {write_report([workdir])}")
     if interrupts.caught:

@@ -23,7 +23,7 @@ from experiments.configs import digits
 from experiments.studying import local, slurm
 from experiments.studying.launch import command, lock
 from experiments.studying.local import Sweep, log_of
-from experiments.studying.standing import OTHER, cost, standing, write_record
+from experiments.studying.standing import OTHER, UNKNOWN, cost, standing, write_record
 from experiments.studying.study import Study, Trial, read_study
 from experiments.table import write_tables
 from experiments.workdir import as_json
@@ -282,7 +282,7 @@ def test_how_far_a_run_is_depends_on_what_is_asked_for(tiny, tmp_path, changes, 
     assert standing(tmp_path / "run", {}).status == "finished"
     assert standing(tmp_path / "none", asked).status == "new"
     (tmp_path / "run" / "config.json").write_text("{")
-    assert standing(tmp_path / "run", asked).status == OTHER
+    assert standing(tmp_path / "run", asked).status == UNKNOWN
 
 
 def test_a_folder_of_another_study_is_refused(tiny, tmp_path):
