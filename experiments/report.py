@@ -18,7 +18,7 @@ from absl import flags
 from experiments.reporting.runs import read_run
 from experiments.studying.results import is_study, read_results
 from experiments.workdir import write_atomically
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, printable
 
 
 def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | Path | None = None) -> Path:
@@ -69,7 +69,7 @@ def default_out(folders: Sequence[Path]) -> Path:
 def main(argv: list[str]) -> None:
     """Writes the report of the workdirs in `argv[1:]` and prints where it is."""
     page = write_report(argv[1:], flags.FLAGS.out)
-    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+    print(f"{printable(page)} ({page.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from experiments.studying.formats import csv_table, latex, markdown
 from experiments.studying.results import Results, read_results
 from experiments.studying.sheets import TARGET, read_rows, sheets
 from experiments.workdir import write_atomically
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, printable
 
 
 def write_tables(
@@ -87,9 +87,13 @@ def main(argv: list[str]) -> None:
     """Writes the tables of the study in `argv[1]` and prints the Markdown one."""
     if len(argv) != 2:
         raise InputError("DIR", " ".join(argv[1:]) or "(none)", "give the --workdir of one sweep")
-    paths = write_tables(argv[1], flags.FLAGS.target, flags.FLAGS.reference)
+    try:
+        paths = write_tables(argv[1], flags.FLAGS.target, flags.FLAGS.reference)
+    except OSError as error:
+        remedy = f"{error.filename} cannot be written ({error.strerror}); free it, or some space"
+        raise InputError("DIR", argv[1], remedy) from error
     print(paths[0].read_text(encoding="utf-8"))
-    print(", ".join(map(str, paths)))
+    print(printable(", ".join(map(str, paths))))
 
 
 if __name__ == "__main__":

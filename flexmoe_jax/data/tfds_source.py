@@ -69,7 +69,6 @@ def read(
         or that is damaged.
     """
     with _quiet(), _refusing_damage(name, version_folder):
-        _check_metadata(version_folder)
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(version_folder)
@@ -239,8 +238,11 @@ def _records(name: str, builder: Any, split: str) -> Any:
     """Opens a split for random access to its serialised examples."""
     import tensorflow_datasets as tfds
 
+    lost = [path for path in builder.info.splits[split].filepaths if not Path(path).is_file()]
+    if lost:
+        raise InputError("data.name", name, f"the file {lost[0]} is missing; prepare it again")
     try:
-        records = builder.as_data_source(
+        return builder.as_data_source(
             split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
     except NotImplementedError as error:
@@ -251,10 +253,6 @@ def _records(name: str, builder: Any, split: str) -> Any:
             "TensorFlow reads; prepare it with file_format=array_record, or set "
             "data.download=true with an empty data.dir",
         ) from error
-    lost = [path for path in builder.info.splits[split].filepaths if not Path(path).is_file()]
-    if lost:
-        raise InputError("data.name", name, f"the file {lost[0]} is missing; prepare it again")
-    return records
 
 
 def _examples(records: Any, columns: _Columns) -> Iterator[tuple[bytes, int]]:
@@ -290,8 +288,9 @@ def _encode_without_tensorflow(builder: Any) -> None:
 
 @contextlib.contextmanager
 def _refusing_damage(name: str, version_folder: Path) -> Iterator[None]:
-    """Turns what the readers raise over damaged files into one line."""
+    """Looks at the metadata, and turns what readers raise over damaged files into one line."""
     try:
+        _check_metadata(version_folder)
         yield
     except InputError:
         raise

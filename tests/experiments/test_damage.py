@@ -264,6 +264,7 @@ def test_a_round_of_a_billion_takes_no_memory_and_moves_no_other(tmp_path):
 
 CONFIGS: tuple[Any, ...] = (
     {"clients": {"capacity": {}}, "assignment": {"load": "auto"}},
+    {"clients": {"capacity": "1-999999999"}, "assignment": {"load": "auto"}},
     {"clients": {"capacity": "9-1"}, "assignment": {"load": "auto"}, "seed": [[[]]]},
     {"clients": 3, "data": {"name": None}, "rounds": "many", "x": {"": {"": 1}}},
     {"data": {"name": ["x"] * 9000}, "assignment": {"policy": "y" * 9000}, "rounds": -1},
