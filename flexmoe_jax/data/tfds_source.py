@@ -15,14 +15,13 @@ from absl import logging
 
 from flexmoe_jax.data import decode, layout
 from flexmoe_jax.data.cache import Arrays
+from flexmoe_jax.data.tfds_metadata import check_metadata
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.reading import UnreadableError, read_bytes, read_json
+from flexmoe_jax.reading import UnreadableError
 
 DEFAULT_IMAGE_SIZE = 32  # pixels a side, for data sets whose images vary in size
 _TEST_SPLITS = ("test", "validation")  # in order of preference
 _READ_AT_ONCE = 4096  # records
-_MOST_METADATA = 2**26  # bytes of a file of metadata or class names
-_TFDS = "tensorflow_datasets."
 
 
 class _Columns(NamedTuple):
@@ -141,25 +140,6 @@ def fingerprint(version_folder: Path) -> str:
     stats = [(path.name, path.stat()) for path in files]
     listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(repr((str(version_folder), listing)).encode()).hexdigest()
-
-
-def _check_metadata(version_folder: Path) -> None:
-    """Refuses metadata that TFDS would read without end, or that would have it import a module.
-
-    Raises:
-      UnreadableError: naming the file.
-    """
-    for path in sorted(version_folder.glob("*.txt")):
-        read_bytes(path, _MOST_METADATA)
-    read_json(version_folder / "dataset_info.json", _MOST_METADATA)
-    features: list[Any] = [read_json(version_folder / "features.json", _MOST_METADATA)]
-    while features:
-        node = features.pop()
-        kind = node.get("pythonClassName", _TFDS) if isinstance(node, dict) else _TFDS
-        if not str(kind).startswith(_TFDS):
-            raise UnreadableError(f"features.json names {kind}, which is no feature of TFDS")
-        if isinstance(node, dict | list):
-            features += node.values() if isinstance(node, dict) else node
 
 
 def _columns(name: str, info: Any, image_size: int) -> _Columns:
@@ -290,7 +270,7 @@ def _encode_without_tensorflow(builder: Any) -> None:
 def _refusing_damage(name: str, version_folder: Path) -> Iterator[None]:
     """Looks at the metadata, and turns what readers raise over damaged files into one line."""
     try:
-        _check_metadata(version_folder)
+        check_metadata(version_folder)
         yield
     except InputError:
         raise

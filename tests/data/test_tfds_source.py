@@ -193,7 +193,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a type of TensorFlow": (
         "features.json",
         lambda path: path.write_text(path.read_text().replace('"uint8"', '"uint9"')),
-        "is damaged",
+        "names uint9, which is no type",
     ),
     "names without end": ("label.labels.txt", lambda path: os.truncate(path, 2**40), "larger than"),
 }
