@@ -13,6 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
+from experiments.cli import run_cli, user_path
 from experiments.markup import markdown_text
 from experiments.reporting.quantities import counted
 from experiments.studying.formats import csv_table, latex, markdown
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise InputError("DIR", " ".join(argv[1:]) or "(none)", "give the --workdir of one sweep")
     try:
-        paths = write_tables(argv[1], flags.FLAGS.target, flags.FLAGS.reference)
+        paths = write_tables(user_path("DIR", argv[1]), flags.FLAGS.target, flags.FLAGS.reference)
     except OSError as error:
         remedy = f"{error.filename} cannot be written ({error.strerror}); free it, or some space"
         raise InputError("DIR", argv[1], remedy) from error
@@ -97,8 +98,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from experiments.cli import run_cli
-
     flags.DEFINE_float("target", TARGET, "Global accuracy to which rounds and bytes are counted.")
     flags.DEFINE_string("reference", "", "Method that all others are compared with.")
     run_cli(main)

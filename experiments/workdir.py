@@ -1,8 +1,9 @@
 """The folder of a run: config.json, inputs.json, metrics.jsonl, summary.json, arrays.npz.
 
-Beside them lie checkpoints/ and report/. Files are replaced in one step, so a process killed at any
-moment, or a full disk, leaves the old file or the new one. Only metrics.jsonl grows line by line;
-lines of it that are damaged are lost, and no others.
+Beside them lie checkpoints/ and report/. One process at a time works there, and has the empty file
+run.lock locked for as long. Files are replaced in one step, so a process killed at any moment, or a
+full disk, leaves the old file or the new one. Only metrics.jsonl grows line by line; lines of it
+that are damaged are lost, and no others.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -22,8 +24,11 @@ from ml_collections import ConfigDict
 
 from experiments.history import History, Metrics, missing_rounds, read_history
 from experiments.inputs import FILE, check_inputs, inputs_text, may_have_moved, read_inputs
+from experiments.locks import TakenError, take
 from flexmoe_jax.errors import InputError, printable
 from flexmoe_jax.reading import UnreadableError, is_number, read_json
+
+_LOCK = "run.lock"
 
 # Fields, and groups of them, that say where and how a run is computed, not what: a run may be
 # moved, and go on elsewhere.
@@ -77,6 +82,40 @@ class Workdir:
         """Only remembers the path."""
         self.path = Path(path)
         self.writes = writes
+        self._unlock: Callable[[], object] | None = None
+
+    def keep_others_out(self, create: bool = True) -> None:
+        """Lets no other process begin here, for as long as this object lives.
+
+        Args:
+          create: make the folder, if need be; otherwise one where no run has been is left as it is.
+
+        Raises:
+          InputError: another process is at work here.
+          OSError: the folder cannot be written.
+        """
+        path = self.path / _LOCK
+        if not self.writes or self._unlock or not (create or path.exists()):
+            return
+        if create:
+            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            file = take(path)
+        except TakenError as error:
+            remedy = "another process is at work here; wait for its end, or choose another folder"
+            raise InputError("workdir", self.path, remedy) from error
+        self._unlock = weakref.finalize(self, file.close)
+
+    def busy(self) -> bool:
+        """Whether another process is at work here."""
+        probe = Workdir(self.path)
+        try:
+            probe.keep_others_out(create=False)
+        except InputError:
+            return True
+        if probe._unlock:
+            probe._unlock()
+        return False
 
     def check(self, config: ConfigDict) -> None:
         """Refuses a folder that holds another experiment, or something else altogether.
@@ -94,8 +133,9 @@ class Workdir:
             raise InputError("workdir", self.path, "is a file; choose a folder")
         existing = self._config_path
         if not existing.exists():
-            # A process killed in `open` may leave its temporary file.
-            if any(path != _temporary(existing) for path in self.path.iterdir()):
+            # A process killed in `open` may leave its temporary file, and leaves its lock's.
+            ours = (_temporary(existing), self.path / _LOCK)
+            if any(path not in ours for path in self.path.iterdir()):
                 remedy = "holds files but no run; choose an empty or a new folder"
                 raise InputError("workdir", self.path, remedy)
             return
@@ -157,18 +197,24 @@ class Workdir:
         return self.path / "config.json"
 
     def open(self, config: ConfigDict, inputs: Mapping[str, str] | None = None) -> None:
-        """Makes the folder and writes config.json; from here on it is this experiment's.
+        """Makes the folder, locks it and writes config.json; from here on it is this experiment's.
 
-        Of a run that was finished, and now is to have more rounds, the summary no longer says so.
+        Of a run that goes on, the summary no longer says how it ended, only how long it took so
+        far: metrics.jsonl may be about to lose its last rounds.
 
         Args:
           config: of the experiment.
           inputs: hashes of what it reads, kept for those who go on with it.
+
+        Raises:
+          InputError: another process is at work here, or has been meanwhile.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        summary = self._summary()
-        if summary.get("status") == "finished" and summary.get("rounds") != config.rounds:
-            self.write_summary({"status": "unfinished", "seconds": self.seconds()})
+        self.keep_others_out()
+        self.check(config)
+        summary, seconds = self._summary(), self.seconds()
+        ended = (summary.get("status"), summary.get("rounds")) == ("finished", config.rounds)
+        if seconds and not ended:
+            self.write_summary({"status": "unfinished", "seconds": seconds})
         self._write(self._config_path, json.dumps(as_json(config), indent=2) + "\n")
         if inputs is not None:
             self._write(self.path / FILE, inputs_text(inputs))
@@ -232,9 +278,13 @@ class Workdir:
         self._write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def seconds(self) -> float:
-        """Wall time that summary.json states, or 0 where it says nothing of the kind."""
-        stated = self._summary().get("seconds")
-        return float(stated) if is_number(stated) and 0 <= stated < float("inf") else 0.0
+        """Wall time of the run so far, in all sessions; 0 where the files say nothing of the kind.
+
+        Of a session that was killed, the time up to its last round.
+        """
+        last = self.read()[-1:]
+        said = [self._summary().get("seconds"), *(row.get("time/run_seconds") for row in last)]
+        return max((float(s) for s in said if is_number(s) and 0 <= s < float("inf")), default=0.0)
 
     def _summary(self) -> Metrics:
         try:
