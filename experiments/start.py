@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     if program is not None and not _WITH_INPUT.value:
         return _watch(program, config, folder)
     if program is None and (line := advice(asked(), os.environ)):
-        print(line, file=sys.stderr)
+        print(line, flush=True)
     if _WITH_INPUT.value:
         end_with_input()
     return _alone(config, folder) if program is None else _together(config, folder, program)
@@ -180,7 +180,7 @@ def _watch(program: Program, config: ConfigDict, folder: Path) -> int:
         Workdir(folder).keep_others_out(create=False)
     ours = ["--end_with_input", "--distributed=auto"]
     if program.coordinator:
-        muster(program, flat_fields(config), lambda line: print(line, file=sys.stderr, flush=True))
+        muster(program, flat_fields(config), lambda line: print(line, flush=True))
         ours[1:] = [
             f"--coordinator={program.coordinator}",
             f"--process_count={program.size}",

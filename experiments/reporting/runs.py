@@ -120,10 +120,14 @@ class Run:
         return int(x[hits[0]]) if hits.size else None
 
     def seconds(self) -> float | None:
-        """Wall time in seconds: the summary's, else the sum over the rounds."""
-        stated = self.summary.get("seconds")
-        if is_number(stated):
-            return float(stated)
+        """Wall time in seconds: the summary's or, while the run goes on, that of the last round.
+
+        Rounds of older versions say no more than how long each took.
+        """
+        _, so_far = self.series("time/run_seconds")
+        stated = [self.summary.get("seconds"), *so_far[-1:]]
+        if numbers := [float(value) for value in stated if is_number(value)]:
+            return max(numbers)
         _, total = self.cumulative("time/round_seconds")
         return float(total[-1]) if total.size else None
 

@@ -128,8 +128,10 @@ def run(sweep: Sweep) -> int:
             ends[end.kind].append(f"{end.name}: {end.words}")
     for line in ends["failed"]:
         print(f"failed: {line}")
-    if left := len(ends["elsewhere"]):
-        print(f"{counted(left, 'run')} not done here: another sweep is at work there")
+    elsewhere = [trial for trial in trials if f"{trial.name}: " in ends["elsewhere"]]
+    left = [t for t in elsewhere if _standing(study, t, workdir).status not in ENDED]
+    if left:
+        print(f"{counted(len(left), 'run')} not done yet: another sweep is at work there")
     # Over runs of another config alone there may be a table of theirs, which is no longer this.
     told = ("finished", OTHER, UNKNOWN)
     if any(_standing(study, t, workdir).status in told for t in study.trials()):

@@ -214,7 +214,7 @@ def test_what_is_done_is_skipped_and_what_another_sweep_is_at_is_left_to_it(tiny
         assert held is not None
         assert local.run(Sweep(str(tiny), str(runs))) == 0
     out = capsys.readouterr().out
-    assert "1 run not done here: another sweep is at work there" in out
+    assert "1 run not done yet: another sweep is at work there" in out
     assert not (runs / broken.name).exists()
     assert (runs / "table.md").exists()
     assert "tiny" in (runs / "report" / "index.html").read_text()
