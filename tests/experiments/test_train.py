@@ -57,6 +57,7 @@ KEYS = {
 EVALUATION = {
     "eval/global_accuracy",
     "eval/personal_accuracy",
+    "eval/personal_clients",
     "eval/server_accuracy",
     "eval/clients",
 }
