@@ -39,7 +39,9 @@ def take(path: Path, wait: bool = False) -> BinaryIO:
       TakenError: another process, or another part of this one, has it open.
       OSError: the file cannot be opened.
     """
-    file = path.open("ab")
+    # A pipe of that name would wait for whoever reads it.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+    file = os.fdopen(os.open(path, flags, 0o666), "ab")
     try:
         if fcntl is None:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -84,19 +84,44 @@ def _gather(program: Program, card: Card, wait: _Wait) -> None:
         listener = stack.enter_context(_listen(program))
         calls = stack.enter_context(selectors.DefaultSelector())
         calls.register(listener, selectors.EVENT_READ)
+
+        def hear() -> None:
+            for key, _ in calls.select(timeout=0.2):
+                if key.fileobj is listener:
+                    _accept(listener, calls, program, stack)
+                else:
+                    _hear(key, calls, card, come)
+
         try:
             while len(come) < program.size - 1:
                 _expect(program, come, wait)
-                for key, _ in calls.select(timeout=0.2):
-                    if key.fileobj is listener:
-                        _accept(listener, calls, program, stack)
-                    else:
-                        _hear(key, calls, card, come)
-                        _tell(come.values(), waiting=program.size - 1 - len(come))
+                hear()
+                _tell(come.values(), waiting=program.size - 1 - len(come))
         except InputError as error:
-            _tell(come.values(), refused=[error.field, str(error.value), error.remedy])
+            _dismiss(error, come, program.size - 1, hear, min(_PATIENCE_SECONDS, wait.left()))
             raise
         _tell(come.values(), begin=True)
+
+
+def _dismiss(
+    error: InputError,
+    come: Mapping[int, socket.socket],
+    others: int,
+    hear: Callable[[], None],
+    seconds: float,
+) -> None:
+    """Tells all why nothing begins; those that call within some seconds, too."""
+    told: set[int] = set()
+    end = time.monotonic() + seconds
+    while True:
+        for number in come.keys() - told:
+            _tell([come[number]], refused=[error.field, str(error.value), error.remedy])
+            told.add(number)
+        if len(told) >= others or time.monotonic() >= end:
+            return
+        # Whatever else does not fit, one reason is enough.
+        with suppress(InputError):
+            hear()
 
 
 def _listen(program: Program) -> socket.socket:
