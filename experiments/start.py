@@ -197,5 +197,5 @@ def _watch(program: Program, config: ConfigDict, folder: Path) -> int:
     if code == -SIGTERM and runner.caught:
         return 128 + runner.caught
     lost = _lost(said, folder)
-    print(lost or f"{said}\nended by {Signals(-code).name}", file=sys.stderr)
+    print(lost or f"{said}\nended by {Signals(-code).name}".lstrip(), file=sys.stderr)
     return 1 if lost else 128 - code
