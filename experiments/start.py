@@ -46,9 +46,10 @@ _LAST_WORDS_SECONDS = 2.0
 def run() -> NoReturn:
     """`python -m experiments.train`, to its end."""
     # For --help, which knows the flags of the module that was started.
-    for module in (__name__, find_program.__module__):
-        for flag in flags.FLAGS.get_flags_for_module(module):
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    ours = (__name__, find_program.__module__)
+    found = [flag for module in ours for flag in flags.FLAGS.get_flags_for_module(module)]
+    for flag in [flags.FLAGS["config"], *found]:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     run_cli(main)
 
 
@@ -170,7 +171,7 @@ def _watch(program: Program, config: ConfigDict, folder: Path) -> int:
     JAX aborts a process whose peers are gone, from a thread of its own, with a core dump. The one
     that watches says it in a line.
     """
-    from experiments.workdir import Workdir
+    from experiments.workdir import Workdir, as_json
 
     devices = config.execution.devices
     if program.size and devices % program.size:
@@ -180,7 +181,8 @@ def _watch(program: Program, config: ConfigDict, folder: Path) -> int:
         Workdir(folder).keep_others_out(create=False)
     ours = ["--end_with_input", "--distributed=auto"]
     if program.coordinator:
-        muster(program, flat_fields(config), lambda line: print(line, flush=True))
+        fields = flat_fields(ConfigDict(as_json(config)))
+        muster(program, fields, lambda line: print(line, flush=True))
         ours[1:] = [
             f"--coordinator={program.coordinator}",
             f"--process_count={program.size}",

@@ -107,13 +107,13 @@ def test_the_time_of_rounds_that_are_done_again_is_kept(tmp_path):
     for number in (1, 2, 3):
         workdir.append({"round": number, "time/run_seconds": 10.0 * number})
     # Killed after round 3 with a checkpoint of round 1; then once more before any round.
+    del workdir
     for _ in range(2):
         again = Workdir(tmp_path)
-        del workdir
         again.open(config)
         again.keep_rounds(1)
         assert again.seconds() == 30.0
-        workdir = again
+        del again
 
 
 def rows_so_far(workdir: Path) -> list[bytes]:
