@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Mapping
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from experiments.muster import bind_address
 from experiments.program import Program
@@ -65,6 +70,26 @@ def _join(program: Program) -> None:
             raise InputError("--distributed", "auto", remedy) from error
         remedy = f"the processes cannot be joined: {said}"
         raise InputError("--coordinator", program.coordinator, remedy) from error
+
+
+def require_same_inputs(inputs: Mapping[str, str]) -> None:
+    """Refuses processes of one run that read different data.
+
+    Args:
+      inputs: hashes of what this process reads.
+
+    Raises:
+      InputError: naming a process that reads others than process 0; the same in all.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(inputs, sort_keys=True).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint32)
+    digests = multihost_utils.process_allgather(digest)
+    others = np.flatnonzero((digests != digests[0]).any(axis=1))
+    if others.size:
+        remedy = f"holds other data for process {others[0]} than for process 0"
+        raise InputError("data.dir", "", remedy)
 
 
 def _require_platform() -> None:

@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from experiments.children import Runner
 from experiments.cli import (
     define_config,
-    flat_fields,
     read_config,
     refuse_words,
     run_cli,
@@ -30,7 +29,7 @@ from experiments.endings import Wish, end_with_input, library_errors_to_parent
 from experiments.fields import check_kinds, check_numbers
 from experiments.muster import muster
 from experiments.program import Program, advice, asked, find_program
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, printable
 
 define_config("config", "Config file of the experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -126,7 +125,7 @@ def _train(config: ConfigDict, folder: Path, program: Program | None) -> int:
     from experiments.workdir import Workdir
 
     workdir = Workdir(folder, writes=jax.process_index() == 0)
-    with Wish(f"ended at once; the same command goes on with {folder}") as wish:
+    with Wish(f"ended at once; the same command goes on with {printable(folder)}") as wish:
         workdir.keep_others_out(create=False)
         status = train(config, workdir, stop=lambda: wish.number > 0)
         if program is not None:
@@ -136,7 +135,7 @@ def _train(config: ConfigDict, folder: Path, program: Program | None) -> int:
             from experiments.report import write_report
 
             page = write_report([folder], folder / "report" / "index.html")
-            print(f"{status} · report: {page}")
+            print(f"{status} · report: {printable(page)}")
     if status == "interrupted":
         # Another process of the program may have been the one to be asked.
         return 128 + (wish.number or SIGTERM)
@@ -150,7 +149,7 @@ def _fault(error: Exception, folder: Path) -> str:
     if not isinstance(fault, OSError):
         return ""
     return (
-        f"{fault.filename or folder}: {fault.strerror or fault}; once that is put right "
+        f"{printable(fault.filename or folder)}: {fault.strerror or fault}; once that is put right "
         "(free some space?), the same command goes on from the newest checkpoint"
     )
 
@@ -161,7 +160,7 @@ def _lost(said: str, folder: Path) -> str:
         return ""
     return (
         "another process of this run has ended, or cannot be reached; "
-        f"the same commands go on with {folder} from the newest checkpoint"
+        f"the same commands go on with {printable(folder)} from the newest checkpoint"
     )
 
 
@@ -171,7 +170,7 @@ def _watch(program: Program, config: ConfigDict, folder: Path) -> int:
     JAX aborts a process whose peers are gone, from a thread of its own, with a core dump. The one
     that watches says it in a line.
     """
-    from experiments.workdir import Workdir, as_json
+    from experiments.workdir import Workdir, as_json, flatten
 
     devices = config.execution.devices
     if program.size and devices % program.size:
@@ -181,8 +180,7 @@ def _watch(program: Program, config: ConfigDict, folder: Path) -> int:
         Workdir(folder).keep_others_out(create=False)
     ours = ["--end_with_input", "--distributed=auto"]
     if program.coordinator:
-        fields = flat_fields(ConfigDict(as_json(config)))
-        muster(program, fields, lambda line: print(line, flush=True))
+        muster(program, flatten(as_json(config)), lambda line: print(line, flush=True))
         ours[1:] = [
             f"--coordinator={program.coordinator}",
             f"--process_count={program.size}",

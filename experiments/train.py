@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 import flexmoe_jax
 from experiments.build import Experiment, build
+from experiments.devices import require_same_inputs
 from experiments.history import Metrics, missing_rounds
 from experiments.progress import ProgressDisplay
 from experiments.tensorboard import TensorBoard
@@ -68,6 +69,7 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     workdir.check(config)
     before = workdir.seconds()
     experiment = build(config)
+    require_same_inputs(experiment.inputs)
     notes = (*experiment.notes, *workdir.check_inputs(config, experiment.inputs))
     tensorboard = TensorBoard(
         workdir.path / "tensorboard" if config.tensorboard and workdir.writes else None

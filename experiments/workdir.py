@@ -211,6 +211,8 @@ class Workdir:
         """
         self.keep_others_out()
         self.check(config)
+        if inputs is not None:
+            self.check_inputs(config, inputs)
         summary, seconds = self._summary(), self.seconds()
         ended = (summary.get("status"), summary.get("rounds")) == ("finished", config.rounds)
         if seconds and not ended:

@@ -13,7 +13,13 @@ from experiments.muster import muster
 from experiments.program import Program
 from flexmoe_jax.errors import InputError
 
-CONFIG = {"seed": 0, "model.widths": (8, 8), "server.clip": float("nan"), "data.dir": "/here"}
+CONFIG = {
+    "seed": 0,
+    "model.widths": (8, 8),
+    "server.clip": float("nan"),
+    "data.dir": "/here",
+    "data.name": "/here/mine.npz",
+}
 
 
 def free_port() -> int:
@@ -44,7 +50,7 @@ def several(size: int, seconds: int = 20, port: int | None = None) -> list[Progr
 
 
 def test_all_begin_together_wherever_their_data_lie():
-    changed = {"data.dir": "/elsewhere"}
+    changed = {"data.dir": "/elsewhere", "data.name": "/elsewhere/mine.npz"}
     # One after the other at one address, which calls that linger do not block.
     port = free_port()
     for _ in range(3):

@@ -10,8 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from experiments import devices
+from flexmoe_jax.errors import InputError
 from tests.experiments.test_muster import free_port
 from tests.experiments.test_train import ROOT, SMALL, command, rows
 
@@ -165,3 +168,18 @@ def test_strangers_do_nothing_and_a_killed_process_ends_all_in_a_line(
     assert (code, line.count("\n")) == (1, 1)
     assert line.startswith("another process of this run has ended, or cannot be reached; ")
     assert len(rows(workdir)) >= before
+
+
+def test_processes_that_read_different_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[np.ndarray] = []
+
+    def gather(digest: np.ndarray) -> np.ndarray:
+        gathered.append(digest)
+        return np.stack(gathered)
+
+    monkeypatch.setattr(devices.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(devices.multihost_utils, "process_allgather", gather)
+    for _ in range(2):
+        devices.require_same_inputs({"data.train": "a1", "edge.tiers": "b"})
+    with pytest.raises(InputError, match="other data for process 2 than for process 0"):
+        devices.require_same_inputs({"data.train": "a2", "edge.tiers": "b"})
