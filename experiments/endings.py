@@ -139,8 +139,10 @@ def _stream(descriptor: int, like: TextIO | None) -> TextIO:
         io.BufferedWriter(_Output(descriptor, "w", closefd=False)),  # type: ignore[type-var]
         encoding=getattr(like, "encoding", None) or "utf-8",
         errors="replace",
-        line_buffering=getattr(like, "line_buffering", False),
-        write_through=getattr(like, "write_through", False),
+        # What `python -u` does not buffer at all is written line by line.
+        line_buffering=any(
+            getattr(like, how, False) for how in ("line_buffering", "write_through")
+        ),
     )
 
 

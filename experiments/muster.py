@@ -8,6 +8,7 @@ Nothing is authenticated, here or there: such a port belongs on a private networ
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import selectors
@@ -83,6 +84,7 @@ def _gather(program: Program, card: Card, wait: _Wait) -> None:
     come: dict[int, socket.socket] = {}
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(program))
+        where = _reached_from(program, listener)
         calls = stack.enter_context(selectors.DefaultSelector())
         calls.register(listener, selectors.EVENT_READ)
 
@@ -95,7 +97,7 @@ def _gather(program: Program, card: Card, wait: _Wait) -> None:
 
         try:
             while len(come) < program.size - 1:
-                _expect(program, come, wait)
+                _expect(program, come, wait, where)
                 hear()
                 _tell(come.values(), waiting=program.size - 1 - len(come))
         except InputError as error:
@@ -144,14 +146,23 @@ def _listen(program: Program) -> socket.socket:
         raise InputError("--coordinator", program.coordinator, remedy) from error
 
 
-def _expect(program: Program, come: Mapping[int, socket.socket], wait: _Wait) -> None:
+def _reached_from(program: Program, listener: socket.socket) -> str:
+    """A remark, where a host's name leads no further than the host: as Debian sets its own up."""
+    address = listener.getsockname()[0]
+    only_here = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    if not only_here or program.address()[0] in ("localhost", address):
+        return ""
+    return f" ({address}, which only this machine reaches)"
+
+
+def _expect(program: Program, come: Mapping[int, socket.socket], wait: _Wait, where: str) -> None:
     missing = sorted(set(range(1, program.size)) - come.keys())
     of = f"{len(missing)} of {program.size} processes"
-    wait.show(f"waiting for {of} at {program.coordinator}")
+    wait.show(f"waiting for {of} at {program.coordinator}{where}")
     if wait.left() <= 0:
         some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         remedy = (
-            f"{of} did not come within {program.seconds} s: {some}; start them together, "
+            f"{of} did not come within {program.seconds} s{where}: {some}; start them together, "
             "or wait longer with --join_seconds"
         )
         raise InputError("--coordinator", program.coordinator, remedy)

@@ -37,7 +37,7 @@ from experiments.progress import ProgressDisplay
 from experiments.tensorboard import TensorBoard
 from experiments.workdir import Workdir
 from flexmoe_jax.assignment import Solution
-from flexmoe_jax.checkpoint import Checkpoints
+from flexmoe_jax.checkpoint import Checkpoints, Restored
 from flexmoe_jax.edge import Outcome
 from flexmoe_jax.federated import Traffic, compile_ahead, epsilon, slots_assignment, traffic
 from flexmoe_jax.metrics import accuracies, coefficient_of_variation
@@ -93,14 +93,9 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     status = "finished"
     display = ProgressDisplay(config.rounds, done, quiet=not workdir.writes)
     with display:
-        for line in (*notes, *restored.passed_over, *lost):
+        begins = _where_it_begins(done, config.rounds, restored)
+        for line in (*notes, *restored.passed_over, *lost, *begins):
             display.say(line)
-        if done == config.rounds:
-            display.say("all rounds are done; to train anew, delete the folder of the run")
-        elif done:
-            display.say(f"continuing after round {done} of {config.rounds}")
-        elif restored.passed_over:
-            display.say("no whole checkpoint is left: starting from the first round")
         rounds, total_refused = run_rounds(config, experiment, state, done), 0
         try:
             for state, metrics in rounds:
@@ -143,6 +138,17 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
         }
     )
     return status
+
+
+def _where_it_begins(done: int, rounds: int, restored: Restored) -> list[str]:
+    """The line on that; none for a run that is new."""
+    if done == rounds:
+        return ["all rounds are done; to train anew, delete the folder of the run"]
+    if done:
+        return [f"continuing after round {done} of {rounds}"]
+    if restored.passed_over:
+        return ["no whole checkpoint is left: starting from the first round"]
+    return []
 
 
 def run_rounds(

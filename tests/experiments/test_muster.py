@@ -78,6 +78,13 @@ def test_who_does_not_come_is_named_by_all():
         f"--coordinator={programs[0].coordinator}: 2 of 4 processes did not come within 1 s: 1, 3"
     )
     assert [said.split(";")[0] for said in lines] == [line] * 2
+    # A name of its own that leads a machine to itself alone is said.
+    with socket.socket() as other:
+        other.bind(("127.0.0.2", 0))
+        name = f"{socket.gethostname()}:{other.getsockname()[1]}"
+    if socket.gethostbyname(socket.gethostname()).startswith("127."):
+        [line] = meet(programs[0]._replace(coordinator=name))
+        assert "which only this machine reaches): 1, 2, 3" in line
     [alone] = meet(programs[1])
     assert "no process 0 within 1 s (Connection refused)" in alone
 
