@@ -42,7 +42,7 @@ def prepare_devices(devices: int, program: Program | None = None) -> None:
         _join(program)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         processes = (program and program.size) or 1
-        jax.config.update("jax_num_cpu_devices", devices // processes or _cores())
+        jax.config.update("jax_num_cpu_devices", devices // processes or _default_devices())
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(default_folder() / "programs"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -100,6 +100,11 @@ def _require_platform() -> None:
         name = next((n for n in _PLATFORM if os.environ.get(n)), _PLATFORM[0])
         remedy = f"JAX finds no such device here ({' '.join(str(error).split())})"
         raise InputError(name, os.environ.get(name), remedy) from error
+
+
+def _default_devices() -> int:
+    """One a core; one alone where JAX is told not to compile, since sharing out is compiled."""
+    return 1 if jax.config.values["jax_disable_jit"] else _cores()
 
 
 def _cores() -> int:
