@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
 
 from flexmoe_jax.errors import InputError
@@ -34,6 +37,21 @@ def main(arguments: list[str]) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "backend" not in str(error):
+            raise
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        # A process of the suite, which has said why.
+        return error.returncode if error.returncode > 0 else 128 - error.returncode
+    except OSError as error:
+        # Figures that nobody can read are not worth minutes; what is left of them goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        print(f"{error.filename or 'stdout'}: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from experiments.cli import nearest
 from experiments.edge import capacity_in_memory, make_devices, make_network, model_shapes
 from experiments.fields import check_kinds, check_numbers, client_capacities, load_model_name
 from flexmoe_jax import assignment, data, federated, models
+from flexmoe_jax.edge import AVAILABILITIES, read_record, read_tiers
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array
 
@@ -37,6 +38,7 @@ class Experiment:
       capacity: (C,) k_c.
       network: who takes part in a round, and what arrives.
       payload: bytes of what travels.
+      inputs: hashes of what it reads; see `inputs_of`.
       personal: what personal accuracy is measured on, in words.
       notes: sentences on what a user should know before trusting the figures.
     """
@@ -50,6 +52,7 @@ class Experiment:
     capacity: np.ndarray
     network: federated.Network
     payload: federated.Payload
+    inputs: Mapping[str, str]
     personal: str
     notes: tuple[str, ...]
 
@@ -173,6 +176,7 @@ def build(config: ConfigDict) -> Experiment:
         capacity=capacity,
         network=network,
         payload=federated.payload(owned.shared, owned.experts, uplink.compressor),
+        inputs=inputs_of(config, dataset),
         personal=OWN_EXAMPLES if owner is not None else COMMON_EXAMPLES,
         notes=notes_on(dataset, config.partition.name),
     )
@@ -238,6 +242,28 @@ def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray
         **options,
     )
     return dataset, parts
+
+
+def inputs_of(config: ConfigDict, dataset: data.Dataset) -> dict[str, str]:
+    """Hashes of what a run reads, by name: `data.train_images`, ..., `edge.tiers`.
+
+    Args:
+      config: of the run.
+      dataset: as the run has it, within its limits.
+
+    Raises:
+      InputError: one of the user's files cannot be read.
+    """
+    found = {f"data.{name}": value for name, value in data.fingerprint(dataset).items()}
+    if config.edge.tiers:
+        tiers = [
+            (tier.name, *map(float, tier[1:])) for tier in read_tiers(config.edge.tiers).values()
+        ]
+        found["edge.tiers"] = data.digest(np.array(repr(tiers)))
+    if config.edge.availability not in AVAILABILITIES:
+        record = read_record(config.edge.availability)
+        found["edge.availability"] = data.digest(record.astype(bool))
+    return found
 
 
 def test_owner(dataset: data.Dataset, partition: str) -> np.ndarray | None:

@@ -3,32 +3,66 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_dict
+from ml_collections import config_dict, config_flags
 
+from experiments.endings import tolerate_lost_output
+from experiments.source import call_in_file
 from flexmoe_jax.errors import InputError
 
-_NO_CONFIG = "does not define get_config(); experiments/configs/ holds examples"
 
+def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Runs `main` under absl, and exits with the code that it returns.
 
-def run_cli(main: Callable[[list[str]], None]) -> None:
-    """Runs `main` under absl; an `InputError` becomes one line on stderr and exit code 2."""
+    An `InputError` becomes one line on stderr and exit code 2, a file that cannot be read or
+    written one line and exit code 1. Output that nobody can read any more ends nothing.
+    """
+    tolerate_lost_output()
 
-    def guarded(argv: list[str]) -> None:
+    def guarded(argv: list[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
-            main(argv)
+            return main(argv)
         except InputError as error:
             _refuse(str(error))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+            return 1
 
     app.run(guarded, flags_parser=_parse)
+    raise AssertionError("absl exits with what main returns")
+
+
+def refuse_words(argv: Sequence[str]) -> None:
+    """Refuses what a launcher that takes flags alone was given beside them.
+
+    Raises:
+      InputError: naming the first.
+    """
+    if len(argv) > 1:
+        # absl reads no flags behind it.
+        raise InputError("argument", argv[1], "give flags alone, as --name=value, and no bare --")
+
+
+def user_path(field: str, given: str) -> Path:
+    """The path that a user gave, with `~` and `~name` as a shell has them.
+
+    Raises:
+      InputError: there is no such user.
+    """
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise InputError(field, given, "has no such home folder; give the whole path") from error
 
 
 def flat_fields(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, object]:
@@ -38,7 +72,7 @@ def flat_fields(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, o
         if isinstance(value, config_dict.ConfigDict):
             fields |= flat_fields(value, f"{prefix}{name}.")
         else:
-            fields[prefix + name] = value
+            fields[f"{prefix}{name}"] = value
     return fields
 
 
@@ -47,54 +81,68 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    try:
-        return list(flags.FLAGS(argv))
-    except flags.UnrecognizedFlagError as error:
-        near = nearest(error.flagname, [*flags.FLAGS, "config.rounds"])
-        _refuse(f"--{error.flagname}: no such flag; did you mean --{near}? --help lists them all")
-    except (AttributeError, KeyError) as error:
-        _refuse(_unknown_field(argv, error))
-    except (flags.Error, TypeError, ValueError) as error:
-        _refuse(_wrong_value(argv, error))
+class _ConfigParser(flags.ArgumentParser):
+    """Loads a config file; the flag itself, of ml_collections, takes the overrides.
+
+    Attributes:
+      config: what was loaded last; None where nothing was.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.config: config_dict.ConfigDict | None = None
+        self._name = name
+
+    def parse(self, argument: str) -> config_dict.ConfigDict:
+        file, *arguments = argument.split(":", 1)
+        path, field = user_path(f"--{self._name}", file), f"--{self._name}"
+        if not file:
+            raise InputError(field, argument, "name a file, as experiments/configs/digits.py")
+        config = call_in_file(field, path, "get_config", *arguments, examples="configs")
+        if not isinstance(config, config_dict.ConfigDict):
+            kind = type(config).__name__
+            raise InputError(field, argument, f"get_config() returns a {kind}, not a ConfigDict")
+        config.lock()
+        self.config = config
+        return config
 
 
-def _unknown_field(argv: Sequence[str], error: Exception) -> str:
-    """Names the field of an override that the config does not have, and the nearest one it has."""
-    given = [re.match(r"--(?:no)?config\.([\w.]+)", argument) for argument in argv]
-    names = [match[1] for match in given if match]
-    fields = flat_fields(_load_config(argv))
-    for name in names:
-        if name not in fields:
-            near = nearest(name, fields)
-            return f"config.{name}: no such field; did you mean config.{near}?"
-    return " ".join(str(error).split())
+# Where ml_collections looks for overrides; by itself it would look into no flag file.
+_words: list[str] = []
 
 
-def read_config(value: object, path: str | None) -> config_dict.ConfigDict:
-    """The config of a flag, or a refusal where its file gave none.
+def define_config(name: str, help_string: str) -> None:
+    """Defines the flag of a config file, `--NAME=FILE`, and its overrides, `--NAME.field=value`."""
+    config_flags.DEFINE_config_file(name, None, help_string, sys_argv=_words)
+    flags.FLAGS[name].parser = _ConfigParser(name)
+
+
+def read_config(name: str) -> config_dict.ConfigDict:
+    """The config of a flag.
 
     Raises:
-      InputError: no file was named, or it cannot be read as a config.
+      InputError: no file was given, or its config lacks a field.
     """
-    if path is None:
-        raise InputError("--config", path, "name a file, as experiments/configs/digits.py")
-    if not isinstance(value, config_dict.ConfigDict):
-        raise InputError("--config", path, "no such file; experiments/configs/ holds examples")
-    return value
+    config = flags.FLAGS[name].value
+    if config is None:
+        raise InputError(f"--{name}", None, "name a file, as experiments/configs/digits.py")
+    from experiments.configs import base
+
+    given = flat_fields(config)
+    for field in flat_fields(base.get_config()):
+        if field not in given:
+            file = config_flags.get_config_filename(flags.FLAGS[name])
+            remedy = f"has no field {field}; begin with base.get_config() of experiments/configs"
+            raise InputError(f"--{name}", file, remedy)
+    found: config_dict.ConfigDict = config
+    return found
 
 
-def _load_config(argv: Sequence[str]) -> config_dict.ConfigDict:
-    path = next(a.split("=", 1)[1] for a in argv if a.startswith("--config="))
-    spec = importlib.util.spec_from_file_location("experiment_config", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        _refuse(f"--config={path}: {_NO_CONFIG}")
-    config: config_dict.ConfigDict = module.get_config()
-    return config
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        _words[:] = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+        return list(flags.FLAGS(argv))
+    except Exception as error:  # ml_collections raises what it comes upon
+        _refuse(_explained(_words, error))
 
 
 _KINDS: dict[type, str] = {
@@ -105,15 +153,44 @@ _KINDS: dict[type, str] = {
 }
 
 
-def _wrong_value(argv: Sequence[str], error: Exception) -> str:
-    """Names the field, what was given, and what kind of value belongs there."""
-    line = " ".join(str(error).split())
-    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", line)
+def _explained(words: Sequence[str], error: Exception) -> str:
+    """The line on what is wrong with a command line."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, InputError):
+        return str(cause)
+    line, configs = " ".join(str(error).split()), []
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if isinstance(flag.parser, _ConfigParser):
+            configs.append(f"{name}.rounds")
+            overrides = [re.match(rf"--?(?:no)?{name}\.([^=]*)", word) for word in words]
+            names = [match[1] for match in overrides if match]
+            if flag.parser.config is None and names:
+                return f"--{name}.{names[0]}: stands before, or without, --{name}=FILE"
+            if flag.parser.config is not None:
+                line = _of_overrides(name, flag.parser.config, names, line) or line
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = nearest(error.flagname, [*flags.FLAGS, *configs])
+        return f"--{error.flagname}: no such flag; did you mean --{near}? --help lists them all"
+    return line
+
+
+def _of_overrides(
+    flag: str, config: config_dict.ConfigDict, names: Sequence[str], line: str
+) -> str:
+    """The line on an override that does not fit its config; empty where all seem to."""
+    fields = flat_fields(config)
+    groups = {field[: dot.start()] for field in fields for dot in re.finditer(r"\.", field)}
+    for name in names:
+        if name not in fields and name not in groups:
+            return f"{flag}.{name}: no such field; did you mean {flag}.{nearest(name, fields)}?"
+    match = re.match(rf"flag --{flag}\.([\w.]+)=(.*?): ", line)
     if not match:
-        return line
-    kind = _KINDS.get(type(flat_fields(_load_config(argv)).get(match[1])))
-    remedy = f"give {kind}" if kind else "is a group of fields: set one of them"
-    return f"config.{match[1]}={match[2]}: {remedy}"
+        return ""
+    if match[1] in groups:
+        return f"{flag}.{match[1]}={match[2]}: is a group of fields: set one of them"
+    kind = _KINDS.get(type(fields[match[1]]))
+    return f"{flag}.{match[1]}={match[2]}: give {kind}" if kind else ""
 
 
 def _refuse(line: str) -> NoReturn:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Mapping
 
 import jax
-from absl import flags
+import numpy as np
+from jax.experimental import multihost_utils
 
+from experiments.muster import bind_address
+from experiments.program import Program
 from flexmoe_jax.data.cache import default_folder
 from flexmoe_jax.errors import InputError
 
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, for a run over several processes."
-)
-_PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-_PROCESSES = flags.DEFINE_integer("process_count", None, "How many processes share the run.")
-
-# What tells that a scheduler or a TPU pod started several processes, which JAX then finds itself.
-_SEVERAL = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_PLATFORM = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
+# A peer whose machine is gone says no goodbye; JAX's own limit is 100 s.
+_HEARTBEAT_SECONDS = 30
+# Processes that have found each other import JAX at about the same pace.
+_CONNECT_SECONDS = 60
 
 
-def prepare_devices(devices: int) -> None:
+def prepare_devices(devices: int, program: Program | None = None) -> None:
     """Joins the run's processes, splits a CPU into devices, and keeps compiled programs.
 
     A CPU becomes as many devices as it has cores, since one device alone leaves cores idle between
@@ -29,44 +32,79 @@ def prepare_devices(devices: int) -> None:
 
     Args:
       devices: how many the run is to use; 0 for all.
+      program: the processes that share the run; None for this one alone.
 
     Raises:
-      InputError: flags of a run over several processes that do not fit together.
+      InputError: the processes cannot be joined, or there is no such platform as `JAX_PLATFORMS`
+        asks for.
     """
-    processes = _PROCESSES.value or 1
-    if processes > 0 and devices % processes:
-        raise InputError(
-            "execution.devices", devices, f"give a multiple of --process_count={processes}, or 0"
-        )
-    _join_processes()
+    if program is not None:
+        _join(program)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", devices // processes or _cores())
+        processes = (program and program.size) or 1
+        jax.config.update("jax_num_cpu_devices", devices // processes or _default_devices())
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(default_folder() / "programs"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    _require_platform()
 
 
-def _join_processes() -> None:
-    given = {
-        "--coordinator": _COORDINATOR.value,
-        "--process_id": _PROCESS.value,
-        "--process_count": _PROCESSES.value,
-    }
-    missing = [name for name, value in given.items() if value is None]
-    if not missing:
-        count, number = int(_PROCESSES.value or 0), int(_PROCESS.value or 0)
-        if not 0 <= number < count:
-            raise InputError("--process_id", number, f"give 0 to {count - 1}")
-        jax.distributed.initialize(_COORDINATOR.value, count, number)
-    elif len(missing) < len(given):
-        raise InputError(
-            missing[0], None, "give all of --coordinator, --process_id, --process_count"
+def _join(program: Program) -> None:
+    found = program.coordinator == ""
+    try:
+        jax.distributed.initialize(
+            program.coordinator or None,
+            None if found else program.size,
+            None if found else program.number,
+            # What JAX would read of the variables of a batch queue was read before, with care.
+            cluster_detection_method=None if found else "deactivate",
+            initialization_timeout=program.seconds if found else _CONNECT_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            coordinator_bind_address=None if found else bind_address(program),
         )
-    elif any(int(os.environ.get(name, "1")) > 1 for name in _SEVERAL) or "," in os.environ.get(
-        "TPU_WORKER_HOSTNAMES", ""
-    ):
-        jax.distributed.initialize()
+    except Exception as error:  # JAX's detection raises what it comes upon
+        said = " ".join(str(error).split())
+        if found:
+            remedy = f"no Slurm step, mpirun or TPU pod is known to have started this ({said})"
+            raise InputError("--distributed", "auto", remedy) from error
+        remedy = f"the processes cannot be joined: {said}"
+        raise InputError("--coordinator", program.coordinator, remedy) from error
+
+
+def require_same_inputs(inputs: Mapping[str, str]) -> None:
+    """Refuses processes of one run that read different data.
+
+    Args:
+      inputs: hashes of what this process reads.
+
+    Raises:
+      InputError: naming a process that reads others than process 0; the same in all.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(inputs, sort_keys=True).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint32)
+    digests = multihost_utils.process_allgather(digest)
+    others = np.flatnonzero((digests != digests[0]).any(axis=1))
+    if others.size:
+        remedy = f"holds other data for process {others[0]} than for process 0"
+        raise InputError("data.dir", "", remedy)
+
+
+def _require_platform() -> None:
+    """Finds out before data are read for minutes that there is nothing to compute on."""
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        name = next((n for n in _PLATFORM if os.environ.get(n)), _PLATFORM[0])
+        remedy = f"JAX finds no such device here ({' '.join(str(error).split())})"
+        raise InputError(name, os.environ.get(name), remedy) from error
+
+
+def _default_devices() -> int:
+    """One a core; one alone where JAX is told not to compile, since sharing out is compiled."""
+    return 1 if jax.config.values["jax_disable_jit"] else _cores()
 
 
 def _cores() -> int:

@@ -163,13 +163,16 @@ def load_model_name(load: str, capacity: object) -> str:
     """
     if load != "auto":
         return load
-    equal = capacity != "memory" and len(set(_capacity_choices(capacity))) == 1
-    return "clients" if equal else "usage"
+    if capacity == "memory":
+        return "usage"
+    # A range may be as long as it likes: its second is another already.
+    choices = _capacity_choices(capacity)
+    return "clients" if all(choice == choices[0] for choice in choices) else "usage"
 
 
 def _capacity_choices(given: object) -> Sequence[int]:
     ends = given.split("-") if isinstance(given, str) else []
-    if len(ends) == 2 and all(end.isdecimal() for end in ends):
+    if len(ends) == 2 and all(end.isdecimal() and len(end) < 10 for end in ends):
         low, high = map(int, ends)
         if low > high:
             raise InputError("clients.capacity", given, f"turn the range around: {high}-{low}")

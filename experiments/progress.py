@@ -10,6 +10,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from flexmoe_jax.errors import printable
+
 # Heading, key in metrics.jsonl, format.
 _COLUMNS = (
     ("round", "round", "{:d}"),
@@ -68,7 +70,7 @@ class ProgressDisplay:
 
     def say(self, line: str, style: str = "") -> None:
         """Prints a line above the bar."""
-        self._console.print(line, style=style, markup=False)
+        self._console.print(printable(line), style=style, markup=False)
 
     def update(self, metrics: Mapping[str, object]) -> None:
         """Shows a finished round."""

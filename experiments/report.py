@@ -15,10 +15,11 @@ from pathlib import Path
 
 from absl import flags
 
+from experiments.cli import run_cli, user_path
 from experiments.reporting.runs import read_run
 from experiments.studying.results import is_study, read_results
 from experiments.workdir import write_atomically
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, printable
 
 
 def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | Path | None = None) -> Path:
@@ -68,13 +69,15 @@ def default_out(folders: Sequence[Path]) -> Path:
 
 def main(argv: list[str]) -> None:
     """Writes the report of the workdirs in `argv[1:]` and prints where it is."""
-    page = write_report(argv[1:], flags.FLAGS.out)
-    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+    out = flags.FLAGS.out
+    page = write_report(
+        [user_path("DIR", folder) for folder in argv[1:]],
+        None if out is None else user_path("--out", out),
+    )
+    print(f"{printable(page)} ({page.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":
-    from experiments.cli import run_cli
-
     # Declared here, so that whoever imports `write_report` gets no flag along with it.
     flags.DEFINE_string("out", None, "the HTML file to write")
     run_cli(main)

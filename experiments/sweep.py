@@ -4,9 +4,9 @@
 
 Runs that are done are skipped and half-done ones continued, so the same command goes on from
 wherever the last one stopped; several sweeps on one folder share the work. Ctrl-C ends after the
-round at work. At the end stand the table (DIR/table.md) and the page (DIR/report/index.html). A run
-that is not what an edited study asks for is `other config`: it goes on if it lacks rounds alone,
-and is refused otherwise.
+round at work, and so does whatever ends the sweep, even kill -9. At the end stand the table
+(DIR/table.md) and the page (DIR/report/index.html). A run that is not what an edited study asks for
+is `other config`: it goes on if it lacks rounds alone, and is refused otherwise.
 
 On a cluster, either one job of an array a share (`--index=$SLURM_ARRAY_TASK_ID --count=16`), or let
 the sweep submit its own (`--runner=slurm --count=16 --slurm_partition=gpu --gpus=1`).
@@ -19,19 +19,26 @@ from pathlib import Path
 
 from absl import flags
 
+from experiments.cli import refuse_words, run_cli, user_path
 from experiments.studying.local import Sweep, dry_run, run
 from experiments.studying.slurm import Queue, submit
 from flexmoe_jax.errors import InputError
 
 
-def main(argv: list[str]) -> None:
-    """Runs, submits or lists what the flags say."""
-    if len(argv) > 1:
-        raise InputError("argument", argv[1], "flags begin with --")
+def main(argv: list[str]) -> int:
+    """Runs, submits or lists what the flags say; returns the exit code."""
+    refuse_words(argv)
     given = flags.FLAGS
+    if not given.study:
+        remedy = "name a file, as experiments/studies/digits_smoke.py"
+        raise InputError("--study", given.study, remedy)
+    if not given.workdir:
+        raise InputError("--workdir", given.workdir, "name a folder for the study")
+    if given.count is not None and given.count < 1:
+        raise InputError("--count", given.count, "choose 1 or more")
     sweep = Sweep(
-        study=given.study or "",
-        workdir=given.workdir or "",
+        study=str(user_path("--study", given.study)),
+        workdir=str(user_path("--workdir", given.workdir)),
         data_dir=given.data_dir,
         only=given.only,
         index=given.index,
@@ -46,19 +53,18 @@ def main(argv: list[str]) -> None:
             jobs = submit(sweep, queue, str(folder), given.count)
             print(f"jobs {jobs[0].job_id} to {jobs[-1].job_id} are queued; their output: {folder}")
         else:
-            sys.exit(run(sweep))
+            return run(sweep)
     except OSError as error:
         print(
             f"{error.filename or sweep.workdir}: {error.strerror or error}; once that is put "
             "right, the same command goes on from here",
             file=sys.stderr,
         )
-        sys.exit(1)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    from experiments.cli import run_cli
-
     flags.DEFINE_string("study", None, "File of the study.")
     flags.DEFINE_string("workdir", None, "Folder of the study; runs get folders in it.")
     flags.DEFINE_string("data_dir", "", "Folder of prepared TFDS data, for all runs.")

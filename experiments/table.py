@@ -13,12 +13,14 @@ from pathlib import Path
 
 from absl import flags
 
+from experiments.cli import run_cli, user_path
+from experiments.markup import markdown_text
 from experiments.reporting.quantities import counted
-from experiments.studying.formats import csv_text, latex, markdown
+from experiments.studying.formats import csv_table, latex, markdown
 from experiments.studying.results import Results, read_results
 from experiments.studying.sheets import TARGET, read_rows, sheets
 from experiments.workdir import write_atomically
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, printable
 
 
 def write_tables(
@@ -43,12 +45,17 @@ def write_tables(
         raise InputError("--target", target, "give an accuracy above 0 and up to 1")
     reference = results.reference(reference)
     made = sheets(results, target, reference)
-    notes = dict.fromkeys(f"- {sheet.note}\n" for sheet in made)
-    lists = [*map(markdown, made), missing(results)]
-    parts = [f"# {results.name}\n", remark(results), "".join(notes), *filter(None, lists)]
+    notes = dict.fromkeys(f"- {markdown_text(sheet.note)}\n" for sheet in made)
+    lists = [*map(markdown, made), missing(results), noted(results)]
+    parts = [
+        f"# {markdown_text(results.name)}\n",
+        remark(results),
+        "".join(notes),
+        *filter(None, lists),
+    ]
     texts = {
         "table.md": "\n".join(parts),
-        "table.csv": csv_text(read_rows(results, target), results.axes, reference),
+        "table.csv": csv_table(read_rows(results, target), results.axes, reference),
         "table.tex": "\n".join(map(latex, made)),
     }
     for name, text in texts.items():
@@ -66,22 +73,31 @@ def remark(results: Results) -> str:
 
 def missing(results: Results) -> str:
     """The runs that are not finished, with how far they are."""
-    lines = [f"- {result.trial.name}: {result.status}\n" for result in results.missing]
+    said = [f"{result.trial.name}: {result.status}" for result in results.missing]
+    lines = [f"- {markdown_text(line)}\n" for line in said]
     return f"### Not finished\n\n{''.join(lines)}" if lines else ""
+
+
+def noted(results: Results) -> str:
+    """What of the runs was left out, or is to be known before their figures are trusted."""
+    lines = [f"- {markdown_text(note)}\n" for note in results.notes]
+    return f"### Notes\n\n{''.join(lines)}" if lines else ""
 
 
 def main(argv: list[str]) -> None:
     """Writes the tables of the study in `argv[1]` and prints the Markdown one."""
     if len(argv) != 2:
         raise InputError("DIR", " ".join(argv[1:]) or "(none)", "give the --workdir of one sweep")
-    paths = write_tables(argv[1], flags.FLAGS.target, flags.FLAGS.reference)
+    try:
+        paths = write_tables(user_path("DIR", argv[1]), flags.FLAGS.target, flags.FLAGS.reference)
+    except OSError as error:
+        remedy = f"{error.filename} cannot be written ({error.strerror}); free it, or some space"
+        raise InputError("DIR", argv[1], remedy) from error
     print(paths[0].read_text(encoding="utf-8"))
-    print(", ".join(map(str, paths)))
+    print(printable(", ".join(map(str, paths))))
 
 
 if __name__ == "__main__":
-    from experiments.cli import run_cli
-
     flags.DEFINE_float("target", TARGET, "Global accuracy to which rounds and bytes are counted.")
     flags.DEFINE_string("reference", "", "Method that all others are compared with.")
     run_cli(main)

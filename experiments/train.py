@@ -3,88 +3,50 @@
     python -m experiments.train --config=experiments/configs/digits.py --workdir=runs/digits
 
 Any field of the config can be set on the command line (`--config.clients.capacity=2`). A workdir
-that holds a part of the same run is continued from its newest whole checkpoint. Ctrl-C or SIGTERM
-ends after the round at work, with everything saved; a second one ends at once. Whatever ends a run
-(kill -9, a full disk), the same command goes on with it, and ends with the same numbers.
+that holds a part of the same run is continued from its newest whole checkpoint. Ctrl-C, SIGTERM or
+a closing terminal end it after the round at work, with everything saved and exit code 128 + the
+signal's number; a second Ctrl-C ends at once. Whatever ends a run (kill -9, a full disk), the same
+command goes on with it, and ends with the same numbers.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Ends here: flags, processes and signals come before the imports below, which take seconds.
+    from experiments.start import run
+
+    run()
+
 import platform
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import flexmoe_jax
 from experiments.build import Experiment, build
-from experiments.cli import read_config, run_cli
-from experiments.devices import prepare_devices
+from experiments.devices import require_same_inputs
+from experiments.history import Metrics, missing_rounds
 from experiments.progress import ProgressDisplay
 from experiments.tensorboard import TensorBoard
-from experiments.workdir import Metrics, Workdir
+from experiments.workdir import Workdir
 from flexmoe_jax.assignment import Solution
-from flexmoe_jax.checkpoint import Checkpoints
+from flexmoe_jax.checkpoint import Checkpoints, Restored
 from flexmoe_jax.edge import Outcome
-from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import Traffic, compile_ahead, epsilon, slots_assignment, traffic
 from flexmoe_jax.metrics import accuracies, coefficient_of_variation
+from flexmoe_jax.reading import is_number
 from flexmoe_jax.types import RoundReport, State
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the experiment.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 
 
 class DivergedError(RuntimeError):
     """The training loss is no longer a number."""
-
-
-def main(argv: list[str]) -> None:
-    """Trains, then writes the report; exit code 1 if the run diverged or a file fails."""
-    if len(argv) > 1:
-        raise InputError("argument", argv[1], "flags begin with --")
-    config = read_config(_CONFIG.value, config_flags.get_config_filename(flags.FLAGS["config"]))
-    if not _WORKDIR.value:
-        raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/digits")
-    prepare_devices(config.execution.devices)
-    workdir = Workdir(_WORKDIR.value, writes=jax.process_index() == 0)
-    try:
-        with _interruptible() as interrupted:
-            status = train(config, workdir, stop=lambda: bool(interrupted))
-            if not workdir.writes:
-                return
-
-            from experiments.report import write_report
-
-            page = write_report([workdir.path], workdir.path / "report" / "index.html")
-    except (OSError, InputError) as error:
-        # The report wraps what it cannot write, as if the user had chosen the file.
-        fault = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(fault, OSError):
-            raise
-        print(
-            f"{fault.filename or workdir.path}: {fault.strerror or fault}; once that is put right "
-            "(free some space?), the same command goes on from the newest checkpoint",
-            file=sys.stderr,
-        )
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"ended at once; the same command goes on with {workdir.path}", file=sys.stderr)
-        sys.exit(130)
-    print(f"{status} · report: {page}")
-    if status == "diverged":
-        sys.exit(1)
 
 
 def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambda: False) -> str:
@@ -99,12 +61,16 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
       "finished", "interrupted" or "diverged".
 
     Raises:
-      InputError: if the config or the workdir cannot be used; nothing is written then.
+      InputError: if the config or the workdir cannot be used, or another process is at work there;
+        nothing is written then.
       OSError: if a file of the run cannot be written; what was written before counts.
     """
     begin = time.monotonic()
     workdir.check(config)
+    before = workdir.seconds()
     experiment = build(config)
+    require_same_inputs(experiment.inputs)
+    notes = (*experiment.notes, *workdir.check_inputs(config, experiment.inputs))
     tensorboard = TensorBoard(
         workdir.path / "tensorboard" if config.tensorboard and workdir.writes else None
     )
@@ -117,27 +83,23 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     experiment = replace(experiment, algorithm=algorithm)
     state = algorithm.init(jax.random.key(config.seed))
 
-    workdir.open(config)
+    workdir.open(config, experiment.inputs)
     checkpoints = Checkpoints(workdir.path / "checkpoints", config.checkpoint.keep)
-    restored = checkpoints.restore(state, at_most=len(workdir.read()))
+    restored = checkpoints.restore(state, at_most=workdir.history().last)
     if restored.state is not None:
         state = restored.state
     done = int(state.round)
-    workdir.keep_rounds(done)
+    lost = workdir.keep_rounds(done)
     status = "finished"
     display = ProgressDisplay(config.rounds, done, quiet=not workdir.writes)
     with display:
-        for line in (*experiment.notes, *restored.passed_over):
+        begins = _where_it_begins(done, config.rounds, restored)
+        for line in (*notes, *restored.passed_over, *lost, *begins):
             display.say(line)
-        if done == config.rounds:
-            display.say("all rounds are done; to train anew, delete the folder of the run")
-        elif done:
-            display.say(f"continuing after round {done} of {config.rounds}")
-        elif restored.passed_over:
-            display.say("no whole checkpoint is left: starting from the first round")
         rounds, total_refused = run_rounds(config, experiment, state, done), 0
         try:
             for state, metrics in rounds:
+                metrics["time/run_seconds"] = before + time.monotonic() - begin
                 workdir.append(metrics)
                 tensorboard.write(metrics)
                 display.update(metrics)
@@ -152,10 +114,10 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
                     )
                 total_refused += refused
                 stopping = _anywhere(stop())
-                last = metrics["round"] == config.rounds or stopping
-                if last or metrics["round"] % config.checkpoint.every == 0:
+                last = metrics["round"] == config.rounds
+                if last or stopping or metrics["round"] % config.checkpoint.every == 0:
                     checkpoints.save(state)
-                if stopping:
+                if stopping and not last:
                     status = "interrupted"
                     break
         except DivergedError as error:
@@ -168,14 +130,25 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     workdir.write_summary(
         {
             "status": status,
-            **summarise(workdir.read()),
+            **summarise(workdir.read(), done),
             "personal_measured_on": experiment.personal,
             "notes": list(experiment.notes),
-            "seconds": workdir.seconds() + time.monotonic() - begin,
+            "seconds": before + time.monotonic() - begin,
             **environment(),
         }
     )
     return status
+
+
+def _where_it_begins(done: int, rounds: int, restored: Restored) -> list[str]:
+    """The line on that; none for a run that is new."""
+    if done == rounds:
+        return ["all rounds are done; to train anew, delete the folder of the run"]
+    if done:
+        return [f"continuing after round {done} of {rounds}"]
+    if restored.passed_over:
+        return ["no whole checkpoint is left: starting from the first round"]
+    return []
 
 
 def run_rounds(
@@ -318,19 +291,27 @@ def arrays(experiment: Experiment, state: State) -> dict[str, np.ndarray]:
     }
 
 
-def summarise(rows: list[Metrics]) -> dict[str, Any]:
-    """Final and best values: of accuracies the highest is best, of all else the lowest."""
-    summary: dict[str, Any] = {"rounds": len(rows)}
+def summarise(rows: list[Metrics], done: int = 0) -> dict[str, Any]:
+    """Final and best values: of accuracies the highest is best, of all else the lowest.
+
+    Args:
+      rows: of metrics.jsonl.
+      done: rounds known to be done, told there or not. Totals over rounds that are lost are none.
+    """
+    rounds = max(done, rows[-1]["round"]) if rows else done
+    lost = missing_rounds(rows, rounds)
+    summary: dict[str, Any] = {"rounds": rounds, **({"rounds_lost": lost} if lost else {})}
     numbers = [key for row in rows[-1:] for key, value in row.items() if isinstance(value, float)]
     for key in numbers:
-        values = [row[key] for row in rows if key in row]
+        values = [row[key] for row in rows if is_number(row.get(key))]
         best = max if "accuracy" in key or key.endswith("per_second") else min
         summary[f"final/{key}"] = values[-1]
         summary[f"best/{key}"] = best(values)
     totals = ("comm/bytes_down", "comm/bytes_up", "comm/bytes_cached", "time/simulated_seconds")
     for key in (*totals, "clients/quarantined"):
-        if rows and key in rows[-1]:
-            summary[f"total/{key}"] = sum(row[key] for row in rows)
+        values = [row[key] for row in rows if is_number(row.get(key))]
+        if values and len(values) == rounds:
+            summary[f"total/{key}"] = sum(values)
     return summary
 
 
@@ -350,25 +331,3 @@ def environment() -> dict[str, Any]:
 def _anywhere(here: bool) -> bool:
     """Whether it holds in any of the run's processes, which all must do the same."""
     return bool(multihost_utils.process_allgather(np.array(here)).any())
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Yields a list that the first SIGINT or SIGTERM fills; the second acts as usual."""
-    caught: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        for kept, handler in before.items():
-            signal.signal(kept, handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-if __name__ == "__main__":
-    run_cli(main)

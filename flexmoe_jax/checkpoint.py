@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -25,7 +26,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, printable
+from flexmoe_jax.reading import UnreadableError, open_regular, read_json
 from flexmoe_jax.types import State
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 _CHECKSUMS, _ARRAYS = "checksums.json", "arrays.json"
 _UNFINISHED = "unfinished"
+# As we write them, and no `007` or digits of other scripts.
+_ROUND = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 class Restored(NamedTuple):
@@ -62,10 +66,11 @@ class Checkpoints:
         self._folder, self._keep = folder.resolve(), keep
 
     def rounds(self) -> list[int]:
-        """The saved rounds, rising."""
+        """The saved rounds, rising; whatever else lies there is left alone."""
         if not self._folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
+        named = (path for path in self._folder.iterdir() if _ROUND.fullmatch(path.name))
+        return sorted(int(path.name) for path in named if path.is_dir())
 
     def save(self, state: State) -> None:
         """Saves the state under its number of completed rounds, and deletes the oldest.
@@ -88,19 +93,20 @@ class Checkpoints:
                 if jax.process_index() == 0:
                     _write_json(unfinished / _ARRAYS, _shapes(host))
                     _write_json(unfinished / _CHECKSUMS, _checksums(unfinished))
+                    if os.path.lexists(self._folder / str(int(state.round))):
+                        self._set_aside(int(state.round))
                     os.replace(unfinished, self._folder / str(int(state.round)))
-                    for old in self.rounds()[: -self._keep]:
-                        shutil.rmtree(self._folder / str(old))
+                    self._delete_old()
         except OSError:
             self._clear()
             raise
         _wait_for_all("saved")
 
     def restore(self, like: State, at_most: int | None = None) -> Restored:
-        """Reads the newest checkpoint that is whole.
+        """Reads the newest checkpoint that is whole and, if there is one, not newer than wanted.
 
-        Those that are newer, yet damaged or not wanted, go to a folder `FOLDER-set-aside`, so that
-        the run can save these rounds again.
+        Those that are newer than the one that is read, damaged or not, go to a folder
+        `FOLDER-set-aside`, so that the run can save these rounds again.
 
         Args:
           like: gives the structure, shapes, types and places of the arrays.
@@ -109,17 +115,25 @@ class Checkpoints:
         Raises:
           InputError: a checkpoint is whole, but of another model or another version of the code.
         """
-        passed_over: list[str] = []
+        faults: dict[int, str | None] = {}
         for step in reversed(self.rounds()):
-            fault = self._fault(step, at_most)
-            # Process 0 decides for all.
-            if not multihost_utils.broadcast_one_to_all(np.array(fault is not None)):
-                return Restored(self._read(step, like), tuple(passed_over))
-            passed_over.append(f"the checkpoint of round {step} {fault}: moved to {self._aside}")
-            if jax.process_index() == 0:
-                self._set_aside(step)
-            _wait_for_all("set aside")
-        return Restored(None, tuple(passed_over))
+            faults[step] = self._fault(step)
+            if faults[step] is None and (at_most is None or step <= at_most):
+                break
+        # Where all that are whole are newer than wanted, the newest of them is: better that than
+        # to begin anew.
+        whole = [step for step, fault in faults.items() if fault is None]
+        wanted = [step for step in whole if at_most is None or step <= at_most] or whole[:1]
+        # Process 0 decides for all.
+        chosen = int(multihost_utils.broadcast_one_to_all(np.int32(wanted[0] if wanted else -1)))
+        passed_over: list[str] = []
+        for step in (step for step in faults if step > chosen):
+            fault = faults[step] or f"is not used, since the metrics reach to round {at_most} only"
+            aside = self._set_aside(step) if jax.process_index() == 0 else self._aside
+            passed_over.append(f"the checkpoint of round {step} {fault}: moved to {aside}")
+        _wait_for_all("set aside")
+        state = self._read(chosen, like) if chosen >= 0 else None
+        return Restored(state, tuple(passed_over))
 
     def close(self) -> None:
         """Ends orbax's threads, if it has any."""
@@ -133,27 +147,29 @@ class Checkpoints:
 
         return ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
-    def _fault(self, step: int, at_most: int | None) -> str | None:
-        if at_most is not None and step > at_most:
-            return f"is not used, since the metrics reach to round {at_most} only"
+    def _fault(self, step: int) -> str | None:
         folder = self._folder / str(step)
         try:
-            known, found = dict(_read_json(folder / _CHECKSUMS)), _checksums(folder)
+            known = read_json(folder / _CHECKSUMS)
+            if _ARRAYS not in known:
+                raise UnreadableError(f"says nothing of {_ARRAYS}")
+            names = {str(path.relative_to(folder)) for path in _files(folder)}
+            lost = sorted(known.keys() - names)
+            # Files that nobody knows are no damage: a file system or a user may leave some.
+            wrong = lost or [n for n in sorted(known) if _sha256(folder / n) != known[n]]
         except PermissionError:
             raise  # Not damaged, and well again once it may be read.
-        except (OSError, ValueError, TypeError) as error:
-            return f"is damaged ({_CHECKSUMS}: {error})"
-        if found == known:
-            return None
-        names = sorted({*found, *known})
-        return "is damaged (" + next(n for n in names if found.get(n) != known.get(n)) + ")"
+        except (OSError, UnreadableError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
+            return f"is damaged ({_CHECKSUMS}: {printable(said)})"
+        return f"is damaged ({printable(wrong[0])})" if wrong else None
 
     def _read(self, step: int, like: State) -> State:
         import orbax.checkpoint as ocp
 
         folder = self._folder / str(step)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _with_raw_key(like))
-        there, here = _read_json(folder / _ARRAYS), _shapes(target)
+        there, here = self._arrays(folder), _shapes(target)
         for name in sorted({*there, *here}):
             if there.get(name) != here.get(name):
                 remedy = (
@@ -164,18 +180,35 @@ class Checkpoints:
         restored: State = self._checkpointer.restore(folder, args=ocp.args.StandardRestore(target))
         return restored._replace(key=jax.random.wrap_key_data(restored.key))
 
+    def _arrays(self, folder: Path) -> dict[str, Any]:
+        try:
+            return read_json(folder / _ARRAYS)
+        except (FileNotFoundError, UnreadableError) as error:
+            remedy = f"its {_ARRAYS} cannot be read ({error}); move the checkpoint away"
+            raise InputError("checkpoint", folder, remedy) from error
+
+    def _delete_old(self) -> None:
+        """Deletes all but the newest few of the checkpoints that were saved here."""
+        folders = [self._folder / str(step) for step in self.rounds()]
+        ours = [path for path in folders if (path / _CHECKSUMS).is_file() and not path.is_symlink()]
+        for old in ours[: -self._keep]:
+            shutil.rmtree(old)
+
     def _clear(self) -> None:
-        for rest in self._folder.glob(f"{_UNFINISHED}*"):
+        for rest in (*self._folder.glob(_UNFINISHED), *self._folder.glob(f"{_UNFINISHED}.orbax-*")):
             shutil.rmtree(rest, ignore_errors=True)
 
     @property
     def _aside(self) -> Path:
         return self._folder.with_name(f"{self._folder.name}-set-aside")
 
-    def _set_aside(self, step: int) -> None:
-        shutil.rmtree(self._aside / str(step), ignore_errors=True)
+    def _set_aside(self, step: int) -> Path:
+        """Moves what has the name of a round, over nothing that lies there already."""
+        names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
+        aside = next(p for name in names if not os.path.lexists(p := self._aside / name))
         self._aside.mkdir(exist_ok=True)
-        os.replace(self._folder / str(step), self._aside / str(step))
+        os.replace(self._folder / str(step), aside)
+        return aside
 
 
 def _with_raw_key(state: State) -> State:
@@ -203,12 +236,15 @@ def _shapes(state: State) -> dict[str, str]:
 
 def _checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint, by its path in it."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != _CHECKSUMS)
-    return {str(path.relative_to(folder)): _sha256(path) for path in sorted(paths)}
+    return {str(path.relative_to(folder)): _sha256(path) for path in sorted(_files(folder))}
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and path.name != _CHECKSUMS)
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -217,11 +253,6 @@ def _write_json(path: Path, content: dict[str, str]) -> None:
         json.dump(content, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _read_json(path: Path) -> dict[str, str]:
-    content: dict[str, str] = json.loads(path.read_bytes())
-    return content
 
 
 def _require_space(folder: Path, size: int) -> None:

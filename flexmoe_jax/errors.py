@@ -1,6 +1,32 @@
-"""What goes wrong because of what the user gave."""
+"""What goes wrong because of what the user gave, and how it is said in one line."""
 
 from __future__ import annotations
+
+import unicodedata
+
+# Control characters move a terminal's cursor or colour it; formats turn the direction of writing
+# around; lone surrogates, as of file names that are no UTF-8, cannot be written at all.
+_HIDDEN = ("Cc", "Cf", "Cs")
+
+
+def printable(text: object, most: int = 1000) -> str:
+    """One line of text that a terminal shows as it stands, whatever a file or a user gave.
+
+    Args:
+      text: anything.
+      most: characters; what is longer is cut, and ends in an ellipsis.
+    """
+    given = str(text)
+    line = " ".join(given[: most + 1].splitlines()).replace("\t", " ")
+    if not line.isprintable():
+        line = "".join(_visible(character) for character in line)
+    return line if len(given) <= most else line[: most - 1] + "…"
+
+
+def _visible(character: str) -> str:
+    if unicodedata.category(character) not in _HIDDEN:
+        return character
+    return character.encode("unicode_escape").decode("ascii")
 
 
 class InputError(ValueError):
@@ -19,6 +45,4 @@ class InputError(ValueError):
         self.field = field
         self.value = value
         self.remedy = remedy
-        # One line, whatever was given.
-        shown = " ".join(str(value).splitlines())
-        super().__init__(f"{field}={shown}: {remedy}")
+        super().__init__(f"{printable(field)}={printable(value)}: {printable(remedy)}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -113,7 +114,7 @@ def test_none_that_can_be_read_is_said_of_each(state, tmp_path):
     checkpoints = saved(folder, state, 4, 5)
     (folder / "4" / "checksums.json").write_text("[3]")
     shutil.rmtree(folder / "5")
-    (folder / "5").write_text("not a folder")
+    (folder / "5").mkdir()
     restored = checkpoints.restore(state)
     checkpoints.close()
     assert restored.state is None
@@ -129,6 +130,81 @@ def test_newer_ones_than_wanted_are_set_aside(state, tmp_path):
     assert int(restored.state.round) == 3
     assert "reach to round 4 only" in restored.passed_over[0]
     assert checkpoints.rounds() == [3]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("newest", ["whole", "damaged"])
+def test_where_all_are_newer_than_wanted_the_newest_whole_one_is_kept(state, tmp_path, newest):
+    folder = tmp_path / "checkpoints"
+    checkpoints = saved(folder, state, 3, 5)
+    if newest == "damaged":
+        flip_a_bit(folder / "5" / "arrays.json")
+    restored = checkpoints.restore(blank(state), at_most=0)
+    checkpoints.close()
+    assert int(restored.state.round) == (5 if newest == "whole" else 3)
+    assert len(restored.passed_over) == (newest == "damaged")
+    assert checkpoints.rounds() == ([3, 5] if newest == "whole" else [3])
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Where the links of a folder lead, and what is in the files that are named as mine."""
+    return {
+        path.name: os.readlink(path) if path.is_symlink() else path.read_text()
+        for path in folder.rglob("*")
+        if path.is_symlink() or (path.is_file() and "mine" in path.name)
+    }
+
+
+def test_what_a_user_put_there_is_neither_read_nor_deleted(state, tmp_path):
+    folder = tmp_path / "checkpoints"
+    checkpoints = saved(folder, state, 4, 5)
+    shutil.copytree(folder / "4", tmp_path / "elsewhere")
+    for name in ("007", "٣", "-1", "9" * 200, "1e3", "unfinished-notes", "2"):
+        (folder / name).mkdir()
+        (folder / name / f"mine {name[:9]}").write_text(name)
+    (folder / "6").write_text("a file")
+    os.mkfifo(folder / "7")
+    (folder / "8").symlink_to("nowhere")
+    (folder / "3").symlink_to(tmp_path / "elsewhere")
+    (folder / "1").symlink_to(".")
+    (folder / "5" / "mine too").write_text("beside the arrays")
+    before = contents(folder)
+    restored = checkpoints.restore(blank(state))
+    assert_same(restored.state, state)
+    assert restored.passed_over == ()
+    # What has the name of a round that is saved is moved out of the way.
+    for number in (6, 7, 8, 9):
+        checkpoints.save(state._replace(round=jnp.int32(number)))
+    assert int(checkpoints.restore(blank(state)).state.round) == 9
+    checkpoints.close()
+    after = contents(folder) | contents(aside := tmp_path / "checkpoints-set-aside")
+    assert after == {name: text for name, text in before.items() if name != "mine too"}
+    assert (aside / "6").read_text() == "a file"
+    assert {path.name for path in aside.iterdir()} == {"6", "7", "8"}
+    assert (tmp_path / "elsewhere" / "checksums.json").exists()
+
+
+def test_one_set_aside_twice_is_there_twice(state, tmp_path):
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=2)
+    for _ in range(2):
+        checkpoints.save(state)
+        flip_a_bit(folder / "5" / "arrays.json")
+        assert checkpoints.restore(blank(state)).state is None
+    checkpoints.close()
+    aside = tmp_path / "checkpoints-set-aside"
+    assert {path.name for path in aside.iterdir()} == {"5", "5-2"}
+
+
+def test_checksums_that_leave_the_arrays_out_vouch_for_nothing(state, tmp_path):
+    checkpoints = saved(tmp_path / "checkpoints", state, 5)
+    for content in ("{}", '{"../../secret": "ab"}', '{"arrays.json": 3}', "[" * 9000, "null"):
+        shutil.copytree(tmp_path / "checkpoints", tmp_path / "copy")
+        (tmp_path / "copy" / "5" / "checksums.json").write_text(content)
+        restored = Checkpoints(tmp_path / "copy", keep=2).restore(blank(state))
+        assert restored.state is None
+        assert restored.passed_over[0].startswith("the checkpoint of round 5 is damaged (")
+        shutil.rmtree(tmp_path / "copy")
     checkpoints.close()
 
 

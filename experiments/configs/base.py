@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     # "digits" (embedded), any TFDS image-classification data set, or a file.npz of your own
     config.data.name = "digits"
-    config.data.dir = ""  # of prepared TFDS data; empty for TFDS's own default
+    # Of prepared TFDS data, empty for TFDS's own default; a relative file.npz begins there, too.
+    config.data.dir = ""
     config.data.download = False
     config.data.train_limit = 0  # examples, drawn evenly over classes; 0 for all
     config.data.test_limit = 0

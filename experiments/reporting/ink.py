@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +123,9 @@ def draw(size: tuple[float, float], paint: Callable[[Figure], None], smooth: boo
         for matrices whose cells are about as small as the screen's pixels.
     """
     text = io.StringIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # The browser writes the text, in a font that has the letters.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure = Figure(figsize=size)
         FigureCanvasSVG(figure)
         paint(figure)

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.reporting import ink
+from experiments.reporting.contents import Numbers
 from experiments.reporting.ink import ASSIGNED, INK, MUTED, USED, Picture
 from experiments.reporting.matrix import (
     BAR_HEIGHT,
@@ -31,7 +32,7 @@ from experiments.reporting.matrix import (
 )
 from experiments.reporting.orders import Order, order_of, pool, shares
 from experiments.reporting.quantities import byte_unit, count, ratio
-from experiments.reporting.runs import Floats, Numbers, Run, assigned_unit
+from experiments.reporting.runs import Floats, Run, assigned_unit
 
 CLIENT_COLUMNS, ROUND_COLUMNS = 1000, 250
 TOTALS = 1.75
@@ -74,7 +75,7 @@ def _load(run: Run, key: str, order: Numbers, title: str, colour: str, unit: str
         return None
     even = np.nan_to_num(load).mean(axis=1, keepdims=True)
     relative = np.divide(load, even, out=np.full(load.shape, np.nan), where=even > 0)
-    cells, each = pool(relative.T[order], ROUND_COLUMNS)
+    cells, each = pool(relative.T[order], ROUND_COLUMNS, rounds)
     totals = np.nansum(load, axis=0)[order]
     height = rows_height(len(order))
     size = (FULL, TOP + height + BOTTOM)
@@ -241,8 +242,9 @@ def _fitness(run: Run, order: Order) -> Picture | None:
             shown = np.where(tried > 0, shown, np.nan)
             remark = f" Grey pairs were never tried and keep the start value {ratio(untouched[0])}."
     low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        room = 0.5 * max(1.0, abs(high))
+        low, high = low - room, high + room
     return _client_maps(
         run,
         order,

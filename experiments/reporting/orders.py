@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.reporting.runs import Floats, Numbers, Run
+from experiments.reporting.contents import Numbers
+from experiments.reporting.runs import Floats, Run
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,25 @@ def shares(rows: Numbers) -> Floats:
     return result
 
 
-def pool(columns: Numbers, largest: int) -> tuple[Floats, int]:
+def pool(columns: Numbers, largest: int, places: Numbers | None = None) -> tuple[Floats, int]:
     """Averages neighbouring columns of (R, C) until at most `largest` are left.
 
+    Args:
+      columns: NaN cells are left out of the mean.
+      largest: number of columns of the result.
+      places: (C,) whole numbers, rising, where the columns stand; side by side unless given.
+
     Returns:
-      the matrix (R, ceil(C / n)) and n, the columns in each; NaN cells are left out of the mean.
+      the matrix (R, ceil(W / n)) and n, the places in each column, of the W from the first to the
+      last; NaN where there is no column.
     """
-    rows, width = columns.shape
+    at = np.arange(columns.shape[1]) if places is None else np.asarray(places - places[0], np.int64)
+    width = int(at[-1]) + 1
     each = max(-(-width // largest), 1)
-    padded = np.full((rows, -(-width // each) * each), np.nan)
-    padded[:, :width] = columns
-    blocks = padded.reshape(rows, -1, each)
-    present = np.isfinite(blocks)
-    total = np.where(present, blocks, 0.0).sum(axis=2)
-    seen = present.sum(axis=2)
-    return np.divide(total, seen, out=np.full(total.shape, np.nan), where=seen > 0), each
+    pooled = np.full((len(columns), -(-width // each)), np.nan)
+    group, starts = np.unique(at // each, return_index=True)
+    present = np.isfinite(columns)
+    total = np.add.reduceat(np.where(present, columns, 0.0), starts, axis=1)
+    seen = np.add.reduceat(present.astype(float), starts, axis=1)
+    pooled[:, group] = np.divide(total, seen, out=np.full(total.shape, np.nan), where=seen > 0)
+    return pooled, each

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
+from experiments.markup import html_text as escape
 from experiments.reporting import tables
 from experiments.reporting.curves import overlay_pictures, pens, run_pictures
 from experiments.reporting.ink import Picture
 from experiments.reporting.maps import client_pictures, load_pictures
-from experiments.reporting.runs import Run, differing_fields, name_runs
+from experiments.reporting.runs import Run, different_data, differing_fields, name_runs
 
 STYLE_SHEET = Path(__file__).with_name("page.css")
 PIXELS_AN_INCH = 104
@@ -53,6 +53,7 @@ def _comparison(runs: Sequence[Run]) -> str:
         tables.legend(names, pens(len(runs))),
         tables.comparison(runs, names, letters),
         tables.differences(runs, letters, fields),
+        notes(different_data(dict(zip(names, runs, strict=True)))),
         "<h3>Curves</h3>",
         show_pictures(overlay_pictures(runs), "all", "h4"),
     ]
@@ -65,6 +66,11 @@ def _comparison(runs: Sequence[Run]) -> str:
             f"{_run_body(run, section, 'h3', fields)}</section>"
         )
     return "\n".join(parts)
+
+
+def notes(sentences: Sequence[str]) -> str:
+    """What a reader should know before trusting the figures."""
+    return "".join(f'<p class="note">{escape(sentence)}</p>' for sentence in sentences)
 
 
 def _run_body(run: Run, section: str, heading: str, marked: Sequence[str]) -> str:
@@ -88,7 +94,7 @@ def _run_body(run: Run, section: str, heading: str, marked: Sequence[str]) -> st
     parts = [
         "<nav>" + "".join(f'<a href="#{at}">{title}</a>' for at, title in links) + "</nav>",
         tables.headline(run),
-        "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes),
+        notes(run.notes),
     ]
     for title, key, pictures, otherwise in chapters:
         parts.append(f'<{heading} id="{section}-{key}">{title}</{heading}>')

@@ -41,8 +41,8 @@ def ratio(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """Whole number with thousands separators."""
-    return f"{value:,.0f}"
+    """Whole number with thousands separators; what nobody would read out is rounded."""
+    return f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.3g}"
 
 
 def counted(value: float, noun: str) -> str:
@@ -74,6 +74,8 @@ def size(value: float) -> str:
 
 def duration(value: float) -> str:
     """Seconds as people say them."""
+    if not math.isfinite(value):
+        return _not_finite(value)
     if value < 1:
         return f"{1000 * value:.3g}{NBSP}ms"
     if value < 120:
@@ -129,12 +131,16 @@ def show(key: str, value: float | None) -> str:
     """The metric's value as text; a dash for None, `NaN` or `∞` for what is not finite."""
     if value is None:
         return NOTHING
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "∞" if value > 0 else f"{MINUS}∞"
+    if not math.isfinite(value):
+        return _not_finite(value)
     text = QUANTITIES[key].format(value) if key in QUANTITIES else f"{value:,.6g}"
     return text.replace("-", MINUS)
+
+
+def _not_finite(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return "∞" if value > 0 else f"{MINUS}∞"
 
 
 def _superscript(number: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,23 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.fields import load_model_name
+from experiments.reporting.contents import (
+    Numbers,
+    read_arrays,
+    read_data,
+    read_object,
+    read_records,
+    read_summary,
+)
 from experiments.reporting.quantities import better
-from experiments.workdir import incidental
-from flexmoe_jax.errors import InputError
+from experiments.workdir import flatten, incidental
+from flexmoe_jax.errors import InputError, printable
+from flexmoe_jax.reading import is_number
 
 Floats = NDArray[np.float64]
-Numbers = NDArray[Any]
 
-# Axes of each entry of arrays.npz.
-ARRAY_AXES = {
-    "label_counts": "CY",
-    "classes": "Y",
-    "capacity": "C",
-    "fitness": "CE",
-    "holds": "CE",
-    "held_rounds": "CE",
-    "usage": "CE",
-}
 NAMED_FIELDS = 3
 
 
@@ -45,6 +43,7 @@ class Run:
       records: one mapping a round from metrics.jsonl, ascending in `round`, one for each round.
       arrays: entries of arrays.npz under the names and axes of `ARRAY_AXES`.
       notes: sentences on what the run said of its data, and on what could not be read.
+      data: hash of what it was trained and tested on; empty where its folder does not say.
     """
 
     workdir: Path
@@ -53,6 +52,7 @@ class Run:
     records: tuple[Mapping[str, Any], ...] = ()
     arrays: Mapping[str, Numbers] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    data: str = ""
 
     @property
     def status(self) -> str:
@@ -64,35 +64,36 @@ class Run:
         """Number of rounds recorded, `T`."""
         return len(self.records)
 
+    def complete(self, last: float) -> bool:
+        """Whether every round up to number `last` is recorded."""
+        return sum(record["round"] <= last for record in self.records) >= last
+
     def series(self, key: str) -> tuple[Floats, Floats]:
         """Round numbers and values, both (T',), of the rounds that recorded the scalar `key`."""
-        pairs = [(r["round"], _number(r[key])) for r in self.records if key in r]
+        pairs = [(r["round"], r[key]) for r in self.records if is_number(r.get(key))]
         x, y = np.array(pairs, dtype=float).reshape(-1, 2).T
         return x, y
 
     def cumulative(self, *keys: str) -> tuple[Floats, Floats]:
         """Round numbers and running total, both (T,), of the sum of `keys`; gaps count as 0."""
-        present = [r for r in self.records if any(key in r for key in keys)]
+        present = [r for r in self.records if any(is_number(r.get(key)) for key in keys)]
         x = np.array([r["round"] for r in present], dtype=float)
-        each = [sum(np.nan_to_num(_number(r.get(key))) for key in keys) for r in present]
+        each = [sum(_finite(r.get(key)) for key in keys) for r in present]
         return x, np.cumsum(np.array(each, dtype=float))
 
     def vectors(self, key: str) -> tuple[Floats, Floats]:
-        """First to last round (T,) and the vector `key` of each (T, E); NaN where it is missing."""
+        """Rounds (T',) that recorded the vector `key`, and these (T', E), NaN for no number."""
         found = {r["round"]: r[key] for r in self.records if isinstance(r.get(key), list)}
         if not found:
             return np.empty(0), np.empty((0, 0))
-        x = np.arange(min(found), max(found) + 1)
-        experts = max(len(v) for v in found.values())
-        rows = np.full((len(x), experts), np.nan)
-        for number, vector in found.items():
-            rows[number - x[0], : len(vector)] = [_number(v) for v in vector]
-        return x.astype(float), rows
+        x = np.array(list(found), dtype=float)
+        rows = np.array(list(found.values()), dtype=float)
+        return x, np.where(np.isfinite(rows), rows, np.nan)
 
     def final(self, key: str) -> float | None:
         """Last value of the metric `key`: the summary's, else the last one recorded."""
         stated = self.summary.get(f"final/{key}")
-        if isinstance(stated, int | float):
+        if is_number(stated):
             return float(stated)
         _, y = self.series(key)
         return float(y[-1]) if y.size else None
@@ -100,7 +101,7 @@ class Run:
     def best(self, key: str) -> float | None:
         """Best value of the metric `key`, None for metrics without a better side."""
         stated = self.summary.get(f"best/{key}")
-        if isinstance(stated, int | float):
+        if is_number(stated):
             return float(stated)
         _, y = self.series(key)
         y = y[np.isfinite(y)]
@@ -119,10 +120,14 @@ class Run:
         return int(x[hits[0]]) if hits.size else None
 
     def seconds(self) -> float | None:
-        """Wall time in seconds: the summary's, else the sum over the rounds."""
-        stated = self.summary.get("seconds")
-        if isinstance(stated, int | float):
-            return float(stated)
+        """Wall time in seconds: the summary's or, while the run goes on, that of the last round.
+
+        Rounds of older versions say no more than how long each took.
+        """
+        _, so_far = self.series("time/run_seconds")
+        stated = [self.summary.get("seconds"), *so_far[-1:]]
+        if numbers := [float(value) for value in stated if is_number(value)]:
+            return max(numbers)
         _, total = self.cumulative("time/round_seconds")
         return float(total[-1]) if total.size else None
 
@@ -136,29 +141,13 @@ def read_run(workdir: Path) -> Run:
     if not _is_workdir(workdir):
         raise InputError("DIR", workdir, _remedy(workdir))
     notes: list[str] = []
-    config = _read_object(workdir / "config.json", notes)
-    summary = _read_object(workdir / "summary.json", notes)
-    said = summary.get("notes")
-    notes += [note for note in said if isinstance(note, str)] if isinstance(said, list) else []
-    return Run(
-        workdir=workdir,
-        config=flatten(config),
-        summary=summary,
-        records=_read_records(workdir / "metrics.jsonl", notes),
-        arrays=_read_arrays(workdir / "arrays.npz", notes),
-        notes=tuple(notes),
-    )
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping to a flat one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    config = flatten(read_object(workdir / "config.json", notes))
+    summary = read_summary(workdir / "summary.json", notes)
+    records = read_records(workdir / "metrics.jsonl", config.get("rounds"), notes)
+    arrays = read_arrays(workdir / "arrays.npz", notes)
+    data = read_data(workdir, notes)
+    said: list[str] = summary.get("notes", [])
+    return Run(workdir, config, summary, records, arrays, (*said, *notes), data)
 
 
 def differing_fields(runs: Sequence[Run]) -> list[str]:
@@ -193,9 +182,35 @@ def name_runs(runs: Sequence[Run]) -> list[str]:
     ]
 
 
+def different_data(runs: Mapping[str, Run]) -> list[str]:
+    """Sentences on runs whose configs ask for the same data, and which read others.
+
+    Args:
+      runs: by name.
+    """
+    groups: dict[str, dict[str, list[str]]] = {}
+    for name, run in runs.items():
+        asked = {f: v for f, v in run.config.items() if f.startswith("data.") and not incidental(f)}
+        # The file alone, wherever it lay.
+        asked["data.name"] = json_text(asked.get("data.name", "")).rpartition(os.sep)[2]
+        if run.data:
+            read = groups.setdefault(json.dumps(asked, sort_keys=True), {})
+            read.setdefault(run.data, []).append(name)
+    return [
+        f"Not all runs of {json.loads(asked)['data.name']} read the same data: those of "
+        + "; of ".join(
+            names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+            for names in read.values()
+        )
+        + " differ. What is compared across them says little."
+        for asked, read in groups.items()
+        if len(read) > 1
+    ]
+
+
 def json_text(value: Any) -> str:
     """A config value as one writes it on the command line; strings without quotes."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return printable(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def _folder_names(workdirs: Sequence[Path]) -> list[str]:
@@ -208,20 +223,23 @@ def _folder_names(workdirs: Sequence[Path]) -> list[str]:
     return [str(w) for w in resolved]
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None or isinstance(value, str) else float(value)
+def _finite(value: object) -> float:
+    return float(value) if is_number(value) and math.isfinite(value) else 0.0
 
 
 def _is_workdir(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("config.json", "metrics.jsonl"))
+    return any(os.path.isfile(path / name) for name in ("config.json", "metrics.jsonl"))
 
 
 def _remedy(path: Path) -> str:
-    if not path.exists():
+    if not os.path.exists(path):
         return "no such folder; give the --workdir of a training run"
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return "not a folder; give the --workdir of a training run"
-    inside = sum(_is_workdir(child) for child in path.iterdir() if child.is_dir())
+    try:
+        inside = sum(_is_workdir(child) for child in path.iterdir() if child.is_dir())
+    except OSError as error:
+        return f"cannot be listed ({error.strerror}); give the --workdir of a training run"
     if inside:
         return f"holds no run itself but {inside} below it; give {path}/*"
     return "neither config.json nor metrics.jsonl is there; give the --workdir of a training run"
@@ -238,66 +256,8 @@ ASSIGNED_UNITS = {
 def assigned_unit(run: Run) -> str:
     """What the run's assigned load counts."""
     load = str(run.config.get("assignment.load", "clients"))
-    load = load_model_name(load, run.config.get("clients.capacity", 1))
+    try:
+        load = load_model_name(load, run.config.get("clients.capacity", 1))
+    except InputError:  # No capacity that a run can have.
+        load = ""
     return ASSIGNED_UNITS.get(load, ASSIGNED_UNITS["clients"])
-
-
-def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        notes.append(f"{path.name} could not be read and is left out.")
-        return {}
-    return content
-
-
-def _read_records(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], ...]:
-    if not path.is_file():
-        return ()
-    by_round: dict[int, Mapping[str, Any]] = {}
-    unread = 0
-    lines = path.read_text("utf-8", errors="replace").split("\n")
-    for line in filter(str.strip, lines[:-1]):
-        unread += not _add_record(line, by_round)
-    # What follows the last newline may be cut short while the run is writing: no reason to warn.
-    _add_record(lines[-1], by_round)
-    if unread:
-        notes.append(f"Lines of {path.name} that could not be read and are left out: {unread}.")
-    return tuple(by_round[number] for number in sorted(by_round))
-
-
-def _add_record(line: str, by_round: dict[int, Mapping[str, Any]]) -> bool:
-    """Adds one line; a round written again after a resume replaces the earlier one."""
-    try:
-        record = json.loads(line)
-        by_round[int(record["round"])] = {**record, "round": int(record["round"])}
-    except (ValueError, TypeError, KeyError):
-        return False
-    return True
-
-
-def _read_arrays(path: Path, notes: list[str]) -> dict[str, Numbers]:
-    if not path.is_file():
-        return {}
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ARRAY_AXES if name in archive}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
-        notes.append(f"{path.name} could not be read and is left out.")
-        return {}
-    sizes: dict[str, int] = {}
-    for name, array in arrays.items():
-        axes = ARRAY_AXES[name]
-        expected = tuple(sizes.get(a, n) for a, n in zip(axes, array.shape, strict=False))
-        if len(axes) != array.ndim or array.shape != expected:
-            notes.append(
-                f"{path.name} is left out: {name} has shape {array.shape}, which does not fit "
-                f"({', '.join(axes)})."
-            )
-            return {}
-        sizes |= dict(zip(axes, array.shape, strict=True))
-    return arrays

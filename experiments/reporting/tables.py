@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from experiments.markup import html_text as escape
 from experiments.reporting import quantities
 from experiments.reporting.curves import Pen
 from experiments.reporting.quantities import NBSP, NOTHING, count, counted, duration, show, size

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from experiments.markup import csv_text, latex_text, markdown_text
 from experiments.studying.sheets import Row, Sheet, reference_of
 from experiments.studying.statistics import estimate
 
@@ -28,36 +29,16 @@ CSV_HEADS = (
     "p_value",
 )
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"$<$",
-    ">": r"$>$",
-    "±": r"$\pm$",
-    "\N{MINUS SIGN}": r"$-$",
-    "\N{EN DASH}": "--",
-    "·": r"$\cdot$",
-    "\N{NO-BREAK SPACE}": "~",
-}
-
 
 def markdown(sheet: Sheet) -> str:
     """A heading and the table, without the note."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+        return "| " + " | ".join(map(markdown_text, cells)) + " |\n"
 
     rule = ["---" if i < sheet.words else "---:" for i in range(len(sheet.heads))]
     body = "".join(line(row) for row in sheet.rows)
-    return f"### {sheet.title}\n\n{line(sheet.heads)}{line(rule)}{body}"
+    return f"### {markdown_text(sheet.title)}\n\n{line(sheet.heads)}{line(rule)}{body}"
 
 
 def latex(sheet: Sheet) -> str:
@@ -84,16 +65,11 @@ def latex(sheet: Sheet) -> str:
     )
 
 
-def latex_text(text: str) -> str:
-    """Text that LaTeX prints as it stands."""
-    return "".join(_LATEX.get(character, character) for character in text)
-
-
-def csv_text(rows: Sequence[Row], axes: Sequence[str], reference: str) -> str:
+def csv_table(rows: Sequence[Row], axes: Sequence[str], reference: str) -> str:
     """One line for each row and quantity: raw values, bytes and seconds, accuracies in [0, 1]."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*CSV_HEADS[:2], *axes, *CSV_HEADS[2:]])
+    writer.writerow([*CSV_HEADS[:2], *map(csv_text, axes), *CSV_HEADS[2:]])
     quantities = dict.fromkeys(key for row in rows for found in row.seeds.values() for key in found)
     for row in rows:
         other = reference_of(row, rows, reference)
@@ -104,9 +80,9 @@ def csv_text(rows: Sequence[Row], axes: Sequence[str], reference: str) -> str:
                 numbers += [""] * 5
             else:
                 d = row.against(other, key)
-                numbers += [reference, d.n, _plain(d.mean), _plain(d.margin), _plain(d.p)]
+                numbers += [csv_text(reference), d.n, _plain(d.mean), _plain(d.margin), _plain(d.p)]
             names = [*row.task, *row.variant, row.method, key]
-            writer.writerow([*names, row.asked, len(row.seeds), *numbers])
+            writer.writerow([*map(csv_text, names), row.asked, len(row.seeds), *numbers])
     return out.getvalue()
 
 

@@ -5,22 +5,34 @@ from __future__ import annotations
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.children import Runner
+from experiments.locks import lock
 from experiments.report import write_report
 from experiments.reporting.quantities import counted, duration, show
 from experiments.reporting.runs import read_run
-from experiments.studying.launch import Interrupts, as_typed, command, last_line, lock
-from experiments.studying.standing import ENDED, OTHER, Standing, cost, standing, write_record
+from experiments.studying.launch import AS_CHILD, as_typed, command, last_line
+from experiments.studying.standing import (
+    ENDED,
+    OTHER,
+    UNKNOWN,
+    Standing,
+    cost,
+    standing,
+    write_record,
+)
 from experiments.studying.study import Study, Trial, read_study
 from experiments.table import write_tables
 from experiments.workdir import Workdir
 from flexmoe_jax.errors import InputError
 
+_POLL_SECONDS = 0.5
 HEADLINE = (
     ("personal", "eval/personal_accuracy"),
     ("global", "eval/global_accuracy"),
@@ -76,7 +88,7 @@ def share(trials: Sequence[Trial], only: str, index: int, count: int) -> list[Tr
 
 
 def log_of(folder: Path) -> Path:
-    """The file beside a run's folder with all that it printed; whoever runs it has it locked."""
+    """The file beside a run's folder with all that it printed; the sweep at it has it locked."""
     return folder.with_name(folder.name + ".log")
 
 
@@ -95,7 +107,8 @@ def run(sweep: Sweep) -> int:
     """Runs what is not done yet, then writes the study's table and page.
 
     Args:
-      sweep: what to run. Runs that another sweep is at are left to it.
+      sweep: what to run. Runs that another sweep is at are left to it; a run of a sweep that was
+        killed, which is about to end, is waited for.
 
     Returns:
       exit code: 0, or 1 where a run failed or diverged, or 128 + the number of the signal that
@@ -110,26 +123,23 @@ def run(sweep: Sweep) -> int:
         write_record(study, workdir)
     print(f"{study.name}: {_ahead(study, trials, trials, workdir)}", flush=True)
     ends: dict[str, list[str]] = defaultdict(list)
-    with Interrupts() as interrupts:
-        for tried, trial in enumerate(trials, start=1):
-            end = _attempt(study, trial, workdir, interrupts)
-            ends[end.kind].append(f"{trial.name}: {end.words}")
-            if end.started and end.kind != "interrupted":
-                ahead = _ahead(study, trials, trials[tried:], workdir)
-                print(f"{trial.name}: {end.words} · {ahead}", flush=True)
-            if interrupts.caught:
-                break
+    with Runner() as runner:
+        for end in _ends(study, trials, workdir, runner):
+            ends[end.kind].append(f"{end.name}: {end.words}")
     for line in ends["failed"]:
         print(f"failed: {line}")
-    if ends["elsewhere"]:
-        print(f"{counted(len(ends['elsewhere']), 'run')} left to another sweep, which is at them")
+    elsewhere = [trial for trial in trials if f"{trial.name}: " in ends["elsewhere"]]
+    left = [t for t in elsewhere if _standing(study, t, workdir).status not in ENDED]
+    if left:
+        print(f"{counted(len(left), 'run')} not done yet: another sweep is at work there")
     # Over runs of another config alone there may be a table of theirs, which is no longer this.
-    if any(_standing(study, t, workdir).status in ("finished", OTHER) for t in study.trials()):
+    told = ("finished", OTHER, UNKNOWN)
+    if any(_standing(study, t, workdir).status in told for t in study.trials()):
         with lock(workdir / "sweep.lock", wait=True):
             print(f"table: {write_tables(workdir)[0]} · page: {write_report([workdir])}")
-    if interrupts.caught:
+    if runner.caught:
         print("interrupted; the same command goes on from here")
-        return 128 + interrupts.caught[0]
+        return 128 + runner.caught
     return 1 if ends["failed"] else 0
 
 
@@ -137,43 +147,78 @@ class End(NamedTuple):
     """What became of a run in this sweep.
 
     Attributes:
-      kind: `finished`, `failed`, `interrupted`, or `elsewhere` where another sweep is at it.
+      name: of the run.
+      kind: `finished`, `failed`, `interrupted`, `elsewhere` where another sweep is at it, or `busy`
+        where no sweep is and yet another process.
       words: what to say of it.
       started: whether this sweep started it.
     """
 
+    name: str
     kind: str
     words: str = ""
     started: bool = False
 
 
-def _attempt(study: Study, trial: Trial, workdir: Path, interrupts: Interrupts) -> End:
-    folder = workdir / trial.name
+def _ends(study: Study, trials: Sequence[Trial], workdir: Path, runner: Runner) -> Iterator[End]:
+    """Tries every run once, those that another process is at last; and says how each ended."""
+    untried, busy = list(trials), list[Trial]()
+    while (untried or busy) and not runner.caught:
+        waits = not untried
+        trial = busy.pop(0) if waits else untried.pop(0)
+        if waits:
+            print(f"{trial.name}: waiting for the process that is at work there", flush=True)
+            while Workdir(workdir / trial.name).busy() and not runner.caught:
+                time.sleep(_POLL_SECONDS)
+        end = _attempt(study, trial, workdir, runner)
+        if end.kind == "busy":
+            busy.append(trial)
+            continue
+        if end.started and end.kind != "interrupted":
+            ahead = _ahead(study, trials, [*untried, *busy], workdir)
+            print(f"{trial.name}: {end.words} · {ahead}", flush=True)
+        yield end
+
+
+def _attempt(study: Study, trial: Trial, workdir: Path, runner: Runner) -> End:
+    folder, name = workdir / trial.name, trial.name
     try:
         Workdir(folder).check(study.config_of(trial))
     except InputError as error:
-        return End("failed", str(error))
+        return End(name, "failed", str(error))
     path = log_of(folder)
-    begin = time.monotonic()
-    with lock(path) as log:
-        if log is None:
-            return End("elsewhere")
+    with lock(path) as held:
+        if held is None:
+            return End(name, "elsewhere")
         before = _standing(study, trial, workdir).status
         if before in ENDED:
-            return End("finished") if before == "finished" else End("failed", _diverged(path))
-        start = log.tell()
-        code = interrupts.run(command(study, trial, workdir), log)
-    seconds = time.monotonic() - begin
+            done = before == "finished"
+            return End(name, "finished") if done else End(name, "failed", _diverged(path))
+        if Workdir(folder).busy():
+            return End(name, "busy")
+        begin, start = time.monotonic(), path.stat().st_size
+        # Opened once more: a child that outlives a killed sweep has no part in the sweep's lock.
+        with path.open("ab") as log:
+            code, _ = runner.run([*command(study, trial, workdir), *AS_CHILD], log)
+        seconds = time.monotonic() - begin
     after = _standing(study, trial, workdir)
     if after.status == "finished" and code == 0:
-        return End("finished", f"{duration(seconds)} · {_headline(folder)}", started=True)
-    if interrupts.caught:
-        return End("interrupted", started=True)
+        words = f"{duration(seconds)} · {_headline(folder)}"
+        return End(name, "finished", words, started=True)
+    if runner.caught:
+        return End(name, "interrupted", started=True)
     if after.status == "diverged":
-        return End("failed", _diverged(path), started=True)
-    ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return End(name, "failed", _diverged(path), started=True)
     said = last_line(path, start) or "it said nothing"
-    return End("failed", f"{ended}: {said}", started=True)
+    return End(name, "failed", f"{_ended_by(code)}: {said}", started=True)
+
+
+def _ended_by(code: int) -> str:
+    # A run that saves before it ends says so with 128 + the signal's number.
+    number = -code if code < 0 else code - 128
+    with suppress(ValueError):
+        return f"ended by {signal.Signals(number).name}"
+    return f"exit code {code}"
 
 
 def _standing(study: Study, trial: Trial, workdir: Path) -> Standing:

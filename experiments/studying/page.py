@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
+from experiments.markup import html_text as escape
 from experiments.reporting import tables
 from experiments.reporting.curves import Pen, pens
 from experiments.reporting.ink import Picture
-from experiments.reporting.page import document, show_pictures
+from experiments.reporting.page import document, notes, show_pictures
 from experiments.reporting.quantities import counted
 from experiments.studying import pictures
 from experiments.studying.results import Results
@@ -44,6 +44,7 @@ def render_study(results: Results, target: float = TARGET, reference: str = "") 
         f"{counted(len(results.methods), 'method')} · {counted(len(results.tasks), 'task')} · "
         f"{counted(len(results.seeds), 'seed')}</p>",
         _missing(results),
+        notes(results.notes),
         tables.legend(results.methods, list(letters.values()), linked=False),
         f"<nav>{''.join(links)}</nav>",
     ]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from experiments.reporting.runs import Floats, Run, read_run
-from experiments.studying.standing import OTHER, RECORD, read_record, standing
+from experiments.reporting.runs import Floats, Run, different_data, read_run
+from experiments.studying.standing import OTHER, RECORD, UNKNOWN, Record, read_record, standing
 from experiments.studying.study import Trial, choose_reference
+from flexmoe_jax.errors import InputError
 
 ACCURACIES = ("personal", "global", "server")
 BALANCES = ("assigned", "usage")
@@ -89,6 +91,20 @@ class Results:
         """Runs that are not finished."""
         return [result for result in self.results if result.finished is None]
 
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what was left out, or is to be known, with the runs that they are about."""
+        runs = {r.trial.name: r.run for r in self.results if r.run is not None}
+        about: dict[str, list[str]] = {}
+        for name, run in runs.items():
+            for note in run.notes:
+                about.setdefault(note, []).append(name)
+        said = [
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {note}"
+            for note, names in about.items()
+        ]
+        return [*different_data(runs), *said]
+
     def of(self, task: tuple[str, str]) -> dict[tuple[tuple[str, ...], str], dict[int, Run]]:
         """Finished runs of a data set and partition: (names of the variant, method) to seed to run.
 
@@ -107,7 +123,7 @@ class Results:
 
 def is_study(folder: Path) -> bool:
     """Whether a sweep wrote the folder."""
-    return (folder / RECORD).is_file()
+    return os.path.isfile(folder / RECORD)
 
 
 def read_results(folder: Path) -> Results:
@@ -117,13 +133,20 @@ def read_results(folder: Path) -> Results:
       InputError: the folder holds no study.
     """
     record = read_record(folder)
-    results = []
-    for trial in record.trials:
-        at = folder / trial.name
-        status = standing(at, record.fields_of(trial)).status
-        there = status not in ("new", OTHER)
-        results.append(Result(trial, status, read_run(at) if there else None))
+    results = [_read(trial, folder / trial.name, record) for trial in record.trials]
     return Results(record.name, folder, tuple(results), record.reference)
+
+
+def _read(trial: Trial, at: Path, record: Record) -> Result:
+    if Path(trial.name).is_absolute() or ".." in Path(trial.name).parts:
+        return Result(trial, "not in the study's folder", None)
+    status = standing(at, record.fields_of(trial)).status
+    if status in ("new", OTHER, UNKNOWN):
+        return Result(trial, status, None)
+    try:
+        return Result(trial, status, read_run(at))
+    except InputError as error:  # A summary alone, or a folder that may not be listed.
+        return Result(trial, error.remedy, None)
 
 
 def figures(run: Run, target: float) -> Mapping[str, float]:
@@ -141,7 +164,7 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
       - `target/rounds`, `target/bytes` (both ways) and `target/seconds` (simulated): what it took
         to reach the target, missing where it was not reached;
       - `wall/seconds`: of the whole run.
-      What the run did not record is missing.
+      What the run did not record is missing, and so is what is not finite.
     """
     found: dict[str, float | None] = {}
     for word in ACCURACIES:
@@ -156,7 +179,7 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
         found[f"{word}/cumulative"] = run.final(f"load/{word}_cv_cumulative")
     found |= _until(run, target)
     found["wall/seconds"] = run.seconds()
-    return {key: value for key, value in found.items() if value is not None}
+    return {k: value for k, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def _until(run: Run, target: float) -> dict[str, float | None]:
@@ -166,6 +189,8 @@ def _until(run: Run, target: float) -> dict[str, float | None]:
     if not reached.size:
         return {}
     first = float(reached[0])
+    if not run.complete(first):  # Earlier rounds may have reached it, and took their bytes.
+        return {}
     return {
         "target/rounds": first,
         "target/bytes": _total_at(first, *run.cumulative("comm/bytes_down", "comm/bytes_up")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import mean
@@ -10,20 +11,26 @@ from typing import Any, NamedTuple
 
 from experiments.studying.study import Study, Trial
 from experiments.workdir import Workdir, differing, write_atomically
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, printable
+from flexmoe_jax.reading import UnreadableError, is_number, read_json
 
 RECORD = "study.json"
 # Ends that starting the run again would not change.
 ENDED = ("finished", "diverged")
 # Of a folder whose run is not, or not yet, the one that the study asks for.
 OTHER = "other config"
+# Of a folder that does not say what its run is.
+UNKNOWN = "config.json cannot be read"
+# Bytes of study.json, which has a few hundred a run.
+_MOST_BYTES = 2**26
 
 
 class Standing(NamedTuple):
     """How far a run is.
 
     Attributes:
-      status: `new`, `other config`, `unfinished`, or how summary.json says that it ended.
+      status: `new`, `other config`, `config.json cannot be read`, `unfinished`, or how summary.json
+        says that it ended.
       seconds: wall time so far, where summary.json says it.
     """
 
@@ -38,25 +45,31 @@ def standing(folder: Path, asked: Mapping[str, Any]) -> Standing:
       folder: of the run.
       asked: the flat config that the run is to have; empty for whichever it has.
     """
-    if asked and not _may_be(folder, asked):
-        return Standing(OTHER)
+    other = _other(folder, asked) if asked else ""
+    if other:
+        return Standing(other)
     try:
-        summary = json.loads((folder / "summary.json").read_text("utf-8"))
-        return Standing(str(summary["status"]), float(summary["seconds"]))
+        summary = read_json(folder / "summary.json")
     except FileNotFoundError:
-        return Standing("unfinished" if (folder / "config.json").exists() else "new")
-    except (ValueError, TypeError, KeyError):
+        return Standing("unfinished" if os.path.exists(folder / "config.json") else "new")
+    except (OSError, UnreadableError):
         return Standing("unfinished")
+    status, seconds = summary.get("status"), summary.get("seconds")
+    known = is_number(seconds) and 0 <= seconds < float("inf")
+    return Standing(
+        printable(status, 60) if isinstance(status, str) else "unfinished",
+        float(seconds) if is_number(seconds) and known else None,
+    )
 
 
-def _may_be(folder: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the run asked for, or none at all yet."""
-    if not (folder / "config.json").exists():
-        return not (folder / "summary.json").exists()
+def _other(folder: Path, asked: Mapping[str, Any]) -> str:
+    """Why a folder does not hold the run asked for; empty where it does, or holds none yet."""
+    if not os.path.exists(folder / "config.json"):
+        return OTHER if os.path.exists(folder / "summary.json") else ""
     try:
-        return not differing(Workdir(folder).config(), asked)
-    except InputError:
-        return False
+        return OTHER if differing(Workdir(folder).config(), asked) else ""
+    except (OSError, InputError):
+        return UNKNOWN
 
 
 class Cost(NamedTuple):
@@ -109,8 +122,11 @@ def write_record(study: Study, workdir: Path) -> None:
       InputError: the folder belongs to another study.
     """
     path = workdir / RECORD
-    if path.exists():
-        there = read_record(workdir).name
+    if os.path.lexists(path):
+        try:
+            there = read_record(workdir).name
+        except InputError:  # It says nothing, and is written anew.
+            there = study.name
         if there != study.name:
             remedy = f"holds the study {there}, not {study.name}; choose another folder"
             raise InputError("--workdir", workdir, remedy)
@@ -143,23 +159,36 @@ def read_record(workdir: Path) -> Record:
       InputError: the folder holds no study.
     """
     try:
-        record = json.loads((workdir / RECORD).read_text("utf-8"))
-        trials = [
-            Trial(
-                run["dataset"],
-                run["partition"],
-                tuple(run["variant"].items()),
-                run["method"],
-                run["seed"],
-                dict(run.get("overrides", {})),
-            )
-            for run in record["runs"]
-        ]
-        fields = dict(record.get("config", {}))
-        return Record(record["name"], record.get("reference", ""), trials, fields)
+        record = read_json(workdir / RECORD, _MOST_BYTES)
+        trials = list(dict.fromkeys(map(_trial, record["runs"])))
+        name, reference = record["name"], record.get("reference", "")
+        if not isinstance(name, str) or len({tuple(dict(t.variant)) for t in trials}) > 1:
+            raise UnreadableError("has no name, or runs of several grids")
+        known = reference if reference in {trial.method for trial in trials} else ""
+        return Record(printable(name, 200), known, trials, dict(record.get("config", {})))
     except FileNotFoundError:
         remedy = "holds no study.json; give the --workdir of a sweep"
         raise InputError("DIR", workdir, remedy) from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         remedy = f"its {RECORD} cannot be read; start the sweep again, which writes it anew"
         raise InputError("DIR", workdir, remedy) from error
+
+
+def _trial(run: Mapping[str, Any]) -> Trial:
+    """A run as study.json tells it, its names as they can be printed.
+
+    Raises:
+      TypeError: a part is of the wrong kind, or (KeyError) is missing.
+    """
+    seed, overrides = run["seed"], run.get("overrides", {})
+    if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(overrides, dict):
+        raise TypeError("a seed is a whole number, and overrides have names")
+    dataset, partition, method = (_name(run[key]) for key in ("dataset", "partition", "method"))
+    variant = tuple((_name(axis), _name(name)) for axis, name in run["variant"].items())
+    return Trial(dataset, partition, variant, method, seed, overrides)
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a name is a text")
+    return printable(value, 200)

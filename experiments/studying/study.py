@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import itertools
 import json
@@ -16,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.cli import flat_fields, nearest
+from experiments.source import call_in_file
 from flexmoe_jax.errors import InputError
 
 Overrides = Mapping[str, object]
@@ -212,17 +212,10 @@ def read_study(path: str | Path) -> Study:
     Raises:
       InputError: there is no such file, it defines no study, or an override cannot be used.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError("--study", path, "no such file; experiments/studies/ holds examples")
-    spec = importlib.util.spec_from_file_location(f"study_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise InputError("--study", path, "is no Python file; experiments/studies/ holds examples")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    study = module.get_study() if hasattr(module, "get_study") else None
+    study = call_in_file("--study", Path(path), "get_study", examples="studies")
     if not isinstance(study, Study):
-        remedy = "defines no get_study() that returns a Study; experiments/studies/ holds examples"
+        kind = type(study).__name__
+        remedy = f"get_study() returns a {kind}, not a Study; experiments/studies/ holds examples"
         raise InputError("--study", path, remedy)
     if study.config.__name__ != "get_config":
         raise InputError("config", study.config.__name__, "give the get_config of a config file")

@@ -13,6 +13,7 @@ from flexmoe_jax.data.clients import (
     join,
     label_counts,
 )
+from flexmoe_jax.data.fingerprint import digest, fingerprint
 from flexmoe_jax.data.partition import PARTITIONS, check, partition, skewed
 from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, natural, shards
 from flexmoe_jax.data.sources import Dataset, load
@@ -32,9 +33,11 @@ __all__ = [
     "client_numbers",
     "crop",
     "crop_flip",
+    "digest",
     "dirichlet",
     "doubts",
     "feed_cohorts",
+    "fingerprint",
     "flip",
     "iid",
     "join",

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from flexmoe_jax.npz import open_npz
+from flexmoe_jax.reading import UnreadableError
+
 Arrays = Mapping[str, np.ndarray]
 
 _FINGERPRINT = "fingerprint"
@@ -55,12 +58,13 @@ def cached(path: Path, fingerprint: str, build: Callable[[], Arrays]) -> Arrays:
 def _read(path: Path, fingerprint: str) -> Arrays | None:
     """Returns the arrays at `path`, or None when they cannot be used."""
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            if str(file[_FINGERPRINT]) != fingerprint:
+        with open_npz(path) as file:
+            made_from, *names = file.read(_FINGERPRINT).ravel().tolist()
+            if made_from != fingerprint or {_FINGERPRINT, *names} != set(file.names):
                 return None
-            return {name: file[name] for name in file.files if name != _FINGERPRINT}
-    except Exception:  # Damage shows in many ways, and each has the same remedy: build again.
-        return None
+            return {name: file.read(name) for name in names}
+    except (OSError, UnreadableError, KeyError, ValueError):
+        return None  # Whatever it is, the remedy is the same: build again.
 
 
 def _write(path: Path, fingerprint: str, arrays: Arrays) -> None:
@@ -69,7 +73,9 @@ def _write(path: Path, fingerprint: str, arrays: Arrays) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **{_FINGERPRINT: np.array(fingerprint)}, **arrays)  # type: ignore[arg-type]
+            # With the names, so that an array that got lost is missed.
+            known = np.array([fingerprint, *arrays])
+            np.savez(file, allow_pickle=False, **{_FINGERPRINT: known}, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.reading import UnreadableError, require_memory
+
 Decoder = Callable[[bytes], np.ndarray]
 
 
@@ -84,3 +87,30 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     flat = image[..., 0] if image.shape[-1] == 1 else np.ascontiguousarray(image)
     scaled = Image.fromarray(flat).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(scaled, np.uint8).reshape(height, width, image.shape[-1])
+
+
+def resize_all(images: np.ndarray, side: int) -> np.ndarray:
+    """Stretches images (M, height, width, 1 or 3) uint8 to squares (M, side, side, channels).
+
+    Raises:
+      InputError: they would not fit into memory.
+    """
+    check_room(images.shape[0] * side * side * images.shape[-1], side)
+    return np.stack([resize(image, side, side) for image in images])
+
+
+def check_room(size: int, side: int) -> None:
+    """Refuses images that would not fit into memory.
+
+    Args:
+      size: bytes of all of them.
+      side: what `data.image_size` asks for.
+
+    Raises:
+      InputError: there is too little.
+    """
+    try:
+        require_memory(size)
+    except UnreadableError as error:
+        remedy = f"the decoded images are too large ({error}); choose a smaller side in pixels"
+        raise InputError("data.image_size", side, remedy) from error

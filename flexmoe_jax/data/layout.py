@@ -7,13 +7,13 @@ nobody registered with TFDS is found like any other.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.reading import UnreadableError, read_json
 
 EMBEDDED = "digits"
 
@@ -120,14 +120,15 @@ def _folders(folder: Path) -> list[Path]:
     """Returns the folders in a folder; none when it cannot be listed."""
     try:
         return sorted(path for path in folder.iterdir() if path.is_dir())
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name with a zero in it.
         return []
 
 
 def _default_config(home: Path) -> str:
     """Returns the configuration that TFDS noted as a builder's default, or ""."""
     try:
-        noted = json.loads((home / ".config" / "metadata.json").read_text())
-        return str(noted["default_config_name"] or "")
-    except (OSError, ValueError, KeyError, TypeError):
+        noted = read_json(home / ".config" / "metadata.json")["default_config_name"]
+    except (OSError, UnreadableError, KeyError):
         return ""
+    # A name, and no way out of the folder.
+    return noted if isinstance(noted, str) and re.fullmatch(r"\w[\w.+-]*", noted) else ""

@@ -11,13 +11,17 @@ import numpy as np
 from flexmoe_jax.data import decode
 from flexmoe_jax.data.cache import Arrays
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.npz import open_npz
+from flexmoe_jax.reading import UnreadableError
 
 SUFFIX = ".npz"
 _NEEDED = ("train_images", "train_labels", "test_images", "test_labels")
 _KNOWN = (*_NEEDED, "classes", "train_clients", "test_clients")
 
 
-def read(name: str, image_size: int = 0) -> tuple[Arrays, tuple[str, ...]]:
+def read(
+    name: str, image_size: int = 0, folder: str | os.PathLike[str] | None = None
+) -> tuple[Arrays, tuple[str, ...]]:
     """Reads the arrays of a file that `np.savez` wrote.
 
     Images are (M, height, width, channels), or (M, height, width) for one channel; features
@@ -26,6 +30,7 @@ def read(name: str, image_size: int = 0) -> tuple[Arrays, tuple[str, ...]]:
     Args:
       name: path of the file.
       image_size: side in pixels to resize uint8 images to; 0 keeps their size.
+      folder: where a relative path begins; the current folder when empty.
 
     Returns:
       `train_images` (M, ...) uint8 or float32, `train_labels` (M,), the same two for `test`,
@@ -37,31 +42,41 @@ def read(name: str, image_size: int = 0) -> tuple[Arrays, tuple[str, ...]]:
       InputError: for a file that is missing or damaged or lacks an array, for images that are not
         finite numbers, or that cannot be resized.
     """
-    path = Path(os.path.expanduser(name))
-    if not path.is_file():
-        raise InputError("data.name", name, "there is no such file")
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            names = list(file.files)
-            arrays = {key: file[key] for key in _KNOWN if key in file}
-    except MemoryError:
-        raise
-    except Exception as error:  # Damage shows in many ways.
-        reason = " ".join(str(error).split())[:300]
-        remedy = f"it cannot be read ({reason}); write it with np.savez, without Python objects"
-        raise InputError("data.name", name, remedy) from error
+    names, arrays = _open(name, folder)
     lacking = ", ".join(key for key in _NEEDED if key not in arrays)
     if lacking:
         raise InputError("data.name", name, f"it lacks {lacking} (it holds {_listed(names)})")
     for key in ("train_images", "test_images"):
         arrays[key] = _resized(_numbers(name, key, arrays[key]), image_size)
     if "classes" not in arrays:
-        labels = np.union1d(arrays["train_labels"], arrays["test_labels"])
-        arrays["classes"] = np.arange(len(labels)).astype(str)
-    for key in {"train_clients", "test_clients"} & arrays.keys():
+        arrays["classes"] = _classes(arrays["train_labels"], arrays["test_labels"])
+    for key in {"classes", "train_clients", "test_clients"} & arrays.keys():
         if arrays[key].dtype.kind == "S":
             arrays[key] = np.char.decode(arrays[key], "utf-8", "replace")
     return arrays, _unread(name, [key for key in names if key not in _KNOWN])
+
+
+def _open(
+    name: str, folder: str | os.PathLike[str] | None
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Reads the names of all that a file holds, and those of its arrays that are known here."""
+    path = Path(os.path.expanduser(folder or "")) / os.path.expanduser(name)
+    try:
+        with open_npz(path) as file:
+            return list(file.names), {key: file.read(key) for key in _KNOWN if key in file}
+    except (FileNotFoundError, NotADirectoryError) as error:
+        where = f" in data.dir={folder}" if folder else ""
+        raise InputError("data.name", name, f"there is no such file{where}") from error
+    except (OSError, UnreadableError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        remedy = f"it cannot be read ({reason}); write it with np.savez, without Python objects"
+        raise InputError("data.name", name, remedy) from error
+
+
+def _classes(train_labels: np.ndarray, test_labels: np.ndarray) -> np.ndarray:
+    """Returns names of as many classes as there are labels; `Dataset` refuses what is no label."""
+    labels = [labels for labels in (train_labels, test_labels) if labels.dtype.kind in "iu"]
+    return np.arange(len(np.unique(np.concatenate(labels, axis=None))) if labels else 0).astype(str)
 
 
 def _listed(names: list[str]) -> str:
@@ -88,7 +103,8 @@ def _numbers(name: str, key: str, images: np.ndarray) -> np.ndarray:
         images = images[..., None]
     if images.dtype == np.uint8:
         return images
-    images = images.astype(np.float32)
+    with np.errstate(over="ignore"):  # What is too large becomes infinity, which is refused.
+        images = images.astype(np.float32)
     if not np.isfinite(images).all():
         raise InputError("data.name", name, f"{key} has NaN or infinity; leave such examples out")
     return images
@@ -102,4 +118,4 @@ def _resized(images: np.ndarray, image_size: int) -> np.ndarray:
         found = f"{images.dtype} of shape {images.shape[1:]}"
         remedy = f"only uint8 images of 1 or 3 channels are resized, not {found}; set 0"
         raise InputError("data.image_size", image_size, remedy)
-    return np.stack([decode.resize(image, image_size, image_size) for image in images])
+    return decode.resize_all(images, image_size)

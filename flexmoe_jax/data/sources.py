@@ -104,7 +104,8 @@ def load(
     Args:
       name: `digits`, `path/to/file.npz`, or `name[/config][:version]`.
       data_dir: folder of prepared data sets; TFDS's default (`$TFDS_DATA_DIR`, else
-        `~/tensorflow_datasets`) when empty.
+        `~/tensorflow_datasets`) when empty. A relative path of an `.npz` file begins there, or in
+        the current folder when empty.
       train_limit: keep that many training examples, drawn with the class shares kept; 0 keeps all.
       test_limit: the same for the test examples.
       image_size: resize every image to a square of that side in pixels; 0 keeps the data set's own
@@ -137,7 +138,7 @@ def load(
     if name == layout.EMBEDDED:
         whole = _digits(image_size, cache_dir)
     elif name.endswith(npz_source.SUFFIX):
-        arrays, unread = npz_source.read(name, image_size)
+        arrays, unread = npz_source.read(name, image_size, data_dir)
         whole = _dataset(name, arrays, unread)
     else:
         whole = _prepared(name, data_dir, image_size, download, cache_dir, accept_prepared)
@@ -195,7 +196,7 @@ def _digits(image_size: int, cache_dir: str | os.PathLike[str] | None) -> Datase
     kept = cached(folder / "digits.npz", f"scikit-learn {version('scikit-learn')}", read)
     images, labels = kept["images"], kept["labels"]
     if image_size:
-        images = np.stack([decode.resize(image, image_size, image_size) for image in images])
+        images = decode.resize_all(images, image_size)
     is_test = np.zeros(len(labels), bool)
     test_count = round(_DIGITS_TEST_SHARE * len(labels))
     # The run's seed has no part in the split: results on digits compare across seeds.
@@ -260,7 +261,7 @@ def _check_labels(field: str, labels: np.ndarray, images: np.ndarray, num_classe
 
 def _check_integers(field: str, found: np.ndarray, count: int) -> None:
     """Refuses what is not one whole number for each of `count` examples, or no examples."""
-    if not np.issubdtype(found.dtype, np.integer) or found.shape != (count,) or not count:
+    if found.dtype.kind not in "iu" or found.shape != (count,) or not count:
         given = f"{found.dtype} of shape {found.shape}"
         raise InputError(field, given, f"give a whole number for each of {count} images")
 

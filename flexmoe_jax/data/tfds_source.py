@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from absl import logging
 
 from flexmoe_jax.data import decode, layout
 from flexmoe_jax.data.cache import Arrays
+from flexmoe_jax.data.tfds_metadata import check_metadata
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.reading import UnreadableError
 
 DEFAULT_IMAGE_SIZE = 32  # pixels a side, for data sets whose images vary in size
 _TEST_SPLITS = ("test", "validation")  # in order of preference
@@ -188,6 +191,9 @@ def _read_split(
         return None
     records = _records(name, builder, split)
     total = builder.info.splits[split].num_examples
+    if total > sum(Path(path).stat().st_size for path in builder.info.splits[split].filepaths):
+        raise UnreadableError(f"its split {split} is said to have {total:,} examples")
+    decode.check_room(total * math.prod(columns.shape), columns.shape[0])
     images = np.empty((total, *columns.shape), np.uint8)
     labels = np.empty((total,), np.int32)
     to_image = decode.decoder(columns.shape[-1])
@@ -212,8 +218,11 @@ def _records(name: str, builder: Any, split: str) -> Any:
     """Opens a split for random access to its serialised examples."""
     import tensorflow_datasets as tfds
 
+    lost = [path for path in builder.info.splits[split].filepaths if not Path(path).is_file()]
+    if lost:
+        raise InputError("data.name", name, f"the file {lost[0]} is missing; prepare it again")
     try:
-        records = builder.as_data_source(
+        return builder.as_data_source(
             split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
     except NotImplementedError as error:
@@ -224,10 +233,6 @@ def _records(name: str, builder: Any, split: str) -> Any:
             "TensorFlow reads; prepare it with file_format=array_record, or set "
             "data.download=true with an empty data.dir",
         ) from error
-    lost = [path for path in builder.info.splits[split].filepaths if not Path(path).is_file()]
-    if lost:
-        raise InputError("data.name", name, f"the file {lost[0]} is missing; prepare it again")
-    return records
 
 
 def _examples(records: Any, columns: _Columns) -> Iterator[tuple[bytes, int]]:
@@ -263,12 +268,15 @@ def _encode_without_tensorflow(builder: Any) -> None:
 
 @contextlib.contextmanager
 def _refusing_damage(name: str, version_folder: Path) -> Iterator[None]:
-    """Turns what the readers raise over damaged files into one line."""
+    """Looks at the metadata, and turns what readers raise over damaged files into one line."""
     try:
+        check_metadata(version_folder)
         yield
-    except (InputError, ImportError, MemoryError):
+    except InputError:
         raise
     except Exception as error:  # Metadata, records and examples each break in their own ways.
+        if isinstance(error, ImportError) and error.name != "tensorflow":
+            raise  # What is not installed is no damage; TensorFlow is needed for odd types alone.
         raise InputError(
             "data.name", name, f"{version_folder} is damaged ({_reason(error)}); prepare it again"
         ) from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from flexmoe_jax.edge.availability import (
+    AVAILABILITIES,
     Availability,
     always,
     independent,
     make_availability,
     markov,
+    read_record,
     trace,
 )
 from flexmoe_jax.edge.capacity import experts_in_memory
@@ -17,6 +19,7 @@ from flexmoe_jax.edge.profiles import TIERS, Profile, check_profile, read_tiers
 from flexmoe_jax.edge.timing import LATE, Attempt, Outcome, attempt, run_attempt
 
 __all__ = [
+    "AVAILABILITIES",
     "LATE",
     "TIERS",
     "Attempt",
@@ -34,6 +37,7 @@ __all__ = [
     "make_availability",
     "markov",
     "parse_mix",
+    "read_record",
     "read_tiers",
     "run_attempt",
     "trace",

@@ -9,19 +9,24 @@ Axis legend: `C` clients, `T` rounds.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.npz import read_npy
+from flexmoe_jax.reading import read_text, require_memory
 
 Availability = Callable[[int], np.ndarray]
 """Round index -> (C,) bool: who can be reached."""
 
 # Keeps these draws apart from others of the same seed and round.
 _STREAM = 0xA7A11
-_NAMES = ("always", "independent", "markov")
+AVAILABILITIES = ("always", "independent", "markov")
+# Of a file of numbers as text: 10,000 rounds of 50,000 clients.
+_MOST_BYTES = 2**30
 
 
 def always(clients: int) -> Availability:
@@ -101,7 +106,7 @@ def trace(source: str | Path | np.ndarray, clients: int) -> Availability:
       InputError: a record that cannot be read, is empty, or has other values or another width.
     """
     label = f"array of shape {source.shape}" if isinstance(source, np.ndarray) else str(source)
-    record = source if isinstance(source, np.ndarray) else _read_record(Path(source))
+    record = source if isinstance(source, np.ndarray) else read_record(source)
     if record.ndim != 2 or not record.size or record.dtype.kind not in "biuf":
         raise InputError(
             "edge.availability", label, "give numbers, a row a round and a column a client"
@@ -136,16 +141,16 @@ def make_availability(
     if name == "markov":
         return markov(share, mean_on_rounds, seed)
     if not _is_file(name):
-        near = difflib.get_close_matches(name, _NAMES, n=1)
+        near = difflib.get_close_matches(name, AVAILABILITIES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        remedy = f"{hint}give {', '.join(_NAMES)} or the path of a trace"
+        remedy = f"{hint}give {', '.join(AVAILABILITIES)} or the path of a trace"
         raise InputError("edge.availability", name, remedy)
     return trace(name, len(share))
 
 
 def _is_file(name: str) -> bool:
     try:
-        return Path(name).is_file()
+        return Path(os.path.expanduser(name)).is_file()
     except (OSError, ValueError):  # Longer than any name, or with a zero in it.
         return False
 
@@ -162,13 +167,25 @@ def _check_share(share: np.ndarray) -> np.ndarray:
     return share
 
 
-def _read_record(path: Path) -> np.ndarray:
+def read_record(path: str | Path) -> np.ndarray:
+    """Reads the array that a file for `trace` holds, whether or not it can be one.
+
+    Args:
+      path: of a `.npy` file, or of comma-separated numbers without a header.
+
+    Raises:
+      InputError: it cannot be read as either.
+    """
+    given = Path(os.path.expanduser(path))
     try:
-        if path.suffix == ".npy":
-            return np.asarray(np.load(path, allow_pickle=False))
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if given.suffix == ".npy":
+            return read_npy(given)
+        text = read_text(given, _MOST_BYTES)
+        # As numbers they take eight bytes each, of which most are written as two.
+        require_memory(8 * len(text))
+        lines = [line for line in text.splitlines() if line.partition("#")[0].strip()]
         return np.loadtxt(lines, delimiter=",", ndmin=2) if lines else np.empty((0, 0))
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ValueError: unreadable, or no numbers
         reason = str(error).partition("\n")[0]
         remedy = f"give 0 and 1 in a .npy file, or comma-separated without a header ({reason})"
         raise InputError("edge.availability", path, remedy) from error

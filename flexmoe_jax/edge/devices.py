@@ -115,7 +115,8 @@ def deal_devices(
 
 def _largest_remainder(weight: np.ndarray, total: int) -> np.ndarray:
     """Divides `total` in proportion to weights (n,) into whole numbers (n,)."""
-    quota = total * (weight / weight.sum())
+    part = weight / weight.max()  # The sum of large weights may be infinite.
+    quota = total * (part / part.sum())
     whole = np.floor(quota + 1e-9).astype(np.int64)  # 2.9999999999 is a 3 that lost its last bit
     remainder = np.round(quota - whole, 9)
     winners = np.argsort(-remainder, kind="stable")[: total - int(whole.sum())]

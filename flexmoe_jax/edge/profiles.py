@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -12,6 +13,11 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.reading import read_text
+
+_MOST_BYTES = 2**20
+# Times and capacities reckoned from figures in between stay finite.
+_SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 class Profile(NamedTuple):
@@ -47,8 +53,11 @@ def check_profile(profile: Profile) -> Profile:
         if figure == "availability":
             if not 0 <= value <= 1:
                 raise InputError(field, value, "give a share of rounds, from 0 to 1")
-        elif math.isnan(value) or value <= 0:
+        elif value != value or value <= 0:
             raise InputError(field, value, "give a number above 0 (inf for no limit)")
+        elif value != math.inf and not _SMALLEST <= value <= _LARGEST:
+            remedy = f"give a number from {_SMALLEST:g} to {_LARGEST:g} (inf for no limit)"
+            raise InputError(field, value, remedy)
     return profile
 
 
@@ -64,10 +73,15 @@ def read_tiers(path: str | Path | Traversable) -> Mapping[str, Profile]:
     Raises:
       InputError: no such file, no TOML, or a figure that is missing, unknown or impossible.
     """
-    file = Path(path) if isinstance(path, str) else path
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, no TOML, or no path at all
+        if isinstance(path, str | Path):
+            text = read_text(os.path.expanduser(path), _MOST_BYTES)
+        else:
+            text = path.read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
+    except RecursionError as error:
+        raise InputError("edge.tiers", path, "is nested too deeply for a file of tiers") from error
+    except (OSError, ValueError) as error:  # ValueError: unreadable, or no TOML
         raise InputError("edge.tiers", path, f"give a TOML file of tiers ({error})") from error
     figures = Profile._fields[1:]
     tiers = {}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,32 @@ def test_a_damaged_file_is_rebuilt(tmp_path: Path, damage: str) -> None:
     assert np.array_equal(again["images"], whole["images"])
     cache.cached(path, "one", build)
     assert build.calls == 2
+
+
+def test_a_pipe_in_its_place_is_not_waited_for(tmp_path: Path) -> None:
+    build, path = Counter(), tmp_path / "file.npz"
+    os.mkfifo(path)
+    for _ in range(2):
+        assert set(cache.cached(path, "one", build)) == {"images", "classes"}
+    assert build.calls == 1
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"images": np.arange(3)},
+        {"fingerprint": np.array("one"), "images": np.arange(3)},
+        {"fingerprint": np.array(["one", "images", "classes"]), "images": np.arange(3)},
+        {"fingerprint": np.array(["one", "images"]), "images": np.arange(3), "more": np.arange(3)},
+        {"fingerprint": np.array([1.5]), "images": np.arange(3)},
+        {"fingerprint": np.zeros(0)},
+    ],
+)
+def test_a_file_that_lacks_arrays_or_has_others_is_rebuilt(tmp_path: Path, arrays: dict) -> None:
+    build, path = Counter(), tmp_path / "file.npz"
+    np.savez(path, **arrays)
+    assert set(cache.cached(path, "one", build)) == {"images", "classes"}
+    assert build.calls == 1
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_the_run(

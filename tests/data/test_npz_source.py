@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flexmoe_jax import reading
 from flexmoe_jax.data import client_numbers, load, partition
 from flexmoe_jax.errors import InputError
 
@@ -193,3 +195,78 @@ def test_the_home_folder_is_found(save: Save, monkeypatch: pytest.MonkeyPatch) -
     path = Path(save())
     monkeypatch.setenv("HOME", str(path.parent))
     assert load("~/mine.npz").num_classes == 2
+
+
+def test_a_relative_name_begins_in_the_data_folder(save: Save, tmp_path: Path, monkeypatch) -> None:
+    home = Path(save()).parent
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load("mine.npz", data_dir=home).num_classes == 2
+    assert load(save(), data_dir="/nowhere").num_classes == 2
+    monkeypatch.setenv("HOME", str(home.parent))
+    assert load("mine.npz", data_dir=f"~/{home.name}").num_classes == 2
+    with pytest.raises(InputError, match=r"^data\.name=mine\.npz: there is no such file$"):
+        load("mine.npz")
+    line = r"^data\.name=mine\.npz: there is no such file in data\.dir=/nowhere$"
+    with pytest.raises(InputError, match=line):
+        load("mine.npz", data_dir="/nowhere")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_one_line_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "odd\nname.npz"
+    {
+        "pipe": os.mkfifo,
+        "device": lambda path: path.symlink_to("/dev/zero"),
+        "folder": Path.mkdir,
+    }[kind](path)
+    with pytest.raises(InputError, match=rf"odd name\.npz: it cannot be read \(is a {kind}") as one:
+        load(str(path))
+    assert "\n" not in str(one.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"train_images": np.zeros((10, 3, 4), complex)}, "train_images is complex128"),
+        ({"train_images": np.zeros((10, 3), "M8[s]")}, "train_images is datetime64"),
+        ({"train_images": np.zeros((10, 3), "i4,f4")}, "it cannot be read"),
+        ({"train_images": np.float64(3)}, r"train_images is float64 of shape \(\)"),
+        ({"train_images": np.full((10, 3, 4, 3), 1e300)}, "train_images has NaN or infinity"),
+        ({"train_labels": np.zeros(10, "m8[s]")}, "train_labels=timedelta64"),
+        ({"train_labels": np.zeros(10, "M8[s]")}, "train_labels=datetime64"),
+        ({"train_labels": np.int64(1)}, r"train_labels=int64 of shape \(\)"),
+        ({"train_labels": np.array(["a"] * 10), "test_labels": np.zeros(4)}, "train_labels=<U1"),
+        ({"train_labels": np.full(10, 2**63, np.uint64)}, "train_labels=9223372036854775808"),
+        ({"classes": np.zeros((0, 3))}, "train_labels=0: number the 0 classes"),
+    ],
+)
+def test_arrays_of_other_kinds_are_one_line(
+    save: Save, recwarn, changes: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(InputError, match=rf"mine\.npz: {line}"):
+        load(save(**changes))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">i2", np.longdouble, ">f8"])
+def test_byte_order_and_layout_do_not_matter(save: Save, dtype: Any) -> None:
+    features = np.asfortranarray(np.arange(50).reshape(10, 5).astype(dtype))
+    labels = np.arange(10).astype(">u2") % 2
+    data = load(save(train_images=features, test_images=features[:4], train_labels=labels))
+    assert data.train_images.dtype == np.float32
+    assert np.array_equal(data.train_images, np.arange(50).reshape(10, 5))
+    assert np.array_equal(data.train_labels, labels)
+
+
+def test_names_of_classes_in_bytes_are_their_texts(save: Save) -> None:
+    assert load(save(classes=np.array([b"cat", "hé".encode()]))).classes == ("cat", "hé")
+
+
+def test_images_too_large_for_memory_are_refused_before(save: Save, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "_free_memory", lambda: 10**6)
+    line = r"^data\.image_size=4000: the decoded images are too large \(takes 0.5 GB"
+    with pytest.raises(InputError, match=line):
+        load(save(), image_size=4000)
+    with pytest.raises(InputError, match=line.replace("0.5", "28.8")):
+        load("digits", image_size=4000)

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +157,78 @@ def test_a_damaged_file_is_refused(
     with pytest.raises(InputError, match=r"data\.name=hurt: .*is damaged") as caught:
         load("hurt", data_dir=folder, cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def rewrite(path: Path, change: Callable[[Any], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def shards(content: Any, length: str) -> None:
+    for split in content["splits"]:
+        split["shardLengths"] = [length]
+
+
+HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "examples without end": (
+        "dataset_info.json",
+        lambda path: rewrite(path, lambda content: shards(content, "1000000000000")),
+        "is damaged",
+    ),
+    "images without end": (
+        "features.json",
+        lambda path: path.write_text(path.read_text().replace("-1", "1000000")),
+        "is damaged|too large",
+    ),
+    "a module to import": (
+        "features.json",
+        lambda path: path.write_text(
+            path.read_text().replace("tensorflow_datasets.", "antigravity.")
+        ),
+        "names antigravity.*, which is no feature of TFDS",
+    ),
+    "nested": ("features.json", lambda path: path.write_text("[" * 100_000), "is damaged"),
+    "a pipe": ("label.labels.txt", lambda path: (path.unlink(), os.mkfifo(path)), "is a pipe"),
+    "a type of TensorFlow": (
+        "features.json",
+        lambda path: path.write_text(path.read_text().replace('"uint8"', '"uint9"')),
+        "names uint9, which is no type",
+    ),
+    "names without end": ("label.labels.txt", lambda path: os.truncate(path, 2**40), "larger than"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_metadata_are_refused_in_one_line(
+    write_dataset: Write, make_examples: Make, tmp_path: Path, kind: str
+) -> None:
+    rows = make_examples(4, channels=3, classes=2)
+    folder = write_dataset("odd", {"train": rows, "test": rows}, shape=(None, None, 3), classes=2)
+    name, change, line = HOSTILE[kind]
+    change(folder / "odd" / "1.0.0" / name)
+    with pytest.raises(InputError, match=line) as caught:
+        load("odd", data_dir=folder, cache_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "antigravity" not in sys.modules
+
+
+def test_one_flipped_bit_is_refused_or_harmless(
+    write_dataset: Write, make_examples: Make, tmp_path: Path
+) -> None:
+    rows = make_examples(4, channels=1, classes=2)
+    folder = write_dataset("bit", {"train": rows, "test": rows}, shape=(None, None, 1), classes=2)
+    draw = random.Random(0)
+    for path in sorted((folder / "bit" / "1.0.0").iterdir()):
+        whole = path.read_bytes()
+        for turn in range(8):
+            broken = bytearray(whole)
+            # The records lie at the start of a file that is otherwise empty.
+            broken[draw.randrange(min(len(broken), 1500))] ^= 1 << draw.randrange(8)
+            path.write_bytes(broken)
+            with contextlib.suppress(InputError):
+                load("bit", data_dir=folder, cache_dir=tmp_path / f"{path.name}-{turn}")
+        path.write_bytes(whole)
 
 
 def test_a_format_that_needs_tensorflow_is_refused(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +161,29 @@ def test_bad_input_is_refused(name: str, share: float, mean_on_rounds: float, li
 def test_what_can_be_no_file_is_refused(name):
     with pytest.raises(InputError, match=r"edge\.availability"):
         make_availability(name, share=np.ones(2), mean_on_rounds=2.0, seed=0)
+
+
+def test_traces_without_end_are_refused(tmp_path: Path, recwarn) -> None:
+    huge = tmp_path / "huge.csv"
+    huge.write_text("1,0\n")
+    with huge.open("r+b") as file:
+        file.truncate(2**40)
+    (tmp_path / "comments.csv").write_text("# nobody\n")
+    os.mkfifo(tmp_path / "pipe.npy")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|b1", "fortran_order": False, "shape": (10**12, 2)}
+    )
+    (tmp_path / "vast.npy").write_bytes(header.getvalue())
+    for path in ("/dev/zero", *sorted(tmp_path.iterdir())):
+        with pytest.raises(InputError, match=r"^edge\.availability=") as caught:
+            trace(path, 2)
+        assert len(str(caught.value).splitlines()) == 1
+    assert not recwarn.list
+
+
+def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there.csv").write_text("1,0\n")
+    there = make_availability("~/there.csv", share=np.ones(2), mean_on_rounds=2.0, seed=0)
+    assert there(0).tolist() == [True, False]

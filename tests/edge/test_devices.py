@@ -95,3 +95,8 @@ def test_a_mix_is_read_from_text() -> None:
 def test_unreadable_mixes_are_refused(text: str, remedy: str | None) -> None:
     with pytest.raises(InputError, match=remedy or "no such tier"):
         deal_devices(parse_mix(text), 3, seed=0)
+
+
+def test_weights_whose_sum_is_infinite_are_shares() -> None:
+    devices = deal_devices({"sensor": 1e308, "phone": 1e308, "gateway": 0.0}, 10, seed=0)
+    assert np.bincount(devices.tier).tolist() == [5, 5]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,32 @@ def test_bad_files_are_refused(tmp_path: Path, text: str, field: str) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"edge\.tiers=.*give a TOML file of tiers"):
         read_tiers(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("value", [10**400, 1e300, 5e-324, -(10**400)])
+def test_figures_that_no_device_has_are_named(value: float) -> None:
+    with pytest.raises(InputError, match=r"^edge\.tiers\.sensor\.speed=") as caught:
+        check_profile(GOOD._replace(speed=value))
+    assert len(str(caught.value)) < 1200
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 9000, "[car]\nmemory = " + "9" * 5000])
+def test_files_beyond_any_limit_are_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tiers.toml").write_text(text)
+    with pytest.raises(InputError, match=r"^edge\.tiers"):
+        read_tiers(tmp_path / "tiers.toml")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(InputError, match=r"give a TOML file of tiers \(is a"):
+            read_tiers(path)
+
+
+def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.toml").write_text(
+        "[car]\nmemory = 1\nspeed = 1\ndown = 1\nup = 1\navailability = 1\n"
+    )
+    assert list(read_tiers("~/t.toml")) == ["car"]

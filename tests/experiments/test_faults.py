@@ -91,9 +91,29 @@ def test_kills_at_any_moment_change_nothing(finished, tmp_path):
         time.sleep(draw.uniform(0, 0.05))
         process.kill()
         assert "Traceback" not in process.communicate()[1]
+    told = Workdir(workdir).seconds()
     process = launch(f"--workdir={workdir}", *LONG)
     assert (process.returncode, process.stderr) == (0, "")
     assert_same_run(workdir, finished)
+    # The time of those that were killed is in it, too.
+    clock = [row["time/run_seconds"] for row in rows(workdir)]
+    assert clock == sorted(clock)
+    assert 0 < told < clock[-1] < Workdir(workdir).seconds()
+
+
+def test_the_time_of_rounds_that_are_done_again_is_kept(tmp_path):
+    workdir, config = Workdir(tmp_path), base.get_config()
+    workdir.open(config)
+    for number in (1, 2, 3):
+        workdir.append({"round": number, "time/run_seconds": 10.0 * number})
+    # Killed after round 3 with a checkpoint of round 1; then once more before any round.
+    del workdir
+    for _ in range(2):
+        again = Workdir(tmp_path)
+        again.open(config)
+        again.keep_rounds(1)
+        assert again.seconds() == 30.0
+        del again
 
 
 def rows_so_far(workdir: Path) -> list[bytes]:
@@ -133,14 +153,6 @@ def test_the_end_of_the_metrics_may_be_anything(tmp_path, end):
     assert [row["round"] for row in workdir.read()] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("numbers", [(1, 2, 2, 3), (1, 2, 4)])
-def test_a_round_doubled_or_missing_ends_the_metrics(tmp_path, numbers):
-    workdir = Workdir(tmp_path)
-    for number in numbers:
-        workdir.append({"round": number})
-    assert [row["round"] for row in workdir.read()] == [1, 2]
-
-
 @pytest.mark.parametrize("content", [b"", b'{"seed"', b"\xff\xfe", b"[]", b"3", b"null"])
 def test_a_config_or_summary_of_garbage(tmp_path, content):
     workdir = Workdir(tmp_path)
@@ -158,7 +170,7 @@ def test_a_config_cut_off_by_a_kill_is_not_in_the_way(tmp_path):
     workdir.check(base.get_config())
     workdir.open(base.get_config())
     workdir.check(base.get_config())
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "run.lock"}
 
 
 def test_files_that_cannot_be_written_are_named_and_kept(tmp_path):
@@ -252,18 +264,38 @@ def test_a_workdir_that_may_not_be_written_is_one_line(tmp_path):
     assert one_line(process.stderr).startswith(f"{tmp_path / 'run'}: Permission denied; ")
 
 
-def test_a_signal_while_compiling_ends_after_the_first_round(tmp_path):
+def test_a_terminal_that_closes_while_compiling_ends_after_the_first_round(tmp_path):
     workdir = tmp_path / "stopped"
-    process = start(workdir, *LONG, "--config.rounds=1000")
-    wait_until((workdir / "config.json").exists, process)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=90)
-    assert (process.returncode, errors) == (0, "")
+    words = command(f"--workdir={workdir}", *LONG, "--config.rounds=1000")
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, *words],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    deadline = time.monotonic() + 90
+    while not (workdir / "config.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.close(ours)
+    assert process.wait(timeout=90) == 128 + signal.SIGHUP
     reached = len(rows(workdir))
     assert 1 <= reached < 1000
     assert json.loads((workdir / "summary.json").read_text())["status"] == "interrupted"
     assert Checkpoints(workdir / "checkpoints", keep=2).rounds()[-1] == reached
-    assert "interrupted" in output
+    assert (workdir / "report" / "index.html").exists()
+
+
+ON_A_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 def test_a_solver_out_of_time_is_said_and_the_run_goes_on(tmp_path):

@@ -98,7 +98,7 @@ def test_shipped_configs_only_set_fields_that_exist(module):
     assert flat_fields(module.get_config()).keys() == flat_fields(base.get_config()).keys()
 
 
-@pytest.mark.parametrize("given", ["1-", "-3", "-", "1-2-3", "a-b", "²-3"])
+@pytest.mark.parametrize("given", ["1-", "-3", "-", "1-2-3", "a-b", "²-3", "1-" + "9" * 5000])
 def test_half_a_range_is_refused(given):
     with pytest.raises(InputError, match=r"clients\.capacity"):
         client_capacities(given, 4, 8, 0)
@@ -111,6 +111,7 @@ def test_half_a_range_is_refused(given):
         ("auto", "3-3", "clients"),
         ("auto", [2, 2], "clients"),
         ("auto", "1-4", "usage"),
+        ("auto", "1-999999999", "usage"),
         ("auto", [1, 2], "usage"),
         ("auto", "memory", "usage"),
         ("clients", "1-4", "clients"),

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from experiments import devices
+from flexmoe_jax.errors import InputError
+from tests.experiments.test_muster import free_port
 from tests.experiments.test_train import ROOT, SMALL, command, rows
 
 # One of six clients sends updates that are not numbers.
@@ -20,24 +28,29 @@ TWO_ROUNDS = (
 )
 
 
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and stderr."""
+    _, errors = process.communicate(timeout=240)
+    return process.returncode, errors
+
+
 def launch_together(count: int, workdir: Path, *arguments: str) -> list[tuple[int, str]]:
     """Exit code and stderr of each of the processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     together = (f"--coordinator=localhost:{port}", f"--process_count={count}")
-    processes = [
-        subprocess.Popen(
-            command(f"--workdir={workdir}", *arguments, *together, f"--process_id={number}"),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(count)
+    return [
+        ended(process)
+        for process in [
+            start(f"--workdir={workdir}", *arguments, *together, f"--process_id={number}")
+            for number in range(count)
+        ]
     ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +72,7 @@ def test_several_processes_give_the_numbers_of_one(
 ) -> None:
     # Four devices in all, for a cohort of six clients, whose examples are sent.
     apart = ("--config.execution.devices=4", "--config.execution.data=host")
-    ended = launch_together(processes, tmp_path, *TWO_ROUNDS, *apart)
-    assert [code for code, _ in ended] == [0] * processes, ended
+    assert launch_together(processes, tmp_path, *TWO_ROUNDS, *apart) == [(0, "")] * processes
     several = rows(tmp_path)
     assert [row["round"] for row in several] == [1, 2]
     for alone, together in zip(one, several, strict=True):
@@ -93,13 +105,81 @@ def test_several_processes_give_the_numbers_of_one(
     ],
 )
 def test_flags_that_do_not_fit_together(tmp_path: Path, flags: tuple[str, ...], line: str) -> None:
-    ended = subprocess.run(
-        command(f"--workdir={tmp_path / 'run'}", *flags),
+    code, errors = ended(start(f"--workdir={tmp_path / 'run'}", *flags))
+    assert (code, errors.count("\n")) == (2, 1)
+    assert line in errors
+    assert not (tmp_path / "run").exists()
+
+
+# Of a task that Slurm itself started, beside one that does not come.
+TASK = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+}
+
+
+def test_a_task_of_slurm_is_one_of_several_and_says_who_is_missing(tmp_path: Path) -> None:
+    words = command(f"--workdir={tmp_path / 'run'}", "--join_seconds=1")
+    process = subprocess.run(
+        ["sh", "-c", 'SLURM_TASK_PID=$$ exec "$@"', "sh", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
+        env=os.environ | TASK | {"JAX_COORDINATOR_PORT": str(free_port())},
     )
-    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
-    assert line in ended.stderr
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1)
+    assert "no process 0 within 1 s" in process.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds a child as Linux tells of it")
+def test_strangers_do_nothing_and_a_killed_process_ends_all_in_a_line(
+    tmp_path: Path,
+) -> None:
+    port, workdir = free_port(), tmp_path / "run"
+    together = (*SMALL, "--config.rounds=100000", "--config.execution.devices=2")
+    together += (f"--coordinator=localhost:{port}", "--process_count=2", f"--workdir={workdir}")
+    first, second = (start(*together, f"--process_id={number}") for number in range(2))
+    metrics = workdir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert (first.poll(), second.poll()) == (None, None), (ended(first), ended(second))
+        time.sleep(0.05)
+    for words in (b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(5000)):
+        with socket.create_connection(("localhost", port)) as call:
+            call.sendall(words)
+    # One that takes a number twice does not come as far as JAX, which would abort all three.
+    code, line = ended(start(*together, "--process_id=1", "--join_seconds=1"))
+    assert (code, line.count("\n")) == (2, 1)
+    assert f"--coordinator=localhost:{port}: no process 0 within 1 s" in line
+    before = len(rows(workdir))
+    while len(rows(workdir)) == before:
+        assert (first.poll(), second.poll()) == (None, None), (ended(first), ended(second))
+        time.sleep(0.05)
+    # The one that computes, not the one that watches over it.
+    children = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    assert ended(second) == (128 + signal.SIGKILL, "ended by SIGKILL\n")
+    code, line = ended(first)
+    assert (code, line.count("\n")) == (1, 1)
+    assert line.startswith("another process of this run has ended, or cannot be reached; ")
+    assert len(rows(workdir)) >= before
+
+
+def test_processes_that_read_different_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[np.ndarray] = []
+
+    def gather(digest: np.ndarray) -> np.ndarray:
+        gathered.append(digest)
+        return np.stack(gathered)
+
+    monkeypatch.setattr(devices.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(devices.multihost_utils, "process_allgather", gather)
+    for _ in range(2):
+        devices.require_same_inputs({"data.train": "a1", "edge.tiers": "b"})
+    with pytest.raises(InputError, match="other data for process 2 than for process 0"):
+        devices.require_same_inputs({"data.train": "a2", "edge.tiers": "b"})

@@ -294,6 +294,13 @@ def test_bytes_and_time(ran: Ran) -> None:
             assert row["time/simulated_seconds"] == pytest.approx(needed[asked].max())
 
 
+def test_the_clock_of_the_run(ran: Ran) -> None:
+    """A round's assignment is solved while the one before it is evaluated, and counts there."""
+    clock = [row["time/run_seconds"] for row in ran.rows]
+    for row, before, now in zip(ran.rows, [0.0, *clock], clock, strict=False):
+        assert now - before >= row["time/round_seconds"] - row["assignment/solve_seconds"]
+
+
 def test_assignments(ran: Ran) -> None:
     """The gap of an assignment that can be solved anew, and what the status says of its loads."""
     for row, before, after in zip(ran.rows[1:], ran.states, ran.states[1:], strict=False):
@@ -340,6 +347,7 @@ COUNTED = {
     *(f"eval/{word}_accuracy" for word in ("personal", "global", "server")),
     *("eval/clients", "eval/personal_clients"),
     *("time/round_seconds", "time/train_examples_per_second", "time/simulated_seconds"),
+    "time/run_seconds",
 }
 
 

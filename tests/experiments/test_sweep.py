@@ -20,14 +20,16 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.cli import flat_fields
 from experiments.configs import digits
+from experiments.locks import lock
 from experiments.studying import local, slurm
-from experiments.studying.launch import command, lock
+from experiments.studying.launch import command
 from experiments.studying.local import Sweep, log_of
-from experiments.studying.standing import OTHER, cost, standing, write_record
+from experiments.studying.standing import OTHER, UNKNOWN, cost, standing, write_record
 from experiments.studying.study import Study, Trial, read_study
 from experiments.table import write_tables
-from experiments.workdir import as_json
+from experiments.workdir import Workdir, as_json
 from flexmoe_jax.errors import InputError
+from tests.experiments.test_program import STEP
 from tests.experiments.test_train import ROOT, timeless
 
 STUDIES = sorted(
@@ -38,6 +40,7 @@ STUDIES = sorted(
 # `broken` is a config that the sweep cannot know to be wrong, and a run refuses at once.
 TINY = """
 from experiments.configs import digits
+from experiments.locks import lock
 from experiments.studying.study import Study
 
 def get_study():
@@ -155,7 +158,7 @@ def test_files_that_hold_no_study_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         read_study(tmp_path / "none.py")
     (tmp_path / "empty.py").write_text("")
-    with pytest.raises(InputError, match="defines no get_study"):
+    with pytest.raises(InputError, match="does not define get_study"):
         read_study(tmp_path / "empty.py")
 
 
@@ -213,7 +216,7 @@ def test_what_is_done_is_skipped_and_what_another_sweep_is_at_is_left_to_it(tiny
         assert held is not None
         assert local.run(Sweep(str(tiny), str(runs))) == 0
     out = capsys.readouterr().out
-    assert "1 run left to another sweep" in out
+    assert "1 run not done yet: another sweep is at work there" in out
     assert not (runs / broken.name).exists()
     assert (runs / "table.md").exists()
     assert "tiny" in (runs / "report" / "index.html").read_text()
@@ -282,32 +285,13 @@ def test_how_far_a_run_is_depends_on_what_is_asked_for(tiny, tmp_path, changes, 
     assert standing(tmp_path / "run", {}).status == "finished"
     assert standing(tmp_path / "none", asked).status == "new"
     (tmp_path / "run" / "config.json").write_text("{")
-    assert standing(tmp_path / "run", asked).status == OTHER
+    assert standing(tmp_path / "run", asked).status == UNKNOWN
 
 
 def test_a_folder_of_another_study_is_refused(tiny, tmp_path):
     write_record(make_study(), tmp_path / "runs")
     with pytest.raises(InputError, match="holds the study small, not tiny"):
         local.run(Sweep(str(tiny), str(tmp_path / "runs")))
-
-
-def test_a_killed_sweep_keeps_its_run_locked_until_the_run_ends_too(tmp_path):
-    log = tmp_path / "run.log"
-    program = f"""
-from pathlib import Path
-from experiments.studying.launch import Interrupts, lock
-with Interrupts() as interrupts, lock(Path({str(log)!r})) as file:
-    interrupts.run(["sh", "-c", "echo $$; exec sleep 60"], file)
-"""
-    sweep = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True)
-    wait_for(log, sweep)
-    sweep.kill()
-    sweep.wait()
-    with lock(log) as file:
-        assert file is None
-    os.kill(int(log.read_text()), signal.SIGKILL)
-    with lock(log, wait=True) as file:
-        assert file is not None
 
 
 def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tiny, tmp_path):
@@ -325,8 +309,21 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tiny, tmp_path):
     assert (runs / flex.name / "summary.json").exists()
     assert not log_of(runs / broken.name).exists()
 
-    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    # Of a sweep that cannot ask any more, the run ends as if it had; the next sweep waits for it.
+    sweep = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+    start = log_of(runs / flex.name).stat().st_size
+    while not Workdir(runs / flex.name).busy():
+        assert sweep.poll() is None
+        time.sleep(0.02)
+    sweep.kill()
+    sweep.wait()
+    # Tasks of a step each take their share: what they start is no part of one program.
+    again = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, timeout=280, env=os.environ | STEP
+    )
     assert again.returncode == 1, again.stderr
+    assert "left to another" not in again.stdout
+    assert b"interrupted" in log_of(runs / flex.name).read_bytes()[start:]
     assert f"failed: {broken.name}: exit code 2: model.experts=0: choose 1 or more" in again.stdout
     assert f"{flex.name}: " in again.stdout
 

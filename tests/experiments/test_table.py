@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +308,18 @@ def test_letters_in_a_scatter_plot_do_not_touch(points):
     assert apart.min() >= LABEL
     assert (placed >= 0).all()
     assert (placed <= (4.0, 2.5)).all()
+
+
+def test_a_table_that_cannot_be_written_is_one_line(folder):
+    (folder / "table.md").mkdir()
+    process = subprocess.run(
+        [sys.executable, "-m", "experiments.table", str(folder)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.returncode == 2
+    line = f"DIR={folder}: {folder / 'table.md'} cannot be written (Is a directory); "
+    assert process.stderr.startswith(line)
+    assert len(process.stderr.splitlines()) == 1

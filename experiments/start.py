@@ -1,0 +1,201 @@
+"""One start of a training run: flags, the processes that share it, signals, and how it ends.
+
+What takes seconds to import is imported late: bad flags are refused at once, and a process that
+only watches over another one stays small.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from signal import SIGTERM, Signals
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments.children import Runner
+from experiments.cli import (
+    define_config,
+    read_config,
+    refuse_words,
+    run_cli,
+    user_path,
+)
+from experiments.endings import Wish, end_with_input, library_errors_to_parent
+from experiments.fields import check_kinds, check_numbers
+from experiments.muster import muster
+from experiments.program import Program, advice, asked, find_program
+from flexmoe_jax.errors import InputError, printable
+
+define_config("config", "Config file of the experiment.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_WITH_INPUT = flags.DEFINE_bool(
+    "end_with_input", False, "End as if by SIGTERM once standard input is closed."
+)
+
+# In what JAX and the libraries below it say when another process of the program is gone.
+_LOST = ("gloo", "nccl", "coordination", "distributed service", "heartbeat")
+_LAST_WORDS_SECONDS = 2.0
+
+
+def run() -> NoReturn:
+    """`python -m experiments.train`, to its end."""
+    # For --help, which knows the flags of the module that was started.
+    ours = (__name__, find_program.__module__)
+    found = [flag for module in ours for flag in flags.FLAGS.get_flags_for_module(module)]
+    for flag in [flags.FLAGS["config"], *found]:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    run_cli(main)
+
+
+def main(argv: list[str]) -> int:
+    """Trains, then writes the report.
+
+    Returns:
+      exit code: 0, or 1 if the run diverged or a file fails, or 128 + the number of the signal that
+      ended it, with everything saved.
+
+    Raises:
+      InputError: flags or config cannot be used; nothing is written then.
+    """
+    refuse_words(argv)
+    config = read_config("config")
+    check_kinds(config)
+    check_numbers(config)
+    if not _WORKDIR.value:
+        raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/digits")
+    folder = user_path("--workdir", _WORKDIR.value)
+    program = find_program(asked(), os.environ, os.getpid())
+    if program is not None and not _WITH_INPUT.value:
+        return _watch(program, config, folder)
+    if program is None and (line := advice(asked(), os.environ)):
+        print(line, flush=True)
+    if _WITH_INPUT.value:
+        end_with_input()
+    return _alone(config, folder) if program is None else _together(config, folder, program)
+
+
+def _alone(config: ConfigDict, folder: Path) -> int:
+    try:
+        return _train(config, folder, None)
+    except (OSError, InputError) as error:
+        if not (line := _fault(error, folder)):
+            raise
+        print(line, file=sys.stderr)
+        return 1
+
+
+def _together(config: ConfigDict, folder: Path, program: Program) -> int:
+    """As a child that `_watch` started: ends at once where it fails, alone or with the others.
+
+    A usual exit would wait for processes that wait for this one, for minutes.
+    """
+    library_errors_to_parent()
+    try:
+        return _train(config, folder, program)
+    except Exception as error:
+        line = _fault(error, folder) or _lost(str(error), folder)
+        if line or isinstance(error, InputError):
+            print(line or error, file=sys.stderr)
+        else:
+            traceback.print_exc()
+        if program.number == 0:
+            # The others may have the same to say, and end when process 0 does.
+            time.sleep(_LAST_WORDS_SECONDS)
+        _leave(1 if line or not isinstance(error, InputError) else 2)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _train(config: ConfigDict, folder: Path, program: Program | None) -> int:
+    import jax
+
+    from experiments.devices import prepare_devices
+
+    prepare_devices(config.execution.devices, program)
+    from experiments.train import train
+    from experiments.workdir import Workdir
+
+    workdir = Workdir(folder, writes=jax.process_index() == 0)
+    with Wish(f"ended at once; the same command goes on with {printable(folder)}") as wish:
+        workdir.keep_others_out(create=False)
+        status = train(config, workdir, stop=lambda: wish.number > 0)
+        if program is not None:
+            # Nobody need wait for the report.
+            jax.distributed.shutdown()
+        if workdir.writes:
+            from experiments.report import write_report
+
+            page = write_report([folder], folder / "report" / "index.html")
+            print(f"{status} · report: {printable(page)}")
+    if status == "interrupted":
+        # Another process of the program may have been the one to be asked.
+        return 128 + (wish.number or SIGTERM)
+    return 1 if status == "diverged" else 0
+
+
+def _fault(error: Exception, folder: Path) -> str:
+    """The line on a file that fails; empty for any other error."""
+    # The report wraps what it cannot write, as if the user had chosen the file.
+    fault = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(fault, OSError):
+        return ""
+    return (
+        f"{printable(fault.filename or folder)}: {fault.strerror or fault}; once that is put right "
+        "(free some space?), the same command goes on from the newest checkpoint"
+    )
+
+
+def _lost(said: str, folder: Path) -> str:
+    """The line on a process that is gone; empty where that is not what was said."""
+    if not any(word in said.lower() for word in _LOST):
+        return ""
+    return (
+        "another process of this run has ended, or cannot be reached; "
+        f"the same commands go on with {printable(folder)} from the newest checkpoint"
+    )
+
+
+def _watch(program: Program, config: ConfigDict, folder: Path) -> int:
+    """Runs this process's part of a program in a child.
+
+    JAX aborts a process whose peers are gone, from a thread of its own, with a core dump. The one
+    that watches says it in a line.
+    """
+    from experiments.workdir import Workdir, as_json, flatten
+
+    devices = config.execution.devices
+    if program.size and devices % program.size:
+        remedy = f"give a multiple of --process_count={program.size}, or 0"
+        raise InputError("execution.devices", devices, remedy)
+    if program.number == 0:
+        Workdir(folder).keep_others_out(create=False)
+    ours = ["--end_with_input", "--distributed=auto"]
+    if program.coordinator:
+        muster(program, flatten(as_json(config)), lambda line: print(line, flush=True))
+        ours[1:] = [
+            f"--coordinator={program.coordinator}",
+            f"--process_count={program.size}",
+            f"--process_id={program.number}",
+        ]
+    if program.local is not None:
+        os.environ.setdefault("JAX_LOCAL_DEVICE_IDS", str(program.local))
+    with Runner() as runner:
+        # What the user gave comes last, and counts.
+        words = [sys.executable, "-m", "experiments.train", *ours, *sys.argv[1:]]
+        code, said = runner.run(words)
+    if code >= 0:
+        return code
+    if code == -SIGTERM and runner.caught:
+        return 128 + runner.caught
+    lost = _lost(said, folder)
+    print(lost or f"{said}\nended by {Signals(-code).name}".lstrip(), file=sys.stderr)
+    return 1 if lost else 128 - code
