@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import flax.linen as nn
 import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.cli import nearest
-from experiments.edge import capacity_in_memory, make_devices, make_network, model_shapes
+from experiments.edge import capacity_in_memory, check_model, make_devices, make_network
 from experiments.fields import check_kinds, check_numbers, client_capacities, load_model_name
-from flexmoe_jax import assignment, data, federated, models
+from flexmoe_jax import assignment, client, data, edge, models, server, simulation
 from flexmoe_jax.edge import AVAILABILITIES, read_record, read_tiers
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.types import Array
+from flexmoe_jax.federation import Federation
 
 # What personal accuracy is measured on.
 OWN_EXAMPLES = "clients' own test examples"
@@ -29,29 +31,29 @@ class Experiment:
     """A federation and its data.
 
     Attributes:
-      algorithm: init, assign, plan, round, evaluate.
+      simulation: init, assign, plan, round, evaluate.
       feed: the training examples of a cohort's clients, or of all clients.
-      label_share: (C, Y) of the clients' training examples.
+      about: what is known of the clients, for whoever judges their models.
       test: the test set.
       classes: names of the Y classes.
       label_counts: (C, Y) training examples of each client by class.
       capacity: (C,) k_c.
       network: who takes part in a round, and what arrives.
-      payload: bytes of what travels.
+      payload: bytes of what travels, by group of MoE layers.
       inputs: hashes of what it reads; see `inputs_of`.
       personal: what personal accuracy is measured on, in words.
       notes: sentences on what a user should know before trusting the figures.
     """
 
-    algorithm: federated.Algorithm
+    simulation: simulation.Simulation
     feed: data.Feed
-    label_share: Array
-    test: federated.TestSet
+    about: data.About
+    test: simulation.TestSet
     classes: tuple[str, ...]
     label_counts: np.ndarray
     capacity: np.ndarray
-    network: federated.Network
-    payload: federated.Payload
+    network: simulation.Network
+    payload: tuple[simulation.Payload, ...]
     inputs: Mapping[str, str]
     personal: str
     notes: tuple[str, ...]
@@ -65,120 +67,161 @@ def build(config: ConfigDict) -> Experiment:
     """
     check_kinds(config)
     check_numbers(config)
-    load = load_model_name(config.assignment.load, config.clients.capacity)
-    if load not in federated.LOAD_MODELS:
-        choices = ", ".join(("auto", *federated.LOAD_MODELS))
-        raise InputError("assignment.load", load, f"choose one of {choices}")
-    policy = assignment.make_policy(
-        config.assignment.policy,
-        slack=config.assignment.slack,
-        solver=config.assignment.solver,
-        rounding=config.assignment.rounding,
-        backend=config.assignment.backend,
-        weighted=load != "clients",
-        holders_min=config.assignment.holders_min,
-        balance=config.assignment.balance,
-        diversity=config.assignment.diversity,
-        movement=config.assignment.movement,
-        exploration=config.assignment.exploration,
-        time_limit=config.assignment.time_limit,
-    )
-    backbone = models.make_backbone(
-        config.model.backbone,
-        widths=config.model.widths or (),
-        depth=config.model.depth,
-        groups=config.model.groups,
-        conv=models.convolution(config.model.conv),
-    )
-    if config.model.local_backbone:
-        backbone = models.PersonalMixture(backbone, backbone.clone())
-    ownership = make_ownership(config.model)
-    score = federated.make_score(config.fitness.score, config.fitness.alpha)
-    local = federated.LocalTraining(
-        optimizer=local_optimizer(config.local),
-        epochs=config.local.epochs,
-        batch_size=config.local.batch_size,
-        max_steps=config.local.max_steps,
-        balance=config.local.balance,
-        z=config.local.z,
-        tile=config.execution.tile,
-        decay=make_decay(config.local.decay, config.rounds),
-        augment=augmentation(config.local.augment),
-    )
-    uplink = make_uplink(config)
-    aggregator = make_aggregator(config.server)
+    # All that can be refused without the data comes first.
+    load = make_load(config)
+    policy = make_policy(config.assignment, load)
+    local, admission = local_training(config), make_admission(config.server)
+    choices: dict[str, Any] = {
+        "policy": policy,
+        "local": local,
+        "ownership": make_ownership(config.model),
+        "codec": make_codec(config.upload),
+        "admission": admission,
+        "aggregator": make_aggregator(config.server),
+        "optimizer": server_optimizer(config.server),
+        "fitness": make_fitness(config.fitness),
+        "deficit_decay": config.assignment.deficit_decay,
+        "seed": config.seed,
+        "prior": config.eval.prior,
+    }
+    backbone = make_backbone(config.model)
     devices = make_devices(config.edge, config.clients.count, config.seed)
-    capacity = np.ones(config.clients.count, np.int64)
-    if config.clients.capacity != "memory":
-        capacity = client_capacities(
-            config.clients.capacity, config.clients.count, config.model.experts, config.seed
-        )
-    elif devices is None:
-        raise InputError("clients.capacity", "memory", "say what devices there are: edge.mix")
+    capacity = given_capacity(config, devices)
+    mesh = simulation.client_mesh(config.execution.devices)
 
-    mesh = federated.client_mesh(config.execution.devices)
     dataset, parts = load_partitioned(config)
     if local.augment is not None and dataset.train_images.ndim != 4:
         remedy = "the examples are not images of (height, width, channels); say none"
         raise InputError("local.augment", config.local.augment, remedy)
     clients = data.build_clients(dataset, parts, place=np.asarray)
-    model = models.MoEClassifier(
-        backbone=backbone,
-        classes=dataset.num_classes,
-        experts=config.model.experts,
-        hidden=config.model.hidden,
-        top_k=config.model.top_k,
-        shared_experts=config.model.shared_experts,
-    )
-    owner = test_owner(dataset, config.partition.name)
-    prepare = data.standardise(dataset.train_images)
-    if config.assignment.policy == "full":
-        capacity = np.full_like(capacity, config.model.experts)
-    elif config.clients.capacity == "memory":
+    model = make_model(backbone, config.model, dataset)
+    sample = {name: values[:2] for name, values in clients.arrays.items()}
+    check_model(model, sample["images"], config.model.backbone)
+    if capacity is None:
         assert devices is not None
-        capacity = capacity_in_memory(model, prepare, dataset.train_images[:1], devices, config)
-    params = model_shapes(model, prepare, dataset.train_images)
-    models.check_ownership(params, ownership, capacity.tolist())
-    owned = models.split_params(params, ownership)
+        capacity = capacity_in_memory(model, sample, devices, config, choices["ownership"])
     sizes = np.asarray(clients.size)
-    steps, examples = local.steps(sizes), local.examples(sizes)
-    network = make_network(config, devices, steps, examples)
-    algorithm = federated.flexmoe(
-        model,
-        clients,
-        prepare=prepare,
+    examples = local.examples(sizes)
+    federation = Federation(
+        model=model,
+        sample=sample,
         capacity=capacity,
-        policy=policy,
-        load_model=federated.make_load_model(load, examples, capacity, config.model.top_k),
-        local=local,
-        fitness=federated.FitnessOptions(
-            score, config.fitness.beta, config.fitness.initial, config.fitness.optimism
-        ),
-        server=server_optimizer(config.server),
-        ownership=ownership,
-        uplink=uplink,
-        aggregator=aggregator,
-        rows=network.asked,
-        deficit_decay=config.assignment.deficit_decay,
-        seed=config.seed,
-        block_size=config.execution.client_block_size,
-        mesh=mesh,
+        load=server.make_load_model(load, examples, capacity, config.model.top_k),
+        **choices,
     )
+    network = make_network(config, devices, local.steps(sizes), examples)
+    owner = test_owner(dataset, config.partition.name)
     return Experiment(
-        algorithm=algorithm,
+        simulation=simulation.simulate(
+            federation,
+            clients,
+            rows=network.asked,
+            block_size=config.execution.client_block_size,
+            mesh=mesh,
+        ),
         feed=make_feed(config.execution.data, clients, network.asked, mesh),
-        label_share=federated.replicate(clients.label_share, mesh),
-        test=federated.chunk_test_set(
-            dataset.test_images, dataset.test_labels, config.eval.batch_size, mesh, owner
+        about=simulation.replicate(clients.about, mesh),
+        test=simulation.chunk_test_set(
+            {"images": dataset.test_images, "labels": dataset.test_labels.astype(np.int32)},
+            config.eval.batch_size,
+            mesh,
+            owner,
         ),
         classes=dataset.classes,
         label_counts=data.label_counts(dataset.train_labels, parts, dataset.num_classes),
         capacity=capacity,
         network=network,
-        payload=federated.payload(owned.shared, owned.experts, uplink.compressor),
+        payload=simulation.payloads(federation),
         inputs=inputs_of(config, dataset),
         personal=OWN_EXAMPLES if owner is not None else COMMON_EXAMPLES,
-        notes=notes_on(dataset, config.partition.name),
+        notes=notes_on(dataset, config.partition.name) + notes_on_privacy(config.server),
+    )
+
+
+def make_load(config: ConfigDict) -> str:
+    """The name of the load model."""
+    load = load_model_name(config.assignment.load, config.clients.capacity)
+    if load not in server.LOAD_MODELS:
+        choices = ", ".join(("auto", *server.LOAD_MODELS))
+        raise InputError("assignment.load", load, f"choose one of {choices}")
+    return load
+
+
+def make_policy(options: ConfigDict, load: str) -> assignment.Policy:
+    """Who holds which expert."""
+    return assignment.make_policy(
+        options.policy,
+        slack=options.slack,
+        solver=options.solver,
+        rounding=options.rounding,
+        backend=options.backend,
+        weighted=load != "clients",
+        holders_min=options.holders_min,
+        balance=options.balance,
+        diversity=options.diversity,
+        movement=options.movement,
+        exploration=options.exploration,
+        time_limit=options.time_limit,
+    )
+
+
+def make_fitness(options: ConfigDict) -> server.FitnessOptions:
+    """How the fitness is learnt."""
+    score = server.make_score(options.score, options.alpha)
+    return server.FitnessOptions(score, options.beta, options.initial, options.optimism)
+
+
+def make_backbone(options: ConfigDict) -> nn.Module:
+    """What comes before the experts."""
+    backbone = models.make_backbone(
+        options.backbone,
+        widths=options.widths or (),
+        depth=options.depth,
+        groups=options.groups,
+        conv=models.convolution(options.conv),
+    )
+    return models.PersonalMixture(backbone, backbone.clone()) if options.local_backbone else backbone
+
+
+def make_model(backbone: nn.Module, options: ConfigDict, dataset: data.Dataset) -> models.Model:
+    """The model, with all that its inputs go through first."""
+    module = models.MoEClassifier(
+        backbone=backbone,
+        classes=dataset.num_classes,
+        experts=options.experts,
+        hidden=options.hidden,
+        top_k=options.top_k,
+        shared_experts=options.shared_experts,
+    )
+    return models.classifier(module).after(data.standardise(dataset.train_images))
+
+
+def given_capacity(config: ConfigDict, devices: edge.Devices | None) -> np.ndarray | None:
+    """k_c (C,) as the config has it; None where devices' memory decides."""
+    options, experts = config.clients, config.model.experts
+    if options.capacity == "memory":
+        if devices is None:
+            raise InputError("clients.capacity", "memory", "say what devices there are: edge.mix")
+        if config.assignment.policy != "full":
+            return None
+        return np.full(options.count, experts, np.int64)
+    given = client_capacities(options.capacity, options.count, experts, config.seed)
+    return np.full_like(given, experts) if config.assignment.policy == "full" else given
+
+
+def local_training(config: ConfigDict) -> client.LocalTraining:
+    """How clients train."""
+    options = config.local
+    return client.LocalTraining(
+        optimizer=local_optimizer(options),
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        max_steps=options.max_steps,
+        balance=options.balance,
+        z=options.z,
+        tile=config.execution.tile,
+        decay=make_decay(options.decay, config.rounds),
+        augment=augmentation(options.augment),
     )
 
 
@@ -198,9 +241,9 @@ def make_feed(where: str, clients: data.ClientData, most: int, mesh: Mesh) -> da
         raise InputError("execution.data", where, "choose one of auto, device, host")
     # None where a device does not say: a CPU.
     memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-    if where == "host" or (where == "auto" and memory and clients.images.nbytes > memory / 2):
-        return data.feed_cohorts(clients, most, partial(federated.replicate, mesh=mesh))
-    placed = federated.replicate(clients, mesh)
+    if where == "host" or (where == "auto" and memory and simulation.tree_bytes(clients.arrays) > memory / 2):
+        return data.feed_cohorts(clients, most, partial(simulation.replicate, mesh=mesh))
+    placed = simulation.replicate(clients, mesh)
     return lambda cohort: placed
 
 
@@ -295,6 +338,16 @@ def notes_on(dataset: data.Dataset, partition: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def notes_on_privacy(options: ConfigDict) -> tuple[str, ...]:
+    """What a user should know of the noise before trusting its ε."""
+    if not options.noise_multiplier or options.noise != "simulated":
+        return ()
+    return (
+        "server.noise=simulated: whoever knows this config can draw the noise again, so it keeps "
+        "nothing private; privacy/epsilon_simulated is what secret noise would give",
+    )
+
+
 def make_ownership(options: ConfigDict) -> models.Ownership:
     """Which parts of the model are averaged, and which stay with their clients."""
     if options.gate not in ("private", "shared"):
@@ -303,39 +356,50 @@ def make_ownership(options: ConfigDict) -> models.Ownership:
     return models.Ownership(private, options.gate == "shared")
 
 
-def make_uplink(config: ConfigDict) -> federated.Uplink:
-    """How updates reach the server."""
-    server = config.server
-    if server.noise_multiplier and not server.clip:
+def make_codec(options: ConfigDict) -> client.Codec:
+    """How updates travel."""
+    compressor = client.make_compressor(options.compression, options.kept)
+    return client.Codec(compressor, options.error_feedback)
+
+
+def make_admission(options: ConfigDict) -> server.Admission:
+    """Which updates the server lets in."""
+    if options.noise_multiplier and not options.clip:
         remedy = "cut the updates too: without server.clip no noise makes them private"
-        raise InputError("server.noise_multiplier", server.noise_multiplier, remedy)
-    return federated.Uplink(
-        compressor=federated.make_compressor(config.upload.compression, config.upload.kept),
-        error_feedback=config.upload.error_feedback,
-        quarantine=server.quarantine,
-        norm_limit=server.norm_limit,
-        clip=server.clip,
-        noise_multiplier=server.noise_multiplier,
+        raise InputError("server.noise_multiplier", options.noise_multiplier, remedy)
+    if not (options.norm_factor == 0 or 1 <= options.norm_factor < float("inf")):
+        remedy = "choose 0 for none, or 1 or more"
+        raise InputError("server.norm_factor", options.norm_factor, remedy)
+    if options.noise not in ("secret", "simulated"):
+        raise InputError("server.noise", options.noise, "choose one of secret, simulated")
+    return server.Admission(
+        quarantine=options.quarantine,
+        norm_factor=options.norm_factor,
+        norm_limit=options.norm_limit,
+        clip=options.clip,
+        noise_multiplier=options.noise_multiplier,
+        simulated_noise=options.noise == "simulated",
     )
 
 
-def make_aggregator(server: ConfigDict) -> federated.Aggregator | None:
+def make_aggregator(options: ConfigDict) -> server.Aggregator | None:
     """How the server makes one update of many; None for the weighted mean."""
-    trims = {"mean": 0.0, "median": 0.5, "trimmed_mean": server.trim}
-    if server.aggregator not in trims:
-        raise InputError(
-            "server.aggregator",
-            server.aggregator,
-            f"did you mean {nearest(server.aggregator, trims)}? choose one of {', '.join(trims)}",
-        )
-    if not 0 <= server.trim <= 0.5:
-        raise InputError("server.trim", server.trim, "choose a number in [0, 0.5]")
-    if server.aggregator == "mean":
-        return None
-    if server.noise_multiplier:
+    if not 0 <= options.trim <= 0.5:
+        raise InputError("server.trim", options.trim, "choose a number in [0, 0.5]")
+    aggregators: dict[str, server.Aggregator | None] = {
+        "mean": None,
+        "median": server.trimmed_mean(0.5),
+        "trimmed_mean": server.trimmed_mean(options.trim),
+        "geometric_median": server.geometric_median(),
+    }
+    if options.aggregator not in aggregators:
+        near, all_of_them = nearest(options.aggregator, aggregators), ", ".join(aggregators)
+        remedy = f"did you mean {near}? choose one of {all_of_them}"
+        raise InputError("server.aggregator", options.aggregator, remedy)
+    if options.noise_multiplier and options.aggregator != "mean":
         remedy = "its noise is reckoned for the mean: choose mean, or no noise_multiplier"
-        raise InputError("server.aggregator", server.aggregator, remedy)
-    return partial(federated.trimmed_mean, trim=trims[server.aggregator])
+        raise InputError("server.aggregator", options.aggregator, remedy)
+    return aggregators[options.aggregator]
 
 
 def make_decay(name: str, rounds: int) -> optax.Schedule | None:
@@ -350,13 +414,16 @@ def make_decay(name: str, rounds: int) -> optax.Schedule | None:
     return decays[name]
 
 
-def augmentation(name: str) -> data.Augmentation | None:
+def augmentation(name: str) -> client.Augment | None:
     """How training images are changed at random."""
     if name not in ("none", *data.AUGMENTATIONS):
         raise InputError(
             "local.augment", name, f"choose one of none, {', '.join(data.AUGMENTATIONS)}"
         )
-    return data.AUGMENTATIONS.get(name)
+    if name == "none":
+        return None
+    change = data.AUGMENTATIONS[name]
+    return lambda batch, bits: {**batch, "images": change(batch["images"], bits)}
 
 
 def local_optimizer(options: ConfigDict) -> optax.GradientTransformation:
@@ -364,10 +431,10 @@ def local_optimizer(options: ConfigDict) -> optax.GradientTransformation:
     optimizer = _optimizer("local.optimizer", options)
     steps = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
     if options.proximal:
-        steps.append(federated.proximal(options.proximal))
+        steps.append(client.proximal(options.proximal))
     steps.append(optimizer)
     if options.expert_rate != 1:
-        steps.append(federated.scale_experts(options.expert_rate))
+        steps.append(client.scale_experts(options.expert_rate))
     return optax.chain(*steps)
 
 

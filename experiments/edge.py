@@ -2,80 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from flexmoe_jax import edge, federated, models
+from flexmoe_jax import edge, models, simulation
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array, PyTree
 
 
-def model_shapes(
-    model: models.MoEClassifier, prepare: Callable[[Array], Array], images: np.ndarray
-) -> PyTree:
-    """Shapes of the model's parameters, without computing anything.
+def check_model(model: models.Model, images: np.ndarray, name: str) -> None:
+    """Refuses a backbone that cannot be trained as the rounds train it, without computing anything.
+
+    Args:
+      model: around the backbone.
+      images: two of them.
+      name: of the backbone.
 
     Raises:
-      InputError: for a backbone that cannot be trained as the rounds train it.
+      InputError: naming what does not fit.
     """
 
-    def trace(x: Array) -> tuple[PyTree, PyTree]:
-        params = model.init(jax.random.key(0), prepare(x), jnp.ones(model.experts, bool))["params"]
+    def trace(x: Array) -> PyTree:
         # As the rounds do: from parameters alone.
-        return params, model.apply({"params": params}, prepare(x), method="features")
+        return model.trunk(model.init(jax.random.key(0), x), x)
 
-    batch = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
-    try:
-        params, features = jax.eval_shape(trace, batch)
-    except InputError:
-        raise
-    except Exception as error:  # A backbone that does not fit can fail in any way.
-        reason = " ".join(str(error).split()).partition(" (https://flax")[0]
-        raise _unfit(model, reason[:300]) from error
-    if features.ndim != 2 or features.shape[0] != 2:
-        raise _unfit(model, f"it turns images {batch.shape} into {features.shape}")
-    return params
-
-
-def _unfit(model: models.MoEClassifier, reason: str) -> InputError:
-    """The refusal of a backbone, with what is asked of one."""
+    batch = jax.ShapeDtypeStruct(images.shape, images.dtype)
     contract = (
         "a backbone maps images (B, h, w, channels) to features (B, D) by its parameters alone, "
         "without batch statistics, other collections or random numbers"
     )
-    return InputError("model.backbone", type(model.backbone).__name__, f"{reason}; {contract}")
+    try:
+        features = jax.eval_shape(trace, batch)
+    except Exception as error:  # A backbone that does not fit can fail in any way.
+        if isinstance(error, InputError) and error.field != "model":
+            raise
+        reason = " ".join(str(error).split()).partition(" (https://flax")[0]
+        raise InputError("model.backbone", name, f"{reason[:300]}; {contract}") from error
+    if features.ndim != 2 or features.shape[0] != len(images):
+        reason = f"it turns images {batch.shape} into {features.shape}"
+        raise InputError("model.backbone", name, f"{reason}; {contract}")
 
 
 def capacity_in_memory(
-    model: models.MoEClassifier,
-    prepare: Callable[[Array], Array],
-    images: np.ndarray,
+    model: models.Model,
+    sample: dict[str, np.ndarray],
     devices: edge.Devices,
     config: ConfigDict,
+    ownership: models.Ownership,
 ) -> np.ndarray:
     """k_c (C,): how many experts each client's device has room to train."""
-    alone = model.clone(experts=1)
-    params = model_shapes(alone, prepare, images)
-    batch = jax.ShapeDtypeStruct((config.local.batch_size, *images.shape[1:]), images.dtype)
-
-    def activations(params: PyTree, x: Array) -> PyTree:
-        _, kept = alone.apply(
-            {"params": params}, prepare(x), jnp.ones(1, bool), capture_intermediates=True
-        )
-        return kept["intermediates"]
-
-    expert = federated.tree_bytes(params["expert"])
+    size = config.local.batch_size
+    batch = jax.ShapeDtypeStruct((size, *sample["images"].shape[1:]), sample["images"].dtype)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
+    parts = models.lay_out(shapes, ownership).split(shapes)
+    expert = jax.eval_shape(lambda e: jax.tree.map(lambda x: x[:1], e), parts.experts)
+    one = parts._replace(experts=expert, gate=jax.eval_shape(lambda g: jax.tree.map(lambda x: x[:1], g), parts.gate))
+    expert_bytes = simulation.tree_bytes(expert)
     return edge.experts_in_memory(
         devices.memory,
-        shared_bytes=federated.tree_bytes(params) - expert,
-        expert_bytes=expert,
+        shared_bytes=simulation.tree_bytes(one) - expert_bytes,
+        expert_bytes=expert_bytes,
         optimizer_copies=2 if config.local.optimizer == "adam" else int(config.local.momentum > 0),
-        activation_bytes=federated.tree_bytes(jax.eval_shape(activations, params, batch)),
-        experts=model.experts,
+        activation_bytes=0,
+        experts=config.model.experts,
         tiers=devices.tiers,
     )
 
@@ -93,7 +83,7 @@ def make_devices(options: ConfigDict, clients: int, seed: int) -> edge.Devices |
 
 def make_network(
     config: ConfigDict, devices: edge.Devices | None, steps: np.ndarray, examples: np.ndarray
-) -> federated.Network:
+) -> simulation.Network:
     """Who takes part in a round, and what arrives."""
     options = config.edge
     if config.clients.sampling not in ("uniform", "examples"):
@@ -114,7 +104,7 @@ def make_network(
             mean_on_rounds=options.mean_on_rounds,
             seed=config.seed,
         )
-    return federated.Network(
+    return simulation.Network(
         clients=config.clients.count,
         per_round=config.clients.per_round or config.clients.count,
         steps=steps,
@@ -128,5 +118,5 @@ def make_network(
         late=options.late,
         dropout_before=options.dropout_before,
         dropout_during=options.dropout_during,
-        faults=federated.make_faults(config.faults.kind, config.faults.share),
+        faults=simulation.make_faults(config.faults.kind, config.faults.share),
     )
