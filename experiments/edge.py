@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from flexmoe_jax import edge, models, simulation
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.types import Array, PyTree
+from flexmoe_jax.types import Array, Params, PyTree
 
 
 def check_model(model: models.Model, images: np.ndarray, name: str) -> None:
@@ -55,19 +56,36 @@ def capacity_in_memory(
     size = config.local.batch_size
     batch = jax.ShapeDtypeStruct((size, *sample["images"].shape[1:]), sample["images"].dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
-    parts = models.lay_out(shapes, ownership).split(shapes)
+    layout = models.lay_out(shapes, ownership)
+    parts = layout.split(shapes)
     expert = jax.eval_shape(lambda e: jax.tree.map(lambda x: x[:1], e), parts.experts)
-    one = parts._replace(experts=expert, gate=jax.eval_shape(lambda g: jax.tree.map(lambda x: x[:1], g), parts.gate))
-    expert_bytes = simulation.tree_bytes(expert)
+    gate = jax.eval_shape(lambda g: jax.tree.map(lambda x: x[:1], g), parts.gate)
+    one, expert_bytes = parts._replace(experts=expert, gate=gate), simulation.tree_bytes(expert)
     return edge.experts_in_memory(
         devices.memory,
         shared_bytes=simulation.tree_bytes(one) - expert_bytes,
         expert_bytes=expert_bytes,
         optimizer_copies=2 if config.local.optimizer == "adam" else int(config.local.momentum > 0),
-        activation_bytes=0,
+        activation_bytes=_activations(model, layout, one, batch),
         experts=config.model.experts,
         tiers=devices.tiers,
     )
+
+
+def _activations(
+    model: models.Model, layout: models.Layout, params: Params, batch: PyTree
+) -> int:
+    """Bytes that a step keeps of its way forward, for the way back."""
+
+    def keep(params: Params, inputs: Array) -> PyTree:
+        held = {layer: jnp.ones(1, bool) for layer in layout.layers}
+
+        def run(params: Params) -> PyTree:
+            return model.apply(layout.merge(params), inputs, held)[0]
+
+        return jax.vjp(run, params)[1]
+
+    return simulation.tree_bytes(jax.eval_shape(keep, params, batch)) - simulation.tree_bytes(params)
 
 
 def make_devices(options: ConfigDict, clients: int, seed: int) -> edge.Devices | None:

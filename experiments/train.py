@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -39,8 +39,9 @@ from experiments.workdir import Workdir
 from flexmoe_jax.assignment import Solution
 from flexmoe_jax.checkpoint import Checkpoints, Restored
 from flexmoe_jax.edge import Outcome
-from flexmoe_jax.federated import Traffic, compile_ahead, epsilon, slots_assignment, traffic
-from flexmoe_jax.metrics import accuracies, coefficient_of_variation
+from flexmoe_jax.server import epsilon
+from flexmoe_jax.simulation import Traffic, compile_ahead, slots_assignment, traffic
+from flexmoe_jax.metrics import coefficient_of_variation, evaluation_figures
 from flexmoe_jax.reading import is_number
 from flexmoe_jax.types import RoundReport, State
 
@@ -74,21 +75,22 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     tensorboard = TensorBoard(
         workdir.path / "tensorboard" if config.tensorboard and workdir.writes else None
     )
-    algorithm = compile_ahead(
-        experiment.algorithm,
+    simulation = compile_ahead(
+        experiment.simulation,
         experiment.feed(experiment.network.cohort(0)),
         experiment.test,
         experiment.network.asked,
+        noise=bool(experiment.network.faults.noise),
     )
-    experiment = replace(experiment, algorithm=algorithm)
-    state = algorithm.init(jax.random.key(config.seed))
+    experiment = replace(experiment, simulation=simulation)
+    state = simulation.init(jax.random.key(config.seed))
 
     workdir.open(config, experiment.inputs)
     checkpoints = Checkpoints(workdir.path / "checkpoints", config.checkpoint.keep)
     restored = checkpoints.restore(state, at_most=workdir.history().last)
     if restored.state is not None:
         state = restored.state
-    done = int(state.round)
+    done = int(state.server.round)
     lost = workdir.keep_rounds(done)
     status = "finished"
     display = ProgressDisplay(config.rounds, done, quiet=not workdir.writes)
@@ -165,12 +167,15 @@ def run_rounds(
     Raises:
       DivergedError: a client's loss is not a number.
     """
-    algorithm, network = experiment.algorithm, experiment.network
+    simulation, network = experiment.simulation, experiment.network
 
     def assign(state: State, cohort: np.ndarray) -> Assigned:
-        solution = algorithm.assign(state, cohort)
-        fresh = np.asarray(state.fresh)[cohort] if config.edge.cache else None
-        return Assigned(cohort, solution, traffic(solution.assignment, experiment.payload, fresh))
+        solutions = simulation.assign(state, cohort)
+        assignment = np.stack([solution.assignment for solution in solutions], axis=1)
+        fresh = None
+        if config.edge.cache:
+            fresh = np.asarray(state.server.ledger.fresh)[:, cohort].swapaxes(0, 1)
+        return Assigned(cohort, solutions, traffic(assignment, experiment.payload, fresh))
 
     if first == config.rounds:
         return
@@ -179,15 +184,15 @@ def run_rounds(
     for round_index in range(first, config.rounds):
         begin = time.monotonic()
         arrival, outcome = network.play(assigned.cohort, assigned.traffic, round_index)
-        plan = algorithm.plan(assigned.cohort, assigned.solution, arrival)
+        plan = simulation.plan(assigned.cohort, assigned.solutions, arrival)
         clients = np.asarray(plan.clients)
         last = round_index + 1 == config.rounds
-        state, report = algorithm.round(state, examples, plan)
+        state, report = simulation.round(state, examples, plan)
         if not last:
             cohort = network.cohort(round_index + 1)
             examples = experiment.feed(cohort)
         report = jax.device_get(report)
-        seconds = assigned.solution.seconds + time.monotonic() - begin
+        seconds = assigned.seconds + time.monotonic() - begin
         check_health(report, clients, round_index, config)
         metrics: Metrics = {
             "round": round_index + 1,
@@ -203,11 +208,11 @@ def run_rounds(
             )
         evaluation = None
         if (round_index + 1) % config.eval.every == 0 or last:
-            evaluation = algorithm.evaluate(state, experiment.test, experiment.label_share)
+            evaluation = simulation.evaluate(state, experiment.test, experiment.about)
         if not last:
             assigned = assign(state, cohort)
         # Only now is the evaluation waited for.
-        yield state, existing(metrics | (accuracies(evaluation) if evaluation else {}))
+        yield state, existing(metrics | (evaluation_figures(evaluation) if evaluation else {}))
 
 
 def existing(metrics: Metrics) -> Metrics:
@@ -219,30 +224,34 @@ class Assigned(NamedTuple):
     """A round before it begins: who is asked (P,), what each would hold, and its bytes."""
 
     cohort: np.ndarray
-    solution: Solution
+    solutions: tuple[Solution, ...]
     traffic: Traffic
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the assignment."""
+        return sum(solution.seconds for solution in self.solutions)
 
 
 def round_metrics(
     state: State, assigned: Assigned, outcome: Outcome, report: RoundReport
 ) -> Metrics:
     """What a round says of itself: loss, balance, assignment, clients and bytes."""
-    solution, traffic = assigned.solution, assigned.traffic
-    trained = report.examples.sum() > 0
+    traffic, ledger = assigned.traffic, state.server.ledger
+    solution = worst(assigned.solutions)
+    load = np.stack([one.load for one in assigned.solutions])
+    usage = np.asarray(report.usage)
+    trained = report.units.sum() > 0
     return {
-        **(
-            {"train/loss": float(np.average(report.loss, weights=report.examples))}
-            if trained
-            else {}
-        ),
-        "load/assigned_cv": coefficient_of_variation(solution.load),
-        "load/assigned_cv_cumulative": coefficient_of_variation(np.asarray(state.load)),
-        "load/usage_cv": coefficient_of_variation(np.asarray(report.usage)),
-        "load/usage_cv_cumulative": coefficient_of_variation(np.asarray(state.usage).sum(axis=0)),
-        "load/assigned": np.asarray(solution.load).tolist(),
-        "load/usage": np.asarray(report.usage).tolist(),
+        **({"train/loss": float(np.average(report.loss, weights=report.units))} if trained else {}),
+        "load/assigned_cv": imbalance(load),
+        "load/assigned_cv_cumulative": imbalance(np.asarray(ledger.load)),
+        "load/usage_cv": imbalance(usage),
+        "load/usage_cv_cumulative": imbalance(np.asarray(ledger.usage).sum(axis=1)),
+        "load/assigned": load.sum(axis=0).tolist(),
+        "load/usage": usage.sum(axis=0).tolist(),
         "assignment/gap": float(solution.gap),
-        "assignment/solve_seconds": float(solution.seconds),
+        "assignment/solve_seconds": float(assigned.seconds),
         "assignment/status": solution.status,
         "clients/asked": len(assigned.cohort),
         "clients/delivered": int(outcome.delivered.sum()),
@@ -251,6 +260,16 @@ def round_metrics(
         "comm/bytes_up": int(traffic.up[outcome.delivered].sum()),
         "comm/bytes_cached": int(traffic.cached[outcome.reached].sum()),
     }
+
+
+def worst(solutions: Sequence[Solution]) -> Solution:
+    """Of the solutions for several layers the one with the largest gap, or that fell back."""
+    return max(solutions, key=lambda one: (one.status.startswith("fallback"), one.gap))
+
+
+def imbalance(load: np.ndarray) -> float:
+    """Mean over groups of MoE layers of the coefficient of variation of loads (G, E)."""
+    return float(np.mean([coefficient_of_variation(one) for one in load]))
 
 
 def check_health(
@@ -279,14 +298,18 @@ def check_health(
 
 def arrays(experiment: Experiment, state: State) -> dict[str, np.ndarray]:
     """What the report draws as matrices."""
-    known = jax.device_get((state.fitness, state.held_rounds, state.usage))
+    ledger = state.server.ledger
+    tables = jax.device_get((ledger.fitness, ledger.held_rounds, ledger.usage))
+    # Of MoE layers that are assigned one by one: means over them, and who holds any.
+    known = [np.asarray(table).mean(axis=0) for table in tables]
+    held = slots_assignment(np.asarray(state.clients.slots), known[0].shape[1]).any(axis=1)
     return {
         "label_counts": experiment.label_counts,
         "classes": np.asarray(experiment.classes),
         "capacity": experiment.capacity,
         "fitness": known[0],
-        "holds": slots_assignment(np.asarray(state.slots), known[0].shape[1]),
-        "held_rounds": known[1],
+        "holds": held,
+        "held_rounds": tables[1].max(axis=0),
         "usage": known[2],
     }
 

@@ -93,9 +93,9 @@ class Checkpoints:
                 if jax.process_index() == 0:
                     _write_json(unfinished / _ARRAYS, _shapes(host))
                     _write_json(unfinished / _CHECKSUMS, _checksums(unfinished))
-                    if os.path.lexists(self._folder / str(int(state.round))):
-                        self._set_aside(int(state.round))
-                    os.replace(unfinished, self._folder / str(int(state.round)))
+                    if os.path.lexists(self._folder / str(int(state.server.round))):
+                        self._set_aside(int(state.server.round))
+                    os.replace(unfinished, self._folder / str(int(state.server.round)))
                     self._delete_old()
         except OSError:
             self._clear()
@@ -178,7 +178,8 @@ class Checkpoints:
                 )
                 raise InputError("checkpoint", folder, remedy)
         restored: State = self._checkpointer.restore(folder, args=ocp.args.StandardRestore(target))
-        return restored._replace(key=jax.random.wrap_key_data(restored.key))
+        key = jax.random.wrap_key_data(restored.server.key)
+        return restored._replace(server=restored.server._replace(key=key))
 
     def _arrays(self, folder: Path) -> dict[str, Any]:
         try:
@@ -212,7 +213,8 @@ class Checkpoints:
 
 
 def _with_raw_key(state: State) -> State:
-    return state._replace(key=jax.random.key_data(state.key))
+    key = jax.random.key_data(state.server.key)
+    return state._replace(server=state.server._replace(key=key))
 
 
 def _on_host(state: State) -> State:

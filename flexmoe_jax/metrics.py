@@ -15,22 +15,37 @@ def coefficient_of_variation(load: np.ndarray) -> float:
     return float(load.std() / mean) if mean else float("nan")
 
 
-def accuracies(evaluation: Evaluation) -> dict[str, float | int]:
-    """The three accuracies, and over how many clients the first two are means.
+def evaluation_figures(evaluation: Evaluation) -> dict[str, float | int]:
+    """Accuracies and losses (nats a unit), and over how many clients they are means.
 
-    A client for which a figure does not exist is left out of its mean. A mean over nobody is left
-    out, too.
+    A client for which a figure does not exist is left out of its mean. A figure over nobody, or
+    that the task does not have, is left out, too.
+
+    `personal`: each client on what is its own; `global`: each on the whole test set; `server`: the
+    mean of all predictions; `assembled`: all experts in one model.
+    `eval/personal_accuracy_p10`: the client at the tenth percentile, so that nobody is left behind.
     """
-    result = jax.device_get(evaluation)
-    personal = result.personal_accuracy[result.evaluated]
-    measured = personal[~np.isnan(personal)]
+    result: Evaluation = jax.device_get(evaluation)
+    counted = result.evaluated
+    own = counted & (np.asarray(result.personal_weight) > 0)
     found: dict[str, float | int] = {
-        "eval/clients": int(result.evaluated.sum()),
-        "eval/personal_clients": measured.size,
+        "eval/clients": int(counted.sum()),
+        "eval/personal_clients": int(own.sum()),
     }
-    if result.evaluated.any():
-        found["eval/global_accuracy"] = float(result.global_accuracy[result.evaluated].mean())
-        found["eval/server_accuracy"] = result.server_accuracy
-    if measured.size:
-        found["eval/personal_accuracy"] = float(measured.mean())
+    if own.any() and result.personal.hits is not None:
+        accuracy = result.personal_accuracy[own]
+        found["eval/personal_accuracy"] = float(accuracy.mean())
+        found["eval/personal_accuracy_p10"] = float(np.percentile(accuracy, 10))
+    if own.any():
+        found["eval/personal_loss"] = float(result.personal_loss[own].mean())
+    if counted.any():
+        figures = {
+            "eval/global_accuracy": result.global_accuracy[counted].mean(),
+            "eval/global_loss": result.global_loss[counted].mean(),
+            "eval/server_accuracy": result.server_accuracy,
+            "eval/server_loss": result.server_loss,
+            "eval/assembled_accuracy": result.assembled_accuracy,
+            "eval/assembled_loss": result.assembled_loss,
+        }
+        found |= {key: float(value) for key, value in figures.items() if not np.isnan(value)}
     return found

@@ -38,6 +38,13 @@ class Model(NamedTuple):
     trunk: Callable[[PyTree, PyTree], PyTree]
     head: Callable[[PyTree, PyTree, Held], tuple[PyTree, Routings]]
 
+    def after(self, prepare: Callable[[PyTree], PyTree]) -> Model:
+        """The same model of inputs that go through a function first, as a standardisation."""
+        return self._replace(
+            init=lambda key, inputs: self.init(key, prepare(inputs)),
+            trunk=lambda params, inputs: self.trunk(params, prepare(inputs)),
+        )
+
     def apply(self, params: PyTree, inputs: PyTree, held: Held) -> tuple[PyTree, Routings]:
         """The whole model."""
         return self.head(params, self.trunk(params, inputs), held)

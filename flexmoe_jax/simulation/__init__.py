@@ -1,5 +1,6 @@
 """Many clients as one program: the client's and the server's functions, mapped over blocks."""
 
+from flexmoe_jax.simulation.ahead import compile_ahead
 from flexmoe_jax.simulation.blocks import (
     client_mesh,
     over_blocks,
@@ -8,6 +9,8 @@ from flexmoe_jax.simulation.blocks import (
     resolve_block_size,
 )
 from flexmoe_jax.simulation.evaluate import TestSet, chunk_test_set, evaluate
+from flexmoe_jax.simulation.network import FAULTS, Faults, Network, make_faults
+from flexmoe_jax.simulation.on_device import DeviceReport, round_on_device, run_on_device
 from flexmoe_jax.simulation.plan import (
     Arrival,
     Floor,
@@ -18,24 +21,39 @@ from flexmoe_jax.simulation.plan import (
     slots_assignment,
 )
 from flexmoe_jax.simulation.rounds import Simulation, run_round, simulate
+from flexmoe_jax.simulation.traffic import Payload, Traffic, payload, payloads, traffic, tree_bytes
 
 __all__ = [
+    "FAULTS",
     "Arrival",
+    "DeviceReport",
+    "Faults",
     "Floor",
+    "Network",
+    "Payload",
     "Simulation",
     "Tampering",
     "TestSet",
+    "Traffic",
     "assignment_slots",
     "chunk_test_set",
     "client_mesh",
+    "compile_ahead",
     "evaluate",
+    "make_faults",
     "make_plan",
     "over_blocks",
     "over_devices",
+    "payload",
+    "payloads",
     "replicate",
     "resolve_block_size",
+    "round_on_device",
+    "run_on_device",
     "run_round",
     "sample_cohort",
     "simulate",
     "slots_assignment",
+    "traffic",
+    "tree_bytes",
 ]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from flexmoe_jax.client import Codec
+from flexmoe_jax.federation import Federation
 from flexmoe_jax.types import PyTree
 
 # Three float32 for every expert held in a layer: usage, correct, loss.
@@ -62,6 +64,16 @@ def payload(shared: PyTree, experts: PyTree, codec: Codec | None = None) -> Payl
         shared_up=codec.compressor.bytes(shared),
         expert_up=codec.compressor.bytes(expert) + len(experts) * _FEEDBACK_BYTES,
     )
+
+
+def payloads(federation: Federation) -> tuple[Payload, ...]:
+    """Sizes of what travels in a federation, by group of MoE layers."""
+    parts = federation.layout.split(nn.meta.unbox(federation.shapes))
+    groups = [
+        {layer: parts.experts[layer] for layer, g in federation.group.items() if g == group and layer in parts.experts}
+        for group in range(federation.groups)
+    ]
+    return tuple(payload(parts.shared, experts, federation.codec) for experts in groups)
 
 
 def traffic(
