@@ -5,7 +5,8 @@
 Any field of the config can be set on the command line (`--config.clients.capacity=2`). A workdir
 that holds a part of the same run is continued from its newest whole checkpoint. Ctrl-C or SIGTERM
 ends after the round at work, with everything saved; a second one ends at once. Whatever ends a run
-(kill -9, a full disk), the same command goes on with it, and ends with the same numbers.
+(kill -9, a full disk), the same command goes on with it, and ends with the same numbers (but for
+the noise of privacy, which is new each time).
 """
 
 from __future__ import annotations
