@@ -180,7 +180,9 @@ def make_backbone(options: ConfigDict) -> nn.Module:
         groups=options.groups,
         conv=models.convolution(options.conv),
     )
-    return models.PersonalMixture(backbone, backbone.clone()) if options.local_backbone else backbone
+    return (
+        models.PersonalMixture(backbone, backbone.clone()) if options.local_backbone else backbone
+    )
 
 
 def make_model(backbone: nn.Module, options: ConfigDict, dataset: data.Dataset) -> models.Model:
@@ -241,7 +243,9 @@ def make_feed(where: str, clients: data.ClientData, most: int, mesh: Mesh) -> da
         raise InputError("execution.data", where, "choose one of auto, device, host")
     # None where a device does not say: a CPU.
     memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-    if where == "host" or (where == "auto" and memory and simulation.tree_bytes(clients.arrays) > memory / 2):
+    if where == "host" or (
+        where == "auto" and memory and simulation.tree_bytes(clients.arrays) > memory / 2
+    ):
         return data.feed_cohorts(clients, most, partial(simulation.replicate, mesh=mesh))
     placed = simulation.replicate(clients, mesh)
     return lambda cohort: placed

@@ -72,9 +72,7 @@ def capacity_in_memory(
     )
 
 
-def _activations(
-    model: models.Model, layout: models.Layout, params: Params, batch: PyTree
-) -> int:
+def _activations(model: models.Model, layout: models.Layout, params: Params, batch: PyTree) -> int:
     """Bytes that a step keeps of its way forward, for the way back."""
 
     def keep(params: Params, inputs: Array) -> PyTree:
@@ -85,7 +83,9 @@ def _activations(
 
         return jax.vjp(run, params)[1]
 
-    return simulation.tree_bytes(jax.eval_shape(keep, params, batch)) - simulation.tree_bytes(params)
+    return simulation.tree_bytes(jax.eval_shape(keep, params, batch)) - simulation.tree_bytes(
+        params
+    )
 
 
 def make_devices(options: ConfigDict, clients: int, seed: int) -> edge.Devices | None:

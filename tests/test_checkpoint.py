@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flexmoe_jax.federated import init_server
 
 from flexmoe_jax.checkpoint import Checkpoints
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.federated import init_server
 from flexmoe_jax.types import State
 
 

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flexmoe_jax.federated.execute import take_slots
 from jax import lax
 
 from experiments.benchmarks.process import Figures, refuse_words
 from experiments.benchmarks.timing import compiled, interleave, set_up
 from experiments.benchmarks.workloads import CLASSES, Prepare, draw_dataset, make_federation
 from flexmoe_jax import data, federated, models
-from flexmoe_jax.federated.execute import take_slots
 from flexmoe_jax.types import Array, Params, State
 
 _CLIENTS = (20, 100)

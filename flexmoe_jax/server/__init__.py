@@ -7,6 +7,7 @@ from flexmoe_jax.server.aggregate import (
     Due,
     Sums,
     collect,
+    geometric_median,
     mean,
     private,
     trimmed_mean,
@@ -21,7 +22,7 @@ from flexmoe_jax.server.fitness import (
 )
 from flexmoe_jax.server.load import LOAD_MODELS, LoadModel, make_load_model
 from flexmoe_jax.server.privacy import draw_secret, epsilon, noise_key
-from flexmoe_jax.server.quarantine import norm_limits, too_late
+from flexmoe_jax.server.quarantine import learn_norms, norm_limits, too_late
 from flexmoe_jax.server.server import Desk, close, init, send, without
 
 __all__ = [
@@ -43,7 +44,9 @@ __all__ = [
     "collect",
     "draw_secret",
     "epsilon",
+    "geometric_median",
     "init",
+    "learn_norms",
     "loss_score",
     "make_assign",
     "make_load_model",

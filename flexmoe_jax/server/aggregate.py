@@ -76,12 +76,15 @@ class Aggregator(NamedTuple):
       zero: (ψ, θ, P, K) -> total: of nobody, with room for P clients of K slots.
       add: (total, block of `Arrived`) -> total.
       merge: (total, mesh axis) -> total: of all devices along the axis.
+      drop: (total, late (P,) bool) -> (total without them, (P,) who had to be left out): updates
+        that should not have been let in, as turns out when all are there. Of a sum only all can be.
       mean: (total, due) -> `Sums` whose quotients the server moves by.
     """
 
     zero: Callable[[PyTree, PyTree, int, int], Any]
     add: Callable[[Any, Arrived], Any]
     merge: Callable[[Any, str], Any]
+    drop: Callable[[Any, Array], tuple[Any, Array]]
     mean: Callable[[Any, Due], Sums]
 
 
@@ -108,7 +111,13 @@ def mean() -> Aggregator:
             expert_weight=weights,
         )
 
-    return Aggregator(zero, add, lax.psum, lambda sums, due: sums)
+    def drop(sums: Sums, late: Array) -> tuple[Sums, Array]:
+        weights = sums.shared_weight, sums.expert_weight
+        weights = jax.tree.map(lambda w: jnp.where(late.any(), 0.0, w), weights)
+        left = sums._replace(shared_weight=weights[0], expert_weight=weights[1])
+        return left, jnp.broadcast_to(late.any(), late.shape)
+
+    return Aggregator(zero, add, lax.psum, drop, lambda sums, due: sums)
 
 
 def private(deviation: float) -> Aggregator:
@@ -170,7 +179,16 @@ def collect(centre: Centre) -> Aggregator:
         together = partial(lax.all_gather, axis_name=axis, tiled=True)
         return Collected(lax.psum(total.rows, axis), jax.tree.map(together, total.updates))
 
-    return Aggregator(zero, add, merge, lambda total, due: _by_part(total.updates, due, centre))
+    def drop(total: Collected, late: Array) -> tuple[Collected, Array]:
+        updates = total.updates
+        usage = {layer: jnp.where(late[:, None], 0.0, u) for layer, u in updates.usage.items()}
+        kept = updates._replace(weight=jnp.where(late, 0.0, updates.weight), usage=usage)
+        return total._replace(updates=kept), late
+
+    def central(total: Collected, due: Due) -> Sums:
+        return _by_part(total.updates, due, centre)
+
+    return Aggregator(zero, add, merge, drop, central)
 
 
 def _by_part(updates: Arrived, due: Due, centre: Centre) -> Sums:
@@ -182,7 +200,9 @@ def _by_part(updates: Arrived, due: Due, centre: Centre) -> Sums:
 
     def weigh(values: PyTree, weight: Array) -> tuple[PyTree, Array]:
         total = weight.sum()
-        return jax.tree.map(lambda leaf: total * leaf, centre(values, weight)), total
+        # Clients may keep all experts, or all else, to themselves.
+        middle = centre(values, weight) if jax.tree.leaves(values) else values
+        return jax.tree.map(lambda leaf: total * leaf, middle), total
 
     def of_expert(layer: str, count: int) -> tuple[PyTree, Array]:
         usage = jnp.where(whole[:, None], updates.usage[layer], 0.0)
@@ -230,6 +250,37 @@ def trimmed_mean(trim: float) -> Aggregator:
             return kept / jnp.maximum(count - 2 * cut, 1).astype(kept.dtype)
 
         return jax.tree.map(average, values)
+
+    return collect(centre)
+
+
+def geometric_median(steps: int = 8) -> Aggregator:
+    """Geometric median over clients (Pillutla et al. 2019, arXiv 1912.13445: RFA).
+
+    The point with the least sum of distances to the updates, weighed by units (ψ) and by usage
+    (θ_e, each expert by itself), found by smoothed Weiszfeld steps `v ← Σ β_c Δ_c / Σ β_c` with
+    `β_c = w_c / max(|Δ_c - v|, ν)`. It holds while faulty clients have less than half of the
+    weight. It starts at no change at all, where an update counts by its direction and not by its
+    length; so of two updates it stays near the shorter, and one alone is taken as it is.
+
+    Args:
+      steps: Weiszfeld steps.
+    """
+
+    def centre(values: PyTree, weight: Array) -> PyTree:
+        lengths = jax.vmap(optax.tree.norm)
+        # ν, a tenth of the median length: an update of no length must not hold the others back.
+        ranked = jnp.sort(jnp.where(weight > 0, lengths(values), jnp.inf))
+        smooth = jnp.maximum(0.1 * ranked[jnp.maximum((weight > 0).sum() - 1, 0) // 2], 1e-12)
+
+        def step(_: int, middle: PyTree) -> PyTree:
+            distance = lengths(jax.tree.map(jnp.subtract, values, middle))
+            pull = weight / jnp.maximum(distance, smooth)
+            pull /= jnp.maximum(pull.sum(), 1e-30)
+            zero = jax.tree.map(jnp.zeros_like, middle)
+            return _add("p,p...->...", zero, pull, values)
+
+        return lax.fori_loop(0, steps, step, jax.tree.map(lambda x: jnp.zeros_like(x[0]), values))
 
     return collect(centre)
 

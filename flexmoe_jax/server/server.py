@@ -18,7 +18,7 @@ from flexmoe_jax.server.admit import Admission, Verdict
 from flexmoe_jax.server.aggregate import Sums
 from flexmoe_jax.server.fitness import FitnessOptions, update_fitness
 from flexmoe_jax.server.load import LoadModel
-from flexmoe_jax.server.quarantine import init_norms, learn_norms
+from flexmoe_jax.server.quarantine import init_norms
 from flexmoe_jax.types import Array, Download, Feedback, Key, Ledger, Plan, PyTree, Server
 
 
@@ -95,17 +95,16 @@ def send(desk: Desk, server: Server, slots: Array, steps: Array) -> Download:
     return Download(server.shared, experts, slots, steps, server.round)
 
 
-def without(void: Array, sums: Sums, verdicts: Verdict) -> tuple[Sums, Verdict]:
-    """Sums and verdicts as if all updates had been refused, if () bool; else as they are."""
-    weights = sums.shared_weight, sums.expert_weight
-    said = verdicts.accepted, verdicts.feedback, verdicts.loss, verdicts.units, verdicts.examples
-    weights, said = jax.tree.map(lambda x: jnp.where(void, jnp.zeros_like(x), x), (weights, said))
-    refused = verdicts.refused | (void & verdicts.accepted)
-    accepted, feedback, loss, units, examples = said
-    return (
-        sums._replace(shared_weight=weights[0], expert_weight=weights[1]),
-        Verdict(accepted, refused, verdicts.lengths, feedback, loss, units, examples),
-    )
+def without(late: Array, verdicts: Verdict) -> Verdict:
+    """Verdicts as if some updates (P,) bool had been refused."""
+
+    def drop(tree: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda x: jnp.where(late.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros_like(x), x), tree
+        )
+
+    refused = verdicts.refused | (late & verdicts.accepted)
+    return drop(verdicts)._replace(refused=refused, lengths=verdicts.lengths)
 
 
 def close(desk: Desk, server: Server, sums: Sums, verdicts: Verdict, plan: Plan) -> Server:
@@ -120,8 +119,6 @@ def close(desk: Desk, server: Server, sums: Sums, verdicts: Verdict, plan: Plan)
     """
     shared, experts, optimizer = _move(desk.optimizer, server, sums)
     ledger = _keep_books(desk, server.ledger, sums, verdicts, plan)
-    if desk.admission.compares:
-        ledger = ledger._replace(norms=learn_norms(server.ledger.norms, verdicts.lengths.T))
     return Server(server.key, server.round + 1, shared, experts, optimizer, ledger)
 
 

@@ -258,20 +258,21 @@ def run_round(
     total, (owns, verdicts) = over_devices(
         train_share, plan._replace(load=None, secret=None), known, mesh, merge=aggregator.merge
     )
-    sums = aggregator.mean(total, _due(federation, plan, key))
-    void = jnp.zeros((), bool)
+    late, norms = jnp.zeros(plan.clients.shape, bool), state.server.ledger.norms
     if desk.admission.compares:
-        norms = state.server.ledger.norms
-        void = server.too_late(
-            norms, verdicts.lengths.T, verdicts.accepted, desk.admission.norm_factor
-        )
-        sums, verdicts = server.without(void, sums, verdicts)
-    # What clients keep of a round that counts for nothing is what they had.
-    learners = jnp.where(void, clients, plan.clients)
+        late = server.too_late(norms, verdicts.lengths.T, desk.admission.norm_factor)
+        late &= verdicts.accepted
+        norms = server.learn_norms(norms, verdicts.lengths.T, ~(late | verdicts.refused))
+        total, late = aggregator.drop(total, late)
+        verdicts = server.without(late, verdicts)
+    sums = aggregator.mean(total, _due(federation, plan, key))
+    # What clients keep that are refused late is what they had.
+    learners = jnp.where(late, clients, plan.clients)
     kept = put_rows(table, learners, owns)
     slots = state.clients.slots.at[plan.clients].set(plan.slots, mode="drop")
+    known_by_now = state.server._replace(ledger=state.server.ledger._replace(norms=norms))
     following = State(
-        server.close(desk, state.server, sums, verdicts, plan), kept._replace(slots=slots)
+        server.close(desk, known_by_now, sums, verdicts, plan), kept._replace(slots=slots)
     )
     report = RoundReport(
         loss=verdicts.loss,
@@ -279,7 +280,7 @@ def run_round(
         examples=verdicts.examples,
         usage=desk.of_experts(plan.slots, desk.by_group(verdicts.feedback.usage)),
         quarantined=verdicts.refused,
-        void=void,
+        void=late.all(),
         finite=client.all_finite(
             (following.server.shared, following.server.experts, owns.gates, owns.private)
         ),

@@ -70,7 +70,11 @@ def payloads(federation: Federation) -> tuple[Payload, ...]:
     """Sizes of what travels in a federation, by group of MoE layers."""
     parts = federation.layout.split(nn.meta.unbox(federation.shapes))
     groups = [
-        {layer: parts.experts[layer] for layer, g in federation.group.items() if g == group and layer in parts.experts}
+        {
+            layer: parts.experts[layer]
+            for layer, g in federation.group.items()
+            if g == group and layer in parts.experts
+        }
         for group in range(federation.groups)
     ]
     return tuple(payload(parts.shared, experts, federation.codec) for experts in groups)

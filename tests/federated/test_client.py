@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flexmoe_jax.federated import LocalTraining, draw_batches, make_client, proximal
+from flexmoe_jax.federated.client import largest_array
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmoe_jax.data import flip
-from flexmoe_jax.federated import LocalTraining, draw_batches, make_client, proximal
-from flexmoe_jax.federated.client import largest_array
 from flexmoe_jax.models import MLP, MoEClassifier, merge_params, split_params
 from flexmoe_jax.types import Params
 

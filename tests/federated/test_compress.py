@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flexmoe_jax.federated import COMPRESSIONS, make_compressor
+from flexmoe_jax.federated.compress import compress_update, init_residual, move_residual
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.federated import COMPRESSIONS, make_compressor
-from flexmoe_jax.federated.compress import compress_update, init_residual, move_residual
 from flexmoe_jax.types import Plan
 
 UPDATE = {"w": jnp.array([[0.5, -4.0, 0.25], [0.0, 1.0, -0.125]]), "b": jnp.array([2.0])}

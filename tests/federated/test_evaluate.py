@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flexmoe_jax.federated import chunk_test_set
 
 from flexmoe_jax import federated
-from flexmoe_jax.federated import chunk_test_set
 from flexmoe_jax.metrics import accuracies
 from flexmoe_jax.types import Params
 

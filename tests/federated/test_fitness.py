@@ -3,12 +3,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flexmoe_jax.federated import accuracy_score, loss_score, make_score, update_fitness
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.federated import accuracy_score, loss_score, make_score, update_fitness
 from flexmoe_jax.types import Feedback
 
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flexmoe_jax.federated import LOAD_MODELS, make_load_model
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.federated import LOAD_MODELS, make_load_model
 
 
 @pytest.fixture(scope="module")

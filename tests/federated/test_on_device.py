@@ -7,11 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from flexmoe_jax.assignment import load_bounds, make_policy, update_deficit
-from flexmoe_jax.errors import InputError
 from flexmoe_jax.federated import (
     Algorithm,
     DeviceReport,
@@ -23,6 +18,11 @@ from flexmoe_jax.federated import (
     slots_assignment,
 )
 from flexmoe_jax.federated.on_device import device_load_bounds, device_plan, draw_cohort
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexmoe_jax.assignment import load_bounds, make_policy, update_deficit
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import State
 from tests.federated.conftest import CAPACITY, EXPERTS
 

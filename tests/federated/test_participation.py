@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from flexmoe_jax.federated import assignment_slots, make_plan, sample_cohort, slots_assignment
+from flexmoe_jax.federated.participation import check_setting, check_solution
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmoe_jax.assignment import Problem, solve
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.federated import assignment_slots, make_plan, sample_cohort, slots_assignment
-from flexmoe_jax.federated.participation import check_setting, check_solution
 from flexmoe_jax.models import MLP, MoEClassifier
 
 

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flexmoe_jax.federated import chunk_test_set
 
 from flexmoe_jax import data, federated, models
 from flexmoe_jax.assignment import make_policy
-from flexmoe_jax.federated import chunk_test_set
 from tests.federated.conftest import CAPACITY
 
 OPTIONS = {

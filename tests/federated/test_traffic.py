@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from flexmoe_jax.assignment import make_policy
 from flexmoe_jax.federated import (
     Arrival,
     make_compressor,
@@ -14,6 +12,8 @@ from flexmoe_jax.federated import (
     traffic,
     tree_bytes,
 )
+
+from flexmoe_jax.assignment import make_policy
 from tests.federated.conftest import CAPACITY, EXPERTS
 
 # ψ: MLP 64·16 + 16, head 16·10 + 10; an expert: 16·8 + 8 + 8·16 + 16. Four bytes each.
