@@ -20,6 +20,7 @@ from flexmoe_jax import assignment, client, data, edge, models, server, simulati
 from flexmoe_jax.edge import AVAILABILITIES, read_record, read_tiers
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
+from flexmoe_jax.simulation import Network, Payload, Simulation, TestSet
 
 # What personal accuracy is measured on.
 OWN_EXAMPLES = "clients' own test examples"
@@ -45,15 +46,15 @@ class Experiment:
       notes: sentences on what a user should know before trusting the figures.
     """
 
-    simulation: simulation.Simulation
+    simulation: Simulation
     feed: data.Feed
     about: data.About
-    test: simulation.TestSet
+    test: TestSet
     classes: tuple[str, ...]
     label_counts: np.ndarray
     capacity: np.ndarray
-    network: simulation.Network
-    payload: tuple[simulation.Payload, ...]
+    network: Network
+    payload: tuple[Payload, ...]
     inputs: Mapping[str, str]
     personal: str
     notes: tuple[str, ...]
@@ -95,7 +96,7 @@ def build(config: ConfigDict) -> Experiment:
         raise InputError("local.augment", config.local.augment, remedy)
     clients = data.build_clients(dataset, parts, place=np.asarray)
     model = make_model(backbone, config.model, dataset)
-    sample = {name: values[:2] for name, values in clients.arrays.items()}
+    sample = {name: np.asarray(values[:2]) for name, values in clients.arrays.items()}
     check_model(model, sample["images"], config.model.backbone)
     if capacity is None:
         assert devices is not None
@@ -180,9 +181,9 @@ def make_backbone(options: ConfigDict) -> nn.Module:
         groups=options.groups,
         conv=models.convolution(options.conv),
     )
-    return (
-        models.PersonalMixture(backbone, backbone.clone()) if options.local_backbone else backbone
-    )
+    if not options.local_backbone:
+        return backbone
+    return models.PersonalMixture(backbone, backbone.clone())
 
 
 def make_model(backbone: nn.Module, options: ConfigDict, dataset: data.Dataset) -> models.Model:
@@ -243,9 +244,8 @@ def make_feed(where: str, clients: data.ClientData, most: int, mesh: Mesh) -> da
         raise InputError("execution.data", where, "choose one of auto, device, host")
     # None where a device does not say: a CPU.
     memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-    if where == "host" or (
-        where == "auto" and memory and simulation.tree_bytes(clients.arrays) > memory / 2
-    ):
+    too_large = memory and simulation.tree_bytes(clients.arrays) > memory / 2
+    if where == "host" or (where == "auto" and too_large):
         return data.feed_cohorts(clients, most, partial(simulation.replicate, mesh=mesh))
     placed = simulation.replicate(clients, mesh)
     return lambda cohort: placed

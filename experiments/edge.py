@@ -83,9 +83,8 @@ def _activations(model: models.Model, layout: models.Layout, params: Params, bat
 
         return jax.vjp(run, params)[1]
 
-    return simulation.tree_bytes(jax.eval_shape(keep, params, batch)) - simulation.tree_bytes(
-        params
-    )
+    kept = jax.eval_shape(keep, params, batch)
+    return simulation.tree_bytes(kept) - simulation.tree_bytes(params)
 
 
 def make_devices(options: ConfigDict, clients: int, seed: int) -> edge.Devices | None:

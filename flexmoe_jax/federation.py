@@ -73,11 +73,11 @@ class Federation:
     task: tasks.Task = field(default_factory=tasks.classification)
     ownership: Ownership = FLEX_MOE
     layers: str = "same"
-    codec: Codec = Codec()
-    admission: Admission = Admission()
+    codec: Codec = field(default_factory=Codec)
+    admission: Admission = field(default_factory=Admission)
     aggregator: Aggregator | None = None
     optimizer: optax.GradientTransformation = field(default_factory=lambda: optax.sgd(1.0))
-    fitness: FitnessOptions = FitnessOptions()
+    fitness: FitnessOptions = field(default_factory=FitnessOptions)
     load: LoadModel | None = None
     deficit_decay: float = 1.0
     share: np.ndarray | None = None

@@ -34,8 +34,9 @@ def record() -> list[dict]:
     config.model.backbone = "mlp"
     config.clients.per_round = 12
     config.execution.devices = 1
+    config.eval.prior = False
     experiment = build(config)
-    state = experiment.algorithm.init(jax.random.key(config.seed))
+    state = experiment.simulation.init(jax.random.key(config.seed))
     rounds = itertools.islice(run_rounds(config, experiment, state), 3)
     return [{key: metrics[key] for key in FIGURES} for _, metrics in rounds]
 

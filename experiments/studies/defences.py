@@ -9,11 +9,10 @@ of many, with quarantine, which is on by default, and with none. 273 runs of fiv
 
 from __future__ import annotations
 
-from flexmoe_jax.federated import FAULTS
-
 from experiments.configs import digits
 from experiments.studies.tasks import DATASETS
 from experiments.studying.study import Axis, Study
+from flexmoe_jax.simulation import FAULTS
 
 SHARES = (0.1, 0.2, 0.4)
 ATTACKS: Axis = {

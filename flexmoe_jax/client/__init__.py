@@ -20,6 +20,7 @@ from flexmoe_jax.client.codec import (
 )
 from flexmoe_jax.client.losses import balance_loss, router_z_loss
 from flexmoe_jax.client.training import (
+    Augment,
     Batches,
     Learner,
     LocalTraining,
@@ -32,6 +33,7 @@ from flexmoe_jax.client.training import (
 
 __all__ = [
     "COMPRESSIONS",
+    "Augment",
     "Batches",
     "Codec",
     "Compressor",

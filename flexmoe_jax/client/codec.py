@@ -10,7 +10,7 @@ Axis legend: `K` expert slots.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,8 +126,10 @@ def decode(
     read = codec.compressor.decode
 
     def each(function: Callable[..., Array], tree: PyTree, parts: PyTree) -> PyTree:
-        leaves, structure = jax.tree.flatten(tree)
-        return structure.unflatten(map(function, structure.flatten_up_to(parts), leaves))
+        leaves, found = jax.tree.flatten(tree)
+        structure: Any = found
+        sent = structure.flatten_up_to(parts)
+        return structure.unflatten(map(function, sent, leaves))
 
     return each(read, like[0], sent[0]), each(jax.vmap(read), like[1], sent[1])
 

@@ -222,7 +222,7 @@ def train(
     held: Held,
     down: Download,
 ) -> Trained:
-    """Trains a client for so many steps, and scores every batch before the step that learns from it.
+    """Trains a client for so many steps; every batch is scored before the step that learns from it.
 
     Args:
       learner: model, task and training.

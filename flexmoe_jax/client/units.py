@@ -29,7 +29,7 @@ def fractions(selected: Array, weight: Array) -> Array:
       weight: (B, U...).
 
     Raises:
-      InputError: neither are the axes `R` the units' with others behind them, nor the first of them.
+      InputError: the axes `R` are neither the units' with others behind, nor the first of them.
     """
     routed, units = selected.shape[1:-1], weight.shape[1:]
     shorter = min(len(routed), len(units))

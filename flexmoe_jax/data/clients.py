@@ -20,8 +20,8 @@ class About(NamedTuple):
 
     Attributes:
       label_share: (C, Y) float32, see `ClientData`.
-      owns: (C, F) bool, the groups of test examples that are each client's own, as its domains; None
-        where a group is one client, by its number.
+      owns: (C, F) bool, the groups of test examples that are each client's own, as its domains;
+        None where a group is one client, by its number.
     """
 
     label_share: Array

@@ -163,10 +163,8 @@ def deal_domains(
             cut = _windows(train[place * stride : place * stride + size], length)
             windows.append(cut)
             owner.append(np.full(len(cut), holder))
-    test = [
-        _windows(text[len(text) - round(_TEST_SHARE * len(text)) :], length)
-        for text in corpus.texts
-    ]
+    ends = [text[len(text) - round(_TEST_SHARE * len(text)) :] for text in corpus.texts]
+    test = [_windows(end, length) for end in ends]
     everyone = np.concatenate(owner)
     return Dealt(
         train=np.concatenate(windows),

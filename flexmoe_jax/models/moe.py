@@ -94,9 +94,7 @@ class Experts(nn.Module):
             "b_out": (zeros, (count, features)),
         }
         experts = {
-            name: self.param(
-                name, mark(init, self.part) if self.part else init, shape, jnp.float32
-            ).astype(x.dtype)
+            name: _param(self, name, init, self.part, shape).astype(x.dtype)
             for name, (init, shape) in shapes.items()
         }
         return expert_mlp(experts, x)
@@ -115,9 +113,17 @@ class Gate(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps (B, D) to logits (B, count), in single precision."""
         small, count = nn.initializers.normal(0.02), _stacked(self, "kernel", self.count)
-        kernel = self.param("kernel", mark(small, GATE), (count, x.shape[-1]), jnp.float32)
-        bias = self.param("bias", mark(nn.initializers.zeros, GATE), (count,), jnp.float32)
+        kernel = _param(self, "kernel", small, GATE, (count, x.shape[-1]))
+        bias = _param(self, "bias", nn.initializers.zeros, GATE, (count,))
         return jnp.einsum("bd,ed->be", x.astype(jnp.float32), kernel) + bias
+
+
+def _param(
+    module: nn.Module, name: str, init: Callable[..., Any], part: str, shape: tuple[int, ...]
+) -> Array:
+    """A parameter in single precision, with the mark of a part, if any."""
+    value: Any = module.param(name, mark(init, part) if part else init, shape, jnp.float32)
+    return value
 
 
 def _stacked(module: nn.Module, name: str, count: int) -> int:

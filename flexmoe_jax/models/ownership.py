@@ -21,6 +21,11 @@ EXPERT, GATE = "expert", "gate"
 """What a parameter of a MoE layer can be of; both lead with the expert axis."""
 
 
+def _static() -> Any:
+    field: Any = flax.struct.field  # Flax leaves it without types.
+    return field(pytree_node=False)
+
+
 @flax.struct.dataclass
 class Marked(nn.meta.AxisMetadata[Any]):
     """A parameter of a MoE layer, in the box that Flax takes off when the parameter is used.
@@ -31,7 +36,7 @@ class Marked(nn.meta.AxisMetadata[Any]):
     """
 
     value: Any
-    part: str = flax.struct.field(pytree_node=False)
+    part: str = _static()
 
     def unbox(self) -> Any:
         """The parameter."""

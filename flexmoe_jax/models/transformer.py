@@ -1,6 +1,6 @@
 """A decoder of tokens with mixture-of-experts layers, small enough for clients.
 
-y = head(norm(h)), h = embedding, then in every block  h += attention(norm(h));  h += layer(norm(h)),
+y = head(norm(h)), h = embedding, and in every block  h += attention(norm(h)), h += layer(norm(h)),
 where the layer is a `MoELayer`, or a plain MLP in blocks without one (Vaswani et al. 2017; norms
 first, as Xiong et al. 2020; experts in place of MLPs, as Fedus et al. 2022).
 

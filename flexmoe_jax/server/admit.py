@@ -46,7 +46,7 @@ class Admission(NamedTuple):
 
     @property
     def private(self) -> bool:
-        """Whether noise makes the sums differentially private, so that all clients weigh the same."""
+        """Whether noise makes the sums private, so that all clients weigh the same."""
         return bool(self.noise_multiplier)
 
 

@@ -6,7 +6,7 @@ MoE layers.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -97,8 +97,8 @@ class Tampering(NamedTuple):
       noise: (P,) L2 norm of the noise added to each, over its own; None where there is none.
     """
 
-    factor: np.ndarray | None = None
-    noise: np.ndarray | None = None
+    factor: Any = None
+    noise: Any = None
 
 
 def make_plan(

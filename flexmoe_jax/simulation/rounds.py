@@ -256,7 +256,7 @@ def run_round(
 
     known = data, state.server, table, key, limits
     total, (owns, verdicts) = over_devices(
-        train_share, plan._replace(load=None, secret=None), known, mesh, merge=aggregator.merge
+        train_share, _of_clients(plan), known, mesh, merge=aggregator.merge
     )
     late, norms = jnp.zeros(plan.clients.shape, bool), state.server.ledger.norms
     if desk.admission.compares:
@@ -286,6 +286,12 @@ def run_round(
         ),
     )
     return following, report
+
+
+def _of_clients(plan: Plan) -> Plan:
+    """A plan without what is not of single clients, to be shared out."""
+    nothing: Any = None
+    return plan._replace(load=nothing, secret=nothing)
 
 
 def _rows(federation: Federation, data: ClientData, plan: Plan, key: Key) -> Row:

@@ -69,14 +69,9 @@ def payload(shared: PyTree, experts: PyTree, codec: Codec | None = None) -> Payl
 def payloads(federation: Federation) -> tuple[Payload, ...]:
     """Sizes of what travels in a federation, by group of MoE layers."""
     parts = federation.layout.split(nn.meta.unbox(federation.shapes))
-    groups = [
-        {
-            layer: parts.experts[layer]
-            for layer, g in federation.group.items()
-            if g == group and layer in parts.experts
-        }
-        for group in range(federation.groups)
-    ]
+    groups: list[dict[str, PyTree]] = [{} for _ in range(federation.groups)]
+    for layer, stack in parts.experts.items():
+        groups[federation.group[layer]][layer] = stack
     return tuple(payload(parts.shared, experts, federation.codec) for experts in groups)
 
 
