@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from flexmoe_jax.federated import client_mesh
-
 from experiments.benchmarks.process import Figures
 from experiments.benchmarks.timing import interleave, make_products, set_up
 from experiments.benchmarks.workloads import (
@@ -23,6 +21,7 @@ from experiments.benchmarks.workloads import (
     training_flop,
 )
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.simulation import client_mesh
 
 _ALONE = "alone"
 

@@ -1,6 +1,6 @@
 """Suite `evaluate`: the accuracy of every client's model on one test set.
 
-A line per number of clients: seconds of `algorithm.evaluate`, which computes shared features once
+A line per number of clients: seconds of `simulation.evaluate`, which computes shared features once
 an image; seconds of a loop over the clients that runs each one's whole model on all images, on the
 same devices; and the ratio.
 """
@@ -8,20 +8,19 @@ same devices; and the ratio.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flexmoe_jax.federated.execute import take_slots
 from jax import lax
 
 from experiments.benchmarks.process import Figures, refuse_words
 from experiments.benchmarks.timing import compiled, interleave, set_up
-from experiments.benchmarks.workloads import CLASSES, Prepare, draw_dataset, make_federation
-from flexmoe_jax import data, federated, models
-from flexmoe_jax.types import Array, Params, State
+from experiments.benchmarks.workloads import CLASSES, draw_dataset, make_federation
+from flexmoe_jax import client, data, models, server, simulation
+from flexmoe_jax.federation import Federation
+from flexmoe_jax.types import Array, Own, State
 
 _CLIENTS = (20, 100)
 _TESTS = 2_000
@@ -42,29 +41,30 @@ def run(words: list[str]) -> Iterator[Figures]:
 
 def measure(clients: int, tests: int, image: tuple[int, int, int] = (32, 32, 3)) -> Figures:
     """Times the evaluation of a federation of ConvNets, and that of its clients one by one."""
-    mesh = federated.client_mesh()
+    mesh = simulation.client_mesh()
     dataset = draw_dataset(clients, image, tests)
     owned = data.build_clients(dataset, np.split(np.arange(clients), clients))
-    owned = federated.replicate(owned, mesh)
-    prepare = data.standardise(dataset.train_images)
-    algorithm = make_federation(
+    owned = simulation.replicate(owned, mesh)
+    federation = make_federation(
         models.ConvNet(),
         owned,
         np.full(clients, _CAPACITY),
-        prepare=prepare,
-        local=federated.LocalTraining(optax.sgd(0.1)),
+        prepare=data.standardise(dataset.train_images),
+        local=client.LocalTraining(optax.sgd(0.1)),
         experts=_EXPERTS,
-        mesh=mesh,
-    )
-    state = algorithm.init(jax.random.key(0))
-    solution = algorithm.assign(state, np.arange(clients, dtype=np.int32))
-    slots = federated.assignment_slots(solution.assignment, _CAPACITY)
-    state = state._replace(slots=federated.replicate(slots, mesh))
-    test = federated.chunk_test_set(dataset.test_images, dataset.test_labels, mesh=mesh)
+    ).replace(prior=False)
+    simulated = simulation.simulate(federation, owned, mesh=mesh)
+    state = simulated.init(jax.random.key(0))
+    (solution,) = simulated.assign(state, np.arange(clients, dtype=np.int32))
+    slots = simulation.assignment_slots(solution.assignment[:, None], _CAPACITY)
+    own = state.clients._replace(slots=simulation.replicate(slots, mesh))
+    state = state._replace(clients=own)
+    arrays = {"images": dataset.test_images, "labels": dataset.test_labels}
+    test = simulation.chunk_test_set(arrays, mesh=mesh)
     ours, whole = interleave(
         [
-            compiled(algorithm.evaluate, state, test, owned.label_share),
-            _evaluate_whole(prepare, state, test),
+            compiled(simulated.evaluate, state, test, owned.about),
+            _evaluate_whole(federation, state, test),
         ],
         warm_up=1,
     )
@@ -80,25 +80,22 @@ def measure(clients: int, tests: int, image: tuple[int, int, int] = (32, 32, 3))
 
 
 def _evaluate_whole(
-    prepare: Prepare, state: State, test: federated.TestSet
+    federation: Federation, state: State, test: simulation.TestSet
 ) -> Callable[[], list[Array]]:
     """Each client's (Y,) correct answers by class, from one run of a compiled program a client."""
-    model = models.MoEClassifier(models.ConvNet(), CLASSES, _CAPACITY)
 
-    def evaluate(state: State, client: Array, test: federated.TestSet) -> Array:
-        slots = state.slots[client]
-        gate = jax.tree.map(lambda leaf: leaf[client], state.gates)
-        experts, own = (take_slots(stack, slots) for stack in (state.experts, gate))
-        params = Params(state.shared, experts, own, private={})
-        variables = {"params": models.merge_params(params)}
+    def evaluate(state: State, number: Array, test: simulation.TestSet) -> Array:
+        own: Own = jax.tree.map(lambda leaf: leaf[number], state.clients)
+        down = server.send(federation.desk, state.server, own.slots, jnp.int32(0))
+        params, held = client.model_of(federation.site, own, down)
 
-        def add(hits: Array, chunk: federated.TestSet) -> tuple[Array, None]:
-            outputs: Any = model.apply(variables, prepare(chunk.images), slots < _EXPERTS)
-            right = outputs[0].argmax(axis=-1) == chunk.labels
-            return hits + right @ jax.nn.one_hot(chunk.labels, CLASSES), None
+        def add(hits: Array, chunk: simulation.TestSet) -> tuple[Array, None]:
+            outputs, _ = federation.apply(params, chunk.arrays["images"], held)
+            right = (outputs.argmax(axis=-1) == chunk.arrays["labels"]) & chunk.valid
+            return hits + right @ jax.nn.one_hot(chunk.arrays["labels"], CLASSES), None
 
         return lax.scan(add, jnp.zeros(CLASSES), test)[0]
 
-    clients = [jnp.int32(client) for client in range(state.slots.shape[0])]
+    clients = [jnp.int32(number) for number in range(federation.clients)]
     program = jax.jit(evaluate).lower(state, clients[0], test).compile()
-    return lambda: [program(state, client, test) for client in clients]
+    return lambda: [program(state, number, test) for number in clients]

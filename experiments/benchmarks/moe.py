@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flexmoe_jax.federated import client_mesh
 from jax import lax
 
 from experiments.benchmarks.process import Figures, refuse_words
 from experiments.benchmarks.timing import compiled, interleave, set_up
 from experiments.benchmarks.workloads import WORKLOADS, Workload, make_rounds
 from flexmoe_jax.models import expert_mlp
+from flexmoe_jax.simulation import client_mesh
 from flexmoe_jax.types import Array, PyTree
 
 _FEATURES, _HIDDEN = 64, 128

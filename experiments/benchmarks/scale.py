@@ -20,7 +20,7 @@ import optax
 from experiments.benchmarks.process import Figures, peak_bytes, run_case
 from experiments.benchmarks.timing import set_up
 from experiments.benchmarks.workloads import make_federation
-from flexmoe_jax import data, federated, models
+from flexmoe_jax import client, data, models, simulation
 from flexmoe_jax.errors import InputError
 
 _PER_ROUND = (10, 100, 1_000)
@@ -47,25 +47,25 @@ def run(words: list[str]) -> Iterator[Figures]:
 
 def measure(clients: int, experts: int, per_round: int) -> Figures:
     """Times rounds of clients that each own 50 of scikit-learn's digits, drawn at random."""
-    mesh = federated.client_mesh()
+    mesh = simulation.client_mesh()
     rng = np.random.default_rng(0)
     dataset = data.load("digits")
     owned = rng.integers(0, len(dataset.train_labels), (clients, _EXAMPLES))
     client_data = data.build_clients(dataset, list(owned), place=np.asarray)
-    algorithm = make_federation(
+    federation = make_federation(
         models.MLP(),
         client_data,
         rng.integers(1, 5, clients),
         prepare=data.standardise(dataset.train_images),
-        local=federated.LocalTraining(optax.sgd(0.1), batch_size=_BATCH),
+        local=client.LocalTraining(optax.sgd(0.1), batch_size=_BATCH),
         experts=experts,
-        mesh=mesh,
     )
-    resident = federated.replicate(client_data, mesh)
-    rounds, assignments, state_bytes = time_rounds(algorithm, lambda cohort: resident, per_round)
+    simulated = simulation.simulate(federation, client_data, mesh=mesh)
+    resident = simulation.replicate(client_data, mesh)
+    rounds, assignments, state_bytes = time_rounds(simulated, lambda cohort: resident, per_round)
     peak = peak_bytes()
-    put = partial(federated.replicate, mesh=mesh)
-    fed, *_ = time_rounds(algorithm, data.feed_cohorts(client_data, per_round, put), per_round)
+    put = partial(simulation.replicate, mesh=mesh)
+    fed, *_ = time_rounds(simulated, data.feed_cohorts(client_data, per_round, put), per_round)
     return {
         "suite": "scale",
         "clients": clients,
@@ -83,24 +83,24 @@ def measure(clients: int, experts: int, per_round: int) -> Figures:
 
 
 def time_rounds(
-    algorithm: federated.Algorithm, feed: data.Feed, per_round: int
+    simulated: simulation.Simulation, feed: data.Feed, per_round: int
 ) -> tuple[list[float], list[float], int]:
     """Seconds of warm rounds, and of their assignments and plans; bytes of the state."""
-    clients = len(algorithm.setting.capacity)
-    state = algorithm.init(jax.random.key(0))
+    clients = len(simulated.setting.capacity)
+    state = simulated.init(jax.random.key(0))
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     rounds, assignments = [], []
 
     def draw(number: int) -> np.ndarray:
-        return federated.sample_cohort(clients, per_round, seed=0, round_index=number)
+        return simulation.sample_cohort(clients, per_round, seed=0, round_index=number)
 
     examples = feed(draw(0))
     for number in range(_WARM_UP + _ROUNDS):
         begin = time.perf_counter()
         cohort = draw(number)
-        plan = algorithm.plan(cohort, algorithm.assign(state, cohort))
+        plan = simulated.plan(cohort, simulated.assign(state, cohort))
         assigned = time.perf_counter()
-        state, report = algorithm.round(state, examples, plan)
+        state, report = simulated.round(state, examples, plan)
         examples = feed(draw(number + 1))
         jax.block_until_ready((state, report, examples))
         assignments.append(assigned - begin)

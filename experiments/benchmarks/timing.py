@@ -8,11 +8,11 @@ from functools import partial
 
 import jax
 from absl import flags
-from flexmoe_jax.federated.execute import AXIS
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.devices import prepare_devices
+from flexmoe_jax.simulation.blocks import AXIS
 
 _TURNS = 5
 _TURN_SECONDS = 0.2  # that a turn of something quick lasts

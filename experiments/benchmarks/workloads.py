@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -15,10 +14,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from flexmoe_jax import data, federated, models
+from flexmoe_jax import client, data, models, simulation
 from flexmoe_jax.assignment import make_policy
+from flexmoe_jax.federation import Federation
 from flexmoe_jax.models.conv import Convolution
-from flexmoe_jax.types import Array, Params, Plan, PyTree
+from flexmoe_jax.types import Array, Plan, PyTree
 
 CLASSES = 10
 LEARNING_RATE = 0.1
@@ -127,32 +127,43 @@ class Rounds:
 
 def make_rounds(workload: Workload, mesh: Mesh) -> Rounds:
     """Rounds as the framework runs them."""
-    local = federated.LocalTraining(optax.sgd(LEARNING_RATE), batch_size=workload.batch)
+    local = client.LocalTraining(optax.sgd(LEARNING_RATE), batch_size=workload.batch)
     return _make_rounds(workload, mesh, local, models.conv_auto, block_size=0)
 
 
 def make_naive_rounds(workload: Workload) -> Rounds:
     """The same rounds as `vmap` over all clients on one device, with XLA's own convolution."""
-    local = federated.LocalTraining(
+    local = client.LocalTraining(
         optax.sgd(LEARNING_RATE), batch_size=workload.batch, tile=workload.batch
     )
-    mesh = federated.client_mesh(1)
+    mesh = simulation.client_mesh(1)
     return _make_rounds(workload, mesh, local, models.conv_lax, block_size=workload.clients)
 
 
 def _make_rounds(
     workload: Workload,
     mesh: Mesh,
-    local: federated.LocalTraining,
+    local: client.LocalTraining,
     conv: Convolution,
     block_size: int,
 ) -> Rounds:
-    dataset = draw_dataset(workload.clients * workload.examples, workload.image)
-    parts = np.split(np.arange(len(dataset.train_labels)), workload.clients)
-    clients = federated.replicate(data.build_clients(dataset, parts), mesh)
-    prepare = data.standardise(dataset.train_images)
-    make = _mixture_rounds if workload.mixture else _dense_rounds
-    return make(workload.backbone(conv), clients, prepare, local, block_size, mesh)
+    count = workload.clients
+    dataset = draw_dataset(count * workload.examples, workload.image)
+    parts = np.split(np.arange(len(dataset.train_labels)), count)
+    clients = simulation.replicate(data.build_clients(dataset, parts), mesh)
+    federation = make_federation(
+        workload.backbone(conv),
+        clients,
+        np.full(count, _CAPACITY if workload.mixture else 1),
+        prepare=data.standardise(dataset.train_images),
+        local=local,
+        experts=_EXPERTS if workload.mixture else 0,
+    )
+    simulated = simulation.simulate(federation, clients, block_size=block_size, mesh=mesh)
+    state = simulated.init(jax.random.key(0))
+    cohort = np.arange(count, dtype=np.int32)
+    plan = simulated.plan(cohort, simulated.assign(state, cohort))
+    return Rounds(simulated.round, state, clients, plan)
 
 
 def draw_dataset(examples: int, image: tuple[int, int, int], tests: int = 1) -> data.Dataset:
@@ -176,104 +187,19 @@ def make_federation(
     capacity: np.ndarray,
     *,
     prepare: Prepare,
-    local: federated.LocalTraining,
+    local: client.LocalTraining,
     experts: int = _EXPERTS,
-    block_size: int = 0,
-    mesh: Mesh,
-) -> federated.Algorithm:
-    """A federation with the policy `flex` and settings that are otherwise the default."""
-    return federated.flexmoe(
-        models.MoEClassifier(backbone, CLASSES, experts),
-        clients,
-        prepare=prepare,
+) -> Federation:
+    """A federation with the policy `flex`; of the backbone and a head alone without experts."""
+    module = models.MoEClassifier(backbone, CLASSES, experts)
+    model = models.classifier(module) if experts else models.from_linen(DenseClassifier(backbone))
+    return Federation(
+        model=model.after(prepare),
+        sample={name: values[:2] for name, values in clients.arrays.items()},
         capacity=capacity,
         policy=make_policy("flex"),
-        load_model=federated.make_load_model("clients", np.asarray(clients.size), capacity),
         local=local,
-        fitness=federated.FitnessOptions(),
-        block_size=block_size,
-        mesh=mesh,
     )
-
-
-def _mixture_rounds(
-    backbone: nn.Module,
-    clients: data.ClientData,
-    prepare: Prepare,
-    local: federated.LocalTraining,
-    block_size: int,
-    mesh: Mesh,
-) -> Rounds:
-    count = clients.size.shape[0]
-    algorithm = make_federation(
-        backbone,
-        clients,
-        np.full(count, _CAPACITY),
-        prepare=prepare,
-        local=local,
-        block_size=block_size,
-        mesh=mesh,
-    )
-    cohort = np.arange(count, dtype=np.int32)
-    state = algorithm.init(jax.random.key(0))
-    plan = algorithm.plan(cohort, algorithm.assign(state, cohort))
-    return Rounds(algorithm.round, state, clients, plan)
-
-
-def _dense_rounds(
-    backbone: nn.Module,
-    clients: data.ClientData,
-    prepare: Prepare,
-    local: federated.LocalTraining,
-    block_size: int,
-    mesh: Mesh,
-) -> Rounds:
-    """The parts of a round that remain without experts: every client holds one number instead."""
-    model = DenseClassifier(backbone)
-    count = clients.size.shape[0]
-    server = optax.sgd(1.0)
-    block_size = federated.resolve_block_size(block_size, count, mesh.size)
-    plan = federated.make_plan(
-        np.arange(count, dtype=np.int32),
-        np.ones((count, 1), bool),
-        np.ones(1),
-        steps=np.asarray(local.steps(clients.size)),
-        slots=1,
-        clients=count,
-        block_size=block_size,
-        devices=mesh.size,
-    )
-    experts, gates = {"none": jnp.zeros((1, 1))}, jnp.zeros((count, 1, 1))
-
-    def apply(params: Params, images: Array, held: Array) -> tuple[Array, models.Routing]:
-        logits: Any = model.apply(params.shared, prepare(images))
-        alone = jnp.ones((images.shape[0], 1))
-        return logits, models.Routing(alone, alone, alone.astype(bool), alone)
-
-    def step(state: tuple, clients: data.ClientData, plan: Plan) -> tuple[tuple, Array]:
-        shared, optimizers, key = state
-        key, own = jax.random.split(key)
-        result = federated.train_cohort(
-            partial(federated.make_client, apply, local, slots=1),
-            local,
-            clients,
-            shared,
-            experts,
-            gates,
-            (),
-            plan,
-            jnp.zeros((), jnp.int32),
-            own,
-            block_size,
-            mesh,
-        )
-        assert result.sums is not None
-        new = federated.apply_sums(server, result.sums, shared, experts, *optimizers)
-        return (new.shared, (new.shared_optimizer, new.expert_optimizer), key), result.loss
-
-    shared = model.init(jax.random.key(0), prepare(clients.images[:1]))
-    state = shared, federated.init_server(server, shared, experts), jax.random.key(1)
-    return Rounds(step, *federated.replicate((state, clients, plan), mesh))
 
 
 def training_flop(workload: Workload) -> int:
@@ -286,16 +212,14 @@ def training_flop(workload: Workload) -> int:
     backbone = workload.backbone(models.conv_lax)
     image = jax.ShapeDtypeStruct((1, *workload.image), jnp.float32)
     if workload.mixture:
-        held = jax.ShapeDtypeStruct((_CAPACITY,), bool)
-        mixture = models.MoEClassifier(backbone, CLASSES, _CAPACITY)
-        layers = _count_layers(mixture, image, held)
+        layers = _count_layers(models.MoEClassifier(backbone, CLASSES, _CAPACITY), image)
     else:
         layers = _count_layers(DenseClassifier(backbone), image)
     per_example = 2 * (3 * sum(layers) - layers[0])
     return per_example * workload.clients * workload.examples
 
 
-def _count_layers(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> list[int]:
+def _count_layers(model: nn.Module, image: jax.ShapeDtypeStruct) -> list[int]:
     """Multiplications of each layer for one example, the first layer first."""
     layers: list[int] = []
 
@@ -315,5 +239,5 @@ def _count_layers(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> list[int]:
         return output
 
     with nn.intercept_methods(count):
-        jax.eval_shape(model.init, jax.random.key(0), *inputs)
+        jax.eval_shape(model.init, jax.random.key(0), image)
     return layers
