@@ -15,16 +15,14 @@ from ml_collections import ConfigDict
 
 from experiments.cli import nearest
 from experiments.edge import capacity_in_memory, check_model, make_devices, make_network
+from experiments.examples import Examples, load_examples
 from experiments.fields import check_kinds, check_numbers, client_capacities, load_model_name
 from flexmoe_jax import assignment, client, data, edge, models, server, simulation
 from flexmoe_jax.edge import AVAILABILITIES, read_record, read_tiers
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.simulation import Network, Payload, Simulation, TestSet
-
-# What personal accuracy is measured on.
-OWN_EXAMPLES = "clients' own test examples"
-COMMON_EXAMPLES = "common test set, weighted to each client's label shares"
+from flexmoe_jax.tasks import TASKS, Task
 
 
 @dataclass(frozen=True)
@@ -84,34 +82,38 @@ def build(config: ConfigDict) -> Experiment:
         "deficit_decay": config.assignment.deficit_decay,
         "seed": config.seed,
         "prior": config.eval.prior,
+        "layers": config.assignment.layers,
     }
-    backbone = make_backbone(config.model)
+    prepare_model = model_maker(config)
     devices = make_devices(config.edge, config.clients.count, config.seed)
     capacity = given_capacity(config, devices)
     mesh = simulation.client_mesh(config.execution.devices)
 
-    dataset, parts = load_partitioned(config)
-    if local.augment is not None and dataset.train_images.ndim != 4:
+    examples = load_examples(config)
+    clients = examples.clients
+    sample: dict[str, Any] = {n: np.asarray(x[:2]) for n, x in clients.arrays.items()}
+    if local.augment is not None and np.ndim(sample.get("images", 0)) != 4:
         remedy = "the examples are not images of (height, width, channels); say none"
         raise InputError("local.augment", config.local.augment, remedy)
-    clients = data.build_clients(dataset, parts, place=np.asarray)
-    model = make_model(backbone, config.model, dataset)
-    sample = {name: np.asarray(values[:2]) for name, values in clients.arrays.items()}
-    check_model(model, sample["images"], config.model.backbone)
+    task = make_task(config.task.name)
+    model = prepare_model(examples)
+    check_model(model, task, sample, config.model.backbone)
     if capacity is None:
         assert devices is not None
         capacity = capacity_in_memory(model, sample, devices, config, choices["ownership"])
     sizes = np.asarray(clients.size)
-    examples = local.examples(sizes)
+    seen = local.examples(sizes)
     federation = Federation(
         model=model,
         sample=sample,
         capacity=capacity,
-        load=server.make_load_model(load, examples, capacity, config.model.top_k),
+        task=task,
+        load=server.make_load_model(load, seen, capacity, config.model.top_k),
         **choices,
     )
-    network = make_network(config, devices, local.steps(sizes), examples)
-    owner = test_owner(dataset, config.partition.name)
+    federation.check(clients.arrays)
+    federation.check(examples.test)
+    network = make_network(config, devices, local.steps(sizes), seen)
     return Experiment(
         simulation=simulation.simulate(
             federation,
@@ -122,21 +124,25 @@ def build(config: ConfigDict) -> Experiment:
         ),
         feed=make_feed(config.execution.data, clients, network.asked, mesh),
         about=simulation.replicate(clients.about, mesh),
-        test=simulation.chunk_test_set(
-            {"images": dataset.test_images, "labels": dataset.test_labels.astype(np.int32)},
-            config.eval.batch_size,
-            mesh,
-            owner,
-        ),
-        classes=dataset.classes,
-        label_counts=data.label_counts(dataset.train_labels, parts, dataset.num_classes),
+        test=simulation.chunk_test_set(examples.test, config.eval.batch_size, mesh, examples.group),
+        classes=examples.classes,
+        label_counts=examples.counts,
         capacity=capacity,
         network=network,
         payload=simulation.payloads(federation),
-        inputs=inputs_of(config, dataset),
-        personal=OWN_EXAMPLES if owner is not None else COMMON_EXAMPLES,
-        notes=notes_on(dataset, config.partition.name) + notes_on_privacy(config.server),
+        inputs=inputs_of(config, examples),
+        personal=examples.personal,
+        notes=examples.notes + notes_on_privacy(config.server),
     )
+
+
+def make_task(name: str) -> Task:
+    """What is learnt."""
+    if name not in TASKS:
+        near, all_of_them = nearest(name, TASKS), ", ".join(TASKS)
+        remedy = f"did you mean {near}? choose one of {all_of_them}"
+        raise InputError("task.name", name, remedy)
+    return TASKS[name]()
 
 
 def make_load(config: ConfigDict) -> str:
@@ -172,8 +178,11 @@ def make_fitness(options: ConfigDict) -> server.FitnessOptions:
     return server.FitnessOptions(score, options.beta, options.initial, options.optimism)
 
 
-def make_backbone(options: ConfigDict) -> nn.Module:
-    """What comes before the experts."""
+def model_maker(config: ConfigDict) -> Callable[[Examples], models.Model]:
+    """Checks the model's fields, and returns what makes the model once the data are known."""
+    options = config.model
+    if options.backbone == "transformer":
+        return partial(_decoder, config)
     backbone = models.make_backbone(
         options.backbone,
         widths=options.widths or (),
@@ -181,22 +190,38 @@ def make_backbone(options: ConfigDict) -> nn.Module:
         groups=options.groups,
         conv=models.convolution(options.conv),
     )
-    if not options.local_backbone:
-        return backbone
-    return models.PersonalMixture(backbone, backbone.clone())
+    if options.local_backbone:
+        backbone = models.PersonalMixture(backbone, backbone.clone())
+    return partial(_classifier, options, backbone)
 
 
-def make_model(backbone: nn.Module, options: ConfigDict, dataset: data.Dataset) -> models.Model:
-    """The model, with all that its inputs go through first."""
+def _classifier(options: ConfigDict, backbone: nn.Module, examples: Examples) -> models.Model:
     module = models.MoEClassifier(
         backbone=backbone,
-        classes=dataset.num_classes,
+        classes=len(examples.classes),
         experts=options.experts,
         hidden=options.hidden,
         top_k=options.top_k,
         shared_experts=options.shared_experts,
     )
-    return models.classifier(module).after(data.standardise(dataset.train_images))
+    return models.classifier(module).after(examples.prepare)
+
+
+def _decoder(config: ConfigDict, examples: Examples) -> models.Model:
+    options = config.model
+    module = models.Transformer(
+        experts=options.experts,
+        depth=options.depth or models.Transformer.depth,
+        width=options.widths[0] if options.widths else models.Transformer.width,
+        heads=options.heads,
+        hidden=options.hidden,
+        every=options.moe_every,
+        top_k=options.top_k,
+        shared_experts=options.shared_experts,
+        positions=options.positions,
+        length=config.data.length,
+    )
+    return models.decoder(module).after(examples.prepare)
 
 
 def given_capacity(config: ConfigDict, devices: edge.Devices | None) -> np.ndarray | None:
@@ -251,57 +276,17 @@ def make_feed(where: str, clients: data.ClientData, most: int, mesh: Mesh) -> da
     return lambda cohort: placed
 
 
-def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray, ...]]:
-    """Loads the data set and gives every training example to a client."""
-    options = {
-        "classes_per_client": config.partition.classes_per_client,
-        "alpha": config.partition.alpha,
-        "shards_per_client": config.partition.shards_per_client,
-        "quantity_skew": config.partition.quantity_skew,
-        "min_per_client": config.partition.min_per_client,
-    }
-
-    def accept(classes: int, examples: int, owners: int) -> None:
-        data.check(
-            config.partition.name,
-            num_clients=config.clients.count,
-            num_classes=classes,
-            num_examples=examples,
-            num_owners=owners,
-            **options,
-        )
-
-    dataset = data.load(
-        config.data.name,
-        data_dir=config.data.dir or None,
-        train_limit=config.data.train_limit,
-        test_limit=config.data.test_limit,
-        image_size=config.data.image_size,
-        download=config.data.download,
-        accept=accept,
-    )
-    parts = data.partition(
-        config.partition.name,
-        dataset.train_labels,
-        config.clients.count,
-        seed=config.seed,
-        owner=dataset.train_clients,
-        **options,
-    )
-    return dataset, parts
-
-
-def inputs_of(config: ConfigDict, dataset: data.Dataset) -> dict[str, str]:
+def inputs_of(config: ConfigDict, examples: Examples) -> dict[str, str]:
     """Hashes of what a run reads, by name: `data.train_images`, ..., `edge.tiers`.
 
     Args:
       config: of the run.
-      dataset: as the run has it, within its limits.
+      examples: as the run has them, within its limits.
 
     Raises:
       InputError: one of the user's files cannot be read.
     """
-    found = {f"data.{name}": value for name, value in data.fingerprint(dataset).items()}
+    found = {f"data.{name}": value for name, value in examples.hashes.items()}
     if config.edge.tiers:
         tiers = [
             (tier.name, *map(float, tier[1:])) for tier in read_tiers(config.edge.tiers).values()
@@ -311,35 +296,6 @@ def inputs_of(config: ConfigDict, dataset: data.Dataset) -> dict[str, str]:
         record = read_record(config.edge.availability)
         found["edge.availability"] = data.digest(record.astype(bool))
     return found
-
-
-def test_owner(dataset: data.Dataset, partition: str) -> np.ndarray | None:
-    """The client (M,) that each test example is one of; None where clients have none of their own.
-
-    Only natural clients are those who own the examples of the data set.
-    """
-    if partition != "natural" or dataset.train_clients is None or dataset.test_clients is None:
-        return None
-    return data.client_numbers(dataset.train_clients, dataset.test_clients)
-
-
-def notes_on(dataset: data.Dataset, partition: str) -> tuple[str, ...]:
-    """Sentences on what a user should know of the data before trusting the figures."""
-    notes = [*dataset.notes, *data.doubts(dataset.train_images, dataset.test_images)]
-    owned = {"train_clients": dataset.train_clients, "test_clients": dataset.test_clients}
-    given = [name for name, ids in owned.items() if ids is not None]
-    if partition == "natural" and dataset.test_clients is None:
-        notes.append(
-            "natural clients without test examples of their own (test_clients): personal accuracy "
-            f"is that on the {COMMON_EXAMPLES}, which tells nothing of clients whose examples "
-            "follow rules of their own"
-        )
-    elif partition != "natural" and given:
-        notes.append(
-            f"{' and '.join(given)} are not used: partition.name={partition} deals the examples "
-            "out anew; natural keeps them with their owners"
-        )
-    return tuple(notes)
 
 
 def notes_on_privacy(options: ConfigDict) -> tuple[str, ...]:

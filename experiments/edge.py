@@ -9,39 +9,41 @@ from ml_collections import ConfigDict
 
 from flexmoe_jax import edge, models, simulation
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.tasks import Batch, Task
 from flexmoe_jax.types import Array, Params, PyTree
 
 
-def check_model(model: models.Model, images: np.ndarray, name: str) -> None:
+def check_model(model: models.Model, task: Task, sample: Batch, name: str) -> None:
     """Refuses a backbone that cannot be trained as the rounds train it, without computing anything.
 
     Args:
       model: around the backbone.
-      images: two of them.
+      task: what is learnt.
+      sample: two examples.
       name: of the backbone.
 
     Raises:
       InputError: naming what does not fit.
     """
 
-    def trace(x: Array) -> PyTree:
+    def trace(sample: Batch) -> PyTree:
         # As the rounds do: from parameters alone.
-        return model.trunk(model.init(jax.random.key(0), x), x)
+        inputs = task.inputs(sample)
+        return model.trunk(model.init(jax.random.key(0), inputs), inputs)
 
-    batch = jax.ShapeDtypeStruct(images.shape, images.dtype)
     contract = (
         "a backbone maps images (B, h, w, channels) to features (B, D) by its parameters alone, "
         "without batch statistics, other collections or random numbers"
     )
     try:
-        features = jax.eval_shape(trace, batch)
+        features = jax.eval_shape(trace, sample)
     except Exception as error:  # A backbone that does not fit can fail in any way.
         if isinstance(error, InputError) and error.field != "model":
             raise
         reason = " ".join(str(error).split()).partition(" (https://flax")[0]
         raise InputError("model.backbone", name, f"{reason[:300]}; {contract}") from error
-    if features.ndim != 2 or features.shape[0] != len(images):
-        reason = f"it turns images {batch.shape} into {features.shape}"
+    if "images" in sample and (features.ndim != 2 or features.shape[0] != len(sample["images"])):
+        reason = f"it turns images {sample['images'].shape} into {features.shape}"
         raise InputError("model.backbone", name, f"{reason}; {contract}")
 
 
@@ -53,8 +55,8 @@ def capacity_in_memory(
     ownership: models.Ownership,
 ) -> np.ndarray:
     """k_c (C,): how many experts each client's device has room to train."""
-    size = config.local.batch_size
-    batch = jax.ShapeDtypeStruct((size, *sample["images"].shape[1:]), sample["images"].dtype)
+    (inputs,) = (sample[name] for name in ("images", "tokens") if name in sample)
+    batch = jax.ShapeDtypeStruct((config.local.batch_size, *inputs.shape[1:]), inputs.dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
     layout = models.lay_out(shapes, ownership)
     parts = layout.split(shapes)

@@ -51,6 +51,10 @@ def check_numbers(config: ConfigDict) -> None:
     at_least_one = (
         "rounds",
         "clients.count",
+        "data.length",
+        "partition.domains_per_client",
+        "model.heads",
+        "model.moe_every",
         "model.experts",
         "model.hidden",
         "model.top_k",
@@ -64,6 +68,7 @@ def check_numbers(config: ConfigDict) -> None:
     not_negative = (
         "seed",
         "clients.per_round",
+        "partition.bytes_per_client",
         "execution.client_block_size",
         "execution.devices",
         "execution.tile",

@@ -5,6 +5,7 @@ Axis legend: `C` clients, `E` experts, `K` expert slots, `L` MoE layers, `G` gro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -123,6 +124,14 @@ class Federation:
             self.model.apply, nn.meta.unbox(self.shapes), self.inputs, held
         )
         return found
+
+    def check(self, arrays: Mapping[str, Any]) -> None:
+        """Refuses named examples that do not fit the task and the model's outputs.
+
+        Raises:
+          InputError: naming the array.
+        """
+        self.task.check(arrays, self.outputs[0].shape[1:])
 
     @property
     def clients(self) -> int:

@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     config.rounds = 40
 
     config.data = ConfigDict()
-    # "digits" (embedded), any TFDS image-classification data set, or a file.npz of your own
+    # "digits" (embedded), "text" (of data.dir: a folder of *.txt, one a domain), "python_topics"
+    # (text of the Python installation), any TFDS image-classification data set, or a file.npz of
+    # your own
     config.data.name = "digits"
     # Of prepared TFDS data, empty for TFDS's own default; a relative file.npz begins there, too.
     config.data.dir = ""
@@ -27,13 +29,21 @@ def get_config() -> ConfigDict:
     # Side in pixels of uint8 images; 0 for the data set's own, or 32 if it varies.
     config.data.image_size = 0
 
+    config.data.length = 64  # tokens of an example of text
+
+    config.task = ConfigDict()
+    config.task.name = "classification"  # classification | next_token
+
     config.partition = ConfigDict()
-    config.partition.name = "dirichlet"  # iid | k_class | dirichlet | shards | natural
+    config.partition.name = "dirichlet"  # iid | k_class | dirichlet | shards | natural | domains
     config.partition.classes_per_client = 4  # of k_class
     config.partition.alpha = 0.3  # of dirichlet: small is skewed
     config.partition.shards_per_client = 2  # of shards
     config.partition.quantity_skew = 0.0  # spread of client sizes on top of any partition
     config.partition.min_per_client = 10  # examples
+    config.partition.domains_per_client = 2  # of domains: texts that each client has a run of
+    # Of domains: of all its texts together; 0 to divide every text among its clients.
+    config.partition.bytes_per_client = 0
 
     config.clients = ConfigDict()
     config.clients.count = 20  # C
@@ -44,9 +54,12 @@ def get_config() -> ConfigDict:
     config.clients.capacity = FieldReference("1-4", field_type=object)
 
     config.model = ConfigDict()
-    config.model.backbone = "convnet"  # mlp | cnn | convnet | resnet
+    config.model.backbone = "convnet"  # mlp | cnn | convnet | resnet | transformer
     config.model.widths = config_dict.placeholder(tuple)  # of its layers; unset for its own default
-    config.model.depth = 0  # of resnet (6n+2); 0 for its own default
+    config.model.depth = 0  # of resnet (6n+2), blocks of transformer; 0 for its own default
+    config.model.heads = 4  # of transformer's attention
+    config.model.positions = "rotary"  # of transformer's tokens: rotary | learnt
+    config.model.moe_every = 1  # of transformer: experts in every n-th block, the last one first
     config.model.groups = 0  # of the group normalisation; 0 for the backbone's default
     config.model.conv = "auto"  # auto | matmul | direct | winograd | lax
     config.model.experts = 8  # E
@@ -118,6 +131,8 @@ def get_config() -> ConfigDict:
 
     config.assignment = ConfigDict()
     config.assignment.policy = "flex"  # or greedy, greedy_usage, random, round_robin, static, full
+    # same: an expert is a column through all MoE layers | each: every layer is assigned by itself
+    config.assignment.layers = "same"
     config.assignment.solver = "auto"
     # What load is: clients (holders), samples or usage (that holders train on, or are foreseen to
     # send the expert); or auto: clients where capacities are equal, usage where they differ.

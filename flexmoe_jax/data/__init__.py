@@ -18,14 +18,27 @@ from flexmoe_jax.data.partition import PARTITIONS, check, partition, skewed
 from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, natural, shards
 from flexmoe_jax.data.sources import Dataset, load
 from flexmoe_jax.data.standardise import doubts, standardise
+from flexmoe_jax.data.text import (
+    TEXT,
+    TOPICS,
+    Corpus,
+    Dealt,
+    deal_domains,
+    python_topics,
+    read_corpus,
+)
 
 __all__ = [
     "AUGMENTATIONS",
     "PARTITIONS",
+    "TEXT",
+    "TOPICS",
     "About",
     "Augmentation",
     "ClientData",
+    "Corpus",
     "Dataset",
+    "Dealt",
     "Feed",
     "Partitioner",
     "build_clients",
@@ -33,6 +46,7 @@ __all__ = [
     "client_numbers",
     "crop",
     "crop_flip",
+    "deal_domains",
     "digest",
     "dirichlet",
     "doubts",
@@ -46,6 +60,8 @@ __all__ = [
     "load",
     "natural",
     "partition",
+    "python_topics",
+    "read_corpus",
     "shards",
     "skewed",
     "standardise",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from flexmoe_jax.errors import InputError
 TEXT, TOPICS = "text", "python_topics"
 """Names that `data.name` takes: a folder or file of one's own, and Python's own help texts."""
 
+# Bytes of a topic that is worth being a domain.
+_SHORTEST = 2_000
 # The end of every domain that is not trained on.
 _TEST_SHARE = 0.1
 
@@ -55,6 +58,27 @@ class Dealt(NamedTuple):
     domain: np.ndarray
     owns: np.ndarray
 
+    def counts(self) -> np.ndarray:
+        """(C, F) int64, training examples of each client by domain, in equal shares."""
+        sizes = np.array([len(part) for part in self.parts])
+        return (self.owns * (sizes // self.owns.sum(axis=1))[:, None]).astype(np.int64)
+
+    def limited(self, train: int, test: int) -> Dealt:
+        """The first examples of each client, and evenly spaced test examples; 0 for all."""
+        kept = self
+        if train and train < len(self.train):
+            share = max(1, train // len(self.parts))
+            parts = [part[:share] for part in self.parts]
+            ends = np.cumsum([0, *map(len, parts)])
+            kept = kept._replace(
+                train=self.train[np.concatenate(parts)],
+                parts=tuple(np.arange(a, b) for a, b in pairwise(ends)),
+            )
+        if test and test < len(self.test):
+            rows = np.linspace(0, len(self.test) - 1, test).astype(int)
+            kept = kept._replace(test=self.test[rows], domain=self.domain[rows])
+        return kept
+
 
 def read_corpus(path: str | os.PathLike[str]) -> Corpus:
     """Reads a folder of UTF-8 `*.txt` files, one a domain, or a `.jsonl` file.
@@ -78,10 +102,10 @@ def read_corpus(path: str | os.PathLike[str]) -> Corpus:
 
 
 def python_topics() -> Corpus:
-    """The help texts of the Python installation, in English, a topic a domain."""
+    """The help texts of the Python installation, in English, a topic a domain; no short ones."""
     from pydoc_data.topics import topics
 
-    texts = {name: text.encode() for name, text in topics.items()}
+    texts = {name: text.encode() for name, text in topics.items() if len(text) >= _SHORTEST}
     return _corpus(texts, Path("pydoc_data"))
 
 

@@ -41,6 +41,7 @@ from flexmoe_jax.models.ownership import (
     mark,
     mark_paths,
 )
+from flexmoe_jax.models.transformer import Transformer, decoder
 
 __all__ = [
     "BACKBONES",
@@ -63,6 +64,7 @@ __all__ = [
     "PersonalMixture",
     "ResNet",
     "Routings",
+    "Transformer",
     "check_capacity",
     "classifier",
     "conv_auto",
@@ -71,6 +73,7 @@ __all__ = [
     "conv_matmul",
     "conv_winograd",
     "convolution",
+    "decoder",
     "expert_mlp",
     "from_linen",
     "lay_out",

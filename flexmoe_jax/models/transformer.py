@@ -107,6 +107,7 @@ class Transformer(nn.Module):
       hidden: H of each expert, and of each MLP in blocks without experts.
       every: experts stand in every n-th block, the last one first.
       top_k: experts per token.
+      shared_experts: beside those E; see `MoELayer`.
       vocabulary: V.
       positions: `rotary`, or `learnt` for up to `length` tokens.
       length: S, at the most, where positions are learnt.
@@ -119,6 +120,7 @@ class Transformer(nn.Module):
     hidden: int = 128
     every: int = 1
     top_k: int = 1
+    shared_experts: int = 0
     vocabulary: int = 256
     positions: str = "rotary"
     length: int = 512
@@ -144,7 +146,7 @@ class Transformer(nn.Module):
 
     def _layer(self, block: int) -> nn.Module:
         if self.experts and (self.depth - 1 - block) % self.every == 0:
-            return MoELayer(self.experts, self.hidden, self.top_k, parent=None)
+            return MoELayer(self.experts, self.hidden, self.top_k, self.shared_experts, parent=None)
         return MLPLayer(self.hidden, parent=None)
 
     def embed(self, tokens: Array) -> Array:

@@ -129,7 +129,7 @@ def simulate(
         federation.desk,
         federation.policy,
         np.asarray(federation.capacity, np.int64),
-        np.asarray(data.label_share),
+        np.asarray(data.label_share) if data.label_share.shape[1] else None,
         federation.seed,
     )
     jitted = partial(jax.jit, out_shardings=everywhere)

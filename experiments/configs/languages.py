@@ -1,0 +1,38 @@
+"""Eight languages, two a client: a byte-level decoder whose experts are dealt out by fitness.
+
+    python -m experiments.train --config=experiments/configs/languages.py \
+        --config.data.dir=FOLDER --workdir=runs/languages
+
+FOLDER holds a UTF-8 text file for each language, as `basque.txt`; each client has 15 KB of each of
+its two. The last tenth of every text is for tests.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from experiments.configs import base
+
+
+def get_config() -> ConfigDict:
+    """24 clients that hold 2 of 8 experts, 80 rounds of 10 steps."""
+    config = base.get_config()
+    config.rounds = 80
+    config.data.name = "text"
+    config.task.name = "next_token"
+    config.partition.name = "domains"
+    config.partition.domains_per_client = 2
+    config.partition.bytes_per_client = 30_000
+    config.clients.count = 24
+    config.clients.capacity = 2
+    config.model.backbone = "transformer"
+    config.local.batch_size = 8
+    config.local.max_steps = 10
+    config.local.optimizer = "adam"
+    config.local.learning_rate = 0.003
+    config.local.balance = 0.0
+    config.fitness.score = "loss"
+    config.eval.every = 10
+    config.eval.batch_size = 64
+    config.data.test_limit = 800
+    return config

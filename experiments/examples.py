@@ -1,0 +1,175 @@
+"""Turns the fields of a config about data into what clients learn from and are tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from flexmoe_jax import data
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.types import Array
+
+# What personal figures are measured on.
+OWN_EXAMPLES = "clients' own test examples"
+OWN_DOMAINS = "test text of each client's own domains"
+COMMON_EXAMPLES = "common test set, weighted to each client's label shares"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is learnt from, and tested on; on the host.
+
+    Attributes:
+      clients: training examples, and whose they are.
+      test: named test examples, leaves (M, ...).
+      group: (M,) int, the group that each of these is of (see `data.About`); None for none.
+      classes: names of the Y classes, or of the F domains of text.
+      counts: (C, Y) training examples of each client by class or domain.
+      prepare: inputs as they lie there -> inputs as the model takes them.
+      hashes: of what was read, by name.
+      personal: what personal figures are measured on, in words.
+      notes: sentences on what a user should know before trusting the figures.
+    """
+
+    clients: data.ClientData
+    test: dict[str, np.ndarray]
+    group: np.ndarray | None
+    classes: tuple[str, ...]
+    counts: np.ndarray
+    prepare: Callable[[Array], Array]
+    hashes: Mapping[str, str]
+    personal: str
+    notes: tuple[str, ...] = ()
+
+
+def load_examples(config: ConfigDict) -> Examples:
+    """Loads what the config names, and gives every training example to a client.
+
+    Raises:
+      InputError: naming the field, the value and the remedy.
+    """
+    if config.data.name in (data.TEXT, data.TOPICS):
+        return _text(config)
+    if config.partition.name == "domains":
+        remedy = f"deals out text (data.name={data.TEXT}); choose another"
+        raise InputError("partition.name", "domains", remedy)
+    return _images(config)
+
+
+def _images(config: ConfigDict) -> Examples:
+    dataset, parts = load_partitioned(config)
+    owner = test_owner(dataset, config.partition.name)
+    return Examples(
+        clients=data.build_clients(dataset, parts, place=np.asarray),
+        test={"images": dataset.test_images, "labels": dataset.test_labels.astype(np.int32)},
+        group=owner,
+        classes=dataset.classes,
+        counts=data.label_counts(dataset.train_labels, parts, dataset.num_classes),
+        prepare=data.standardise(dataset.train_images),
+        hashes=data.fingerprint(dataset),
+        personal=OWN_EXAMPLES if owner is not None else COMMON_EXAMPLES,
+        notes=notes_on(dataset, config.partition.name),
+    )
+
+
+def _text(config: ConfigDict) -> Examples:
+    topics, options = config.data.name == data.TOPICS, config.partition
+    if not topics and not config.data.dir:
+        remedy = "name a folder of *.txt files, one a domain, or a .jsonl file"
+        raise InputError("data.dir", config.data.dir, remedy)
+    corpus = data.python_topics() if topics else data.read_corpus(config.data.dir)
+    if options.name != "domains":
+        remedy = "text is dealt out by domains: set partition.name=domains"
+        raise InputError("partition.name", options.name, remedy)
+    dealt = data.deal_domains(
+        corpus,
+        config.clients.count,
+        config.data.length,
+        domains_per_client=options.domains_per_client,
+        bytes_per_client=options.bytes_per_client,
+        seed=config.seed,
+    ).limited(config.data.train_limit, config.data.test_limit)
+    arrays = {"train": dealt.train, "test": dealt.test, "domains": dealt.owns}
+    return Examples(
+        clients=data.join({"tokens": dealt.train}, dealt.parts, None, dealt.owns, np.asarray),
+        test={"tokens": dealt.test},
+        group=dealt.domain,
+        classes=corpus.names,
+        counts=dealt.counts(),
+        prepare=lambda tokens: tokens,
+        hashes={name: data.digest(array) for name, array in arrays.items()},
+        personal=OWN_DOMAINS,
+    )
+
+
+def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray, ...]]:
+    """Loads a data set of images and gives every training example to a client."""
+    options: dict[str, Any] = {
+        "classes_per_client": config.partition.classes_per_client,
+        "alpha": config.partition.alpha,
+        "shards_per_client": config.partition.shards_per_client,
+        "quantity_skew": config.partition.quantity_skew,
+        "min_per_client": config.partition.min_per_client,
+    }
+
+    def accept(classes: int, examples: int, owners: int) -> None:
+        data.check(
+            config.partition.name,
+            num_clients=config.clients.count,
+            num_classes=classes,
+            num_examples=examples,
+            num_owners=owners,
+            **options,
+        )
+
+    dataset = data.load(
+        config.data.name,
+        data_dir=config.data.dir or None,
+        train_limit=config.data.train_limit,
+        test_limit=config.data.test_limit,
+        image_size=config.data.image_size,
+        download=config.data.download,
+        accept=accept,
+    )
+    parts = data.partition(
+        config.partition.name,
+        dataset.train_labels,
+        config.clients.count,
+        seed=config.seed,
+        owner=dataset.train_clients,
+        **options,
+    )
+    return dataset, parts
+
+
+def test_owner(dataset: data.Dataset, partition: str) -> np.ndarray | None:
+    """The client (M,) that each test example is one of; None where clients have none of their own.
+
+    Only natural clients are those who own the examples of the data set.
+    """
+    if partition != "natural" or dataset.train_clients is None or dataset.test_clients is None:
+        return None
+    return data.client_numbers(dataset.train_clients, dataset.test_clients)
+
+
+def notes_on(dataset: data.Dataset, partition: str) -> tuple[str, ...]:
+    """Sentences on what a user should know of the data before trusting the figures."""
+    notes = [*dataset.notes, *data.doubts(dataset.train_images, dataset.test_images)]
+    owned = {"train_clients": dataset.train_clients, "test_clients": dataset.test_clients}
+    given = [name for name, ids in owned.items() if ids is not None]
+    if partition == "natural" and dataset.test_clients is None:
+        notes.append(
+            "natural clients without test examples of their own (test_clients): personal accuracy "
+            f"is that on the {COMMON_EXAMPLES}, which tells nothing of clients whose examples "
+            "follow rules of their own"
+        )
+    elif partition != "natural" and given:
+        notes.append(
+            f"{' and '.join(given)} are not used: partition.name={partition} deals the examples "
+            "out anew; natural keeps them with their owners"
+        )
+    return tuple(notes)
