@@ -306,6 +306,7 @@ def _blocks(clients: PyTree) -> PyTree:
 
     def cut(leaf: Array) -> Array:
         padding = [(0, -count % together)] + [(0, 0)] * (leaf.ndim - 1)
-        return jnp.pad(leaf, padding).reshape(-1, together, *leaf.shape[1:])
+        padded = jnp.pad(leaf, padding)
+        return padded.reshape(len(padded) // together, together, *leaf.shape[1:])
 
     return jax.tree.map(cut, clients)
