@@ -266,17 +266,17 @@ class Evaluation(NamedTuple):
     @property
     def class_accuracy(self) -> np.ndarray:
         """(C, Y) accuracy on each class; NaN for a class that the test set has no example of."""
-        return _ratio(self.common.hits, self.units)
+        return _ratio(self.common.hits, np.broadcast_to(self.units, np.shape(self.common.loss)))
 
     @property
     def global_accuracy(self) -> np.ndarray:
         """(C,) accuracy on the whole test set."""
-        return _ratio(_total(self.common.hits), _total(self.units))
+        return _ratio(_total(self.common.hits), self._of_each)
 
     @property
     def global_loss(self) -> np.ndarray:
         """(C,) mean loss of a unit of the whole test set."""
-        return _ratio(_total(self.common.loss), _total(self.units))
+        return _ratio(_total(self.common.loss), self._of_each)
 
     @property
     def personal_accuracy(self) -> np.ndarray:
@@ -307,6 +307,10 @@ class Evaluation(NamedTuple):
     def assembled_loss(self) -> float:
         """Mean loss of all experts in one model; NaN where there is none."""
         return float(_ratio(self.assembled and self.assembled.loss, _total(self.units)))
+
+    @property
+    def _of_each(self) -> np.ndarray:
+        return np.broadcast_to(_total(self.units), np.shape(self.evaluated))
 
     @property
     def _of_anybody(self) -> np.ndarray:

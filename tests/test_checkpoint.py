@@ -6,6 +6,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -13,48 +14,73 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flexmoe_jax.federated import init_server
 
 from flexmoe_jax.checkpoint import Checkpoints
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.types import State
+from flexmoe_jax.types import Ledger, Own, Server, State
 
 
 @pytest.fixture
 def state() -> State:
-    shared, experts = {"w": jnp.arange(3.0)}, {"w": jnp.ones((2, 3))}
-    shared_optimizer, expert_optimizer = init_server(optax.adam(0.1), shared, experts)
-    values = {
-        "key": jax.random.key(7),
-        "round": jnp.int32(5),
-        "shared": shared,
-        "experts": experts,
-        "gates": {"w": jax.random.normal(jax.random.key(1), (4, 2, 3))},
-        "shared_optimizer": shared_optimizer,
-        "expert_optimizer": expert_optimizer,
-        "fitness": jnp.full((4, 2), 0.3),
-        "slots": jnp.array([[0], [1], [2], [2]]),
-    }
-    rest = {name: jnp.ones(2) for name in State._fields if name not in values}
-    return State(**values, **rest)
+    """Four clients and two experts in two groups of layers."""
+    shared, experts = {"w": jnp.arange(3.0)}, {"mixture": {"w": jnp.ones((2, 3))}}
+    optimizer, pairs = optax.adam(0.1), (2, 4, 2)
+    ledger = Ledger(
+        fitness=jnp.full(pairs, 0.3),
+        usage=jnp.ones(pairs),
+        held_rounds=jnp.ones(pairs, jnp.int32),
+        fresh=jnp.ones(pairs, bool),
+        load=jnp.ones((2, 2)),
+        deficit=jnp.full((2, 2), -0.5),
+        norms=jnp.ones((4, 3)),
+    )
+    return State(
+        server=Server(
+            key=jax.random.key(7),
+            round=jnp.int32(5),
+            shared=shared,
+            experts=experts,
+            optimizer=(
+                optimizer.init(shared),
+                {layer: jax.vmap(optimizer.init)(stack) for layer, stack in experts.items()},
+            ),
+            ledger=ledger,
+        ),
+        clients=Own(
+            gates={"mixture": {"w": jax.random.normal(jax.random.key(1), (4, 2, 3))}},
+            private={},
+            slots=jnp.array([[[0], [1]], [[1], [0]], [[2], [2]], [[2], [0]]]),
+            residual=({"w": jnp.ones((4, 3))}, {"mixture": {"w": jnp.ones((4, 1, 3))}}),
+        ),
+    )
+
+
+def with_server(state: State, **changes: Any) -> State:
+    return state._replace(server=state.server._replace(**changes))
+
+
+def after(state: State, number: int) -> State:
+    """The state with another number of completed rounds."""
+    return with_server(state, round=jnp.int32(number))
 
 
 def blank(state: State) -> State:
-    zeros = jax.tree.map(jnp.zeros_like, state._replace(key=jnp.zeros(())))
-    return zeros._replace(key=jax.random.key(0))
+    zeros = jax.tree.map(jnp.zeros_like, with_server(state, key=jnp.zeros(())))
+    return with_server(zeros, key=jax.random.key(0))
 
 
 def saved(folder: Path, state: State, *rounds: int) -> Checkpoints:
     checkpoints = Checkpoints(folder, keep=2)
     for number in rounds:
-        checkpoints.save(state._replace(round=jnp.int32(number)))
+        checkpoints.save(after(state, number))
     return checkpoints
 
 
 def assert_same(found: State | None, state: State) -> None:
     assert found is not None
-    assert (jax.random.key_data(found.key) == jax.random.key_data(state.key)).all()
-    chex.assert_trees_all_equal(*(s._replace(key=jnp.zeros(())) for s in (found, state)))
+    keys = [jax.random.key_data(s.server.key) for s in (found, state)]
+    assert (keys[0] == keys[1]).all()
+    chex.assert_trees_all_equal(*(with_server(s, key=jnp.zeros(())) for s in (found, state)))
 
 
 def test_every_part_comes_back_bit_for_bit(state, tmp_path):
@@ -94,7 +120,7 @@ def test_damage_to_any_file_leads_to_the_checkpoint_before(state, tmp_path, dama
         shutil.copytree(whole, folder)
         DAMAGE[damage](folder / file)
         restored = checkpoints.restore(blank(state))
-        assert_same(restored.state, state._replace(round=jnp.int32(4)))
+        assert_same(restored.state, after(state, 4))
         assert len(restored.passed_over) == 1
         assert restored.passed_over[0].startswith("the checkpoint of round 5 is damaged")
         assert checkpoints.rounds() == [4]
@@ -127,7 +153,7 @@ def test_none_that_can_be_read_is_said_of_each(state, tmp_path):
 def test_newer_ones_than_wanted_are_set_aside(state, tmp_path):
     checkpoints = saved(tmp_path / "checkpoints", state, 3, 5)
     restored = checkpoints.restore(blank(state), at_most=4)
-    assert int(restored.state.round) == 3
+    assert int(restored.state.server.round) == 3
     assert "reach to round 4 only" in restored.passed_over[0]
     assert checkpoints.rounds() == [3]
     checkpoints.close()
@@ -141,7 +167,7 @@ def test_where_all_are_newer_than_wanted_the_newest_whole_one_is_kept(state, tmp
         flip_a_bit(folder / "5" / "arrays.json")
     restored = checkpoints.restore(blank(state), at_most=0)
     checkpoints.close()
-    assert int(restored.state.round) == (5 if newest == "whole" else 3)
+    assert int(restored.state.server.round) == (5 if newest == "whole" else 3)
     assert len(restored.passed_over) == (newest == "damaged")
     assert checkpoints.rounds() == ([3, 5] if newest == "whole" else [3])
 
@@ -174,11 +200,11 @@ def test_what_a_user_put_there_is_neither_read_nor_deleted(state, tmp_path):
     assert restored.passed_over == ()
     # What has the name of a round that is saved is moved out of the way.
     for number in (6, 7, 8, 9):
-        checkpoints.save(state._replace(round=jnp.int32(number)))
-    assert int(checkpoints.restore(blank(state)).state.round) == 9
+        checkpoints.save(after(state, number))
+    assert int(checkpoints.restore(blank(state)).state.server.round) == 9
     checkpoints.close()
-    after = contents(folder) | contents(aside := tmp_path / "checkpoints-set-aside")
-    assert after == {name: text for name, text in before.items() if name != "mine too"}
+    found = contents(folder) | contents(aside := tmp_path / "checkpoints-set-aside")
+    assert found == {name: text for name, text in before.items() if name != "mine too"}
     assert (aside / "6").read_text() == "a file"
     assert {path.name for path in aside.iterdir()} == {"6", "7", "8"}
     assert (tmp_path / "elsewhere" / "checksums.json").exists()
@@ -210,9 +236,11 @@ def test_checksums_that_leave_the_arrays_out_vouch_for_nothing(state, tmp_path):
 
 def test_another_model_is_refused_and_nothing_is_moved(state, tmp_path):
     checkpoints = saved(tmp_path / "checkpoints", state, 4, 5)
+    ledger = state.server.ledger
     for other in (
-        state._replace(fitness=jnp.zeros((5, 2))),
-        state._replace(shared={"v": jnp.zeros(3)}),
+        with_server(state, ledger=ledger._replace(fitness=jnp.zeros((1, 4, 2)))),
+        with_server(state, shared={"v": jnp.zeros(3)}),
+        state._replace(clients=state.clients._replace(gates={})),
     ):
         with pytest.raises(InputError, match="of another model") as refusal:
             checkpoints.restore(other)
@@ -233,7 +261,7 @@ def test_what_a_killed_save_leaves_is_cleared_away(state, tmp_path):
 
 def test_a_file_that_cannot_be_written_is_one_error_and_no_loss(state, tmp_path, capfd):
     noise = np.random.default_rng(0).random((300, 300))
-    big = state._replace(experts={"w": jnp.asarray(noise, jnp.float32)})
+    big = with_server(state, experts={"mixture": {"w": jnp.asarray(noise, jnp.float32)}})
     folder = tmp_path / "checkpoints"
     checkpoints = saved(folder, big, 4)
     before, most = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -27,8 +27,8 @@ def test_clients_by_hand(dataset: Dataset) -> None:
     assert clients.size.tolist() == [3, 1, 1]
     # Client 0 holds labels 2, 2, 0.
     np.testing.assert_allclose(clients.label_share, [[1 / 3, 0, 2 / 3], [0, 1, 0], [1, 0, 0]])
-    assert np.array_equal(clients.images, dataset.train_images)
-    assert np.array_equal(clients.labels, dataset.train_labels)
+    assert np.array_equal(clients.arrays["images"], dataset.train_images)
+    assert np.array_equal(clients.arrays["labels"], dataset.train_labels)
     assert [leaf.dtype.name for leaf in jax.tree.leaves(clients)] == [
         "uint8",
         "int32",
@@ -55,8 +55,8 @@ def test_a_cohort_is_fed_its_own_examples_in_arrays_of_one_shape(draw: st.DataOb
         shapes.add(str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), fed)))
         for client in cohort:
             own = fed.index[client, : fed.size[client]]
-            assert np.array_equal(fed.images[own], images[parts[client]])
-            assert np.array_equal(fed.labels[own], labels[parts[client]])
+            assert np.array_equal(fed.arrays["images"][own], images[parts[client]])
+            assert np.array_equal(fed.arrays["labels"][own], labels[parts[client]])
     assert len(shapes) == 1
 
 

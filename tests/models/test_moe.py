@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,18 +13,26 @@ from hypothesis.extra import numpy as hnp
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.models import (
     MLP,
+    Model,
     MoEClassifier,
     MoELayer,
     Ownership,
     PersonalMixture,
-    balance_loss,
-    check_ownership,
+    check_capacity,
+    classifier,
     expert_mlp,
-    merge_params,
+    lay_out,
     route,
-    router_z_loss,
-    split_params,
 )
+from flexmoe_jax.types import PyTree
+
+IMAGES = jnp.ones((1, 2, 2, 1))
+
+
+def made(x: jax.Array = IMAGES, **options: int) -> tuple[Model, PyTree]:
+    """A small classifier of 4 experts, and its parameters with their marks."""
+    model = classifier(MoEClassifier(MLP((6,)), classes=3, experts=4, hidden=5, **options))
+    return model, jax.jit(model.init)(jax.random.key(0), x)
 
 
 def test_top_1_by_hand():
@@ -57,29 +66,13 @@ def test_masked_experts_are_never_used(logits, held, top_k):
 
 
 def test_a_masked_expert_gets_no_gradient():
-    model = MoEClassifier(MLP((6,)), classes=3, experts=4, hidden=5)
     x, held = jnp.ones((2, 2, 2, 1)), jnp.array([True, False, True, False])
-    params = jax.jit(model.init)(jax.random.key(0), x, held)["params"]
-    loss = jax.jit(jax.grad(lambda p: (model.apply({"params": p}, x, held)[0] ** 2).sum()))
-    gradient = loss(params)
+    model, marked = made(x)
+    loss = jax.grad(lambda p: (model.apply(p, x, {"mixture": held})[0] ** 2).sum())
+    gradient = jax.jit(loss)(nn.meta.unbox(marked))
     for leaf in jax.tree.leaves((gradient["expert"], gradient["gate"])):
         assert not leaf[jnp.array([1, 3])].any()
     assert jnp.abs(gradient["gate"]["kernel"]).max() > 0  # top-1 still teaches the gate
-
-
-def test_balance_loss_by_hand():
-    # Two of three experts held; four examples, the last is padding. Of the three that count, two
-    # go to expert 0, one to expert 1: f = (2/3, 1/3). Probabilities 0.75, 0.75, 0.25 for expert 0:
-    # p = (7/12, 5/12). 2 · (2/3 · 7/12 + 1/3 · 5/12) = 2 · 19/36 = 19/18.
-    probability = jnp.array([0.75, 0.75, 0.25, 0.9])
-    logits = jnp.stack([jnp.log(probability), jnp.log(1 - probability), jnp.full(4, 7.0)], axis=1)
-    held, valid = jnp.array([True, True, False]), jnp.array([1.0, 1.0, 1.0, 0.0])
-    routing = route(logits, held)
-    assert balance_loss(routing, held, valid) == pytest.approx(19 / 18, rel=1e-5)
-    # The two held probabilities sum to 1, so log z = 0 for all that count.
-    assert router_z_loss(routing, held, valid) == pytest.approx(0.0, abs=1e-9)
-    # Adding 2 to each logit moves log z to 2, and its square to 4.
-    assert router_z_loss(route(logits + 2, held), held, valid) == pytest.approx(4.0, rel=1e-5)
 
 
 def test_experts_by_hand():
@@ -95,57 +88,61 @@ def test_experts_by_hand():
 
 
 def test_slots_compute_what_the_whole_model_computes():
-    # A client with 2 of 4 experts in K = 3 slots: the same numbers as all 4 experts under a mask.
-    model = MoEClassifier(MLP((6,)), classes=3, experts=4, hidden=5, top_k=2)
+    # A client with 2 of 4 experts in K = 3 slots: the same numbers as all 4 experts under a mask,
+    # by the same module, which takes the size of its stacks from the parameters.
     x = jax.random.normal(jax.random.key(1), (7, 2, 2, 1))
-    params = jax.jit(model.init)(jax.random.key(0), x, jnp.ones(4, bool))["params"]
-    expected, _ = model.apply({"params": params}, x, jnp.array([False, True, False, True]))
-    parts = split_params(params)
+    model, marked = made(x, top_k=2)
+    layout, params = lay_out(marked), nn.meta.unbox(marked)
+    expected, all_of_them = model.apply(
+        params, x, {"mixture": jnp.array([False, True, False, True])}
+    )
+    parts = layout.split(params)
     slots = jnp.array([1, 3, 0])
     cut = parts._replace(
         experts=jax.tree.map(lambda leaf: leaf[slots], parts.experts),
         gate=jax.tree.map(lambda leaf: leaf[slots], parts.gate),
     )
-    held = jnp.array([True, True, False])
-    actual, _ = model.clone(experts=3).apply({"params": merge_params(cut)}, x, held)
+    held = {"mixture": jnp.array([True, True, False])}
+    actual, routings = model.apply(layout.merge(cut), x, held)
     chex.assert_trees_all_close(actual, expected, atol=1e-6)
+    chex.assert_trees_all_close(
+        routings["mixture"].combine[:, :2], all_of_them["mixture"].combine[:, slots[:2]], atol=1e-6
+    )
 
 
 def test_shared_experts_work_on_every_example_and_belong_to_everybody():
-    model = MoEClassifier(MLP((6,)), classes=3, experts=4, hidden=5, shared_experts=2)
     x = jax.random.normal(jax.random.key(1), (7, 2, 2, 1))
-    params = jax.jit(model.init)(jax.random.key(0), x, jnp.ones(4, bool))["params"]
-    parts = split_params(params)
-    assert set(parts.shared) == {"backbone", "head", "shared_expert"}
+    model, marked = made(x, shared_experts=2)
+    layout, params = lay_out(marked), nn.meta.unbox(marked)
+    assert set(layout.split(params).shared) == {"backbone", "head", "shared_expert"}
     # Without an expert of its own a client still has the shared ones.
-    logits, routing = model.apply({"params": params}, x, jnp.zeros(4, bool))
-    features = model.apply({"params": params}, x, method="features")
+    logits, routings = model.apply(params, x, {"mixture": jnp.zeros(4, bool)})
+    features = model.trunk(params, x)
     added = features + expert_mlp(params["shared_expert"], features).sum(axis=1)
     expected = added @ params["head"]["kernel"] + params["head"]["bias"]
     chex.assert_trees_all_close(logits, expected, atol=1e-5)
-    assert not routing.selected.any()
+    assert not routings["mixture"].selected.any()
 
 
 def test_a_layer_takes_tokens_of_any_shape():
     layer = MoELayer(experts=4, hidden=5, top_k=2)
     x = jax.random.normal(jax.random.key(1), (3, 7, 6))
-    params = layer.init(jax.random.key(0), x)
-    y, routing = layer.apply(params, x)
-    flat, _ = layer.apply(params, x.reshape(21, 6), jnp.ones(4, bool))
+    params = {"params": layer.init(jax.random.key(0), x)["params"]}
+    y, left = layer.apply(params, x, mutable=["routing"])
+    held = {"held": {"mask": jnp.ones(4, bool)}}
+    flat = layer.apply(params | held, x.reshape(21, 6))
     chex.assert_trees_all_close(y, flat.reshape(3, 7, 6))
-    assert routing.combine.shape == (3, 7, 4)
+    assert left["routing"]["at"][0].combine.shape == (3, 7, 4)
     assert set(params["params"]) == {"expert", "gate"}
 
 
 def test_split_and_merge_are_inverse():
-    model = MoEClassifier(MLP((6,)), classes=3, experts=4)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 2, 2, 1)), jnp.ones(4, bool))[
-        "params"
-    ]
-    parts = split_params(params)
+    _, marked = made()
+    layout, params = lay_out(marked), nn.meta.unbox(marked)
+    parts = layout.split(params)
     assert set(parts.shared) == {"backbone", "head"}
     assert {leaf.shape[0] for leaf in jax.tree.leaves((parts.experts, parts.gate))} == {4}
-    chex.assert_trees_all_equal(merge_params(parts), params)
+    chex.assert_trees_all_equal(layout.merge(parts), params)
 
 
 @pytest.mark.parametrize(
@@ -166,21 +163,24 @@ def test_split_and_merge_are_inverse():
 )
 def test_owners(ownership, parts):
     backbone = PersonalMixture(MLP((6,)), MLP((6,)))
-    model = MoEClassifier(backbone, classes=3, experts=4)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 2, 2, 1)), jnp.ones(4, bool))
-    params = params["params"]
-    split = split_params(params, ownership)
-    assert [set(part) for part in split] == parts
-    chex.assert_trees_all_equal(merge_params(split), params)
-    check_ownership(params, ownership, [4, 4])
+    model = classifier(MoEClassifier(backbone, classes=3, experts=4))
+    marked = jax.jit(model.init)(jax.random.key(0), IMAGES)
+    layout, params = lay_out(marked, ownership), nn.meta.unbox(marked)
+    split = layout.split(params)
+    # What belongs to a MoE layer is told by layer.
+    of_layer = [set(part.get("mixture", {})) for part in (split.experts, split.gate)]
+    assert [set(split.shared), *of_layer, set(split.private)] == parts
+    chex.assert_trees_all_equal(layout.merge(split), params)
+    check_capacity(layout, [4, 4])
 
 
 def test_owners_that_cannot_be_are_refused():
-    model = MoEClassifier(MLP((6,)), classes=3, experts=4)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 2, 2, 1)), jnp.ones(4, bool))
-    for private, line in (("hed", "model.private=hed: .*head"), ("expert", "give all clients all")):
-        with pytest.raises(InputError, match=line):
-            check_ownership(params["params"], Ownership((private,)), [4, 2])
+    _, marked = made()
+    with pytest.raises(InputError, match="model.private=hed: .*head"):
+        lay_out(marked, Ownership(("hed",)))
+    layout = lay_out(marked, Ownership(("expert",)))
+    with pytest.raises(InputError, match="model.private=expert/.*give all clients all"):
+        check_capacity(layout, [4, 2])
 
 
 def test_a_personal_mixture_by_hand():
