@@ -247,6 +247,7 @@ def local_training(config: ConfigDict) -> client.LocalTraining:
         max_steps=options.max_steps,
         balance=options.balance,
         z=options.z,
+        prior=options.prior,
         tile=config.execution.tile,
         decay=make_decay(options.decay, config.rounds),
         augment=augmentation(options.augment),

@@ -79,6 +79,7 @@ def check_numbers(config: ConfigDict) -> None:
         "local.balance",
         "local.proximal",
         "local.z",
+        "local.prior",
         "server.momentum",
         "server.norm_limit",
         "server.clip",

@@ -86,6 +86,8 @@ def get_config() -> ConfigDict:
     # Weight of the Switch-style balance loss over the held experts: keeps them all in use.
     config.local.balance = 0.1
     config.local.z = 0.0  # weight of the router z-loss
+    # τ: the loss is taken of logits + τ log of the client's label shares, which then carry none.
+    config.local.prior = 0.0
 
     config.server = ConfigDict()
     config.server.optimizer = "sgd"  # sgd | adam: applied to the mean update

@@ -3,6 +3,7 @@
 from flexmoe_jax.client.client import (
     Site,
     all_finite,
+    log_shares,
     model_of,
     receive,
     select,
@@ -47,6 +48,7 @@ __all__ = [
     "draw_batches",
     "encode",
     "init_residual",
+    "log_shares",
     "make_compressor",
     "model_of",
     "proximal",

@@ -19,6 +19,14 @@ from flexmoe_jax.client.training import Batches, Learner, train
 from flexmoe_jax.tasks import Batch
 from flexmoe_jax.types import Array, Download, Own, Params, PyTree, Upload
 
+# What every class has at least of a client's label shares, so that none is impossible.
+_SMOOTHING = 1e-3
+
+
+def log_shares(label_share: Array) -> Array:
+    """Logarithm of label shares (..., Y), smoothed: what a client knows of its own examples."""
+    return jnp.log((label_share + _SMOOTHING) / (1 + label_share.shape[-1] * _SMOOTHING))
+
 
 class Site(NamedTuple):
     """What a client runs with.
@@ -77,7 +85,12 @@ def model_of(site: Site, own: Own, down: Download) -> tuple[Params, dict[str, Ar
 
 
 def train_and_answer(
-    site: Site, own: Own, down: Download, arrays: Batch, batches: Batches
+    site: Site,
+    own: Own,
+    down: Download,
+    arrays: Batch,
+    batches: Batches,
+    log_share: Array | None = None,
 ) -> tuple[Own, Upload]:
     """Trains from what was sent, and says what to send back and what the client would then own.
 
@@ -87,13 +100,14 @@ def train_and_answer(
       down: what the server sent.
       arrays: named examples, of which the batches name rows.
       batches: from `draw_batches`.
+      log_share: (Y,) logarithm of its label shares; None where its examples have no labels.
 
     Returns:
       What the client owns if its answer is accepted (see `settle`), and the answer.
     """
     slots = {layer: down.slots[group] for layer, group in site.group.items()}
     start, held = model_of(site, own, down)
-    done = train(site.learner, start, arrays, batches, held, down)
+    done = train(site.learner, start, arrays, batches, held, down, log_share)
     idle = done.examples == 0
     change = jax.tree.map(jnp.subtract, (done.params.shared, done.params.experts), start[:2])
     # Slots that are empty, or whose expert has weight 0, do not travel.

@@ -55,6 +55,8 @@ class LocalTraining(NamedTuple):
         sum over its tiles. 0 for automatic: on CPU, for batches above 12, as many as fit by the
         largest array that the model makes of one; the batch elsewhere. With a balance loss it is
         always the batch, over which that loss is defined.
+      prior: τ, the loss is taken of outputs adjusted by τ times the logarithm of the client's label
+        shares (balanced softmax: Menon et al. 2007.07314; FedRoD, 2107.00778); 0 for none.
       decay: number of the round -> factor on every step of it, as optax's schedules; None for 1.
       augment: random change of every batch; None for none.
     """
@@ -66,6 +68,7 @@ class LocalTraining(NamedTuple):
     balance: float = 0.0
     z: float = 0.0
     tile: int = 0
+    prior: float = 0.0
     decay: optax.Schedule | None = None
     augment: Augment | None = None
 
@@ -221,6 +224,7 @@ def train(
     batches: Batches,
     held: Held,
     down: Download,
+    log_share: Array | None = None,
 ) -> Trained:
     """Trains a client for so many steps; every batch is scored before the step that learns from it.
 
@@ -231,7 +235,9 @@ def train(
       batches: of the round.
       held: (K,) bool by MoE layer, slots that hold an expert.
       down: what the server sent: how many steps, and in which round.
+      log_share: (Y,) logarithm of the client's label shares, which never leaves it; None for none.
     """
+    known = Known(arrays, held, log_share if learner.local.prior else None)
     zeros = jnp.zeros((len(learner.layers), down.slots.shape[-1]), jnp.float32)
     nothing = jnp.zeros((), jnp.float32)
     optimizer = learner.local.optimizer.init(start)
@@ -239,27 +245,30 @@ def train(
 
     def step(t: Array, state: Trained) -> Trained:
         batch = jax.tree.map(lambda x: x[t], batches)
-        return _step(learner, arrays, down.round, held, state, batch)
+        return _step(learner, known, down.round, state, batch)
 
     return lax.fori_loop(0, down.steps, step, begun)
 
 
+class Known(NamedTuple):
+    """What stays the same through a client's training: examples, slots held, label shares."""
+
+    arrays: Batch
+    held: Held
+    log_share: Array | None
+
+
 def _step(
-    learner: Learner,
-    arrays: Batch,
-    round_index: Array,
-    held: Held,
-    state: Trained,
-    chosen: Batches,
+    learner: Learner, known: Known, round_index: Array, state: Trained, chosen: Batches
 ) -> Trained:
     local = learner.local
     valid = (chosen.rows >= 0).astype(jnp.float32)
     rows = jnp.maximum(chosen.rows, 0)
-    batch: Batch = {n: x.at[rows].get(mode="promise_in_bounds") for n, x in arrays.items()}
+    batch: Batch = {n: x.at[rows].get(mode="promise_in_bounds") for n, x in known.arrays.items()}
     if local.augment is not None:
         assert chosen.bits is not None
         batch = local.augment(batch, chosen.bits)
-    slope, seen = _gradient(learner, state.params, batch, valid, held)
+    slope, seen = _gradient(learner, state.params, batch, valid, known)
     updates, optimizer = local.optimizer.update(slope, state.optimizer, state.params)
     if local.decay is not None:
         updates = optax.tree.scale(local.decay(round_index).astype(jnp.float32), updates)
@@ -282,36 +291,38 @@ class Seen(NamedTuple):
 
 
 def _gradient(
-    learner: Learner, params: Params, batch: Batch, valid: Array, held: Held
+    learner: Learner, params: Params, batch: Batch, valid: Array, known: Known
 ) -> tuple[PyTree, Seen]:
     """Gradient of the batch's mean loss, a tile of its examples at a time."""
-    objective = partial(_objective, learner)
+    objective = partial(_objective, learner, known)
     take = jax.grad(objective, has_aux=True)
     first = jax.tree.map(lambda x: x[:1], (batch, valid))
-    tiles = learner.local.tiles(partial(largest_array, objective, params, *first, held))
+    tiles = learner.local.tiles(partial(largest_array, objective, params, *first))
     if tiles == 1:
-        return take(params, batch, valid, held)
+        return take(params, batch, valid)
     cut = jax.tree.map(lambda x: x.reshape(tiles, -1, *x.shape[1:]), (batch, valid))
     count = jnp.maximum(weights_of(learner.task, batch, valid).sum(), 1.0)
 
     def add(total: tuple[PyTree, Seen], tile: tuple[Batch, Array]) -> tuple[tuple, None]:
-        part, seen = take(params, *tile, held)
+        part, seen = take(params, *tile)
         share = seen.units / count
         slope = jax.tree.map(lambda t, g: t + share * g, total[0], part)
         return (slope, jax.tree.map(jnp.add, total[1], seen)), None
 
     nothing = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(take, params, *jax.tree.map(lambda x: x[0], cut), held),
+        jax.eval_shape(take, params, *jax.tree.map(lambda x: x[0], cut)),
     )
     return lax.scan(add, nothing, cut)[0]
 
 
 def _objective(
-    learner: Learner, params: Params, batch: Batch, valid: Array, held: Held
+    learner: Learner, known: Known, params: Params, batch: Batch, valid: Array
 ) -> tuple[Array, Seen]:
-    task, local = learner.task, learner.local
+    task, local, held = learner.task, learner.local, known.held
     outputs, routings = learner.apply(params, task.inputs(batch), held)
+    if known.log_share is not None and task.adjust is not None:
+        outputs = task.adjust(outputs, local.prior * known.log_share)
     weight = weights_of(task, batch, valid)
     losses = task.loss(outputs, batch).astype(jnp.float32)
     units = weight.sum()

@@ -208,6 +208,7 @@ class Row(NamedTuple):
       slots: (G, K) int32 the experts that it is given.
       steps: () int32 the steps that it delivers.
       batches: what it trains on.
+      log_share: (Y,) logarithm of its label shares; None where nobody trains with them.
       tampering: what becomes of its update: factor (), noise () or None.
       key: of that noise.
     """
@@ -216,6 +217,7 @@ class Row(NamedTuple):
     slots: Array
     steps: Array
     batches: client.Batches
+    log_share: Array | None
     tampering: Tampering
     key: Key
 
@@ -242,7 +244,9 @@ def run_round(
         def visit(row: Row) -> tuple[server.Arrived, tuple[Own, server.Verdict]]:
             own = take_rows(table, row.number)._replace(slots=row.slots)
             down = server.send(desk, state_of_server, row.slots, row.steps)
-            after, upload = client.train_and_answer(site, own, down, data.arrays, row.batches)
+            after, upload = client.train_and_answer(
+                site, own, down, data.arrays, row.batches, row.log_share
+            )
             arrived = _deliver(site, upload, down, row)
             slots = {layer: row.slots[group] for layer, group in site.group.items()}
             update, verdict = server.admit(desk.admission, arrived, slots, row.steps, limits)
@@ -301,11 +305,15 @@ def _rows(federation: Federation, data: ClientData, plan: Plan, key: Key) -> Row
     size = jnp.where(numbers < federation.clients, take_rows(data.size, numbers), 0)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
     batches = jax.vmap(partial(client.draw_batches, federation.local))(keys, index, size)
+    log_share = None
+    if federation.local.prior and data.label_share.shape[1]:
+        log_share = client.log_shares(take_rows(data.label_share, numbers))
     return Row(
         number=numbers,
         slots=plan.slots,
         steps=jnp.minimum(federation.local.steps(size), plan.steps),
         batches=batches,
+        log_share=log_share,
         tampering=Tampering(plan.tamper, plan.noise),
         key=jax.vmap(jax.random.fold_in, (0, None))(keys, _NOISE_OF_CLIENT),
     )
