@@ -18,9 +18,9 @@ import pytest
 import scipy.optimize
 from ml_collections import ConfigDict
 
-from experiments.build import load_partitioned
 from experiments.configs import base
 from experiments.edge import make_devices
+from experiments.examples import load_partitioned
 from experiments.fields import client_capacities
 from experiments.train import train
 from experiments.workdir import Workdir
@@ -51,12 +51,14 @@ RUNS: dict[str, dict[str, object]] = {
         "assignment.exploration": 0.0,
         "fitness.score": "loss",
     },
+    # Clients that do not lean on their label shares.
     "lossy": {
         "clients.capacity": "1-3",
         "model.top_k": 2,
         "edge.dropout_during": 0.3,
         "upload.compression": "int8",
         "eval.every": 2,
+        "eval.prior": False,
     },
     "faulty": {
         "data.test_limit": 8,
@@ -92,7 +94,7 @@ def write_hospitals(path: Path) -> None:
 
 
 class Ran(NamedTuple):
-    """A run as it lies on disk."""
+    """A run as it lies on disk; of states what the one MoE layer has, by name."""
 
     config: ConfigDict
     rows: list[dict[str, Any]]
@@ -112,9 +114,20 @@ def ran(request, tmp_path_factory) -> Ran:
     workdir = Workdir(folder / "run")
     assert train(config, workdir) == "finished"
     reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
-    states = [reader.restore(folder / "run" / "checkpoints" / str(t + 1)) for t in range(ROUNDS)]
+    found = [reader.restore(folder / "run" / "checkpoints" / str(t + 1)) for t in range(ROUNDS)]
     reader.close()
-    return Ran(config, workdir.read(), states, *load_partitioned(config))
+    return Ran(config, workdir.read(), list(map(opened, found)), *load_partitioned(config))
+
+
+def opened(state: Tree) -> Tree:
+    """What the server and the clients have, of one group with one MoE layer, side by side."""
+    server, clients = state["server"], state["clients"]
+    ledger = {name: table[0] for name, table in server["ledger"].items() if name != "norms"}
+    layers = {
+        "experts": server["experts"]["mixture"],
+        "gates": (clients["gates"] or {}).get("mixture", {}),
+    }
+    return {"shared": server["shared"], "slots": clients["slots"][:, 0], **layers, **ledger}
 
 
 def standard(ran: Ran, images: np.ndarray) -> np.ndarray:
@@ -127,9 +140,9 @@ def standard(ran: Ran, images: np.ndarray) -> np.ndarray:
 
 
 class Outputs(NamedTuple):
-    """Class probabilities (M, Y), and who of the experts was used (M, E)."""
+    """Logits (M, Y), and who of the experts was used (M, E)."""
 
-    probability: np.ndarray
+    logits: np.ndarray
     used: np.ndarray
 
 
@@ -140,11 +153,16 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def predict(ran: Ran, state: Tree, client: int, images: np.ndarray) -> Outputs:
     """A client's model with the experts of its latest assignment."""
-    experts, shared = state["experts"]["expert"], state["shared"]
     held = np.isin(np.arange(ran.config.model.experts), state["slots"][client])
     gate = state["experts"].get("gate") or {
         name: leaf[client] for name, leaf in state["gates"]["gate"].items()
     }
+    return compute(ran, state, held, gate, images)
+
+
+def compute(ran: Ran, state: Tree, held: np.ndarray, gate: Tree, images: np.ndarray) -> Outputs:
+    """The model with these experts (E,) bool and this gate."""
+    experts, shared = state["experts"]["expert"], state["shared"]
     layer = shared["backbone"]["Dense_0"]
     h = np.maximum(standard(ran, images) @ layer["kernel"] + layer["bias"], 0)
     weight = softmax(np.where(held, h @ gate["kernel"].T + gate["bias"], -1e30)) * held
@@ -159,45 +177,87 @@ def predict(ran: Ran, state: Tree, client: int, images: np.ndarray) -> Outputs:
     for e in np.flatnonzero(held):
         inner = np.maximum(h @ experts["w_in"][e] + experts["b_in"][e], 0)
         mixed += combine[:, e, None] * (inner @ experts["w_out"][e] + experts["b_out"][e])
-    return Outputs(softmax(mixed @ shared["head"]["kernel"] + shared["head"]["bias"]), used)
+    return Outputs(mixed @ shared["head"]["kernel"] + shared["head"]["bias"], used)
+
+
+class Judged(NamedTuple):
+    """Of each test example (M,): whether it is right, and its loss in nats."""
+
+    hit: np.ndarray
+    loss: np.ndarray
+
+
+def judge(ran: Ran, probability: np.ndarray) -> Judged:
+    labels = ran.dataset.test_labels
+    right = probability[np.arange(len(labels)), labels]
+    return Judged(probability.argmax(axis=1) == labels, -np.log(right))
+
+
+def share_of(ran: Ran, client: int) -> np.ndarray:
+    """(Y,) of each class among a client's training examples."""
+    own = ran.dataset.train_labels[ran.parts[client]]
+    return np.bincount(own, minlength=ran.dataset.num_classes) / len(own)
+
+
+def personal(ran: Ran, client: int, logits: np.ndarray) -> tuple[float, float] | None:
+    """Accuracy and loss on what is a client's own; None where there is nothing of it."""
+    labels, share = ran.dataset.test_labels, share_of(ran, client)
+    if ran.config.eval.prior:
+        logits = logits + np.log((share + 1e-3) / (1 + len(share) * 1e-3))
+    judged = judge(ran, softmax(logits))
+    if ran.dataset.test_clients is not None:
+        mine = ran.dataset.test_clients == client
+        return (judged.hit[mine].mean(), judged.loss[mine].mean()) if mine.any() else None
+    there = [y for y in np.flatnonzero(share) if (labels == y).any()]
+    if not there:
+        return None
+    by_class = [(judged.hit[labels == y].mean(), judged.loss[labels == y].mean()) for y in there]
+    accuracy, loss = np.average(by_class, axis=0, weights=share[there])
+    return accuracy, loss
 
 
 def evaluation(ran: Ran, state: Tree) -> dict[str, float]:
     """What `eval/` keys say."""
-    test, labels = ran.dataset.test_images, ran.dataset.test_labels
-    able = [c for c in range(8) if state["slots"][c, 0] < ran.config.model.experts]
+    test, experts = ran.dataset.test_images, ran.config.model.experts
+    able = [c for c in range(8) if state["slots"][c, 0] < experts]
     if not able:
         return {"eval/clients": 0, "eval/personal_clients": 0}
-    every = {c: predict(ran, state, c, test).probability for c in able}
-    personal = []
-    for c in able:
-        hit = every[c].argmax(axis=1) == labels
-        if ran.dataset.test_clients is not None:
-            mine = ran.dataset.test_clients == c
-            personal += [hit[mine].mean()] if mine.any() else []
-            continue
-        own = ran.dataset.train_labels[ran.parts[c]]
-        there = [y for y in np.unique(own) if (labels == y).any()]
-        weight = [np.mean(own == y) for y in there]
-        if there:
-            personal.append(np.average([hit[labels == y].mean() for y in there], weights=weight))
-    joint = np.mean(list(every.values()), axis=0).argmax(axis=1) == labels
-    found = {
+    every = {c: predict(ran, state, c, test).logits for c in able}
+    own = [figures for c in able if (figures := personal(ran, c, every[c])) is not None]
+    common = [judge(ran, softmax(logits)) for logits in every.values()]
+    joint = judge(ran, np.mean([softmax(logits) for logits in every.values()], axis=0))
+    found: dict[str, float] = {
         "eval/clients": len(able),
-        "eval/personal_clients": len(personal),
-        "eval/global_accuracy": np.mean(
-            [(p.argmax(axis=1) == labels).mean() for p in every.values()]
-        ),
-        "eval/server_accuracy": joint.mean(),
+        "eval/personal_clients": len(own),
+        "eval/global_accuracy": np.mean([judged.hit.mean() for judged in common]),
+        "eval/global_loss": np.mean([judged.loss.mean() for judged in common]),
+        "eval/server_accuracy": joint.hit.mean(),
+        "eval/server_loss": joint.loss.mean(),
     }
-    return found | ({"eval/personal_accuracy": np.mean(personal)} if personal else {})
+    if own:
+        accuracy, loss = np.transpose(own)
+        found["eval/personal_accuracy"] = accuracy.mean()
+        found["eval/personal_accuracy_p10"] = np.percentile(accuracy, 10)
+        found["eval/personal_loss"] = loss.mean()
+    if ran.config.model.gate == "shared":
+        # No part stays with a client, so all experts fit together in one model.
+        gate, whole = state["experts"]["gate"], np.ones(experts, bool)
+        assembled = judge(ran, softmax(compute(ran, state, whole, gate, test).logits))
+        found["eval/assembled_accuracy"] = assembled.hit.mean()
+        found["eval/assembled_loss"] = assembled.loss.mean()
+    return found
 
 
-def test_accuracies(ran: Ran) -> None:
+def test_accuracies_and_losses(ran: Ran) -> None:
     for row, state in zip(ran.rows, ran.states, strict=True):
         evaluated = row["round"] % ran.config.eval.every == 0 or row["round"] == ROUNDS
         expected = evaluation(ran, state) if evaluated else {}
-        assert {key: row[key] for key in row if key.startswith("eval/")} == pytest.approx(expected)
+        found = {key: row[key] for key in row if key.startswith("eval/")}
+        losses = {key for key in expected if key.endswith("_loss")}
+        assert {key for key in found if key.endswith("_loss")} == losses
+        for key in losses:
+            assert found.pop(key) == pytest.approx(expected.pop(key), rel=1e-4), key
+        assert found == pytest.approx(expected)
 
 
 def variation(load: np.ndarray) -> float:
@@ -221,7 +281,7 @@ def test_training_load_and_clients(ran: Ran) -> None:
         losses, usage = np.zeros(8), np.zeros(held.shape)
         for c in np.flatnonzero(trained):
             outputs = predict(ran, start, c, images[ran.parts[c]])
-            right = outputs.probability[np.arange(sizes[c]), labels[ran.parts[c]]]
+            right = softmax(outputs.logits)[np.arange(sizes[c]), labels[ran.parts[c]]]
             losses[c], usage[c] = -np.log(right).mean(), outputs.used.sum(axis=0)
         mine = np.where(asked, sizes, 0) if ran.config.assignment.load == "samples" else asked
         weighed = mine[:, None] * held
@@ -344,8 +404,12 @@ COUNTED = {
     *(f"load/{word}_cv{span}" for word in ("assigned", "usage") for span in ("", "_cumulative")),
     *(f"clients/{word}" for word in ("asked", "delivered", "quarantined")),
     *(f"comm/bytes_{way}" for way in ("down", "up", "cached")),
-    *(f"eval/{word}_accuracy" for word in ("personal", "global", "server")),
-    *("eval/clients", "eval/personal_clients"),
+    *(
+        f"eval/{word}_{figure}"
+        for word in ("personal", "global", "server", "assembled")
+        for figure in ("accuracy", "loss")
+    ),
+    *("eval/clients", "eval/personal_clients", "eval/personal_accuracy_p10"),
     *("time/round_seconds", "time/train_examples_per_second", "time/simulated_seconds"),
     "time/run_seconds",
 }
