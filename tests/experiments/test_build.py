@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.build import build, load_partitioned, local_optimizer
+from experiments.build import build, local_optimizer
 from experiments.cli import flat_fields
 from experiments.configs import base
-from experiments.edge import model_shapes
+from experiments.edge import check_model
+from experiments.examples import load_partitioned
 from experiments.report import write_report
 from experiments.studies.methods import METHODS
 from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax import models
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.tasks import classification
 from flexmoe_jax.types import Array, Params
 
 
@@ -114,7 +116,7 @@ def test_another_number_of_clients_than_own_the_data_is_refused(tmp_path):
 def test_features_do_not_fit_a_backbone_of_images(tmp_path):
     config = measurements(tmp_path / "mine.npz", owners=5)
     config.model.backbone = "convnet"
-    with pytest.raises(InputError, match=r"^model\.backbone=ConvNet: .*images \(B, h, w, channel"):
+    with pytest.raises(InputError, match=r"^model\.backbone=convnet: .*images \(B, h, w, channel"):
         build(config)
 
 
@@ -150,11 +152,17 @@ class Shaped(nn.Module):
         return nn.Dense(8)(x.reshape(self.shape))
 
 
+def checked(backbone: nn.Module, images: np.ndarray) -> None:
+    module = models.MoEClassifier(backbone=backbone, classes=3, experts=2, hidden=4)
+    model = models.classifier(module).after(lambda x: x.astype(jnp.float32))
+    check_model(model, classification(), {"images": images}, type(backbone).__name__)
+
+
 @pytest.mark.parametrize(
     ("backbone", "line"),
     [
-        (BatchNormed(running=True), 'BatchNormed: .*"batch_stats"'),
-        (BatchNormed(running=False), 'BatchNormed: .*"batch_stats"'),
+        (BatchNormed(running=True), "BatchNormed: .*with batch_stats"),
+        (BatchNormed(running=False), "BatchNormed: .*with batch_stats"),
         (Dropping(), 'Dropping: .*PRNG for "dropout"'),
         (Shaped((-1, 4, 4, 1)), r"Shaped: it turns images \(2, 4, 4, 1\) into \(2, 4, 4, 8\)"),
         (Shaped((1, -1)), r"Shaped: it turns images \(2, 4, 4, 1\) into \(1, 8\)"),
@@ -163,18 +171,14 @@ class Shaped(nn.Module):
     ],
 )
 def test_a_backbone_that_does_not_fit_is_one_line(backbone: nn.Module, line: str):
-    model = models.MoEClassifier(backbone=backbone, classes=3, experts=2, hidden=4)
-    images = np.zeros((1, 4, 4, 1), np.uint8)
     with pytest.raises(InputError, match=rf"^model\.backbone={line}.*\(B, D\)") as caught:
-        model_shapes(model, lambda x: x.astype(jnp.float32), images)
+        checked(backbone, np.zeros((2, 4, 4, 1), np.uint8))
     assert "\n" not in str(caught.value)
 
 
 def test_a_backbones_own_refusal_is_kept():
-    model = models.MoEClassifier(backbone=models.make_backbone("cnn"), classes=3, experts=2)
-    images = np.zeros((1, 3, 3, 1), np.uint8)
     with pytest.raises(InputError, match=r"^model\.widths="):
-        model_shapes(model, lambda x: x.astype(jnp.float32), images)
+        checked(models.make_backbone("cnn"), np.zeros((2, 3, 3, 1), np.uint8))
 
 
 def test_the_default_is_flex_as_studies_have_it():
