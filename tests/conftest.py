@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis
 import jax
+import numpy as np
 import pytest
 
 from flexmoe_jax import data
@@ -30,3 +31,14 @@ hypothesis.settings.load_profile("default")
 def digits() -> data.Dataset:
     """300 real digits for training, all 10 classes."""
     return data.load("digits", train_limit=300, test_limit=100)
+
+
+CAPACITY = np.array([1, 3, 2, 1, 2, 3, 1])
+"""Experts that each of the seven clients below has room for."""
+
+
+@pytest.fixture(scope="session")
+def clients(digits: data.Dataset) -> data.ClientData:
+    """The digits, dealt out unevenly to seven clients."""
+    parts = data.partition("dirichlet", digits.train_labels, len(CAPACITY), seed=0, alpha=0.3)
+    return data.build_clients(digits, parts)

@@ -1,0 +1,52 @@
+"""A small federation on real digits, for all tests of the simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from flexmoe_jax import client, data, models, simulation
+from flexmoe_jax.assignment import make_policy
+from flexmoe_jax.federation import Federation
+from tests.conftest import CAPACITY
+
+EXPERTS = 4
+MODULE = models.MoEClassifier(models.MLP((16,)), classes=10, experts=EXPERTS, hidden=8)
+
+
+def prepare(images):
+    return images.astype(jnp.float32) / 128 - 1
+
+
+@pytest.fixture(scope="session")
+def make_simulation(clients: data.ClientData) -> Callable[..., simulation.Simulation]:
+    """Choices of a `Federation` and of `simulate`, by name, over those of a small one."""
+    sample = {name: values[:2] for name, values in clients.arrays.items()}
+
+    def make(rows=0, block_size=0, mesh=None, **choices) -> simulation.Simulation:
+        settings = {
+            "capacity": CAPACITY,
+            "policy": make_policy("random"),
+            "local": client.LocalTraining(optax.sgd(0.1), epochs=2, batch_size=8),
+            "prior": False,
+        }
+        model = models.classifier(MODULE).after(prepare)
+        federation = Federation(model, sample, **(settings | choices))
+        return simulation.simulate(federation, clients, rows=rows, block_size=block_size, mesh=mesh)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def simulated(make_simulation) -> simulation.Simulation:
+    """The small one as it is."""
+    return make_simulation()
+
+
+def plain(state):
+    """A state that can be compared: without its key."""
+    return jax.device_get(state._replace(server=state.server._replace(key=0)))
