@@ -192,7 +192,31 @@ def model_maker(config: ConfigDict) -> Callable[[Examples], models.Model]:
     )
     if options.local_backbone:
         backbone = models.PersonalMixture(backbone, backbone.clone())
+    if options.moe_stages:
+        return partial(_within, _with_stages(backbone, options))
     return partial(_classifier, options, backbone)
+
+
+def _with_stages(backbone: nn.Module, options: ConfigDict) -> nn.Module:
+    """A ResNet with a MoE layer after some of its stages."""
+    stages = [part.strip() for part in options.moe_stages.split(",")]
+    if not isinstance(backbone, models.ResNet) or not set(stages) <= {"1", "2", "3"}:
+        remedy = "name stages of resnet, as 1,2,3; empty for experts after any backbone"
+        raise InputError("model.moe_stages", options.moe_stages, remedy)
+    mixture = partial(
+        models.MoELayer,
+        options.experts,
+        options.hidden,
+        options.top_k,
+        options.shared_experts,
+        whole=True,
+    )
+    return backbone.clone(mixture=mixture, stages=tuple(map(int, stages)))
+
+
+def _within(backbone: nn.Module, examples: Examples) -> models.Model:
+    module = models.Classifier(backbone, len(examples.classes))
+    return models.from_linen(module).after(examples.prepare)
 
 
 def _classifier(options: ConfigDict, backbone: nn.Module, examples: Examples) -> models.Model:

@@ -218,6 +218,36 @@ class Federation:
         """Shapes of what the model takes of the sample."""
         return jax.eval_shape(self.task.inputs, self.sample)
 
+    def check_data(self, arrays: Mapping[str, Any], label_share: Any) -> None:
+        """Refuses clients' data that do not fit.
+
+        Args:
+          arrays: named training examples, leaves (M, ...).
+          label_share: (C, Y) of each client.
+
+        Raises:
+          InputError: of another number of clients, examples that the task cannot take, or label
+            shares of other classes than the model's, where clients add theirs to its outputs.
+        """
+        clients, classes = label_share.shape
+        if clients != self.clients:
+            remedy = f"give one for each of the {clients} clients"
+            raise InputError("capacity", np.asarray(self.capacity).tolist(), remedy)
+        outputs, _ = self.outputs
+        self.task.check(arrays, jax.tree.map(lambda x: x.shape[1:], outputs))
+        if self.task.adjust is None or not (self.prior or self.local.prior):
+            return
+        share = jax.ShapeDtypeStruct((classes,), np.float32)
+        try:
+            adjusted = jax.eval_shape(self.task.adjust, outputs, share)
+        except (TypeError, ValueError):
+            adjusted = None
+        if adjusted != outputs:
+            remedy = (
+                "not the model's; say how many examples of each class clients have, or no prior"
+            )
+            raise InputError("label_share", f"{classes} classes", remedy)
+
     def _check_outputs(self) -> None:
         """Refuses a model whose layers name other routings than parameters."""
         _, routings = self.outputs

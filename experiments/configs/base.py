@@ -60,6 +60,8 @@ def get_config() -> ConfigDict:
     config.model.heads = 4  # of transformer's attention
     config.model.positions = "rotary"  # of transformer's tokens: rotary | learnt
     config.model.moe_every = 1  # of transformer: experts in every n-th block, the last one first
+    # Of resnet: stages with experts after them, as "1,2,3"; empty for experts after any backbone.
+    config.model.moe_stages = ""
     config.model.groups = 0  # of the group normalisation; 0 for the backbone's default
     config.model.conv = "auto"  # auto | matmul | direct | winograd | lax
     config.model.experts = 8  # E

@@ -21,6 +21,7 @@ from flexmoe_jax.models.conv import (
 from flexmoe_jax.models.dense import Dense
 from flexmoe_jax.models.model import Held, Model, Routings, from_linen
 from flexmoe_jax.models.moe import (
+    Classifier,
     Experts,
     Gate,
     MoEClassifier,
@@ -49,6 +50,7 @@ __all__ = [
     "FLEX_MOE",
     "GATE",
     "MLP",
+    "Classifier",
     "Conv",
     "ConvNet",
     "Dense",

@@ -199,12 +199,17 @@ class ResNet(nn.Module):
       width: channels of the first stage; each later stage doubles them, so D = 4 * width.
       groups: groups of each normalisation.
       conv: the convolution's implementation.
+      mixture: of the MoE layer after each of `stages`, (B, h, w, channels) to the same shape, which
+        is added to what it sees (FLEX-MoE has such layers, whose places are not public).
+      stages: of 1, 2, 3, those that a MoE layer follows.
     """
 
     depth: int = 8
     width: int = 16
     groups: int = 8
     conv: Convolution = conv_auto
+    mixture: Callable[[], nn.Module] | None = None
+    stages: Sequence[int] = ()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -215,6 +220,8 @@ class ResNet(nn.Module):
             for block in range((self.depth - 2) // 6):
                 stride = 2 if stage and not block else 1
                 x = ResidualBlock(self.width * 2**stage, stride, self.groups, self.conv)(x)
+            if self.mixture is not None and stage + 1 in self.stages:
+                x = x + self.mixture()(x)
         return jnp.mean(x, axis=(1, 2))
 
 

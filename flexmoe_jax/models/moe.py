@@ -149,12 +149,15 @@ class MoELayer(nn.Module):
       top_k: experts per example.
       shared_experts: experts beside those E that everybody holds and every example passes, with no
         gate (DeepSeekMoE, arXiv 2401.06066).
+      whole: whether all of an example goes the same way, by the mean of its features: all pixels of
+        a picture.
     """
 
     experts: int
     hidden: int = 128
     top_k: int = 1
     shared_experts: int = 0
+    whole: bool = False
 
     def setup(self) -> None:
         """Names the parts of the parameter tree."""
@@ -165,17 +168,36 @@ class MoELayer(nn.Module):
     def __call__(self, x: Array) -> Array:
         """What the experts add to examples or tokens (..., D)."""
         flat = x.reshape(-1, x.shape[-1])
-        logits = self.gate(flat)
+        routed = x.mean(axis=tuple(range(1, x.ndim - 1))) if self.whole else x
+        logits = self.gate(routed.reshape(-1, x.shape[-1]))
         held: Any = jnp.ones(logits.shape[-1:], bool)
         if self.has_variable("held", "mask"):
             held = self.get_variable("held", "mask")
         routing = route(logits, held, self.top_k)
-        mixed = jnp.einsum("be,bed->bd", routing.combine.astype(x.dtype), self.expert(flat))
+        combine = jnp.repeat(routing.combine.astype(x.dtype), len(flat) // len(logits), axis=0)
+        mixed = jnp.einsum("be,bed->bd", combine, self.expert(flat))
         if self.shared_experts:
             mixed = mixed + self.shared_expert(flat).sum(axis=1)
-        spread = jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], -1), routing)
+        spread = jax.tree.map(lambda leaf: leaf.reshape(*routed.shape[:-1], -1), routing)
         self.sow("routing", "at", spread)
         return mixed.reshape(x.shape)
+
+
+class Classifier(nn.Module):
+    """A backbone that has its experts within, and a linear head.
+
+    Attributes:
+      backbone: Linen module (B, ...) -> (B, D), with any number of MoE layers.
+      classes: Y.
+    """
+
+    backbone: nn.Module
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Class logits (B, Y) from images."""
+        return Dense(self.classes, name="head")(self.backbone(x)).astype(jnp.float32)
 
 
 class MoEClassifier(nn.Module):

@@ -120,7 +120,11 @@ def simulate(
       block_size: clients side by side on a device; 0 for automatic.
       mesh: the devices that share a cohort, from `client_mesh`; None for one. Give `round` and
         `evaluate` arrays that `replicate` has put there.
+
+    Raises:
+      InputError: data that do not fit the federation.
     """
+    federation.check_data(data.arrays, data.label_share)
     mesh = mesh or client_mesh(1)
     everywhere = NamedSharding(mesh, PartitionSpec())
     steps = np.asarray(federation.local.steps(np.asarray(data.size)))
