@@ -140,8 +140,8 @@ class Federation:
 
     @property
     def slots(self) -> int:
-        """K."""
-        return int(np.max(self.capacity))
+        """K; 1 where nobody has room for any, and it stays empty."""
+        return max(int(np.max(self.capacity)), 1)
 
     @property
     def groups(self) -> int:
