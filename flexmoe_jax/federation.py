@@ -243,9 +243,7 @@ class Federation:
         except (TypeError, ValueError):
             adjusted = None
         if adjusted != outputs:
-            remedy = (
-                "not the model's; say how many examples of each class clients have, or no prior"
-            )
+            remedy = "not the model's; count each client's examples by class, or take no prior"
             raise InputError("label_share", f"{classes} classes", remedy)
 
     def _check_outputs(self) -> None:
