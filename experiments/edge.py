@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,23 +29,25 @@ def check_model(model: models.Model, task: Task, sample: Batch, name: str) -> No
       InputError: naming what does not fit.
     """
 
-    def trace(sample: Batch) -> PyTree:
+    def trace(sample: Batch) -> tuple[PyTree, PyTree]:
         # As the rounds do: from parameters alone.
         inputs = task.inputs(sample)
-        return model.trunk(model.init(jax.random.key(0), inputs), inputs)
+        params = model.init(jax.random.key(0), inputs)
+        features = model.trunk(params, inputs)
+        return features, model.head(params, features, {})[0]
 
     contract = (
         "a backbone maps images (B, h, w, channels) to features (B, D) by its parameters alone, "
         "without batch statistics, other collections or random numbers"
     )
     try:
-        features = jax.eval_shape(trace, sample)
+        features, outputs = jax.eval_shape(trace, sample)
     except Exception as error:  # A backbone that does not fit can fail in any way.
         if isinstance(error, InputError) and error.field != "model":
             raise
         reason = " ".join(str(error).split()).partition(" (https://flax")[0]
         raise InputError("model.backbone", name, f"{reason[:300]}; {contract}") from error
-    if "images" in sample and (features.ndim != 2 or features.shape[0] != len(sample["images"])):
+    if "images" in sample and (outputs.ndim != 2 or outputs.shape[0] != len(sample["images"])):
         reason = f"it turns images {sample['images'].shape} into {features.shape}"
         raise InputError("model.backbone", name, f"{reason}; {contract}")
 
@@ -75,18 +80,27 @@ def capacity_in_memory(
 
 
 def _activations(model: models.Model, layout: models.Layout, params: Params, batch: PyTree) -> int:
-    """Bytes that a step keeps of its way forward, for the way back."""
+    """Bytes of the outputs of all layers.
 
-    def keep(params: Params, inputs: Array) -> PyTree:
+    What this program keeps for its way back is more: windows of convolutions laid out as rows,
+    which make them quick here and which no small device would keep.
+    """
+
+    def outputs(params: Params, inputs: Array) -> list[PyTree]:
+        found = []
+
+        def note(run: Any, inputs: Any, options: Any, of: nn.module.InterceptorContext) -> Any:
+            made = run(*inputs, **options)
+            if of.method_name == "__call__":
+                found.append(made)
+            return made
+
         held = {layer: jnp.ones(1, bool) for layer in layout.layers}
+        with nn.intercept_methods(note):
+            model.apply(layout.merge(params), inputs, held)
+        return found
 
-        def run(params: Params) -> PyTree:
-            return model.apply(layout.merge(params), inputs, held)[0]
-
-        return jax.vjp(run, params)[1]
-
-    kept = jax.eval_shape(keep, params, batch)
-    return simulation.tree_bytes(kept) - simulation.tree_bytes(params)
+    return simulation.tree_bytes(jax.eval_shape(outputs, params, batch))
 
 
 def make_devices(options: ConfigDict, clients: int, seed: int) -> edge.Devices | None:
