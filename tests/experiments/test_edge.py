@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.build import build, make_aggregator, make_uplink
-from experiments.configs import digits
+from experiments.build import build, make_admission, make_aggregator, make_codec
+from experiments.configs import digits, emnist_digits
+from experiments.edge import capacity_in_memory
 from experiments.train import DivergedError, check_health, train
 from experiments.workdir import Workdir
-from flexmoe_jax import federated
+from flexmoe_jax import models, server, simulation
+from flexmoe_jax.edge import TIERS
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.simulation.network import instant_devices
 from flexmoe_jax.types import RoundReport
 
 
@@ -75,7 +80,7 @@ def test_updates_too_long_are_refused_by_default_and_said_so(
     tmp_path, capsys, monkeypatch, kind, factor
 ):
     # A flip alone changes no length; noise of 10 times the update's does.
-    monkeypatch.setitem(federated.FAULTS, kind, federated.FAULTS[kind]._replace(factor=factor))
+    monkeypatch.setitem(simulation.FAULTS, kind, simulation.FAULTS[kind]._replace(factor=factor))
     fields = {"rounds": 6, "faults__share": 0.1, "faults__kind": kind}
     status, rows = run(configure(**SMALL, **fields), tmp_path / "run")
     assert status == "finished"
@@ -90,7 +95,7 @@ def test_updates_too_long_are_refused_by_default_and_said_so(
 
 
 def report(quarantined, examples, void=False, finite=True, loss=None) -> RoundReport:
-    fields = loss or np.zeros(3), examples, np.zeros(1), quarantined, void, finite
+    fields = loss or np.zeros(3), examples, examples, np.zeros((1, 1)), quarantined, void, finite
     return RoundReport(*map(np.asarray, fields))
 
 
@@ -171,19 +176,73 @@ def test_devices_decide_capacity_cohort_and_time(tmp_path):
     assert "time/simulated_seconds" in rows[0]
 
 
+def capacity_of(memory: int, images: np.ndarray, config: ConfigDict) -> list[int]:
+    """k_c of one device, for ten classes of images."""
+    device = instant_devices(1)._replace(memory=np.array([float(memory)]))
+    module = models.MoEClassifier(
+        models.make_backbone(config.model.backbone, widths=config.model.widths or ()),
+        classes=10,
+        experts=config.model.experts,
+        hidden=config.model.hidden,
+    )
+    model = models.classifier(module).after(lambda x: x.astype(jnp.float32) / 255)
+    ownership = models.Ownership(shared_gate=config.model.gate == "shared")
+    return capacity_in_memory(model, {"images": images}, device, config, ownership).tolist()
+
+
+def test_capacity_in_memory_by_hand():
+    config = configure(model__backbone="mlp", model__widths=(16,), model__hidden=8)
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    # In numbers: backbone 64·16 + 16, head 16·10 + 10; an expert 16·8 + 8 + 8·16 + 16, and its row
+    # of the gate, 16 + 1, which travels with it.
+    shared, expert = 1210, 297
+    # Outputs for each of 10 examples: Dense and backbone 16 each, gate 1, expert and layer 16 each,
+    # head 10.
+    activations = 10 * 75
+    needed = [4 * (activations + 2 * (shared + k * expert)) for k in (1, 2, 3)]
+    assert [capacity_of(memory, images, config) for memory in needed] == [[1], [2], [3]]
+    assert capacity_of(needed[2] - 1, images, config) == [2]
+    # Adam keeps two more numbers of every parameter.
+    config.local.optimizer = "adam"
+    adam = 4 * (activations + 4 * (shared + expert))
+    assert capacity_of(adam, images, config) == [1]
+    with pytest.raises(InputError, match=rf"^edge\.memory={adam - 1}: .*needs {adam} bytes"):
+        capacity_of(adam - 1, images, config)
+
+
+def test_a_sensor_trains_half_of_the_experts_of_the_study():
+    # The windows in which convolutions are laid out here would not fit in eight megabytes.
+    config = emnist_digits.get_config()
+    images = np.zeros((2, 28, 28, 1), np.uint8)
+    assert capacity_of(TIERS["sensor"].memory, images, config) == [4]
+
+
 def test_compression_and_robust_means_reach_the_algorithm():
     fields = {"model__backbone": "mlp", "upload__compression": "int8", "server__clip": 5.0}
     plain = build(configure(model__backbone="mlp"))
     config = configure(**fields, server__aggregator="median")
     compressed = build(config)
-    assert compressed.payload.shared_down == plain.payload.shared_down
-    assert compressed.payload.shared_up < 0.26 * plain.payload.shared_up
-    assert (make_uplink(config).clip, make_uplink(config).compressor.lossless) == (5.0, False)
-    median = make_aggregator(config.server)
-    assert isinstance(median, partial)
-    assert median.keywords == {"trim": 0.5}
-    config.server.aggregator = "geometric_median"
-    assert make_aggregator(config.server) is federated.geometric_median
+    assert compressed.payload[0].shared_down == plain.payload[0].shared_down
+    assert compressed.payload[0].shared_up < 0.26 * plain.payload[0].shared_up
+    assert compressed.payload[0].expert_up < 0.26 * plain.payload[0].expert_up
+    assert make_admission(config.server).clip == 5.0
+    assert not make_codec(config.upload).compressor.lossless
+
+
+@pytest.mark.parametrize(
+    ("name", "centre"),
+    # Of ten numbers the mean is 13, the median 2, without one at either end the mean 25/8; more
+    # than half of them are 2.
+    [("mean", 13), ("median", 2), ("trimmed_mean", 3.125), ("geometric_median", 2)],
+)
+def test_the_aggregator_is_the_one_that_is_named(name, centre):
+    options = configure(server__aggregator=name, server__trim=0.1).server
+    aggregator = make_aggregator(options) or server.mean()
+    values = jnp.array([1.0, 1, 2, 2, 2, 2, 2, 2, 12, 104])
+    arrived = server.Arrived({"w": values}, {}, {}, jnp.ones(10), {})
+    total = aggregator.add(aggregator.zero({"w": jnp.zeros(())}, {}, 10, 1), arrived)
+    sums = aggregator.mean(total, server.Due(jnp.array(10.0), {}, jax.random.key(0)))
+    assert float(sums.shared["w"] / sums.shared_weight) == pytest.approx(centre, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -176,10 +176,10 @@ def test_owners(ownership, parts):
 
 def test_owners_that_cannot_be_are_refused():
     _, marked = made()
-    with pytest.raises(InputError, match="model.private=hed: .*head"):
+    with pytest.raises(InputError, match=r"^model\.private=hed: .*head"):
         lay_out(marked, Ownership(("hed",)))
     layout = lay_out(marked, Ownership(("expert",)))
-    with pytest.raises(InputError, match="model.private=expert/.*give all clients all"):
+    with pytest.raises(InputError, match=r"^model\.private=expert/.*give all clients all"):
         check_capacity(layout, [4, 2])
 
 
