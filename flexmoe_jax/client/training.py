@@ -271,7 +271,8 @@ def _step(
     slope, seen = _gradient(learner, state.params, batch, valid, known)
     updates, optimizer = local.optimizer.update(slope, state.optimizer, state.params)
     if local.decay is not None:
-        updates = optax.tree.scale(local.decay(round_index).astype(jnp.float32), updates)
+        factor = jnp.asarray(local.decay(round_index), jnp.float32)
+        updates = optax.tree.scale(factor, updates)
     return Trained(
         params=optax.apply_updates(state.params, updates),
         optimizer=optimizer,
