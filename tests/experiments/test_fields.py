@@ -77,8 +77,8 @@ def test_bounds_that_no_slack_can_meet_are_not_an_error():
     config.model.backbone = "mlp"
     config.assignment.slack = 0.0
     config.assignment.load = "samples"  # no choice of holders gives every expert the same samples
-    algorithm = build(config).algorithm
-    solution = algorithm.assign(algorithm.init(jax.random.key(0)), np.arange(20))
+    simulation = build(config).simulation
+    (solution,) = simulation.assign(simulation.init(jax.random.key(0)), np.arange(20))
     assert solution.status in ("relaxed", "violated")
     assert solution.violation.max() > 0
     assert (solution.assignment.sum(axis=1) >= 1).all()

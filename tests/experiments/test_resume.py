@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.build import inputs_of, load_partitioned
+from experiments.build import inputs_of
+from experiments.examples import load_examples, load_partitioned
 from experiments.inputs import may_have_moved
 from experiments.report import write_report
 from experiments.train import train
@@ -52,7 +53,7 @@ def go_on(config: ConfigDict, folder: Path) -> tuple[str, ...]:
     """All that is asked before a run goes on; what it would then write is written."""
     workdir = Workdir(folder)
     workdir.check(config)
-    inputs = inputs_of(config, load_partitioned(config)[0])
+    inputs = inputs_of(config, load_examples(config))
     said = workdir.check_inputs(config, inputs)
     workdir.open(config, inputs)
     return said
