@@ -16,17 +16,22 @@ Score = Callable[[Feedback], Array]
 
 
 def accuracy_score(feedback: Feedback) -> Array:
-    """Score a: the share of the examples routed to the expert that were classified correctly."""
-    return feedback.correct / jnp.maximum(feedback.usage, 1.0)
+    """Score a: the share of the units routed to the expert that were right."""
+    return feedback.correct / _usage(feedback)
 
 
 def loss_score(alpha: float = 1.0) -> Score:
-    """Score exp(-α l), with l the mean cross-entropy of the examples routed to the expert."""
+    """Score exp(-α l), with l the mean loss of the units routed to the expert."""
 
     def score(feedback: Feedback) -> Array:
-        return jnp.exp(-alpha * feedback.loss / jnp.maximum(feedback.usage, 1.0))
+        return jnp.exp(-alpha * feedback.loss / _usage(feedback))
 
     return score
+
+
+def _usage(feedback: Feedback) -> Array:
+    """What to divide by; units that are routed in parts, or in some layers only, can be below 1."""
+    return jnp.where(feedback.usage > 0, feedback.usage, 1.0)
 
 
 def make_score(name: str, alpha: float = 1.0) -> Score:

@@ -4,16 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flexmoe_jax.federated.quarantine import (
-    init_norms,
-    learn_norms,
-    norm_limits,
-    part_norms,
-    too_late,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from flexmoe_jax.server import learn_norms, norm_limits, too_late
+from flexmoe_jax.server.quarantine import init_norms, part_norms
 
 learn, limit, too_long = map(jax.jit, (learn_norms, norm_limits, too_late))
 # Of how many deviations of the logarithm an honest length may be off.
