@@ -133,7 +133,8 @@ def private(deviation: float) -> Aggregator:
         exact = sums.shared, sums.experts
         noise = optax.tree.random_like(due.key, exact, jax.random.normal)
         shared, experts = optax.tree.add_scale(exact, deviation, noise)
-        return Sums(shared, due.clients, experts, due.holders)
+        holders = {layer: due.holders[layer] for layer in experts}
+        return Sums(shared, due.clients, experts, holders)
 
     return plain._replace(mean=noised)
 
@@ -193,7 +194,7 @@ def collect(centre: Centre) -> Aggregator:
 
 def _by_part(updates: Arrived, due: Due, centre: Centre) -> Sums:
     """Sums whose means are the centres of ψ's updates, and of each expert's."""
-    whole = jax.vmap(_all_finite)((updates.shared, updates.experts))
+    whole = jax.vmap(_all_finite, axis_size=len(updates.weight))((updates.shared, updates.experts))
     shared, of_slots = jax.tree.map(
         lambda leaf: jnp.where(_along(whole, leaf), leaf, 0.0), (updates.shared, updates.experts)
     )
@@ -215,7 +216,7 @@ def _by_part(updates: Arrived, due: Due, centre: Centre) -> Sums:
 
         return lax.map(one, jnp.arange(count))
 
-    found = {layer: of_expert(layer, e.shape[0]) for layer, e in due.holders.items()}
+    found = {layer: of_expert(layer, due.holders[layer].shape[0]) for layer in of_slots}
     return Sums(
         *weigh(shared, jnp.where(whole, updates.weight, 0.0)),
         {layer: total for layer, (total, _) in found.items()},

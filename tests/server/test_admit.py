@@ -156,3 +156,11 @@ def test_usage_counts_for_the_layer_that_it_is_of():
     update, _ = admit(Admission(), both, slots, jnp.int32(1), None)
     assert update.usage["a"].tolist() == [10, 0]
     assert update.usage["b"].tolist() == [1, 11]
+
+
+def test_experts_that_stay_with_their_clients_are_told_of_alone():
+    update, verdict = judge(Admission(), make_upload()._replace(experts={}))
+    assert (update.experts, update.slots, update.usage) == ({}, {}, {})
+    assert update.weight == 10
+    assert verdict.feedback.usage.tolist() == [[10, 0]]
+    assert verdict.lengths.tolist() == [6, 0]
