@@ -100,7 +100,8 @@ def admit(
     if admission.clip:
         factor = jnp.minimum(1.0, admission.clip / jnp.maximum(_together(norms), 1e-12))
         shared, experts = jax.tree.map(lambda x: x * factor, (shared, experts))
-    usage = {layer: upload.feedback.usage[i] for i, layer in enumerate(slots)}
+    # A layer whose experts stay with their clients sends none.
+    usage = {x: upload.feedback.usage[i] for i, x in enumerate(slots) if x in experts}
     weight = upload.units
     accepted = ~(refused | idle)
     counted = shared, experts, weight, usage, upload.feedback, upload.loss, upload.examples
@@ -112,7 +113,8 @@ def admit(
         weight, usage = jax.tree.map(jnp.ones_like, (weight, usage))
     lengths = jnp.where(idle | ~jnp.isfinite(norms), 0.0, norms / reach)
     verdict = Verdict(accepted, refused, lengths, feedback, loss, units, examples)
-    return Arrived(shared, experts, slots, weight, usage), verdict
+    of_sent = {layer: slots[layer] for layer in experts}
+    return Arrived(shared, experts, of_sent, weight, usage), verdict
 
 
 def _refuse(

@@ -70,8 +70,9 @@ def payloads(federation: Federation) -> tuple[Payload, ...]:
     """Sizes of what travels in a federation, by group of MoE layers."""
     parts = federation.layout.split(nn.meta.unbox(federation.shapes))
     groups: list[dict[str, PyTree]] = [{} for _ in range(federation.groups)]
-    for layer, stack in parts.experts.items():
-        groups[federation.group[layer]][layer] = stack
+    for layer, group in federation.group.items():
+        # Experts that stay with their clients are told of, all the same.
+        groups[group][layer] = parts.experts.get(layer, {})
     return tuple(payload(parts.shared, experts, federation.codec) for experts in groups)
 
 
