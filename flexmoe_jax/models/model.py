@@ -74,7 +74,7 @@ def from_linen(module: nn.Module, *, trunk: str = "", head: str = "__call__") ->
         return module.apply({"params": params}, inputs, method=trunk) if trunk else inputs
 
     def run_head(params: PyTree, features: PyTree, held: Held) -> tuple[PyTree, Routings]:
-        masks = {(*_place(layer), "mask"): mask for layer, mask in held.items()}
+        masks = {(*place, "mask"): m for layer, m in held.items() for place in _places(layer)}
         variables = {"params": params, "held": _unflatten(masks)}
         outputs, kept = module.apply(variables, features, method=head, mutable=["routing"])
         found = {
@@ -86,8 +86,9 @@ def from_linen(module: nn.Module, *, trunk: str = "", head: str = "__call__") ->
     return Model(init, run_trunk, run_head)
 
 
-def _place(layer: str) -> tuple[str, ...]:
-    return () if layer == ROOT else tuple(layer.split("/"))
+def _places(layer: str) -> list[tuple[str, ...]]:
+    """Where a layer may stand: the one at the top may also be a module of that name."""
+    return [tuple(layer.split("/")), *([()] if layer == ROOT else [])]
 
 
 # Flax leaves them without types.

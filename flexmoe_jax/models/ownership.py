@@ -174,6 +174,9 @@ def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:
             tops = ", ".join(dict.fromkeys(path.split("/")[0] for path in paths))
             remedy = f"the model has no such part; its parts are {tops}"
             raise InputError("model.private", start, remedy)
+    if len({path.count("/") for path in marks if _layer_of(path) == ROOT}) > 1:
+        remedy = "names the layer whose parts stand at the top; give the other layer another name"
+        raise InputError("model", ROOT, remedy)
     counts = {
         path: leaf.shape[0] if leaf.shape else 0
         for path, leaf in zip(paths, leaves, strict=True)

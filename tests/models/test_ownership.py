@@ -1,0 +1,113 @@
+"""Who owns what of a model that is written in anything: a tree, and marks on some of its leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.models import EXPERT, GATE, Marked, Ownership, check_capacity, lay_out, mark_paths
+
+
+def tree(first: int = 4, second: int = 4) -> dict[str, Any]:
+    """Two MoE layers in blocks, and what is around them."""
+
+    def block(experts: int) -> dict[str, Any]:
+        return {"attend": jnp.ones((2, 2)), "moe": {"mlp": {"w": jnp.ones((experts, 2))}}}
+
+    blocks: dict[str, Any] = {"one": block(first), "two": block(second)}
+    for experts, name in ((first, "one"), (second, "two")):
+        blocks[name]["moe"]["router"] = {"w": jnp.ones((experts, 3))}
+    return {"embed": jnp.ones(5), "blocks": blocks, "head": {"w": jnp.ones(5)}}
+
+
+RULES = {"*/moe/mlp/*": EXPERT, "*/router/w": GATE}
+
+
+def test_marks_by_paths():
+    marked = mark_paths(tree(), RULES)
+    layout = lay_out(marked)
+    assert layout.layers == ("blocks/one/moe", "blocks/two/moe")
+    assert dict(zip(layout.paths, layout.owner, strict=True)) == {
+        "blocks/one/attend": "shared",
+        "blocks/one/moe/mlp/w": "experts",
+        "blocks/one/moe/router/w": "gate",
+        "blocks/two/attend": "shared",
+        "blocks/two/moe/mlp/w": "experts",
+        "blocks/two/moe/router/w": "gate",
+        "embed": "shared",
+        "head/w": "shared",
+    }
+    parts = layout.split(marked)
+    assert parts.experts["blocks/one/moe"] == {
+        "mlp": {"w": marked["blocks"]["one"]["moe"]["mlp"]["w"].value}
+    }
+
+
+@pytest.mark.parametrize(
+    ("rules", "line"),
+    [
+        ({"*/moe/w": EXPERT}, r"rules=\*/moe/w: matches none of blocks/one/attend, "),
+        ({"head": EXPERT}, "rules=head: matches none"),
+        ({"head/w": "experts"}, "rules=experts: mark parameters as expert or gate"),
+    ],
+)
+def test_rules_that_mark_nothing_are_refused(rules, line):
+    with pytest.raises(InputError, match=f"^{line}"):
+        mark_paths(tree(), rules)
+
+
+PARTS = ("embed", "head", "head/w", "blocks/one", "blocks/one/attend", "blocks/two/moe", "blocks")
+
+
+@given(st.sets(st.sampled_from(PARTS), max_size=3), st.booleans())
+def test_every_leaf_has_one_owner_and_comes_back(private, shared_gate):
+    layout = lay_out(mark_paths(tree(), RULES), Ownership(tuple(private), shared_gate))
+    parts = layout.split(tree())
+    chex.assert_trees_all_equal(layout.merge(parts), tree())
+    for path, owner in zip(layout.paths, layout.owner, strict=True):
+        theirs = any(f"{path}/".startswith(f"{start}/") for start in private)
+        assert (owner == "private") == theirs
+        if "router" in path and not theirs:
+            assert owner == ("experts" if shared_gate else "gate")
+    least = (
+        4
+        if any(
+            "moe" in p and o == "private" for p, o in zip(layout.paths, layout.owner, strict=True)
+        )
+        else 1
+    )
+    check_capacity(layout, [least, 4])
+    if least == 4:
+        with pytest.raises(InputError, match=r"^model\.private=blocks/.*: .*all of them"):
+            check_capacity(layout, [3, 4])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "private", "line"),
+    [
+        (
+            mark_paths(tree(), RULES),
+            ("blocks/three",),
+            "model.private=blocks/three: .*blocks, embed",
+        ),
+        (mark_paths(tree(), RULES), ("hea",), "model.private=hea: "),
+        (mark_paths(tree(4, 3), RULES), (), "model.experts=.*has 4, .*has 3: give every MoE layer"),
+        (
+            {
+                "gate": {"w": Marked(jnp.ones(4), GATE)},
+                "mixture": {"gate": {"w": Marked(jnp.ones(4), GATE)}},
+            },
+            (),
+            "model=mixture: names the layer",
+        ),
+    ],
+)
+def test_models_that_cannot_be_laid_out_are_refused(shapes, private, line):
+    with pytest.raises(InputError, match=f"^{line}"):
+        lay_out(shapes, Ownership(private))
