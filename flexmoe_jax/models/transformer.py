@@ -132,7 +132,9 @@ class Transformer(nn.Module):
           InputError: naming the field.
         """
         if self.positions not in POSITIONS:
-            raise InputError("model.positions", self.positions, f"choose one of {POSITIONS}")
+            raise InputError(
+                "model.positions", self.positions, f"choose one of {', '.join(POSITIONS)}"
+            )
         if self.width % (2 * self.heads):
             remedy = f"choose a divisor of half of model.width={self.width}"
             raise InputError("model.heads", self.heads, remedy)
