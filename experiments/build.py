@@ -68,22 +68,8 @@ def build(config: ConfigDict) -> Experiment:
     check_numbers(config)
     # All that can be refused without the data comes first.
     load = make_load(config)
-    policy = make_policy(config.assignment, load)
-    local, admission = local_training(config), make_admission(config.server)
-    choices: dict[str, Any] = {
-        "policy": policy,
-        "local": local,
-        "ownership": make_ownership(config.model),
-        "codec": make_codec(config.upload),
-        "admission": admission,
-        "aggregator": make_aggregator(config.server),
-        "optimizer": server_optimizer(config.server),
-        "fitness": make_fitness(config.fitness),
-        "deficit_decay": config.assignment.deficit_decay,
-        "seed": config.seed,
-        "prior": config.eval.prior,
-        "layers": config.assignment.layers,
-    }
+    chosen = choices(config, load)
+    local: client.LocalTraining = chosen["local"]
     prepare_model = model_maker(config)
     devices = make_devices(config.edge, config.clients.count, config.seed)
     capacity = given_capacity(config, devices)
@@ -100,7 +86,7 @@ def build(config: ConfigDict) -> Experiment:
     check_model(model, task, sample, config.model.backbone)
     if capacity is None:
         assert devices is not None
-        capacity = capacity_in_memory(model, sample, devices, config, choices["ownership"])
+        capacity = capacity_in_memory(model, sample, devices, config, chosen["ownership"])
     sizes = np.asarray(clients.size)
     seen = local.examples(sizes)
     federation = Federation(
@@ -109,7 +95,7 @@ def build(config: ConfigDict) -> Experiment:
         capacity=capacity,
         task=task,
         load=server.make_load_model(load, seen, capacity, config.model.top_k),
-        **choices,
+        **chosen,
     )
     federation.check(clients.arrays)
     federation.check(examples.test)
@@ -134,6 +120,24 @@ def build(config: ConfigDict) -> Experiment:
         personal=examples.personal,
         notes=examples.notes + notes_on_privacy(config.server),
     )
+
+
+def choices(config: ConfigDict, load: str) -> dict[str, Any]:
+    """What a federation does that does not depend on its data, as fields of `Federation`."""
+    return {
+        "policy": make_policy(config.assignment, load),
+        "local": local_training(config),
+        "ownership": make_ownership(config.model),
+        "codec": make_codec(config.upload),
+        "admission": make_admission(config.server),
+        "aggregator": make_aggregator(config.server),
+        "optimizer": server_optimizer(config.server),
+        "fitness": make_fitness(config.fitness),
+        "deficit_decay": config.assignment.deficit_decay,
+        "seed": config.seed,
+        "prior": config.eval.prior,
+        "layers": config.assignment.layers,
+    }
 
 
 def make_task(name: str) -> Task:

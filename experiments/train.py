@@ -106,12 +106,8 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
                 workdir.append(metrics)
                 tensorboard.write(metrics)
                 display.update(metrics)
-                if metrics["assignment/status"].startswith("fallback"):
-                    display.say(f"round {metrics['round']}: {metrics['assignment/status']}")
-                why = refusals(metrics)
-                if why and why not in told:
-                    display.say(f"round {metrics['round']}: {why}")
-                told.add(why)
+                for line in remarks(metrics, told):
+                    display.say(f"round {metrics['round']}: {line}")
                 stopping = _anywhere(stop())
                 last = metrics["round"] == config.rounds
                 if last or stopping or metrics["round"] % config.checkpoint.every == 0:
@@ -269,6 +265,21 @@ def worst(solutions: Sequence[Solution]) -> Solution:
 def imbalance(load: np.ndarray) -> float:
     """Mean over groups of MoE layers of the coefficient of variation of loads (G, E)."""
     return float(np.mean([coefficient_of_variation(one) for one in load]))
+
+
+def remarks(metrics: Metrics, told: set[str]) -> Iterator[str]:
+    """What a user should know of a round; of refused updates each thing once.
+
+    Args:
+      metrics: of the round.
+      told: what was said before; grows.
+    """
+    if metrics["assignment/status"].startswith("fallback"):
+        yield metrics["assignment/status"]
+    why = refusals(metrics)
+    if why and why not in told:
+        told.add(why)
+        yield why
 
 
 def refusals(metrics: Metrics) -> str:
