@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -45,6 +46,7 @@ from flexmoe_jax.types import (
     Plan,
     PyTree,
     RoundReport,
+    Server,
     State,
     Upload,
 )
@@ -237,42 +239,17 @@ def run_round(
         take_rows(state.clients, plan.clients), plan.slots
     )
     table = put_rows(state.clients, plan.clients, received) if site.codec.keeps else state.clients
-    limits = None
-    if desk.admission.compares:
-        limits = server.norm_limits(state.server.ledger.norms, desk.admission.norm_factor)
-
-    def train_share(plan: Plan, known: tuple) -> tuple[Any, PyTree]:
-        data, state_of_server, table, key, limits = known
-        rows = _rows(federation, data, plan, key)
-
-        def visit(row: Row) -> tuple[server.Arrived, tuple[Own, server.Verdict]]:
-            own = take_rows(table, row.number)._replace(slots=row.slots)
-            down = server.send(desk, state_of_server, row.slots, row.steps)
-            after, upload = client.train_and_answer(
-                site, own, down, data.arrays, row.batches, row.log_share
-            )
-            arrived = _deliver(site, upload, down, row)
-            slots = {layer: row.slots[group] for layer, group in site.group.items()}
-            update, verdict = server.admit(desk.admission, arrived, slots, row.steps, limits)
-            return update, (client.settle(own, after, verdict.accepted), verdict)
-
-        zero = aggregator.zero(
-            state_of_server.shared, state_of_server.experts, len(plan.clients), floor.slots
-        )
-        size = resolve_block_size(floor.block_size, len(plan.clients))
-        return over_blocks(visit, aggregator.add, zero, rows, size)
-
-    known = data, state.server, table, key, limits
-    total, (owns, verdicts) = over_devices(
-        train_share, _of_clients(plan), known, mesh, merge=aggregator.merge
+    total, (owns, verdicts) = _train_cohort(
+        federation, floor, mesh, state.server, table, data, plan, key
     )
-    late, norms = jnp.zeros(plan.clients.shape, bool), state.server.ledger.norms
+    norms = state.server.ledger.norms
+    late = jnp.zeros(plan.clients.shape, bool)
     if desk.admission.compares:
-        late = server.too_late(norms, verdicts.lengths.T, desk.admission.norm_factor)
-        late &= verdicts.accepted
-        norms = server.learn_norms(norms, verdicts.lengths.T, ~(late | verdicts.refused))
-        total, late = aggregator.drop(total, late)
-        verdicts = server.without(late, verdicts)
+        total, verdicts, late, norms = _leave_out_late(federation, total, verdicts, norms)
+    if mesh.size > 1:
+        # Whole on every device before a robust mean's loops: if devices exchange updates within
+        # them, XLA's CPU devices can come to wait for each other in different exchanges, for ever.
+        total = lax.with_sharding_constraint(total, NamedSharding(mesh, PartitionSpec()))
     sums = aggregator.mean(total, _due(federation, plan, key))
     # What clients keep that are refused late is what they had.
     learners = jnp.where(late, clients, plan.clients)
@@ -294,6 +271,66 @@ def run_round(
         ),
     )
     return following, report
+
+
+def _train_cohort(
+    federation: Federation,
+    floor: Floor,
+    mesh: Mesh,
+    begun: Server,
+    table: Own,
+    data: ClientData,
+    plan: Plan,
+    key: Key,
+) -> tuple[Any, tuple[Own, server.Verdict]]:
+    """Sends to every client of a plan, trains it and admits its answer, device by device.
+
+    Returns:
+      The aggregator's total; what each client then owns, if its answer is not refused late, and the
+      verdict on it, leaves (P, ...).
+    """
+    site, desk, aggregator = federation.site, federation.desk, federation.aggregation
+    limits = None
+    if desk.admission.compares:
+        limits = server.norm_limits(begun.ledger.norms, desk.admission.norm_factor)
+
+    def train_share(plan: Plan, known: tuple) -> tuple[Any, PyTree]:
+        data, begun, table, key, limits = known
+        rows = _rows(federation, data, plan, key)
+
+        def visit(row: Row) -> tuple[server.Arrived, tuple[Own, server.Verdict]]:
+            own = take_rows(table, row.number)._replace(slots=row.slots)
+            down = server.send(desk, begun, row.slots, row.steps)
+            after, upload = client.train_and_answer(
+                site, own, down, data.arrays, row.batches, row.log_share
+            )
+            arrived = _deliver(site, upload, down, row)
+            slots = {layer: row.slots[group] for layer, group in site.group.items()}
+            update, verdict = server.admit(desk.admission, arrived, slots, row.steps, limits)
+            return update, (client.settle(own, after, verdict.accepted), verdict)
+
+        zero = aggregator.zero(begun.shared, begun.experts, len(plan.clients), floor.slots)
+        size = resolve_block_size(floor.block_size, len(plan.clients))
+        return over_blocks(visit, aggregator.add, zero, rows, size)
+
+    known = data, begun, table, key, limits
+    return over_devices(train_share, _of_clients(plan), known, mesh, merge=aggregator.merge)
+
+
+def _leave_out_late(
+    federation: Federation, total: Any, verdicts: server.Verdict, norms: Array
+) -> tuple[Any, server.Verdict, Array, Array]:
+    """Judges a cohort by its own lengths, where nothing was known before it.
+
+    Returns:
+      The aggregator's total and the verdicts without those who were too long, who had to be left
+      out (P,), and what is now known of lengths.
+    """
+    factor, lengths = federation.admission.norm_factor, verdicts.lengths.T
+    late = server.too_late(norms, lengths, factor) & verdicts.accepted
+    norms = server.learn_norms(norms, lengths, ~(late | verdicts.refused))
+    total, late = federation.aggregation.drop(total, late)
+    return total, server.without(late, verdicts), late, norms
 
 
 def _of_clients(plan: Plan) -> Plan:
