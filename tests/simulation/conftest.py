@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,8 +19,22 @@ EXPERTS = 4
 MODULE = models.MoEClassifier(models.MLP((16,)), classes=10, experts=EXPERTS, hidden=8)
 
 
+class TwoLayers(nn.Module):
+    """A classifier with two MoE layers, of unlike sizes."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = models.MLP((16,), name="backbone")(x)
+        h = h + models.MoELayer(EXPERTS, hidden=8, name="first")(h)
+        h = h + models.MoELayer(EXPERTS, hidden=4, name="second")(h)
+        return nn.Dense(10, name="head")(h)
+
+
 def prepare(images):
     return images.astype(jnp.float32) / 128 - 1
+
+
+DEEP = models.from_linen(TwoLayers()).after(prepare)
 
 
 @pytest.fixture(scope="session")
@@ -29,13 +44,13 @@ def make_simulation(clients: data.ClientData) -> Callable[..., simulation.Simula
 
     def make(rows=0, block_size=0, mesh=None, **choices) -> simulation.Simulation:
         settings = {
+            "model": models.classifier(MODULE).after(prepare),
             "capacity": CAPACITY,
             "policy": make_policy("random"),
             "local": client.LocalTraining(optax.sgd(0.1), epochs=2, batch_size=8),
             "prior": False,
         }
-        model = models.classifier(MODULE).after(prepare)
-        federation = Federation(model, sample, **(settings | choices))
+        federation = Federation(sample=sample, **(settings | choices))
         return simulation.simulate(federation, clients, rows=rows, block_size=block_size, mesh=mesh)
 
     return make

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from flexmoe_jax.federated import Faults, Network, Traffic, make_faults
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmoe_jax.edge import Devices
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.simulation import Faults, Network, Traffic, make_faults
 
 STEPS, EXAMPLES = np.array([4, 4, 2, 8]), np.array([40, 40, 20, 80])
 # Bytes and examples a second: the last client is ten times as slow.

@@ -7,24 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flexmoe_jax.federated import (
-    Algorithm,
-    DeviceReport,
-    FitnessOptions,
-    make_load_model,
-    make_plan,
-    round_on_device,
-    run_on_device,
-    slots_assignment,
-)
-from flexmoe_jax.federated.on_device import device_load_bounds, device_plan, draw_cohort
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmoe_jax.assignment import load_bounds, make_policy, update_deficit
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.server import FitnessOptions, make_load_model
+from flexmoe_jax.simulation import (
+    DeviceReport,
+    Floor,
+    Simulation,
+    Tampering,
+    make_plan,
+    round_on_device,
+    run_on_device,
+    slots_assignment,
+)
+from flexmoe_jax.simulation.on_device import device_load_bounds, device_plan, draw_cohort
 from flexmoe_jax.types import State
-from tests.federated.conftest import CAPACITY, EXPERTS
+from tests.conftest import CAPACITY
+from tests.simulation.conftest import DEEP, EXPERTS, plain
 
 ROUNDS, PER_ROUND, SLACK, SEEDS = 12, 5, 0.1, 3
 # Padded to 6 rows: blocks of 2 clients.
@@ -37,8 +39,8 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def algorithm(make_algorithm) -> Algorithm:
-    return make_algorithm(
+def flexible(make_simulation) -> Simulation:
+    return make_simulation(
         policy=make_policy("flex", slack=SLACK),
         block_size=2,
         fitness=FitnessOptions(optimism=0.1),
@@ -51,39 +53,43 @@ def keys():
 
 
 @pytest.fixture(scope="module")
-def scan(algorithm):
-    return jax.jit(run_on_device(algorithm, ROUNDS, per_round=PER_ROUND))
+def scan(flexible):
+    return jax.jit(run_on_device(flexible, ROUNDS, per_round=PER_ROUND))
 
 
 @pytest.fixture(scope="module")
-def runs(algorithm, clients, scan, keys) -> list[Run]:
+def runs(flexible, clients, scan, keys) -> list[Run]:
     """One scanned run for each seed."""
-    return [Run(*scan(algorithm.init(key), clients)) for key in keys]
+    return [Run(*scan(flexible.init(key), clients)) for key in keys]
 
 
 def assert_equal_runs(one: Run, other: Run) -> None:
     chex.assert_trees_all_equal(one.reports.plan, other.reports.plan)
-    for name in ("round", "slots", "held_rounds", "load"):
-        assert (getattr(one.state, name) == getattr(other.state, name)).all()
-    floats = [(run.state._replace(key=None), run.reports) for run in (one, other)]
+    books = [
+        (run.state.clients.slots, run.state.server.round, ledger.held_rounds, ledger.load)
+        for run in (one, other)
+        for ledger in [run.state.server.ledger]
+    ]
+    chex.assert_trees_all_equal(*books)
+    floats = [(plain(run.state), run.reports) for run in (one, other)]
     chex.assert_trees_all_close(*floats, atol=1e-4, rtol=1e-4)
 
 
-def test_a_scanned_run_is_its_rounds_one_at_a_time(algorithm, clients, keys, runs):
-    one_round = jax.jit(round_on_device(algorithm, per_round=PER_ROUND))
-    state, reports = algorithm.init(keys[0]), []
+def test_a_scanned_run_is_its_rounds_one_at_a_time(flexible, clients, keys, runs):
+    one_round = jax.jit(round_on_device(flexible, per_round=PER_ROUND))
+    state, reports = flexible.init(keys[0]), []
     for _ in range(ROUNDS):
         state, report = one_round(state, clients)
         reports.append(jax.device_get(report))
     assert one_round._cache_size() == 1
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *reports)
-    assert int(state.round) == ROUNDS
+    assert int(state.server.round) == ROUNDS
     assert_equal_runs(runs[0], Run(state, stacked))
 
 
-def test_vmapped_seeds_are_their_runs_one_by_one(algorithm, clients, keys, runs):
-    run = run_on_device(algorithm, ROUNDS, per_round=PER_ROUND)
-    together = Run(*jax.jit(jax.vmap(run, (0, None)))(jax.vmap(algorithm.init)(keys), clients))
+def test_vmapped_seeds_are_their_runs_one_by_one(flexible, clients, keys, runs):
+    run = run_on_device(flexible, ROUNDS, per_round=PER_ROUND)
+    together = Run(*jax.jit(jax.vmap(run, (0, None)))(jax.vmap(flexible.init)(keys), clients))
     for seed, alone in enumerate(runs):
         assert_equal_runs(alone, Run(*jax.tree.map(lambda x, seed=seed: x[seed], together)))
     cohorts = np.asarray(together.reports.plan.clients)
@@ -99,22 +105,23 @@ def test_capacities_and_load_bounds_hold_in_every_round(runs):
             cohort = plan.clients[plan.clients < len(CAPACITY)]
             assert len(plan.clients) == PADDED
             assert len(set(cohort)) == PER_ROUND
-            held = slots_assignment(plan.slots, EXPERTS)
+            held, load = slots_assignment(plan.slots[:, 0], EXPERTS), plan.load[0]
             assert (held[:PER_ROUND].sum(axis=1) == CAPACITY[cohort]).all()
-            assert (plan.load == held.sum(axis=0)).all()
+            assert (load == held.sum(axis=0)).all()
             low, high = load_bounds(CAPACITY[cohort], deficit, slack=SLACK)
             assert (reports.load_min[t] == low).all()
             assert (reports.load_max[t] == high).all()
-            assert (low <= plan.load).all()
-            assert (plan.load <= high).all()
-            deficit = update_deficit(deficit, plan.load)
-        assert np.allclose(run.state.deficit, deficit, atol=1e-4)
+            assert (low <= load).all()
+            assert (load <= high).all()
+            deficit = update_deficit(deficit, load)
+        assert np.allclose(run.state.server.ledger.deficit, [deficit], atol=1e-4)
 
 
 def test_assigned_loads_even_out_and_fitness_is_well_served(runs):
     for run in runs:
-        assert run.state.load.max() - run.state.load.min() <= 2
-        assert run.state.load.std() / run.state.load.mean() < 0.03
+        load = run.state.server.ledger.load[0]
+        assert load.max() - load.min() <= 2
+        assert load.std() / load.mean() < 0.03
         gap = (run.reports.bound - run.reports.value) / run.reports.value
         assert (gap >= 0).all()
         assert (gap < 0.05).all()
@@ -127,8 +134,8 @@ def test_training_happens(runs):
         assert (np.asarray(run.reports.training.examples) > 0).sum() == ROUNDS * PER_ROUND
 
 
-def test_a_run_touches_no_host_and_compiles_once(algorithm, clients, keys, scan, runs):
-    state = algorithm.init(keys[0])
+def test_a_run_touches_no_host_and_compiles_once(flexible, clients, keys, scan, runs):
+    state = flexible.init(keys[0])
     with jax.transfer_guard("disallow"):
         again = jax.block_until_ready(scan(state, clients))
     chex.assert_trees_all_equal(Run(*again).reports.plan, runs[0].reports.plan)
@@ -161,17 +168,10 @@ def test_plans_are_the_hosts(block_size, devices):
     rng = np.random.default_rng(block_size)
     cohort = np.sort(rng.choice(9, 5, replace=False)).astype(np.int32)
     assignment = rng.random((5, EXPERTS)) < 0.5
-    layout = {
-        "steps": np.array([2, 7, 7, 1, 2]),
-        "slots": EXPERTS,
-        "clients": 9,
-        "block_size": block_size,
-        "devices": devices,
-    }
-    load = assignment.sum(axis=0).astype(np.float32)
-    expected = make_plan(cohort, assignment, load, **layout)
-    layout["steps"] = jnp.asarray(layout["steps"])
-    plan = device_plan(*map(jnp.asarray, (cohort, assignment, load)), **layout)
+    floor = Floor(clients=9, slots=EXPERTS, rows=5, block_size=block_size, devices=devices)
+    steps, load = np.array([2, 7, 7, 1, 2]), assignment.sum(axis=0).astype(np.float32)
+    expected = make_plan(cohort, assignment[:, None], load[None], floor, steps, Tampering())
+    plan = device_plan(*map(jnp.asarray, (cohort, assignment, load, steps)), floor)
     chex.assert_trees_all_equal(plan, expected)
     chex.assert_trees_all_equal_dtypes(plan, expected)
 
@@ -193,32 +193,36 @@ def test_cohorts_are_uniform_and_without_replacement():
         ({"rounds": 1, "per_round": 8}, "per_round=8: give 0 \\(all\\) to 7"),
     ],
 )
-def test_numbers_out_of_range_are_refused(algorithm, options, message):
+def test_numbers_out_of_range_are_refused(flexible, options, message):
     with pytest.raises(InputError, match=message):
-        run_on_device(algorithm, **options)
+        run_on_device(flexible, **options)
 
 
-def test_what_the_device_would_leave_out_is_refused(make_algorithm):
+def test_what_the_device_would_leave_out_is_refused(make_simulation):
     samples = make_load_model("samples", CAPACITY, CAPACITY)
     with pytest.raises(InputError, match=r"assignment.load=weighted: .* clients"):
-        run_on_device(make_algorithm(load_model=samples), 2)
+        run_on_device(make_simulation(load=samples), 2)
+    with pytest.raises(InputError, match=r"assignment.layers=each: on the device give same"):
+        run_on_device(make_simulation(model=DEEP, layers="each"), 2)
     for policy, line in (
         (make_policy("random"), r"assignment\.policy=random: "),
         (lambda request: None, r"assignment\.policy=a function of the host: "),
         (make_policy("flex", diversity=2.0), r"assignment\.diversity=2\.0: "),
     ):
         with pytest.raises(InputError, match=line):
-            run_on_device(make_algorithm(policy=policy), 2)
+            run_on_device(make_simulation(policy=policy), 2)
 
 
-def test_exploration_moves_holders_on_the_device_too(make_algorithm, clients):
+def test_exploration_moves_holders_on_the_device_too(make_simulation, clients):
     # Fitness stays what it was, and no load bound holds: without it, so would the holders.
-    algorithm = make_algorithm(
+    flexible = make_simulation(
         policy=make_policy("flex", slack=100.0, exploration=1.0), fitness=FitnessOptions(beta=1e-9)
     )
     key = jax.random.key(0)
-    state = algorithm.init(key)
-    ranked = jax.random.permutation(key, state.fitness.size).reshape(state.fitness.shape)
-    run = jax.jit(run_on_device(algorithm, 4))
-    plans = run(state._replace(fitness=ranked / 100.0), clients)[1].plan.slots
+    state = flexible.init(key)
+    ledger = state.server.ledger
+    ranked = jax.random.permutation(key, ledger.fitness.size).reshape(ledger.fitness.shape)
+    server = state.server._replace(ledger=ledger._replace(fitness=ranked / 100.0))
+    run = jax.jit(run_on_device(flexible, 4))
+    plans = run(state._replace(server=server), clients)[1].plan.slots
     assert len({row.tobytes() for row in np.asarray(plans)}) == 4
