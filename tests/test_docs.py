@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "federation.md"
+PAGE = Path(__file__).parents[1] / "docs" / "federation.md"
 
 
 def test_the_federation_of_the_page_learns(capsys):
