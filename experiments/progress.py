@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from experiments.reporting.quantities import LOSS_UNITS, UNNAMED, is_loss
 from flexmoe_jax.errors import printable
 
-# Heading, key in metrics.jsonl, format.
-_COLUMNS = (
-    ("round", "round", "{:d}"),
-    ("loss", "train/loss", "{:.3f}"),
-    ("personal", "eval/personal_accuracy", "{:.3f}"),
-    ("global", "eval/global_accuracy", "{:.3f}"),
-    ("server", "eval/server_accuracy", "{:.3f}"),
-    ("assigned CV", "load/assigned_cv_cumulative", "{:.3f}"),
-    ("used CV", "load/usage_cv_cumulative", "{:.3f}"),
-    ("s/round", "time/round_seconds", "{:.2f}"),
-)
+
+def columns(task: str) -> tuple[tuple[str, str, str], ...]:
+    """Heading, key in metrics.jsonl and format of each; accuracies alone tell of classes."""
+    measure = "accuracy" if task == "classification" else "loss"
+    return (
+        ("round", "round", "{:d}"),
+        ("loss", "train/loss", "{:.3f}"),
+        *((word, f"eval/{word}_{measure}", "{:.3f}") for word in ("personal", "global", "server")),
+        ("assigned CV", "load/assigned_cv_cumulative", "{:.3f}"),
+        ("used CV", "load/usage_cv_cumulative", "{:.3f}"),
+        ("s/round", "time/round_seconds", "{:.2f}"),
+    )
 
 
 class ProgressDisplay:
@@ -32,10 +34,15 @@ class ProgressDisplay:
       rounds: T.
       done: rounds completed before this start.
       quiet: shows nothing, as in all processes of a run but one.
+      task: what is learnt; decides which figures are shown, and in what losses are told.
     """
 
-    def __init__(self, rounds: int, done: int, quiet: bool = False) -> None:
+    def __init__(
+        self, rounds: int, done: int, quiet: bool = False, task: str = "classification"
+    ) -> None:
         """Prepares the display; nothing is shown yet."""
+        self._columns, self._unit = columns(task), LOSS_UNITS.get(task, UNNAMED)
+        self._in_losses = task != "classification"
         self._console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._progress = Progress(
             TextColumn("[bold]round"),
@@ -56,7 +63,10 @@ class ProgressDisplay:
     def __enter__(self) -> ProgressDisplay:
         """Starts the display."""
         self._progress.start()
-        self.say("  ".join(f"{heading:>8}" for heading, _, _ in _COLUMNS), style="bold")
+        if self._in_losses:
+            unit = f" in {self._unit.name}" if self._unit.name else ""
+            self.say(f"all losses{unit}: of training, and of clients and server on the test set")
+        self.say("  ".join(f"{heading:>8}" for heading, _, _ in self._columns), style="bold")
         return self
 
     def __exit__(
@@ -82,12 +92,17 @@ class ProgressDisplay:
         self._progress.update(
             self._task,
             completed=done,
-            loss=f"{metrics.get('train/loss', math.nan):.3f}",
+            loss=self._cell("train/loss", "{:.3f}", metrics),
             left="" if left is None else f"{left:.0f} s left",
         )
-        if "eval/global_accuracy" in metrics:
+        if "eval/clients" in metrics:
             cells = (
-                f"{form.format(metrics[key]) if key in metrics else '-':>{max(8, len(heading))}}"
-                for heading, key, form in _COLUMNS
+                f"{self._cell(key, form, metrics):>{max(8, len(heading))}}"
+                for heading, key, form in self._columns
             )
             self.say("  ".join(cells))
+
+    def _cell(self, key: str, form: str, metrics: Mapping[str, Any]) -> str:
+        if key not in metrics:
+            return "-"
+        return form.format(metrics[key] / self._unit.nats if is_loss(key) else metrics[key])

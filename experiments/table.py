@@ -18,7 +18,8 @@ from experiments.markup import markdown_text
 from experiments.reporting.quantities import counted
 from experiments.studying.formats import csv_table, latex, markdown
 from experiments.studying.results import Results, read_results
-from experiments.studying.sheets import TARGET, read_rows, sheets
+from experiments.studying.rows import read_rows
+from experiments.studying.sheets import TARGET, sheets
 from experiments.workdir import write_atomically
 from flexmoe_jax.errors import InputError, printable
 

@@ -94,7 +94,7 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     done = int(state.server.round)
     lost = workdir.keep_rounds(done)
     status = "finished"
-    display = ProgressDisplay(config.rounds, done, quiet=not workdir.writes)
+    display = ProgressDisplay(config.rounds, done, quiet=not workdir.writes, task=config.task.name)
     with display:
         begins = _where_it_begins(done, config.rounds, restored)
         for line in (*notes, *restored.passed_over, *lost, *begins):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.reporting import ink
-from experiments.reporting.ink import ASSIGNED, GREEN, INK, PINK, USED, Picture
-from experiments.reporting.panels import Dash, Line, Panel, draw_panels
+from experiments.reporting.ink import AMBER, ASSIGNED, GREEN, INK, PINK, USED, Picture
+from experiments.reporting.panels import HEIGHT, Dash, Line, Panel, draw_panels
 from experiments.reporting.quantities import (
     TIMES,
     byte_unit,
@@ -30,16 +30,20 @@ ACCURACIES = (
     ("eval/server_accuracy", "server", INK),
     ("eval/global_accuracy", "global", PINK),
 )
+ASSEMBLED = ("eval/assembled_accuracy", "assembled", AMBER)
+LOSSES = (
+    ("eval/personal_loss", "personal", GREEN),
+    ("eval/server_loss", "server", INK),
+    ("eval/global_loss", "global", PINK),
+)
+ASSEMBLED_LOSS = ("eval/assembled_loss", "assembled", AMBER)
 BALANCES = (
     ("load/assigned_cv", "assigned", ASSIGNED),
     ("load/usage_cv", "used", USED),
     ("load/assigned_cv_cumulative", "assigned", ASSIGNED),
     ("load/usage_cv_cumulative", "used", USED),
 )
-
-
-_SIMULATED = ("time/simulated_seconds",)
-_BYTES = ("comm/bytes_down", "comm/bytes_up")
+SIMULATED = ("time/simulated_seconds",)
 
 
 @dataclass(frozen=True)
@@ -70,129 +74,65 @@ def run_pictures(run: Run) -> list[Picture]:
     return [picture for picture in made if picture is not None]
 
 
-def overlay_pictures(runs: Sequence[Run]) -> list[Picture]:
-    """The same curves with several runs in each, in the order and with the letters of `pens`."""
-
-    def panel(key: str, title: str, kind: str = "linear") -> Panel:
-        noisy = not key.endswith("_cumulative")
-        lines = [
-            Line(
-                *(_calm(*run.series(key)) if noisy else run.series(key)),
-                pen.letter,
-                pen.colour,
-                pen.dash,
-            )
-            for run, pen in zip(runs, pens(len(runs)), strict=True)
-        ]
-        return Panel(title, lines, kind)
-
-    letters = "Each line is a run, drawn and lettered as in the list above"
-    smoothed = _smoothing_remark(runs)
-    traffic = [run.cumulative("comm/bytes_down", "comm/bytes_up") for run in runs]
-    factor, unit = byte_unit(max((y[-1] for _, y in traffic if y.size), default=0.0))
-    sent = [
-        Line(x, y / factor, pen.letter, pen.colour, pen.dash)
-        for (x, y), pen in zip(traffic, pens(len(runs)), strict=True)
-    ]
-    reached = [
-        Line(np.interp(x, *total) / factor, y, pen.letter, pen.colour, pen.dash)
-        for run, total, pen in zip(runs, traffic, pens(len(runs)), strict=True)
-        for x, y in [run.series("eval/personal_accuracy")]
-        if x.size and total[0].size
-    ]
-    made = [
-        draw_panels(
-            "accuracy",
-            "Accuracy",
-            [
-                panel(key, f"{word.capitalize()} accuracy, %", "percent")
-                for key, word, _ in ACCURACIES
-            ],
-            f"{letters}; higher is better, and all three panels share one scale.",
-            shared=True,
-        ),
-        draw_panels(
-            "balance",
-            "Balance of the experts' load",
-            [
-                panel(key, f"{word.capitalize()} load CV, {span}", "log")
-                for (key, word, _), span in zip(
-                    BALANCES, ("per round", "per round", "cumulative", "cumulative"), strict=True
-                )
-            ],
-            f"{letters}; 0 is perfectly even, lower is better{smoothed}.",
-            columns=2,
-            shared=True,
-        ),
-        draw_panels(
-            "loss",
-            "Training loss and traffic",
-            [
-                panel("train/loss", "Training loss", "positive"),
-                Panel(f"Sent both ways, cumulative, {unit}", sent, "positive"),
-                Panel("Personal accuracy, %", reached, "percent", f"{unit} sent both ways"),
-            ],
-            f"{letters}; in the last panel the line furthest up and left gets most out of a byte"
-            f"{smoothed}.",
-        ),
-    ]
-    made.append(_paid(runs, letters))
-    return [picture for picture in made if picture is not None]
-
-
-def _paid(runs: Sequence[Run], letters: str) -> Picture | None:
-    """What accuracy cost: against simulated time, where devices were simulated, and bytes."""
-    accuracy = "eval/global_accuracy"
-    panels: list[Panel] = []
-    for keys, kind in ((_SIMULATED, "time"), (_BYTES, "bytes")):
-        totals = [run.cumulative(*keys) for run in runs]
-        largest = max((y[-1] for _, y in totals if y.size), default=0.0)
-        if not largest:
-            continue
-        factor, unit = time_unit(largest) if kind == "time" else byte_unit(largest)
-        lines = [
-            Line(np.interp(x, *total) / factor, y, pen.letter, pen.colour, pen.dash)
-            for run, total, pen in zip(runs, totals, pens(len(runs)), strict=True)
-            for x, y in [run.series(accuracy)]
-            if x.size and total[0].size
-        ]
-        below = f"simulated {unit}" if kind == "time" else f"{unit} sent both ways"
-        panels.append(Panel("Global accuracy, %", lines, "percent", below))
-    if len(panels) < 2:
-        return None
-    return draw_panels(
-        "paid",
-        "What accuracy costs on these devices",
-        panels,
-        f"{letters}; the line furthest up and left gets most out of a second or a byte. Simulated "
-        "time is that of the devices and links, not of this machine.",
-        shared=True,
-    )
-
-
 def _accuracy(run: Run) -> Picture | None:
-    lines = [Line(*run.series(key), word, colour) for key, word, colour in ACCURACIES]
+    shown = (*ACCURACIES, ASSEMBLED)
     evaluated = run.final("eval/clients")
     who = f" The last evaluation counted {counted(evaluated, 'client')}." if evaluated else ""
     return draw_panels(
         "accuracy",
         "Accuracy",
-        [Panel("Test accuracy, %", lines, "percent")],
-        "Personal: each client on its own mix of labels; global: each client on the whole test "
-        f"set; server: all clients' joint prediction. Higher is better.{who}",
-        alt="; ".join(f"{w} {show(k, run.final(k))}" for k, w, _ in ACCURACIES),
+        [Panel("Test accuracy, %", _lines(run, shown), "percent")],
+        f"{_on_what(run)} Higher is better.{who}",
+        alt=_finals(run, shown),
     )
 
 
 def _loss(run: Run) -> Picture | None:
     x, y = run.series("train/loss")
+    shown = (*LOSSES, ASSEMBLED_LOSS)
+    tested = _finals(run, shown)
+    below = ", below over the test set" if tested else ""
+    unit = run.loss_unit
     return draw_panels(
         "loss",
-        "Training loss",
-        [Panel("Mean training loss", _with_trend(x, y, "", ASSIGNED), "positive")],
-        "Mean over the examples that the round's clients trained on; lower is better"
-        f"{_smoothing_remark([run])}.",
-        alt=f"last value {show('train/loss', run.final('train/loss'))}",
+        "Loss",
+        [
+            Panel(
+                unit.titled("Mean training loss"),
+                _with_trend(x, y / unit.nats, "", ASSIGNED),
+                "positive",
+            ),
+            Panel(unit.titled("Mean test loss"), _lines(run, shown, unit.nats), "positive"),
+        ],
+        "Mean over the units (pictures, or tokens) that the round's clients trained on"
+        f"{below}; lower is better{smoothing_remark([run])}.",
+        columns=1,
+        height=SMALL if tested else HEIGHT,
+        wide=False,
+        alt=f"last value {show('train/loss', run.final('train/loss'), unit)}"
+        + (f"; on the test set {tested}" if tested else ""),
+    )
+
+
+def _lines(run: Run, shown: Sequence[tuple[str, str, str]], unit: float = 1.0) -> list[Line]:
+    found = [(*run.series(key), word, colour) for key, word, colour in shown]
+    return [Line(x, y / unit, word, colour) for x, y, word, colour in found]
+
+
+def _finals(run: Run, shown: Sequence[tuple[str, str, str]]) -> str:
+    known = [(key, word) for key, word, _ in shown if run.series(key)[0].size]
+    return "; ".join(f"{word} {show(key, run.final(key), run.loss_unit)}" for key, word in known)
+
+
+def _on_what(run: Run) -> str:
+    """What the figures of an evaluation are measured on."""
+    with_prior = run.config.get("eval.prior") and run.task == "classification"
+    prior = ", whose label shares it adds to what it predicts" if with_prior else ""
+    one = " assembled: all experts in one model, which no client holds;"
+    return (
+        f"Personal: each client on what is its own{prior}; global: each client on the whole test "
+        f"set;{one if run.series(ASSEMBLED[0])[0].size else ''} server: all clients' joint "
+        "prediction."
     )
 
 
@@ -212,7 +152,7 @@ def _balance(run: Run) -> Picture | None:
         ],
         "Coefficient of variation (standard deviation over mean) across experts: 0 is perfectly "
         f"even; assigned counts an expert's {assigned_unit(run)}, "
-        f"used the samples that gates sent it{_smoothing_remark([run])}.",
+        f"used the samples that gates sent it{smoothing_remark([run])}.",
         shared=True,
         alt="; ".join(f"{word} {show(key, run.final(key))}" for key, word, _ in BALANCES[2:]),
     )
@@ -240,7 +180,7 @@ def _traffic(run: Run) -> Picture | None:
 def _edge(run: Run) -> Picture | None:
     """Who took part, and simulated time; nothing where everybody always delivered at once."""
     asked, delivered = run.series("clients/asked")[1], run.series("clients/delivered")[1]
-    refused, simulated = run.series("clients/quarantined")[1], run.cumulative(*_SIMULATED)
+    refused, simulated = run.series("clients/quarantined")[1], run.cumulative(*SIMULATED)
     if np.array_equal(asked, delivered) and not refused.any() and not simulated[0].size:
         return None
     clients = [
@@ -291,7 +231,7 @@ def _cost(run: Run) -> Picture | None:
         ],
         "Time spent on the assignment, its distance from the best possible value (0 is optimal), "
         "wall time of a round and training speed, these without the first round, which compiles"
-        f"{_smoothing_remark([run])}." + (f" Solver: {said}." if said else ""),
+        f"{smoothing_remark([run])}." + (f" Solver: {said}." if said else ""),
         columns=2,
         height=SMALL,
         wide=False,
@@ -304,7 +244,8 @@ def _window(points: int) -> int:
     return points // 40 | 1
 
 
-def _smoothing_remark(runs: Sequence[Run]) -> str:
+def smoothing_remark(runs: Sequence[Run]) -> str:
+    """What to say of long runs, whose lines are running means."""
     longest = max((run.rounds for run in runs), default=0)
     if longest <= SMOOTH_FROM:
         return ""
@@ -312,7 +253,7 @@ def _smoothing_remark(runs: Sequence[Run]) -> str:
     return f"; pale each round, strong the {mean}" if len(runs) == 1 else f"; lines show the {mean}"
 
 
-def _calm(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+def calm(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     """The curve, or its centred running mean where it has too many points to be read."""
     if x.size <= SMOOTH_FROM:
         return x, y
@@ -327,4 +268,4 @@ def _with_trend(x: Floats, y: Floats, label: str, colour: str) -> list[Line]:
     """The curve itself, and in front of a crowded one its running mean."""
     if x.size <= SMOOTH_FROM:
         return [Line(x, y, label, colour)]
-    return [Line(x, y, "", colour, strength=0.3), Line(*_calm(x, y), label, colour)]
+    return [Line(x, y, "", colour, strength=0.3), Line(*calm(x, y), label, colour)]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from experiments.markup import html_text as escape
 from experiments.reporting import tables
-from experiments.reporting.curves import overlay_pictures, pens, run_pictures
+from experiments.reporting.curves import pens, run_pictures
 from experiments.reporting.ink import Picture
 from experiments.reporting.maps import client_pictures, load_pictures
+from experiments.reporting.overlays import overlay_pictures
 from experiments.reporting.runs import Run, different_data, differing_fields, name_runs
 
 STYLE_SHEET = Path(__file__).with_name("page.css")

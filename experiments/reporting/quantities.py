@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 NBSP = "\N{NO-BREAK SPACE}"
 NOTHING = "\N{EN DASH}"
@@ -25,6 +26,23 @@ class Quantity:
     name: str
     format: Callable[[float], str]
     better: str = ""
+
+
+class LossUnit(NamedTuple):
+    """What losses are told in: its name, empty for none, and how many nats it is."""
+
+    name: str
+    nats: float
+
+    def titled(self, words: str) -> str:
+        """Words for a loss, with the unit behind them."""
+        return f"{words}, {self.name}" if self.name else words
+
+
+NATS = LossUnit("nats", 1.0)
+UNNAMED = LossUnit("", 1.0)
+LOSS_UNITS = {"classification": NATS, "next_token": LossUnit("bits a byte", math.log(2))}
+"""By task; tokens are bytes. The numbers of all other tasks are their own."""
 
 
 def percent(value: float) -> str:
@@ -93,10 +111,18 @@ def rate(value: float) -> str:
 
 QUANTITIES = {
     "eval/personal_accuracy": Quantity("Personal accuracy", percent, "higher"),
+    "eval/personal_accuracy_p10": Quantity(
+        "Personal accuracy, tenth percentile of clients", percent, "higher"
+    ),
     "eval/global_accuracy": Quantity("Global accuracy", percent, "higher"),
     "eval/server_accuracy": Quantity("Server accuracy", percent, "higher"),
+    "eval/assembled_accuracy": Quantity("Accuracy of all experts in one model", percent, "higher"),
+    "eval/personal_loss": Quantity("Personal loss", ratio, "lower"),
+    "eval/global_loss": Quantity("Global loss", ratio, "lower"),
+    "eval/server_loss": Quantity("Server loss", ratio, "lower"),
+    "eval/assembled_loss": Quantity("Loss of all experts in one model", ratio, "lower"),
     "eval/clients": Quantity("Clients evaluated", count),
-    "eval/personal_clients": Quantity("Clients with a personal accuracy", count),
+    "eval/personal_clients": Quantity("Clients with personal figures", count),
     "train/loss": Quantity("Training loss", ratio, "lower"),
     "load/assigned_cv": Quantity("Assigned load CV, per round", ratio, "lower"),
     "load/assigned_cv_cumulative": Quantity("Assigned load CV, cumulative", ratio, "lower"),
@@ -130,13 +156,27 @@ def better(key: str) -> str:
     return QUANTITIES[key].better if key in QUANTITIES else ""
 
 
-def show(key: str, value: float | None) -> str:
-    """The metric's value as text; a dash for None, `NaN` or `∞` for what is not finite."""
+def is_loss(key: str) -> bool:
+    """Whether the metric is a loss, recorded in nats, or what else the task counts in."""
+    return key.endswith(("/loss", "_loss"))
+
+
+def show(key: str, value: float | None, unit: LossUnit = UNNAMED) -> str:
+    """The metric's value as text; a dash for None, `NaN` or `∞` for what is not finite.
+
+    Args:
+      key: of the metric.
+      value: as recorded.
+      unit: to tell losses in.
+    """
     if value is None:
         return NOTHING
     if not math.isfinite(value):
         return _not_finite(value)
-    text = QUANTITIES[key].format(value) if key in QUANTITIES else f"{value:,.6g}"
+    if is_loss(key):
+        text = f"{ratio(value / unit.nats)}{NBSP * bool(unit.name)}{unit.name}"
+    else:
+        text = QUANTITIES[key].format(value) if key in QUANTITIES else f"{value:,.6g}"
     return text.replace("-", MINUS)
 
 

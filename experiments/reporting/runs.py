@@ -22,7 +22,7 @@ from experiments.reporting.contents import (
     read_records,
     read_summary,
 )
-from experiments.reporting.quantities import better
+from experiments.reporting.quantities import LOSS_UNITS, UNNAMED, LossUnit, better
 from experiments.workdir import flatten, incidental
 from flexmoe_jax.errors import InputError, printable
 from flexmoe_jax.reading import is_number
@@ -63,6 +63,16 @@ class Run:
     def rounds(self) -> int:
         """Number of rounds recorded, `T`."""
         return len(self.records)
+
+    @property
+    def task(self) -> str:
+        """What was learnt; classification where it is not said, as before there were others."""
+        return str(self.config.get("task.name", "classification"))
+
+    @property
+    def loss_unit(self) -> LossUnit:
+        """What to tell its losses in."""
+        return LOSS_UNITS.get(self.task, UNNAMED)
 
     def complete(self, last: float) -> bool:
         """Whether every round up to number `last` is recorded."""
@@ -243,6 +253,12 @@ def _remedy(path: Path) -> str:
     if inside:
         return f"holds no run itself but {inside} below it; give {path}/*"
     return "neither config.json nor metrics.jsonl is there; give the --workdir of a training run"
+
+
+def common_unit(runs: Sequence[Run]) -> LossUnit:
+    """What to tell the losses of all these in; as recorded where they have no unit in common."""
+    units = {run.loss_unit for run in runs}
+    return units.pop() if len(units) == 1 else LossUnit("as recorded", 1.0)
 
 
 ASSIGNED_UNITS = {

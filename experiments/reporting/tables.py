@@ -16,6 +16,7 @@ HEADLINE = (
     ("eval/personal_accuracy", "Personal accuracy"),
     ("eval/global_accuracy", "Global accuracy"),
     ("eval/server_accuracy", "Server accuracy"),
+    ("eval/personal_loss", "Personal loss"),
     ("load/assigned_cv_cumulative", "Assigned load CV, cumulative"),
     ("load/usage_cv_cumulative", "Used load CV, cumulative"),
 )
@@ -52,7 +53,7 @@ def setting(run: Run) -> str:
         if field in run.config
     ]
     if isinstance(measured := run.summary.get("personal_measured_on"), str):
-        said.append(f"personal accuracy on {measured}")
+        said.append(f"personal figures on {measured}")
     return f'<p class="lead">{escape(" · ".join(said))}</p>' if said else ""
 
 
@@ -62,7 +63,7 @@ def headline(run: Run) -> str:
     for key, words in HEADLINE:
         value = run.final(key)
         if value is not None:
-            tiles.append((words, show(key, value), _beside(run, key)))
+            tiles.append((words, show(key, value, run.loss_unit), _beside(run, key)))
     total = _traffic(run)
     if total is not None:
         each = f"{size(total / run.rounds)} a round"
@@ -92,7 +93,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str], letters: Sequence[str]
     rows = []
     for i, run in enumerate(runs):
         cells = [
-            (show(key, column[i]), column[i] is not None and column[i] == leader)
+            (show(key, column[i], run.loss_unit), column[i] is not None and column[i] == leader)
             for (key, _), column, leader in zip(COMPARED, columns, leaders, strict=True)
         ]
         total, seconds = _traffic(run), run.seconds()
@@ -149,8 +150,8 @@ def values(run: Run) -> str:
         final, best, at = run.final(key), run.best(key), run.best_round(key)
         rows.append(
             f'<tr><th scope="row">{escape(quantities.name(key))}</th>'
-            f'<td class="n">{escape(show(key, final))}</td>'
-            f'<td class="n">{escape(show(key, best))}</td>'
+            f'<td class="n">{escape(show(key, final, run.loss_unit))}</td>'
+            f'<td class="n">{escape(show(key, best, run.loss_unit))}</td>'
             f'<td class="n">{NOTHING if at is None else f"{at:,}"}</td></tr>'
         )
     if not rows:
@@ -234,7 +235,7 @@ def _beside(run: Run, key: str) -> str:
         return "" if last is None else f"last round alone {show(alone, last)}"
     best, at = run.best(key), run.best_round(key)
     where = "" if at is None else f", round{NBSP}{at:,}"
-    return "" if best is None else f"best {show(key, best)}{where}"
+    return "" if best is None else f"best {show(key, best, run.loss_unit)}{where}"
 
 
 def _traffic(run: Run) -> float | None:

@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 
 from experiments.markup import csv_text, latex_text, markdown_text
-from experiments.studying.sheets import Row, Sheet, reference_of
+from experiments.studying.rows import Row, reference_of
+from experiments.studying.sheets import Sheet
 from experiments.studying.statistics import estimate
 
 CSV_HEADS = (

@@ -33,11 +33,7 @@ from experiments.workdir import Workdir
 from flexmoe_jax.errors import InputError
 
 _POLL_SECONDS = 0.5
-HEADLINE = (
-    ("personal", "eval/personal_accuracy"),
-    ("global", "eval/global_accuracy"),
-    ("server", "eval/server_accuracy"),
-)
+HEADLINE = ("personal", "global", "server")
 
 
 @dataclass(frozen=True)
@@ -230,8 +226,11 @@ def _diverged(log: Path) -> str:
 
 
 def _headline(folder: Path) -> str:
-    finished = read_run(folder)
-    return " · ".join(f"{word} {show(key, finished.final(key))}" for word, key in HEADLINE)
+    run = read_run(folder)
+    measure = "accuracy" if run.task == "classification" else "loss"
+    keys = {word: f"eval/{word}_{measure}" for word in HEADLINE}
+    said = (f"{word} {show(key, run.final(key), run.loss_unit)}" for word, key in keys.items())
+    return " · ".join(said)
 
 
 def _ahead(study: Study, trials: Sequence[Trial], untried: Sequence[Trial], workdir: Path) -> str:

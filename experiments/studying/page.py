@@ -12,15 +12,15 @@ from experiments.reporting.page import document, notes, show_pictures
 from experiments.reporting.quantities import counted
 from experiments.studying import pictures
 from experiments.studying.results import Results
+from experiments.studying.rows import Row, read_rows, reference_of
 from experiments.studying.sheets import (
     TARGET,
-    Row,
     Sheet,
     accuracy_sheet,
     cost_sheet,
     difference_sheet,
-    read_rows,
-    reference_of,
+    loss_difference_sheet,
+    loss_sheet,
 )
 
 
@@ -54,6 +54,8 @@ def render_study(results: Results, target: float = TARGET, reference: str = "") 
         sheets = [
             accuracy_sheet(here, results.axes, title),
             difference_sheet(here, results.axes, title, reference),
+            loss_sheet(here, results.axes, title),
+            loss_difference_sheet(here, results.axes, title, reference),
             cost_sheet(here, results.axes, title, target),
         ]
         parts.append(f'<section class="run" id="{section}"><h2>{escape(title)}</h2>')
@@ -76,8 +78,10 @@ def _pictures(
     """The pictures of one variant of one task."""
     runs = results.of(rows[0].task)
     made = [
-        pictures.curves(
-            {row.method: list(runs[row.variant, row.method].values()) for row in rows}, letters
+        *pictures.curves(
+            {row.method: list(runs[row.variant, row.method].values()) for row in rows},
+            letters,
+            rows[0].unit,
         ),
         pictures.balance_bars(rows),
         pictures.trade_off(rows, letters),

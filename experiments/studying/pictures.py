@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.reporting import ink
-from experiments.reporting.curves import ACCURACIES, Pen
+from experiments.reporting.curves import ACCURACIES, LOSSES, Pen
 from experiments.reporting.ink import ASSIGNED, INK, MUTED, RULE, USED, Picture
 from experiments.reporting.panels import FULL, HALF, HEIGHT, ROUND_STEPS, Line, Panel, draw_panels
-from experiments.reporting.quantities import MINUS
+from experiments.reporting.quantities import MINUS, LossUnit
 from experiments.reporting.runs import Floats, Run
-from experiments.studying.sheets import BALANCE, Row
+from experiments.studying.rows import Row
+from experiments.studying.sheets import BALANCE
 from experiments.studying.statistics import Difference
 
 SEEDS = "the line is the mean over seeds, the shade goes from the lowest seed to the highest"
@@ -23,29 +24,37 @@ BAR = 0.2
 LABEL = 0.14
 
 
-def curves(methods: Mapping[str, Sequence[Run]], drawn: Mapping[str, Pen]) -> Picture | None:
-    """Accuracy by round, one line a method; its finished runs are given."""
+def curves(
+    methods: Mapping[str, Sequence[Run]], drawn: Mapping[str, Pen], unit: LossUnit
+) -> list[Picture | None]:
+    """Accuracy and loss by round, one line a method; its finished runs are given."""
 
-    def line(runs: Sequence[Run], key: str, pen: Pen) -> Line:
-        x, values = _by_round(runs, key)
-        return _line(x, values, pen)
+    def panel(key: str, title: str, kind: str, nats: float = 1.0) -> Panel:
+        found = [(drawn[name], *_by_round(runs, key)) for name, runs in methods.items() if runs]
+        lines = [_line(x, [[v / nats for v in y] for y in each], pen) for pen, x, each in found]
+        return Panel(title, lines, kind)
 
-    panels = [
-        Panel(
-            f"{word.capitalize()} accuracy, %",
-            [line(runs, key, drawn[name]) for name, runs in methods.items() if runs],
-            "percent",
-        )
-        for key, word, _ in ACCURACIES
+    accuracies = [
+        panel(key, f"{word.capitalize()} accuracy, %", "percent") for key, word, _ in ACCURACIES
     ]
-    return draw_panels(
-        "accuracy",
-        "Accuracy",
-        panels,
-        f"Lettered as in the list of methods; {SEEDS}. Higher is better; one scale for all.",
-        shared=True,
-        height=max(HEIGHT, 0.9 + ink.LABEL_GAP * len(methods)),
-    )
+    losses = [
+        panel(key, unit.titled(f"{word.capitalize()} loss"), "positive", unit.nats)
+        for key, word, _ in LOSSES
+    ]
+    read = f"Lettered as in the list of methods; {SEEDS}."
+    height = max(HEIGHT, 0.9 + ink.LABEL_GAP * len(methods))
+    better = (("Accuracy", accuracies, "Higher"), ("Loss", losses, "Lower"))
+    return [
+        draw_panels(
+            title.lower(),
+            title,
+            panels,
+            f"{read} {side} is better; one scale for all.",
+            shared=True,
+            height=height,
+        )
+        for title, panels, side in better
+    ]
 
 
 def along_axis(

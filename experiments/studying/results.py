@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from experiments.studying.study import Trial, choose_reference
 from flexmoe_jax.errors import InputError
 
 ACCURACIES = ("personal", "global", "server")
+LOSSES = (*ACCURACIES, "assembled")
 BALANCES = ("assigned", "usage")
 # Of the clients' own models on the whole test set: what a method is to reach, whoever it favours.
 TARGETED = "eval/global_accuracy"
@@ -159,6 +160,9 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
     Returns:
       - `personal/final`, `personal/best`, the same of `global` and `server`, and `mean/final`, the
         mean of the three: accuracies in [0, 1];
+      - `personal/p10`, personal accuracy of the client at the tenth percentile, and
+        `assembled/final`, that of all experts in one model;
+      - `personal_loss/final`, the same of `global`, `server` and `assembled`: as recorded, in nats;
       - `assigned/round`, `assigned/cumulative`, `usage/round`, `usage/cumulative`: coefficients of
         variation over experts, the mean over rounds, and at the end of what is summed over them;
       - `target/rounds`, `target/bytes` (both ways) and `target/seconds` (simulated): what it took
@@ -172,14 +176,24 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
         found[f"{word}/best"] = run.best(f"eval/{word}_accuracy")
     final = [found[f"{word}/final"] for word in ACCURACIES]
     known = [value for value in final if value is not None]
-    found["mean/final"] = float(np.mean(known)) if len(known) == len(ACCURACIES) else None
+    found["personal/p10"] = run.final("eval/personal_accuracy_p10")
+    found["assembled/final"] = run.final("eval/assembled_accuracy")
+    for word in LOSSES:
+        found[f"{word}_loss/final"] = run.final(f"eval/{word}_loss")
+    found["mean/final"] = _mean(known) if len(known) == len(ACCURACIES) else None
     for word in BALANCES:
         _, each = run.series(f"load/{word}_cv")
-        found[f"{word}/round"] = float(each.mean()) if each.size else None
+        found[f"{word}/round"] = _mean(each) if each.size else None
         found[f"{word}/cumulative"] = run.final(f"load/{word}_cv_cumulative")
     found |= _until(run, target)
     found["wall/seconds"] = run.seconds()
     return {k: value for k, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _mean(values: Sequence[float] | Floats) -> float:
+    # Infinities of both signs have none.
+    with np.errstate(invalid="ignore"):
+        return float(np.mean(values))
 
 
 def _until(run: Run, target: float) -> dict[str, float | None]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from experiments.reporting.quantities import MINUS, NOTHING, byte_unit
-from experiments.reporting.runs import Run
-from experiments.studying.results import Results, figures
-from experiments.studying.statistics import Difference, Estimate, estimate, paired_difference
+from experiments.reporting.quantities import MINUS, NOTHING, LossUnit, byte_unit
+from experiments.studying.results import Results
+from experiments.studying.rows import Row, read_rows, reference_of
+from experiments.studying.statistics import Estimate, estimate
 
 TARGET = 0.6
 
@@ -24,6 +24,14 @@ ACCURACY = {
     "server/best": "server, best",
     "mean/final": "mean of the three",
 }
+# Columns that are there where a run has them; those of older versions do not.
+FURTHER = {"personal/p10": "personal, tenth percentile", "assembled/final": "assembled"}
+LOSS = {
+    "personal_loss/final": "personal",
+    "global_loss/final": "global",
+    "server_loss/final": "server",
+    "assembled_loss/final": "assembled",
+}
 BALANCE = {
     "assigned/round": "assigned CV",
     "assigned/cumulative": "assigned CV, cumulative",
@@ -31,7 +39,7 @@ BALANCE = {
     "usage/cumulative": "used CV, cumulative",
 }
 WALL = "wall/seconds"
-COMPARED = {key: ACCURACY[key] for key in ACCURACY if key.endswith("/final")}
+COMPARED = {key: head for key, head in ACCURACY.items() if key.endswith("/final")}
 
 
 @dataclass(frozen=True)
@@ -53,73 +61,34 @@ class Sheet:
     words: int
 
 
-@dataclass(frozen=True)
-class Row:
-    """One method on one task: a line of every table.
-
-    Attributes:
-      task: data set and partition.
-      variant: names on the further axes.
-      method: its name.
-      asked: number of seeds that the study asks for.
-      seeds: seed to what `figures` says, of the finished runs.
-    """
-
-    task: tuple[str, str]
-    variant: tuple[str, ...]
-    method: str
-    asked: int
-    seeds: Mapping[int, Mapping[str, float]]
-
-    def values(self, key: str) -> list[float]:
-        """The quantity of every seed that has it."""
-        return [found[key] for found in self.seeds.values() if key in found]
-
-    def against(self, reference: Row, key: str) -> Difference:
-        """This minus the reference, over the seeds that both have."""
-        both = [
-            (found[key], reference.seeds[seed][key])
-            for seed, found in self.seeds.items()
-            if key in found and key in reference.seeds.get(seed, {})
-        ]
-        return paired_difference([ours for ours, _ in both], [theirs for _, theirs in both])
-
-
-def read_rows(results: Results, target: float = TARGET) -> list[Row]:
-    """All rows of a study, in its order, those without a finished run included."""
-    asked: dict[tuple[tuple[str, str], tuple[str, ...], str], int] = {}
-    for trial in (result.trial for result in results.results):
-        names = tuple(name for _, name in trial.variant)
-        key = (trial.dataset, trial.partition), names, trial.method
-        asked[key] = asked.get(key, 0) + 1
-
-    def read(seeds: Mapping[int, Run]) -> dict[int, Mapping[str, float]]:
-        return {seed: figures(run, target) for seed, run in seeds.items()}
-
-    found = {task: results.of(task) for task in results.tasks}
-    return [
-        Row(task, variant, method, asked[task, variant, method], read(seeds))
-        for task in results.tasks
-        for (variant, method), seeds in found[task].items()
-    ]
-
-
-def reference_of(row: Row, rows: Sequence[Row], method: str) -> Row | None:
-    """The row of the reference method on the same task and variant."""
-    wanted = row.task, row.variant, method
-    return next((r for r in rows if (r.task, r.variant, r.method) == wanted), None)
-
-
 def accuracy_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Sheet:
     """Accuracies of all rows, in percent."""
+    further = _known(rows, FURTHER)
+    one = "; assembled: all experts in one model" if "assembled/final" in further else ""
     return _sheet(
         f"{title}: accuracy",
         rows,
         axes,
-        {head: partial(_percent_of, key) for key, head in ACCURACY.items()},
-        "Percent, mean ± 95 % interval over seeds (Student t). Personal: clients on their own "
-        "label mix; global: the same clients on the whole test set; server: all clients' joint "
-        "prediction.",
+        {head: partial(_percent_of, key) for key, head in (ACCURACY | further).items()},
+        "Percent, mean ± 95 % interval over seeds (Student t). Personal: clients on what is their "
+        "own; global: the same clients on the whole test set; server: all clients' joint "
+        f"prediction{one}.",
+    )
+
+
+def loss_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Sheet | None:
+    """Losses on the test set, of all rows; None where no run has any."""
+    known = _known(rows, LOSS)
+    if not known:
+        return None
+    unit = rows[0].unit
+    return _sheet(
+        unit.titled(f"{title}: loss"),
+        rows,
+        axes,
+        {head: partial(_loss_of, key, unit) for key, head in known.items()},
+        "Loss on the test set at the end, lower is better: mean ± 95 % interval over seeds "
+        "(Student t), of the same models as the accuracies.",
     )
 
 
@@ -149,6 +118,48 @@ def cost_sheet(rows: Sequence[Row], axes: Sequence[str], title: str, target: flo
 def difference_sheet(
     rows: Sequence[Row], axes: Sequence[str], title: str, reference: str
 ) -> Sheet | None:
+    """Accuracies, every method minus the reference; None where there is nothing to compare."""
+    shown = partial(percent, signed=True)
+    return _differences(
+        rows,
+        axes,
+        f"{title}: difference from {reference}",
+        reference,
+        COMPARED,
+        shown,
+        "Percentage points",
+    )
+
+
+def loss_difference_sheet(
+    rows: Sequence[Row], axes: Sequence[str], title: str, reference: str
+) -> Sheet | None:
+    """Losses, every method minus the reference; None where there is nothing to compare."""
+    known = _known(rows, LOSS)
+    if not known:
+        return None
+    unit = rows[0].unit
+    shown = partial(_loss, unit=unit, signed=True)
+    return _differences(
+        rows,
+        axes,
+        f"{title}: difference in loss from {reference}",
+        reference,
+        known,
+        shown,
+        unit.titled("Loss"),
+    )
+
+
+def _differences(
+    rows: Sequence[Row],
+    axes: Sequence[str],
+    title: str,
+    reference: str,
+    columns: Mapping[str, str],
+    shown: Callable[[Estimate], str],
+    unit: str,
+) -> Sheet | None:
     """Every method minus the reference, seed by seed; None where there is nothing to compare."""
     pairs = [
         (row, other)
@@ -158,27 +169,27 @@ def difference_sheet(
     if not pairs:
         return None
     heads = [*axes, "method", "pairs"]
-    for head in COMPARED.values():
+    for head in columns.values():
         heads += [head, "p"]
     lines = []
     for row, other in pairs:
-        found = [row.against(other, key) for key in COMPARED]
+        found = [row.against(other, key) for key in columns]
         cells = [*row.variant, row.method, str(max(d.n for d in found))]
         for d in found:
-            cells += [percent(Estimate(d.n, d.mean, d.margin), signed=True), p_value(d.p)]
+            cells += [shown(Estimate(d.n, d.mean, d.margin)), p_value(d.p)]
         lines.append(tuple(cells))
     return Sheet(
-        f"{title}: difference from {reference}",
+        title,
         tuple(heads),
         tuple(lines),
-        f"Percentage points, method minus {reference} on the same seed: mean ± 95 % interval; p of "
+        f"{unit}, method minus {reference} on the same seed: mean ± 95 % interval; p of "
         "the paired t-test, two-sided, not corrected for the number of comparisons.",
         len(axes) + 1,
     )
 
 
 def sheets(results: Results, target: float = TARGET, reference: str = "") -> list[Sheet]:
-    """All tables of a study: three for every pair of data set and partition."""
+    """All tables of a study: up to five for every pair of data set and partition."""
     reference = results.reference(reference)
     rows = read_rows(results, target)
     made: list[Sheet | None] = []
@@ -186,8 +197,10 @@ def sheets(results: Results, target: float = TARGET, reference: str = "") -> lis
         here = [row for row in rows if row.task == task]
         title = " · ".join(task)
         made.append(accuracy_sheet(here, results.axes, title))
+        made.append(loss_sheet(here, results.axes, title))
         made.append(cost_sheet(here, results.axes, title, target))
         made.append(difference_sheet(here, results.axes, title, reference))
+        made.append(loss_difference_sheet(here, results.axes, title, reference))
     return [sheet for sheet in made if sheet is not None]
 
 
@@ -202,6 +215,21 @@ def number(value: Estimate, digits: int, signed: bool = False) -> str:
 def percent(value: Estimate, signed: bool = False) -> str:
     """A fraction with its margin, in percent."""
     return number(Estimate(value.n, 100 * value.mean, 100 * value.margin), 1, signed)
+
+
+def _loss(value: Estimate, unit: LossUnit, signed: bool = False) -> str:
+    """A loss with its margin, in the unit."""
+    scaled = Estimate(value.n, value.mean / unit.nats, value.margin / unit.nats)
+    return number(scaled, 3, signed)
+
+
+def _loss_of(key: str, unit: LossUnit, row: Row) -> str:
+    return _loss(estimate(row.values(key)), unit)
+
+
+def _known(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
+    """Columns of which a run has a number."""
+    return {key: head for key, head in columns.items() if any(row.values(key) for row in rows)}
 
 
 def _percent_of(key: str, row: Row) -> str:

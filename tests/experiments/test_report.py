@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from experiments.report import default_out, write_report
 from experiments.reporting.ink import spread, thin
 from experiments.reporting.orders import by_clients, by_label, pool
-from experiments.reporting.quantities import duration, ratio, show, size
+from experiments.reporting.quantities import NBSP, QUANTITIES, duration, ratio, show, size
 from experiments.reporting.runs import differing_fields, name_runs, read_run
 from flexmoe_jax.errors import InputError
 
@@ -47,7 +47,14 @@ def record(number: int, **changes: Any) -> dict[str, Any]:
         "eval/personal_accuracy": 0.5 + 0.05 * number,
         "eval/global_accuracy": 0.4 + 0.05 * number,
         "eval/server_accuracy": 0.45 + 0.05 * number,
+        "eval/assembled_accuracy": 0.35 + 0.05 * number,
+        "eval/personal_accuracy_p10": 0.3 + 0.05 * number,
+        "eval/personal_loss": 1.5 / number,
+        "eval/global_loss": 1.8 / number,
+        "eval/server_loss": 1.2 / number,
+        "eval/assembled_loss": 2.4 / number,
         "eval/clients": C,
+        "eval/personal_clients": C - 1,
         "load/assigned_cv": 0.0,
         "load/assigned_cv_cumulative": 0.02 / number,
         "load/usage_cv": 0.4,
@@ -166,6 +173,66 @@ def test_one_run_has_every_picture_and_the_right_numbers(tmp_path: Path) -> None
         assert words in page.text
 
 
+def test_losses_and_what_all_experts_reach_together_are_shown(tmp_path: Path) -> None:
+    run = make_workdir(tmp_path / "run", {"eval": {"prior": True}})
+    page = Page(write_report([run]))
+    for row in (
+        "Accuracy of all experts in one model 65.0 % 65.0 % 6",
+        "Personal accuracy, tenth percentile of clients 60.0 % 60.0 % 6",
+        "Personal loss 0.25 nats 0.25 nats 6",
+        "Global loss 0.3 nats 0.3 nats 6",
+        "Server loss 0.2 nats 0.2 nats 6",
+        "Loss of all experts in one model 0.4 nats 0.4 nats 6",
+        "Clients with personal figures 11",
+    ):
+        assert row in page.text
+    accuracy, loss = (svg_of(page.images[i]) for i in (0, 1))
+    assert ">assembled</text>" in accuracy
+    assert all(f">{word}</text>" in loss for word in ("personal", "server", "global", "assembled"))
+    assert "assembled: all experts in one model" in page.text
+    assert "whose label shares it adds to what it predicts" in page.text
+    # Every number of a line has a name.
+    known = {"round", "load/assigned", "load/usage", "assignment/status"}
+    assert record(1).keys() - known <= QUANTITIES.keys()
+
+
+def test_losses_of_text_are_told_in_bits_a_byte(tmp_path: Path) -> None:
+    text = {"task": {"name": "next_token"}, "eval": {"prior": True}}
+    run = make_workdir(tmp_path / "text", text)
+    page = Page(write_report([run]))
+    # 0.25, 1 / 3 and 0.4 over ln 2.
+    for row in (
+        "Personal loss 0.361 bits a byte 0.361 bits a byte 6",
+        "Training loss 0.481 bits a byte 0.481 bits a byte 6",
+        "Loss of all experts in one model 0.577 bits a byte 0.577 bits a byte 6",
+    ):
+        assert row in page.text
+    loss = svg_of(page.images[1])
+    assert all(f">Mean {what} loss, bits a byte</text>" in loss for what in ("training", "test"))
+    assert "nats" not in page.text
+    # Tokens have no label shares.
+    assert "label shares" not in page.text
+    twins = [run, make_workdir(tmp_path / "other", {**text, "seed": 1})]
+    assert ">Personal loss, bits a byte</text>" in svg_of(Page(write_report(twins)).images[1])
+    # Half a squared distance has no unit, and nothing in common with bits.
+    run = make_workdir(tmp_path / "numbers", {"task": {"name": "regression"}})
+    assert "Personal loss 0.25 0.25 6" in Page(write_report([run])).text
+    both = Page(write_report([run, twins[0]]))
+    assert ">Personal loss, as recorded</text>" in svg_of(both.images[1])
+
+
+def test_a_run_without_them_has_the_pictures_that_it_had(tmp_path: Path) -> None:
+    """As one from before there were such figures, and one whose gates stay with their clients."""
+    run = make_workdir(tmp_path / "run")
+    kept = {key: v for key, v in record(1).items() if "_loss" not in key and "assem" not in key}
+    (run / "metrics.jsonl").write_text(json.dumps(kept) + "\n")
+    page = Page(write_report([run]))
+    assert len(page.images) == len(RUN_PICTURES)
+    assert "assembled" not in page.text
+    assert "in one model" not in page.text
+    assert "label shares" not in page.text
+
+
 def test_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     runs = [make_workdir(tmp_path / "a"), make_workdir(tmp_path / "b", {"seed": 1})]
     page = Page(write_report(runs))
@@ -236,7 +303,7 @@ def test_rounds_without_evaluation_and_values_that_are_not_finite(tmp_path: Path
     assert read.best("train/loss") == pytest.approx(2 / 6)
     page = Page(write_report([run]))
     assert "diverged" in page.text
-    assert "Training loss NaN 0.333 6" in page.text
+    assert "Training loss NaN 0.333 nats 6" in page.text
     assert "Assignment gap ∞ 0 1" in page.text
 
 
@@ -282,16 +349,15 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert "3 runs compared" in page.text
     for letter, policy in zip("ABC", policies, strict=True):
         assert f"{letter} policy {policy}" in page.text
-    assert {"all-accuracy", "all-balance", "all-loss", "run-1-fitness", "run-3-labels"} <= set(
-        page.ids
-    )
-    assert len(page.images) == 3 + 3 * len(RUN_PICTURES)
+    all_together = {f"all-{name}" for name in ("accuracy", "test-loss", "balance", "loss")}
+    assert all_together | {"run-1-fitness", "run-3-labels"} <= set(page.ids)
+    assert len(page.images) == 4 + 3 * len(RUN_PICTURES)
     # The field that differs is marked once in each run's section; slack and seed are not.
     assert page.source.count('class="differs"') == 3
     assert re.findall(r'class="differs"><dt>(\w+)', page.source) == ["policy"] * 3
     # 2 / 6 wins against 3.0, in the two runs that reached it.
-    assert page.source.count('<td class="n top">0.333</td>') == 2
-    assert '<td class="n">3</td>' in page.source
+    assert page.source.count(f'<td class="n top">0.333{NBSP}nats</td>') == 2
+    assert f'<td class="n">3{NBSP}nats</td>' in page.source
     ends = svg_of(page.images[0])
     assert all(f">{letter}</text>" in ends for letter in "ABC")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 from scipy.stats import t, ttest_rel
 
 from experiments.configs import digits
@@ -50,16 +51,24 @@ def make_study(**changes: Any) -> Study:
     )
 
 
+def next_token_config() -> ConfigDict:
+    config = digits.get_config()
+    config.task.name = "next_token"
+    return config
+
+
 def write_run(
     folder: Path,
     globals_: list[float],
     personal: float = 0.9,
     status: str = "finished",
+    task: str = "classification",
     **extra: float,
 ) -> None:
     """A run with an evaluation every second round, and 10 bytes down and 5 up in each."""
     folder.mkdir(parents=True)
     config = digits.get_config()
+    config.task.name = task
     if folder.name.startswith("seed_"):
         config.seed = int(folder.name.removeprefix("seed_"))
     (folder / "config.json").write_text(json.dumps(as_json(config)))
@@ -222,6 +231,37 @@ def test_a_further_axis_has_a_column_and_pairs_within_it(tmp_path):
     assert accuracy_sheet.heads[:3] == ("capacity", "method", "seeds")
     assert [row[:2] for row in differences.rows] == [("1", "random"), ("1-4", "random")]
     assert [row[5] for row in differences.rows] == ["+10.0 ± 0.0", "+20.0 ± 0.0"]
+
+
+def test_losses_of_text_are_told_and_compared_in_bits_a_byte(tmp_path):
+    study = make_study(config=next_token_config, seeds=(0, 1))
+    write_record(study, tmp_path)
+    nat = math.log(2)
+    for trial in study.trials():
+        loss = (2 + 0.25 * trial.seed + (trial.method != "flex") * (1 + 0.5 * trial.seed)) * nat
+        extra = {"eval/personal_loss": loss, "eval/personal_accuracy_p10": 0.25}
+        write_run(tmp_path / trial.name, [0.5], task="next_token", **extra)
+    accuracy, losses, _, _, apart = sheets(read_results(tmp_path))
+    assert accuracy.heads[-1] == "personal, tenth percentile"
+    assert [row[-1] for row in accuracy.rows] == ["25.0 ± 0.0"] * 2
+    assert losses.title == "digits · iid: loss, bits a byte"
+    # 2 and 2.25, then 3 and 3.75: half the distance times t of two seeds.
+    assert losses.heads == ("method", "seeds", "personal")
+    assert losses.rows == (
+        ("flex", "2", f"2.125 ± {T_OF_2 / 8:.3f}"),
+        ("greedy_50_x", "2", f"3.375 ± {T_OF_2 * 3 / 8:.3f}"),
+    )
+    # 1 and 1.5.
+    assert apart.rows[0][:3] == ("greedy_50_x", "2", f"+1.250 ± {T_OF_2 / 4:.3f}")
+    assert apart.note.startswith("Loss, bits a byte, method minus flex")
+    write_tables(tmp_path)
+    # Raw as recorded.
+    assert float(table(tmp_path)["flex", "personal_loss/final"]["mean"]) == pytest.approx(
+        2.125 * nat
+    )
+    page = Page(write_report([tmp_path]))
+    assert "task-1-loss" in page.ids
+    assert "Loss, bits a byte" in page.text
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8), st.floats(0.1, 10))

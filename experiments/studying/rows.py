@@ -1,0 +1,74 @@
+"""What the runs of a study came to, a row for each method on each task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from experiments.reporting.quantities import LossUnit
+from experiments.reporting.runs import Run, common_unit
+from experiments.studying.results import Results, figures
+from experiments.studying.statistics import Difference, paired_difference
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one task: a line of every table.
+
+    Attributes:
+      task: data set and partition.
+      variant: names on the further axes.
+      method: its name.
+      asked: number of seeds that the study asks for.
+      seeds: seed to what `figures` says, of the finished runs.
+      unit: what to tell losses in.
+    """
+
+    task: tuple[str, str]
+    variant: tuple[str, ...]
+    method: str
+    asked: int
+    seeds: Mapping[int, Mapping[str, float]]
+    unit: LossUnit
+
+    def values(self, key: str) -> list[float]:
+        """The quantity of every seed that has it."""
+        return [found[key] for found in self.seeds.values() if key in found]
+
+    def against(self, reference: Row, key: str) -> Difference:
+        """This minus the reference, over the seeds that both have."""
+        both = [
+            (found[key], reference.seeds[seed][key])
+            for seed, found in self.seeds.items()
+            if key in found and key in reference.seeds.get(seed, {})
+        ]
+        return paired_difference([ours for ours, _ in both], [theirs for _, theirs in both])
+
+
+def read_rows(results: Results, target: float) -> list[Row]:
+    """All rows of a study, in its order, those without a finished run included."""
+    asked: dict[tuple[tuple[str, str], tuple[str, ...], str], int] = {}
+    for trial in (result.trial for result in results.results):
+        names = tuple(name for _, name in trial.variant)
+        key = (trial.dataset, trial.partition), names, trial.method
+        asked[key] = asked.get(key, 0) + 1
+
+    def read(seeds: Mapping[int, Run]) -> dict[int, Mapping[str, float]]:
+        return {seed: figures(run, target) for seed, run in seeds.items()}
+
+    found = {task: results.of(task) for task in results.tasks}
+    units = {
+        task: common_unit([run for runs in of.values() for run in runs.values()])
+        for task, of in found.items()
+    }
+    return [
+        Row(task, variant, method, asked[task, variant, method], read(seeds), units[task])
+        for task in results.tasks
+        for (variant, method), seeds in found[task].items()
+    ]
+
+
+def reference_of(row: Row, rows: Sequence[Row], method: str) -> Row | None:
+    """The row of the reference method on the same task and variant."""
+    wanted = row.task, row.variant, method
+    return next((r for r in rows if (r.task, r.variant, r.method) == wanted), None)
