@@ -20,7 +20,8 @@ from flexmoe_jax.assignment.policies import (
     as_solution,
     make_policy,
 )
-from flexmoe_jax.assignment.problem import Problem, Solution, SolverError
+from flexmoe_jax.assignment.problem import Problem, SolverError
+from flexmoe_jax.assignment.solution import Solution
 
 if TYPE_CHECKING:
     from flexmoe_jax.assignment.dual import DualSolution, dual_assign

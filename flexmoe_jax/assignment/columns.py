@@ -11,15 +11,19 @@ Axis legend: `C` clients, `E` experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from flexmoe_jax.assignment.certificate import effective_bounds, price_bound
-from flexmoe_jax.assignment.heuristics import take_top
-from flexmoe_jax.assignment.problem import FloatArray, Problem, expert_load
-from flexmoe_jax.assignment.relaxation import Program, Relaxed, solve_directly
+from flexmoe_jax.assignment.certificate import Prices, effective_bounds, price_bound
+from flexmoe_jax.assignment.paths import GOLDEN, best_choices
+from flexmoe_jax.assignment.problem import BoolArray, FloatArray, Problem, expert_load
+from flexmoe_jax.assignment.program import Found, Numbers, Program
+from flexmoe_jax.assignment.relaxation import Relaxed, solve_directly
 
 # Pairs in doubt at first, an expert; and how many times more in each further attempt.
 _PAIRS_PER_EXPERT, _GROWTH, _ATTEMPTS = 80, 4, 3
+# Part of what is at stake by which the proof may miss the optimum.
 _CLOSED = 1e-7
 
 
@@ -47,10 +51,41 @@ def solve_by_columns(
       SolverError: the backend failed, or the deadline passed.
     """
     direct = direct and backend == "HIGHS"
-    experts = problem.experts
     low, high = effective_bounds(problem)
+    top, doubt = _doubt(problem, prices)
+    given = price_bound(problem, Prices(prices), low, high)
+    for attempt in range(_ATTEMPTS):
+        last = attempt == _ATTEMPTS - 1
+        wanted = min(_PAIRS_PER_EXPERT * problem.experts * _GROWTH**attempt, doubt.size)
+        in_doubt = np.zeros(doubt.shape, bool)
+        in_doubt.flat[np.argpartition(doubt, wanted - 1, axis=None)[:wanted]] = True
+        decided = top & ~in_doubt
+        client, expert = np.nonzero(in_doubt)
+        pairs = client, expert
+        found = _solve_pairs(problem, pairs, decided, (low, high), backend, deadline, direct, last)
+        if found is None:
+            continue
+        worth = found.value + float(np.sum(problem.fitness, where=decided))
+        bound = price_bound(problem, found.prices, low, high)
+        closed = bound - worth <= _CLOSED * float(np.ptp(problem.fitness, axis=1).sum())
+        if found.witness is not None or closed:
+            break
+    assert found is not None
+    x = decided.astype(np.float64)
+    x[pairs] = np.clip(found.x, 0.0, 1.0)
+    better = found.witness is not None or bound <= given
+    return Relaxed(x, found.prices if better else Prices(prices), found.witness)
+
+
+def _doubt(problem: Problem, prices: FloatArray) -> tuple[BoolArray, FloatArray]:
+    """Each client's best choices [C, E] at these prices, and how far each pair is from changing.
+
+    Both in whole numbers, so that ties are ties: among them, choices come out even over the
+    experts, and doubts client by client, since a client with one pair in doubt can change nothing.
+    """
     reduced = problem.fitness - problem.weights * prices
-    top = take_top(reduced, problem.capacity)
+    reduced = np.rint(reduced * (2.0**32 / (float(np.ptp(reduced)) or 1.0)))
+    top = best_choices(reduced, np.zeros(problem.experts), problem.capacity)
     worst_in = np.min(reduced, axis=1, where=top, initial=np.inf)
     best_out = np.max(reduced, axis=1, where=~top, initial=-np.inf)
     threshold = np.where(
@@ -58,48 +93,32 @@ def solve_by_columns(
         0.5 * (worst_in + best_out),
         np.where(np.isfinite(worst_in), -np.inf, np.inf),
     )
-    doubt = np.abs(reduced - threshold[:, None])
-    found, decided = None, top
-    for attempt in range(_ATTEMPTS):
-        wanted = _PAIRS_PER_EXPERT * experts * _GROWTH**attempt
-        open_pairs = (
-            doubt
-            <= np.partition(doubt.ravel(), min(wanted, doubt.size - 1))[min(wanted, doubt.size - 1)]
-        )
-        decided = top & ~open_pairs
-        client, expert = np.nonzero(open_pairs)
-        owners, owner = np.unique(client, return_inverse=True)
-        base = expert_load(problem, decided)
-        weight = problem.weights[client, expert]
-        fitness = problem.fitness[client, expert]
-        capacity = (problem.capacity - decided.sum(axis=1))[owners]
-        last = attempt == _ATTEMPTS - 1
-        found = None
-        if direct:
-            sides = capacity, low - base, high - base
-            found = solve_directly(owner, expert, weight, fitness, *sides, deadline)
-        if not direct or (last and found is None):
-            program = Program(owner, expert, owners.size, experts, weight=weight)
-            found = program.solve(
-                backend,
-                fitness=fitness,
-                capacity=capacity,
-                low=low - base,
-                high=high - base,
-                holders=np.zeros(experts),
-                violation_weight=np.asarray(problem.violation_weight),
-                give_way=last,
-                deadline=deadline,
-            )
-        if found is None or not np.isfinite(found.excess):
-            continue
-        worth = found.value + float(np.sum(problem.fitness, where=decided))
-        bound = price_bound(problem, found.prices, low, high)
-        x = decided.astype(np.float64)
-        x[client, expert] = np.clip(found.x, 0.0, 1.0)
-        if found.excess > 0 or bound - worth <= _CLOSED * max(1.0, abs(worth)):
-            break
-    assert found is not None
-    if found.excess == 0:
-        bound = min(bound, price_bound(problem, prices, low, high))
-    return Relaxed(x, found.prices, bound, found.excess)
+    turn = np.arange(problem.clients) * GOLDEN
+    return top, np.abs(reduced - threshold[:, None]) + 0.25 * (turn - np.floor(turn))[:, None]
+
+
+def _solve_pairs(
+    problem: Problem,
+    pairs: tuple[Any, Any],
+    decided: BoolArray,
+    bounds: tuple[FloatArray, FloatArray],
+    backend: str,
+    deadline: float,
+    direct: bool,
+    give_way: bool,
+) -> Found | None:
+    """The relaxation over the pairs in doubt; None where that leaves no room for the bounds."""
+    client, expert = pairs
+    owners, owner = np.unique(client, return_inverse=True)
+    base = expert_load(problem, decided)
+    weight, fitness = problem.weights[pairs], problem.fitness[pairs]
+    capacity = (problem.capacity - decided.sum(axis=1))[owners]
+    low, high = bounds[0] - base, bounds[1] - base
+    if direct:
+        found = solve_directly(owner, expert, weight, fitness, capacity, low, high, deadline)
+        if found is not None or not give_way:
+            return found
+    program = Program(owner, expert, owners.size, problem.experts, weight=weight)
+    nil, priority = np.zeros(problem.experts), np.asarray(problem.violation_weight)
+    numbers = Numbers(fitness, capacity, low, high, nil, priority)
+    return program.solve(backend, numbers, deadline, give_way)

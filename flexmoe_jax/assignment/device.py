@@ -6,19 +6,29 @@ Axis legend: `C` clients, `E` experts, `F` numbers that describe a client.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flexmoe_jax.assignment.certificate import effective_bounds
-from flexmoe_jax.assignment.dual import DualSolution, dual_assign
-from flexmoe_jax.assignment.problem import Problem
+from flexmoe_jax.assignment.certificate import Prices, effective_bounds
+from flexmoe_jax.assignment.dual import dual_assign
+from flexmoe_jax.assignment.problem import BoolArray, Problem
 
 
-def run_dual(problem: Problem) -> DualSolution:
+class Found(NamedTuple):
+    """What the device found: an assignment [C, E] bool and the prices that it came from."""
+
+    assignment: BoolArray
+    prices: Prices
+
+
+def run_dual(problem: Problem) -> Found:
     """`dual_assign` of the problem, in single precision."""
-    return _compiled()(*_device_inputs(problem), slots=_slots(problem))
+    found = _compiled()(*_device_inputs(problem), slots=_slots(problem))
+    load, mix = (np.asarray(part, np.float64) for part in found.prices[:2])
+    return Found(np.asarray(found.assignment), Prices(load, mix))
 
 
 def _slots(problem: Problem) -> int:

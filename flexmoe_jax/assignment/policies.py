@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from flexmoe_jax.assignment.backends import require_backend
 from flexmoe_jax.assignment.bounds import load_bounds, normalise_share
 from flexmoe_jax.assignment.engine import (
     ROUNDINGS,
@@ -38,18 +39,19 @@ from flexmoe_jax.assignment.problem import (
     FloatArray,
     IntArray,
     Problem,
-    Solution,
     SolverError,
-    make_solution,
     objective,
 )
-from flexmoe_jax.assignment.relaxation import require_backend
+from flexmoe_jax.assignment.solution import Solution, make_solution
 from flexmoe_jax.errors import InputError
 
-# Breaks ties between clients of equal fitness fairly, and is far below any fitness that matters.
-_TIE_NOISE = 1e-6
+# Noise that breaks ties between clients fairly, and the clients that are enough to tell what it is
+# a part of.
+_TIE_NOISE, _SAMPLE = 1e-6, 4096
 # Draws for exploration, apart from those that break ties.
 _EXPLORATION = 1
+# More than this overflows somewhere in sums over many clients.
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +153,8 @@ def make_policy(
     require_name("assignment.solver", solver, SOLVERS)
     require_name("assignment.rounding", rounding, ROUNDINGS)
     require_backend(backend)
-    load_bounds(np.ones(1, np.int64), np.zeros(1), slack=slack)
     for field, number in (
+        ("slack", slack),
         ("holders_min", holders_min),
         ("balance", balance),
         ("diversity", diversity),
@@ -160,8 +162,8 @@ def make_policy(
         ("exploration", exploration),
         ("time_limit", time_limit),
     ):
-        if not (np.isfinite(number) and number >= 0):
-            raise InputError(f"assignment.{field}", number, "give a number of at least 0")
+        if not 0 <= number <= _LARGEST:
+            raise InputError(f"assignment.{field}", number, f"give a number from 0 to {_LARGEST:g}")
     if name == "flex":
         require_solver(
             solver,
@@ -185,7 +187,33 @@ def make_policy(
         "exploration": exploration,
         "time_limit": time_limit,
     }
-    return NamedPolicy(name, MappingProxyType(options if name == "flex" else {}))
+    policy = NamedPolicy(name, MappingProxyType(options if name == "flex" else {}))
+    if name == "flex" and backend != "HIGHS":
+        _require_use(policy, weighted)
+    return policy
+
+
+def _require_use(policy: NamedPolicy, weighted: bool) -> None:
+    """Raises `InputError` for a backend that cannot solve a small problem of the policy's kind.
+
+    What its name does not tell shows now and not in the first round: whether it takes quadratic
+    prices, say, or has a licence.
+    """
+    request = Request(
+        fitness=np.eye(3, 2),
+        capacity=np.ones(3, np.int64),
+        clients=np.arange(3),
+        round=0,
+        seed=0,
+        load_weight=np.array([1.0, 2.0, 3.0]) if weighted else 1.0,
+        descriptor=np.eye(3),
+    )
+    options = {**policy.options, "share": None, "time_limit": 0.0}
+    status = NamedPolicy(policy.name, options)(request).status
+    if status.startswith("fallback"):
+        reason = status.removeprefix("fallback: ")
+        remedy = f"it does not solve 3 clients' problem: {reason}; use HIGHS"
+        raise InputError("assignment.backend", options["backend"], remedy)
 
 
 def flex(
@@ -233,10 +261,10 @@ def flex(
         descriptor=request.descriptor,
         diversity=diversity,
     )
-    noise = _TIE_NOISE * _keys(request, request.round)
+    noise = _tie_noise(fitness) * _keys(request, request.round)
     try:
         found = solve(
-            replace(problem, fitness=problem.fitness + noise),
+            replace(problem, fitness=fitness + noise),
             solver,
             rounding,
             seed=request.seed,
@@ -250,8 +278,23 @@ def flex(
         dealt = make_solution(problem, held, bound, 0.0)
         return replace(dealt, status=f"fallback: {error}")
     # The noise only adds fitness, so the bound holds for the true problem, too. The gap stays that
-    # of the noisy one: a millionth of a pair's fitness that nobody could win is no loss.
+    # of the noisy one: what noise adds and nobody could win is no loss.
     return replace(found, value=objective(problem, found.assignment))
+
+
+def _tie_noise(fitness: FloatArray) -> float:
+    """Width of the noise: far below differences of a fitness [P, E] that matter, in whatever unit.
+
+    What matters is the span of most clients' values or, where that is owed to a few of them, as a
+    bonus for the untried, the span that most of the values would have among themselves.
+    """
+    gaps = np.diff(np.sort(fitness[:_SAMPLE], axis=1), axis=1)
+    span, gap = gaps.sum(axis=1), gaps[gaps > 0]
+    if not gap.size:
+        # All that a client can hold is worth the same to it.
+        return _TIE_NOISE * (float(np.max(np.abs(fitness), initial=0.0)) or 1.0)
+    dense = float(np.median(gap)) * fitness.shape[1]
+    return _TIE_NOISE * min(float(np.median(span[span > 0])), dense)
 
 
 def greedy(request: Request) -> Solution:

@@ -21,11 +21,11 @@ Axis legend: `C` clients, `E` experts, `F` numbers that describe a client, `K` e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from flexmoe_jax.assignment.certificate import effective_bounds
+from flexmoe_jax.assignment.certificate import Prices, effective_bounds
 from flexmoe_jax.assignment.problem import FloatArray, Problem
 
 Array = Any  # numpy.ndarray or jax.Array
@@ -35,20 +35,10 @@ _STAGES = ((16, 0.5, 1e-2, 16), (4, 1e-2, 3e-3, 4), (1, 3e-3, 1e-4, 9))
 _FINE = _STAGES[-1][2]
 # Clients that are always enough to learn prices from, and pairs that fit into a core's cache.
 _SAMPLE, _CACHED = 512, 2**16
+# Side of a product that BLAS does in one thread: OpenBLAS takes more from 2^18 multiplications on.
+_TILE = 64
 # A step moves no price further than this many temperatures: Newton's model is good that far.
 _TRUST = 3.0
-
-
-class Prices(NamedTuple):
-    """Dual variables.
-
-    Attributes:
-      load: [E] λ, worth per unit of load.
-      mix: [E, F] u, worth per unit of the holders' deviation from the population.
-    """
-
-    load: Array
-    mix: Array
 
 
 def ascend_prices(
@@ -168,7 +158,7 @@ def _newton(
     )
 
     def step(state: tuple[Prices, Array], tau: Array) -> tuple[Prices, Array]:
-        (load, mix), t = state
+        (load, mix, _), t = state
         soft = _sigmoid(load / tau)
         grad_load = low + (high - low) * soft - constant
         schur = xp.diag((high - low) * soft * (1 - soft) / tau)
@@ -183,17 +173,21 @@ def _newton(
             grad_t = wanted[block] - p.sum(axis=1)
             curve_t = slope.sum(axis=1) + 1e-6
             eased = pull / curve_t[:, None]
-            grad_load = grad_load - xp.einsum("ce,ce->e", w, p) - eased.T @ grad_t
-            schur = schur + xp.diag(xp.einsum("ce,ce->e", w, pull)) - eased.T @ pull
+            grad_load = (
+                grad_load - xp.einsum("ce,ce->e", w, p) - xp.einsum("ce,c->e", eased, grad_t)
+            )
+            schur = schur + xp.diag(xp.einsum("ce,ce->e", w, pull)) - gram(eased, pull)
             pulls.append(eased)
             moves.append(-grad_t / curve_t)
             if descriptor.shape[1]:
-                mixed = mixed + p.T @ z
-                curve = curve + slope.T @ z**2
+                mixed = mixed + gram(p, z)
+                curve = curve + gram(slope, z**2)
         ridge = 1e-4 * xp.trace(schur) / experts + 1e-9
-        move = -xp.linalg.solve(schur + ridge * xp.eye(experts, dtype=worth.dtype), grad_load)
+        move = -_solve(schur + ridge * xp.eye(experts, dtype=worth.dtype), grad_load)
         move = xp.clip(move, -_TRUST * tau, _TRUST * tau)
-        move_t = xp.concat([of - eased @ move for of, eased in zip(moves, pulls, strict=True)])
+        move_t = xp.concat(
+            [of - xp.einsum("ce,e->c", eased, move) for of, eased in zip(moves, pulls, strict=True)]
+        )
         t = t + xp.clip(move_t, -_TRUST * tau, _TRUST * tau)
         if descriptor.shape[1]:
             # The mix's own curvature, without the cross terms: half a step stays on the safe side.
@@ -203,6 +197,51 @@ def _newton(
 
     prices, _ = _scan(step, (start, threshold[:, 0]), temperatures)
     return prices
+
+
+def gram(left: Array, right: Array) -> Array:
+    """`leftᵀ right` of a (C, M) and a (C, N) array.
+
+    NumPy's is made of products that BLAS leaves to one thread. Its threads wait for each other by
+    spinning, and while any other process has a processor, a product of a tenth of a millisecond
+    takes one of the scheduler's slices, a hundred times as long.
+    """
+    if not isinstance(left, np.ndarray):
+        return left.T @ right
+    rows, most = left.shape[0], _TILE
+    whole = rows - rows % most
+    product = np.empty((left.shape[1], right.shape[1]), np.result_type(left, right))
+    for i in range(0, left.shape[1], most):
+        for j in range(0, right.shape[1], most):
+            a, b = left[:, i : i + most], right[:, j : j + most]
+            tiles = np.matmul(
+                a[:whole].reshape(-1, most, a.shape[1]).swapaxes(1, 2),
+                b[:whole].reshape(-1, most, b.shape[1]),
+            )
+            rest = a[whole:].T @ b[whole:]
+            product[i : i + most, j : j + most] = tiles.sum(axis=0) + rest
+    return product
+
+
+def _solve(matrix: Array, right: Array) -> Array:
+    """Solution (N,) of a symmetric, positive definite system (N, N); by NumPy as `gram` says."""
+    if not isinstance(matrix, np.ndarray):
+        return right.__array_namespace__().linalg.solve(matrix, right)
+    return _solve_tiles(matrix, right[:, None])[:, 0]
+
+
+def _solve_tiles(matrix: Array, right: Array) -> Array:
+    """By halves (Schur complement), down to what one tile holds."""
+    size = matrix.shape[0]
+    if size <= _TILE:
+        return gram(np.linalg.inv(matrix).T, right)
+    half = size // 2
+    upper, lower = matrix[:half], matrix[half:]
+    first = _solve_tiles(upper[:, :half], np.concatenate([upper[:, half:], right[:half]], axis=1))
+    coupling, partial = first[:, : size - half], first[:, size - half :]
+    rest = lower[:, half:] - gram(lower[:, :half].T, coupling)
+    second = _solve_tiles(rest, right[half:] - gram(lower[:, :half].T, partial))
+    return np.concatenate([partial - gram(coupling.T, second), second])
 
 
 def _blocks(values: Array) -> list[slice]:

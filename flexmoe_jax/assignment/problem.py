@@ -25,11 +25,11 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 # Solvers work to about 1e-9; a bound that is missed by less than this, relative to the largest
-# load, is kept.
+# load or weight, is kept.
 LOAD_TOLERANCE = 1e-6
-# A relative gap below this is rounding error of the solvers, so the answer counts as optimal.
-GAP_TOLERANCE = 1e-6
 TINY = 1e-12
+# Sums of what a problem is made of stay below this, with room for differences of two such sums.
+_LARGEST = float(np.finfo(np.float64).max) / 16
 
 
 class SolverError(RuntimeError):
@@ -60,7 +60,8 @@ class Problem:
         sum, in the same unit (bytes, say), and a client need not fill it.
 
     Raises:
-      InputError: a field has the wrong shape, a value that is not finite, or one out of range.
+      InputError: a field has the wrong shape, a value that is not finite, one out of range, or
+        numbers so large that their sums are not finite.
     """
 
     fitness: FloatArray
@@ -144,6 +145,7 @@ class Problem:
             ("expert_size", size),
         ):
             object.__setattr__(self, name, value)
+        _require_finite_sums(self)
 
     @property
     def clients(self) -> int:
@@ -192,53 +194,6 @@ class Problem:
         return np.full(self.experts, total / self.experts)
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """An assignment with its certificate.
-
-    Attributes:
-      assignment: [C, E] bool, who holds which expert.
-      value: `Σ Q_ce x_ce` of the assignment, less the balance and diversity terms where asked for.
-      bound: no assignment within the load bounds is worth more than this; where `status` is
-        `relaxed`, within the bounds as they gave way.
-      gap: `(bound - value) / |bound|`, at least 0.
-      load: [E] load of each expert.
-      violation: [E] how far each load lies outside its bounds, ≥ 0, in units of load.
-      status: `optimal` (within the bounds, gap nil), `feasible` (within the bounds), `relaxed`
-        (not all bounds can hold; some gave way) or `violated` (bounds that could hold do not:
-        by rounding, within its guarantee, or because the solver ignores them). Policies add
-        `fallback: REASON` where the solver failed and experts were dealt out instead.
-      seconds: wall time that the solver took.
-    """
-
-    assignment: BoolArray
-    value: float
-    bound: float
-    gap: float
-    load: FloatArray
-    violation: FloatArray
-    status: str
-    seconds: float
-
-    def __str__(self) -> str:
-        """One readable line."""
-        *layers, clients, experts = self.assignment.shape
-        size = f"{layers[0]} layers x " if layers else ""
-        text = (
-            f"{self.status}: {size}{clients} clients x {experts} experts, value {self.value:.6g}, "
-            f"bound {self.bound:.6g}, gap {self.gap:.2%}, "
-            f"load {self.load.min():.6g} to {self.load.max():.6g}, {self.seconds:.3f} s"
-        )
-        violation = self.violation.ravel()
-        broken = np.flatnonzero(violation)
-        if broken.size:
-            text += "; out of bounds: " + ", ".join(
-                f"expert {e} by {violation[e]:.6g}" for e in broken[:8]
-            )
-            text += f" and {broken.size - 8} more" if broken.size > 8 else ""
-        return text
-
-
 def seconds_left(deadline: float) -> float:
     """Seconds until a deadline on the clock of `time.perf_counter`; infinity stands for none.
 
@@ -264,7 +219,10 @@ def expert_load(problem: Problem, assignment: BoolArray) -> FloatArray:
 def load_violation(problem: Problem, load: FloatArray) -> FloatArray:
     """Distance [E] of each load from its interval; less than the solvers' precision counts as 0."""
     distance = np.maximum(np.maximum(problem.load_min - load, load - problem.load_max), 0.0)
-    precision = LOAD_TOLERANCE * max(1.0, float(np.max(load, initial=0.0)))
+    precision = LOAD_TOLERANCE * max(_largest(load), _largest(problem.load_weight))
+    if problem.unit:
+        # However many holders there are, one more or less is one.
+        precision = min(precision, 0.5 * problem.unit)
     return np.where(distance > precision, distance, 0.0)
 
 
@@ -284,35 +242,6 @@ def missing_holders(problem: Problem, assignment: BoolArray) -> FloatArray:
     return np.maximum(problem.holders_min - assignment.sum(axis=0), 0.0)
 
 
-def make_solution(
-    problem: Problem,
-    assignment: BoolArray,
-    bound: float,
-    seconds: float,
-    *,
-    relaxed: bool = False,
-) -> Solution:
-    """Completes an assignment [C, E] to a `Solution`, with value, loads, gap and status.
-
-    Args:
-      problem: what was solved.
-      assignment: [C, E] bool.
-      bound: a valid upper bound on the value.
-      seconds: what the solver took.
-      relaxed: whether the load bounds were shown to contradict the capacities.
-    """
-    value = objective(problem, assignment)
-    load = expert_load(problem, assignment)
-    violation = load_violation(problem, load)
-    gap = max(bound - value, 0.0) / max(abs(bound), TINY)
-    status = "feasible"
-    if violation.any() or missing_holders(problem, assignment).any():
-        status = "relaxed" if relaxed else "violated"
-    elif gap <= GAP_TOLERANCE:
-        status = "optimal"
-    return Solution(assignment, value, bound, gap, load, violation, status, seconds)
-
-
 def _floats(field: str, value: object) -> FloatArray:
     try:
         return np.asarray(value, dtype=np.float64)
@@ -325,6 +254,33 @@ def _require_finite(field: str, value: FloatArray) -> None:
     if not finite.all():
         where = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise InputError(field, value[where], f"every number must be finite; see index {where}")
+
+
+def _require_finite_sums(problem: Problem) -> None:
+    """Refuses numbers whose sums over pairs overflow, in whatever order they are summed."""
+    pairs, experts = max(1, problem.fitness.size), problem.experts
+
+    def require(field: str, given: float, most: float) -> None:
+        if not most < _LARGEST:
+            remedy = f"its sums over {problem.clients} x {experts} pairs overflow; make it smaller"
+            raise InputError(field, given, remedy)
+
+    worth, weight = _largest(problem.fitness), _largest(problem.load_weight)
+    require("fitness", worth, worth * pairs)
+    require("load_weight", weight, weight * pairs)
+    if problem.balance:
+        off, price = weight * pairs + _largest(problem.load_target), float(problem.balance)
+        require("target", off, off)
+        require("balance", price, price * experts * off * off)
+    if problem.descriptor is not None:
+        feature = _largest(problem.descriptor)
+        spread = feature * problem.descriptor.size * experts
+        require("descriptor", feature, spread)
+        require("diversity", float(problem.diversity), float(problem.diversity) * spread)
+
+
+def _largest(values: float | FloatArray) -> float:
+    return float(np.max(np.abs(values), initial=0.0))
 
 
 def _per_expert(field: str, value: object, experts: int) -> FloatArray:
