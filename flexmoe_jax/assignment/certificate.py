@@ -26,6 +26,7 @@ from flexmoe_jax.assignment.problem import (
     SolverError,
     expert_load,
 )
+from flexmoe_jax.assignment.tiles import gram
 
 # Sums of loads and sizes are exact up to this, relative to what is summed.
 _ROUNDING = 1e-9
@@ -90,7 +91,8 @@ def price_bound(problem: Problem, prices: Prices, low: FloatArray, high: FloatAr
     reduced = problem.fitness - problem.weights * load
     if prices.mix is not None and problem.diversity:
         mix = np.nan_to_num(np.asarray(prices.mix, np.float64), nan=0.0)
-        reduced -= problem.deviation @ np.clip(mix, -problem.diversity, problem.diversity).T
+        most = problem.diversity
+        reduced -= gram(problem.deviation.T, np.clip(mix, -most, most).T)
     of_floors = 0.0
     if prices.holders is not None:
         held = np.maximum(np.nan_to_num(np.asarray(prices.holders, np.float64), posinf=0.0), 0.0)
@@ -126,7 +128,8 @@ def require_capacities(problem: Problem, assignment: BoolArray) -> None:
     if problem.expert_size is None:
         wrong = assignment.sum(axis=1) != problem.capacity
     else:
-        wrong = assignment @ problem.expert_size > problem.capacity * (1 + _ROUNDING)
+        size = np.einsum("ce,e->c", assignment, problem.expert_size)
+        wrong = size > problem.capacity * (1 + _ROUNDING)
     if wrong.any():
         raise SolverError(f"the answer does not keep to the capacity of client {wrong.argmax()}")
 

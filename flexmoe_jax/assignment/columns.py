@@ -11,20 +11,24 @@ Axis legend: `C` clients, `E` experts.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from flexmoe_jax.assignment.certificate import Prices, effective_bounds, price_bound
+from flexmoe_jax.assignment.closer import View, look_closer
 from flexmoe_jax.assignment.paths import GOLDEN, best_choices
 from flexmoe_jax.assignment.problem import BoolArray, FloatArray, Problem, expert_load
 from flexmoe_jax.assignment.program import Found, Numbers, Program
 from flexmoe_jax.assignment.relaxation import Relaxed, solve_directly
 
 # Pairs in doubt at first, an expert; and how many times more in each further attempt.
-_PAIRS_PER_EXPERT, _GROWTH, _ATTEMPTS = 80, 4, 3
+_PAIRS_PER_EXPERT, _GROWTH, _ATTEMPTS = 40, 4, 3
 # Part of what is at stake by which the proof may miss the optimum.
 _CLOSED = 1e-7
+# Part of all load that may be out of its bounds where good prices send it.
+_MISS = 0.01
 
 
 def solve_by_columns(
@@ -52,13 +56,16 @@ def solve_by_columns(
     """
     direct = direct and backend == "HIGHS"
     low, high = effective_bounds(problem)
-    top, doubt = _doubt(problem, prices)
+    total = float(np.sum(problem.weights.mean(axis=1) * problem.capacity))
+    view, prices = look_closer(
+        problem, prices, partial(_misses, problem, (low, high)), _MISS * total, deadline
+    )
+    top, doubt = _doubt(problem, view, prices)
+    prices = view.base + prices
     given = price_bound(problem, Prices(prices), low, high)
     for attempt in range(_ATTEMPTS):
         last = attempt == _ATTEMPTS - 1
-        wanted = min(_PAIRS_PER_EXPERT * problem.experts * _GROWTH**attempt, doubt.size)
-        in_doubt = np.zeros(doubt.shape, bool)
-        in_doubt.flat[np.argpartition(doubt, wanted - 1, axis=None)[:wanted]] = True
+        in_doubt = _in_doubt(doubt, top, _PAIRS_PER_EXPERT * _GROWTH**attempt)
         decided = top & ~in_doubt
         client, expert = np.nonzero(in_doubt)
         pairs = client, expert
@@ -77,15 +84,34 @@ def solve_by_columns(
     return Relaxed(x, found.prices if better else Prices(prices), found.witness)
 
 
-def _doubt(problem: Problem, prices: FloatArray) -> tuple[BoolArray, FloatArray]:
+def _whole(problem: Problem, view: View, prices: FloatArray) -> tuple[FloatArray, BoolArray]:
+    """What is left of the worth [C, E] at these prices, and each client's best choices by it.
+
+    In whole numbers, so that ties are ties, and choices come out even over the experts.
+    """
+    reduced = view.worth - problem.weights * prices
+    reduced = np.rint(reduced * (2.0**32 / (view.span or 1.0)))
+    return reduced, best_choices(reduced, np.zeros(problem.experts), problem.capacity)
+
+
+def _misses(
+    problem: Problem,
+    bounds: tuple[FloatArray, FloatArray],
+    view: View,
+    prices: FloatArray,
+) -> float:
+    """How much load lies out of its bounds where these prices send it."""
+    low, high = bounds
+    load = expert_load(problem, _whole(problem, view, prices)[1])
+    return float(np.maximum(np.maximum(low - load, load - high), 0.0).sum())
+
+
+def _doubt(problem: Problem, view: View, prices: FloatArray) -> tuple[BoolArray, FloatArray]:
     """Each client's best choices [C, E] at these prices, and how far each pair is from changing.
 
-    Both in whole numbers, so that ties are ties: among them, choices come out even over the
-    experts, and doubts client by client, since a client with one pair in doubt can change nothing.
+    Among equal doubts clients stay together, since one with one pair in doubt can change nothing.
     """
-    reduced = problem.fitness - problem.weights * prices
-    reduced = np.rint(reduced * (2.0**32 / (float(np.ptp(reduced)) or 1.0)))
-    top = best_choices(reduced, np.zeros(problem.experts), problem.capacity)
+    reduced, top = _whole(problem, view, prices)
     worst_in = np.min(reduced, axis=1, where=top, initial=np.inf)
     best_out = np.max(reduced, axis=1, where=~top, initial=-np.inf)
     threshold = np.where(
@@ -95,6 +121,23 @@ def _doubt(problem: Problem, prices: FloatArray) -> tuple[BoolArray, FloatArray]
     )
     turn = np.arange(problem.clients) * GOLDEN
     return top, np.abs(reduced - threshold[:, None]) + 0.25 * (turn - np.floor(turn))[:, None]
+
+
+def _in_doubt(doubt: FloatArray, top: BoolArray, wanted: int) -> BoolArray:
+    """The pairs [C, E] most in doubt, so many of each expert, and what their clients swap them for.
+
+    Of each expert, since any of them may have to give or take load, whatever it costs.
+    """
+    last = min(wanted, doubt.shape[0]) - 1
+    found = np.zeros(doubt.shape, bool)
+    for side in (top, ~top):
+        of_side = np.where(side, doubt, np.inf)
+        nearest = np.argpartition(of_side, last, axis=0)[: last + 1]
+        np.put_along_axis(found, nearest, True, axis=0)
+    some = found.any(axis=1)
+    for side in (top, ~top):
+        found[some, np.argmin(np.where(side, doubt, np.inf), axis=1)[some]] = True
+    return found
 
 
 def _solve_pairs(

@@ -25,10 +25,16 @@ class Found(NamedTuple):
 
 
 def run_dual(problem: Problem) -> Found:
-    """`dual_assign` of the problem, in single precision."""
-    found = _compiled()(*_device_inputs(problem), slots=_slots(problem))
-    load, mix = (np.asarray(part, np.float64) for part in found.prices[:2])
-    return Found(np.asarray(found.assignment), Prices(load, mix))
+    """`dual_assign` of the problem, in single precision.
+
+    Worth and load go in with 1 for their largest, so that what rounding makes of them does not
+    depend on their unit.
+    """
+    worth = float(np.max(np.abs(problem.fitness), initial=0.0)) or 1.0
+    load = float(np.max(problem.load_weight, initial=0.0)) or 1.0
+    found = _compiled()(*_device_inputs(problem, worth, load), slots=_slots(problem))
+    prices, mix = (np.asarray(part, np.float64) for part in found.prices[:2])
+    return Found(np.asarray(found.assignment), Prices(prices * (worth / load), mix * worth))
 
 
 def _slots(problem: Problem) -> int:
@@ -37,19 +43,19 @@ def _slots(problem: Problem) -> int:
     return min(problem.experts, 1 << (most - 1).bit_length())
 
 
-def _device_inputs(problem: Problem) -> tuple[Any, ...]:
+def _device_inputs(problem: Problem, worth: float, load: float) -> tuple[Any, ...]:
     low, high = effective_bounds(problem)
-    weight = problem.load_weight if problem.unit is None else float(problem.unit)
-    descriptor = problem.deviation
-    return (
-        jnp.asarray(problem.fitness, jnp.float32),
-        jnp.asarray(problem.capacity, jnp.int32),
-        jnp.asarray(low, jnp.float32),
-        jnp.asarray(high, jnp.float32),
-        jnp.asarray(weight, jnp.float32),
-        jnp.asarray(descriptor, jnp.float32),
-        jnp.asarray(problem.diversity, jnp.float32),
+    weight = problem.load_weight if problem.unit is None else problem.unit
+    numbers = (
+        problem.fitness / worth,
+        low / load,
+        high / load,
+        np.asarray(weight) / load,
+        problem.deviation,
+        np.asarray(problem.diversity / worth),
     )
+    fitness, *others = (jnp.asarray(number, jnp.float32) for number in numbers)
+    return fitness, jnp.asarray(problem.capacity, jnp.int32), *others
 
 
 @lru_cache(maxsize=1)

@@ -27,6 +27,7 @@ import numpy as np
 
 from flexmoe_jax.assignment.certificate import Prices, effective_bounds
 from flexmoe_jax.assignment.problem import FloatArray, Problem
+from flexmoe_jax.assignment.tiles import gram, solve_symmetric
 
 Array = Any  # numpy.ndarray or jax.Array
 
@@ -35,8 +36,6 @@ _STAGES = ((16, 0.5, 1e-2, 16), (4, 1e-2, 3e-3, 4), (1, 3e-3, 1e-4, 9))
 _FINE = _STAGES[-1][2]
 # Clients that are always enough to learn prices from, and pairs that fit into a core's cache.
 _SAMPLE, _CACHED = 512, 2**16
-# Side of a product that BLAS does in one thread: OpenBLAS takes more from 2^18 multiplications on.
-_TILE = 64
 # A step moves no price further than this many temperatures: Newton's model is good that far.
 _TRUST = 3.0
 
@@ -114,7 +113,7 @@ def estimate_prices(problem: Problem) -> FloatArray:
 def reduced_fitness(fitness: Array, load_weight: Array, descriptor: Array, prices: Prices) -> Array:
     """What is left of the fitness, [C, E], once load and mix are paid for."""
     reduced = fitness - load_weight * prices.load
-    return reduced - descriptor @ prices.mix.T if descriptor.shape[1] else reduced
+    return reduced - gram(descriptor.T, prices.mix.T) if descriptor.shape[1] else reduced
 
 
 def _consistent(
@@ -183,7 +182,7 @@ def _newton(
                 mixed = mixed + gram(p, z)
                 curve = curve + gram(slope, z**2)
         ridge = 1e-4 * xp.trace(schur) / experts + 1e-9
-        move = -_solve(schur + ridge * xp.eye(experts, dtype=worth.dtype), grad_load)
+        move = -solve_symmetric(schur + ridge * xp.eye(experts, dtype=worth.dtype), grad_load)
         move = xp.clip(move, -_TRUST * tau, _TRUST * tau)
         move_t = xp.concat(
             [of - xp.einsum("ce,e->c", eased, move) for of, eased in zip(moves, pulls, strict=True)]
@@ -197,51 +196,6 @@ def _newton(
 
     prices, _ = _scan(step, (start, threshold[:, 0]), temperatures)
     return prices
-
-
-def gram(left: Array, right: Array) -> Array:
-    """`leftᵀ right` of a (C, M) and a (C, N) array.
-
-    NumPy's is made of products that BLAS leaves to one thread. Its threads wait for each other by
-    spinning, and while any other process has a processor, a product of a tenth of a millisecond
-    takes one of the scheduler's slices, a hundred times as long.
-    """
-    if not isinstance(left, np.ndarray):
-        return left.T @ right
-    rows, most = left.shape[0], _TILE
-    whole = rows - rows % most
-    product = np.empty((left.shape[1], right.shape[1]), np.result_type(left, right))
-    for i in range(0, left.shape[1], most):
-        for j in range(0, right.shape[1], most):
-            a, b = left[:, i : i + most], right[:, j : j + most]
-            tiles = np.matmul(
-                a[:whole].reshape(-1, most, a.shape[1]).swapaxes(1, 2),
-                b[:whole].reshape(-1, most, b.shape[1]),
-            )
-            rest = a[whole:].T @ b[whole:]
-            product[i : i + most, j : j + most] = tiles.sum(axis=0) + rest
-    return product
-
-
-def _solve(matrix: Array, right: Array) -> Array:
-    """Solution (N,) of a symmetric, positive definite system (N, N); by NumPy as `gram` says."""
-    if not isinstance(matrix, np.ndarray):
-        return right.__array_namespace__().linalg.solve(matrix, right)
-    return _solve_tiles(matrix, right[:, None])[:, 0]
-
-
-def _solve_tiles(matrix: Array, right: Array) -> Array:
-    """By halves (Schur complement), down to what one tile holds."""
-    size = matrix.shape[0]
-    if size <= _TILE:
-        return gram(np.linalg.inv(matrix).T, right)
-    half = size // 2
-    upper, lower = matrix[:half], matrix[half:]
-    first = _solve_tiles(upper[:, :half], np.concatenate([upper[:, half:], right[:half]], axis=1))
-    coupling, partial = first[:, : size - half], first[:, size - half :]
-    rest = lower[:, half:] - gram(lower[:, :half].T, coupling)
-    second = _solve_tiles(rest, right[half:] - gram(lower[:, :half].T, partial))
-    return np.concatenate([partial - gram(coupling.T, second), second])
 
 
 def _blocks(values: Array) -> list[slice]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from flexmoe_jax.assignment.tiles import gram
 from flexmoe_jax.errors import InputError
 
 FloatArray = npt.NDArray[np.float64]
@@ -212,7 +213,7 @@ def expert_load(problem: Problem, assignment: BoolArray) -> FloatArray:
     if weight.ndim == 0:
         return assignment.sum(axis=0) * float(weight)
     if weight.ndim == 1:
-        return weight @ assignment
+        return np.einsum("c,ce->e", weight, assignment)
     return np.einsum("ce,ce->e", weight, assignment)
 
 
@@ -233,7 +234,8 @@ def objective(problem: Problem, assignment: BoolArray) -> float:
         off = expert_load(problem, assignment) - problem.load_target
         value -= problem.balance * float(off @ off)
     if problem.diversity:
-        value -= problem.diversity * float(np.abs(assignment.T @ problem.deviation).sum())
+        mix = gram(assignment, problem.deviation)
+        value -= problem.diversity * float(np.abs(mix).sum())
     return value
 
 

@@ -31,6 +31,7 @@ from flexmoe_jax.assignment.problem import BoolArray, SolverError, seconds_left
 
 _Int = npt.NDArray[np.int64]
 
+_SCRIPT = Path(__file__).with_name("flow_worker.py")
 # Idle workers that are kept: more cannot work at once.
 _KEPT = os.cpu_count() or 1
 # A worker that was killed from outside says nothing of the question.
@@ -71,13 +72,12 @@ class _Worker:
     """OR-Tools in a process of its own."""
 
     def __init__(self) -> None:
-        script = str(Path(__file__).with_name("flow_worker.py"))
         # In a group of its own, so that a Ctrl-C is for us alone. The pipes are not buffered: a
         # forked process could not let go of half a question without sending it.
         group: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", script],
+                [sys.executable, "-P", str(_SCRIPT)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
