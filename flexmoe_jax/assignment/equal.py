@@ -83,7 +83,10 @@ def _whole(problem: Problem, view: View) -> tuple[FloatArray, LoadCost, float]:
         _curve(problem) / quantum,
         problem.load_target / (problem.unit or 1.0),
     )
-    return np.rint(view.worth / quantum), cost, quantum
+    # Column by column, as `augment` works on it: at no time are there two copies.
+    fitness = np.array(view.worth, order="F")
+    np.divide(fitness, quantum, out=fitness)
+    return np.rint(fitness, out=fitness), cost, quantum
 
 
 def _moves(problem: Problem, view: View, prices: FloatArray) -> float:
