@@ -58,8 +58,9 @@ def rescale(problem: Problem) -> Scaled:
         "balance": math.ldexp(balance, -exponent),
         "diversity": math.ldexp(diversity, -exponent),
     }
-    if problem.target is not None:
-        fields["target"] = _divided(problem.target, of_load)
+    if problem.balance:
+        # What the default is made of, capacities among it, may be in other units now.
+        fields["target"] = _divided(problem.load_target, of_load)
     if problem.descriptor is not None:
         fields["descriptor"] = _divided(problem.deviation, of_mix)
     if problem.expert_size is not None:

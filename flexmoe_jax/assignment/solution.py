@@ -22,6 +22,8 @@ from flexmoe_jax.assignment.problem import (
 
 # A relative gap below this is rounding error of the solvers, so the answer counts as optimal.
 GAP_TOLERANCE = 1e-6
+# What adding worths up may be wrong by, relative to the sum of their sizes.
+_ROUNDING = 8 * float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +112,7 @@ def relative_gap(value: float, bound: float, summed: float) -> float:
       summed: sum of the sizes of the worths that make up the value, whatever their signs.
     """
     excess = bound - value
-    if excess <= 0:
+    if excess <= _ROUNDING * summed:
         return 0.0
     return excess / max(abs(bound), TINY * max(summed, excess), float(np.finfo(np.float64).tiny))
 

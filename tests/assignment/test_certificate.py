@@ -54,7 +54,7 @@ def problems(draw: st.DrawFn) -> Problem:
         weight = rng.integers(1, 9, clients if kind == "client" else (clients, experts)) / 2
     low = rng.integers(-1, 3, experts) * 0.9
     high = low + rng.integers(0, 4, experts)
-    for term in draw(st.sets(st.sampled_from(["balance", "diversity", "floors", "size"]))):
+    for term in sorted(draw(st.sets(st.sampled_from(["balance", "diversity", "floors", "size"])))):
         fields |= {
             "balance": {"balance": rng.random()},
             "diversity": {"diversity": rng.random(), "descriptor": rng.random((clients, 2))},
