@@ -82,12 +82,7 @@ def check_numbers(config: ConfigDict) -> None:
         "server.noise_multiplier",
         "edge.deadline",
     )
-    positive = (
-        "local.learning_rate",
-        "local.expert_rate",
-        "server.learning_rate",
-        "fitness.alpha",
-    )
+    positive = ("local.learning_rate", "local.expert_rate", "server.learning_rate", "fitness.alpha")
     ranges: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         (at_least_one, lambda value: value >= 1, "choose 1 or more"),
         (not_negative, lambda value: 0 <= value < float("inf"), "choose 0 or more"),

@@ -93,9 +93,10 @@ def end_with_parent(requests: BinaryIO, wanted: bool) -> None:
 
 
 if __name__ == "__main__":
-    # What libraries print must not get among the answers.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # What libraries print must not get among the answers; standard error may be closed.
+    answers = os.fdopen(os.dup(1), "wb")
+    with suppress(OSError):
+        os.dup2(2, 1)
     # Whoever asked may be gone at any time.
     with suppress(BrokenPipeError):
         serve(sys.stdin.buffer, answers)

@@ -90,33 +90,8 @@ def make_policy(
     require_name("assignment.solver", solver, SOLVERS)
     require_name("assignment.rounding", rounding, ROUNDINGS)
     require_backend(backend)
-    for field, number in (
-        ("slack", slack),
-        ("holders_min", holders_min),
-        ("balance", balance),
-        ("diversity", diversity),
-        ("movement", movement),
-        ("exploration", exploration),
-        ("time_limit", time_limit),
-    ):
-        if not 0 <= number <= _LARGEST:
-            raise InputError(f"assignment.{field}", number, f"give a number from 0 to {_LARGEST:g}")
-    if name == "flex":
-        require_solver(
-            solver,
-            weighted=weighted,
-            balance=balance > 0,
-            diversity=diversity > 0,
-            floors=holders_min > 0,
-        )
-    if share is not None:
-        normalise_share(share, np.size(share))
-    options = {
+    numbers = {
         "slack": slack,
-        "solver": solver,
-        "rounding": rounding,
-        "backend": backend,
-        "share": share,
         "holders_min": holders_min,
         "balance": balance,
         "diversity": diversity,
@@ -124,8 +99,23 @@ def make_policy(
         "exploration": exploration,
         "time_limit": time_limit,
     }
-    policy = NamedPolicy(name, MappingProxyType(options if name == "flex" else {}))
-    if name == "flex" and backend != "HIGHS":
+    for field, number in numbers.items():
+        if not 0 <= number <= _LARGEST:
+            raise InputError(f"assignment.{field}", number, f"give a number from 0 to {_LARGEST:g}")
+    if share is not None:
+        normalise_share(share, np.size(share))
+    if name != "flex":
+        return NamedPolicy(name, MappingProxyType({}))
+    require_solver(
+        solver,
+        weighted=weighted,
+        balance=balance > 0,
+        diversity=diversity > 0,
+        floors=holders_min > 0,
+    )
+    options = {"solver": solver, "rounding": rounding, "backend": backend, "share": share}
+    policy = NamedPolicy(name, MappingProxyType(options | numbers))
+    if backend != "HIGHS":
         _require_use(policy, weighted)
     return policy
 

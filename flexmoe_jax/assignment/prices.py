@@ -149,12 +149,7 @@ def _newton(
     constant = xp.sum(weight * ((capacity == experts).astype(worth.dtype))[:, None], axis=0)
     wanted = capacity * choosing
     reduced = reduced_fitness(worth, weight, descriptor, start)
-    ordered = _largest(reduced, min(experts, (slots or experts) + 1))
-    last = xp.clip(capacity - 1, 0, ordered.shape[1] - 1)[:, None]
-    after = xp.clip(capacity, 0, ordered.shape[1] - 1)[:, None]
-    threshold = 0.5 * (
-        xp.take_along_axis(ordered, last, axis=1) + xp.take_along_axis(ordered, after, axis=1)
-    )
+    threshold = _thresholds(reduced, capacity, slots or experts)
 
     def step(state: tuple[Prices, Array], tau: Array) -> tuple[Prices, Array]:
         (load, mix, _), t = state
@@ -194,8 +189,18 @@ def _newton(
             mix = xp.clip(mix + shift, -share, share)
         return Prices(load + move, mix), t
 
-    prices, _ = _scan(step, (start, threshold[:, 0]), temperatures)
+    prices, _ = _scan(step, (start, threshold), temperatures)
     return prices
+
+
+def _thresholds(reduced: Array, capacity: Array, slots: int) -> Array:
+    """Half way [C] between the worst that each client takes and the best that it leaves."""
+    xp = reduced.__array_namespace__()
+    ordered = _largest(reduced, min(reduced.shape[1], slots + 1))
+    last = xp.clip(capacity - 1, 0, ordered.shape[1] - 1)[:, None]
+    after = xp.clip(capacity, 0, ordered.shape[1] - 1)[:, None]
+    ends = xp.take_along_axis(ordered, last, axis=1) + xp.take_along_axis(ordered, after, axis=1)
+    return 0.5 * ends[:, 0]
 
 
 def _blocks(values: Array) -> list[slice]:

@@ -80,11 +80,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         """Checks every field and stores it as an array."""
-        fitness = _floats("fitness", self.fitness)
-        if fitness.ndim != 2 or fitness.shape[1] == 0:
-            raise InputError("fitness", fitness.shape, "give a (C, E) array with at least 1 expert")
+        fitness = _fitness(self.fitness)
         clients, experts = fitness.shape
-        _require_finite("fitness", fitness)
         load_min = _per_expert("load_min", self.load_min, experts)
         load_max = _per_expert("load_max", self.load_max, experts)
         if np.isnan(load_min).any() or np.isposinf(load_min).any():
@@ -290,6 +287,14 @@ def _per_expert(field: str, value: object, experts: int) -> FloatArray:
     if array.shape not in ((), (experts,)):
         raise InputError(field, array.shape, f"give a scalar or ({experts},)")
     return np.broadcast_to(array, (experts,))
+
+
+def _fitness(value: object) -> FloatArray:
+    fitness = _floats("fitness", value)
+    if fitness.ndim != 2 or fitness.shape[1] == 0:
+        raise InputError("fitness", fitness.shape, "give a (C, E) array with at least 1 expert")
+    _require_finite("fitness", fitness)
+    return fitness
 
 
 def _capacity(value: object, clients: int, experts: int, counted: bool) -> IntArray | FloatArray:
