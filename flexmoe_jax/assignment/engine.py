@@ -34,6 +34,7 @@ from flexmoe_jax.assignment.problem import (
     SolverError,
     expert_load,
     load_violation,
+    missing_holders,
     objective,
 )
 from flexmoe_jax.assignment.relaxation import solve_relaxation
@@ -152,7 +153,9 @@ def solve(
     answer = SOLVERS[solver](scaled, Options(rounding, seed, backend, deadline))
     held = answer.assignment
     require_capacities(scaled, held)
-    relaxed = gave_way(scaled, held, answer.witness)
+    broken = load_violation(scaled, expert_load(scaled, held)).any()
+    broken |= missing_holders(scaled, held).any()
+    relaxed = bool(broken) and gave_way(scaled, held, answer.witness)
     # The difference to the bound is what the scaled problem tells more exactly.
     above = prove(scaled, held, answer.prices, relaxed) - objective(scaled, held)
     bound = objective(problem, held) + float(np.ldexp(above, exponent))

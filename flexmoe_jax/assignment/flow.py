@@ -26,6 +26,8 @@ from flexmoe_jax.errors import InputError
 # Costs times nodes must stay within 64 bits.
 _LARGEST_SUM = 2.0**60
 _FINEST = 2.0**40
+# What one unit of violation may weigh more than another: more would leave fitness no digits.
+_PRIORITY = 1024.0
 
 
 def require_ortools() -> None:
@@ -59,6 +61,7 @@ def solve_flow(problem: Problem, deadline: float = np.inf) -> BoolArray:
     centred = problem.fitness - problem.fitness.mean(axis=1, keepdims=True)
     span = float(np.max(np.abs(centred))) or 1.0
     weight = np.asarray(problem.violation_weight) / np.min(problem.violation_weight)
+    weight = np.minimum(weight, _PRIORITY)
     # One unit of violation outweighs any path of swaps, of which each costs at most 2 spans.
     dear = 2.0 * (experts + 1)
     room = _LARGEST_SUM / ((clients + experts + 2) * 2 * dear * float(weight.max()))

@@ -50,7 +50,7 @@ class Problem:
       load_max: [E] greatest load of each expert; may be infinite.
       load_weight: load that a holder puts on its expert, ≥ 0: a scalar, [C] or [C, E].
       violation_weight: [E] or scalar, > 0: what a unit of violation of an expert's bounds weighs
-        where not all bounds can hold.
+        where not all bounds can hold (`paths` and `flow` tell up to 1024 times the least apart).
       holders_min: [E] or scalar, least number of clients that hold each expert.
       target: [E] load that `balance` draws each expert to; default: equal shares of the total.
       balance: μ ≥ 0, worth of one squared unit of load off target.

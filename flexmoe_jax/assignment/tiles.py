@@ -52,7 +52,9 @@ def _solve_tiles(matrix: Array, right: Array) -> Array:
     """By halves (Schur complement), down to what one tile holds."""
     size = matrix.shape[0]
     if size <= _TILE:
-        return gram(np.linalg.inv(matrix).T, right)
+        columns = range(0, right.shape[1], 4 * _TILE)
+        parts = [np.linalg.solve(matrix, right[:, j : j + 4 * _TILE]) for j in columns]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     half = size // 2
     upper, lower = matrix[:half], matrix[half:]
     first = _solve_tiles(upper[:, :half], np.concatenate([upper[:, half:], right[:half]], axis=1))

@@ -89,6 +89,7 @@ class _Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
+        self.owner = os.getpid()
         _STARTED[id(self)] = self
 
     def solve(self, cost: _Int, *numbers: _Int, deadline: float) -> BoolArray:
@@ -175,10 +176,7 @@ _STARTED: dict[int, _Worker] = {}
 @contextmanager
 def _lent() -> Iterator[_Worker]:
     """A worker that nobody else has; it is put back only if nothing was raised."""
-    try:
-        worker = _IDLE.pop()
-    except IndexError:
-        worker = _Worker()
+    worker = _idle() or _Worker()
     try:
         yield worker
     except BaseException:
@@ -188,6 +186,18 @@ def _lent() -> Iterator[_Worker]:
         _IDLE.append(worker)
     else:
         worker.close()
+
+
+def _idle() -> _Worker | None:
+    while True:
+        try:
+            worker = _IDLE.pop()
+        except IndexError:
+            return None
+        if worker.owner == os.getpid():
+            return worker
+        # A fork that Python was not told of.
+        worker.abandon()
 
 
 def _close_all() -> None:
