@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from flexmoe_jax.assignment.certificate import Prices, effective_bounds, price_bound
-from flexmoe_jax.assignment.closer import View, look_closer
-from flexmoe_jax.assignment.paths import GOLDEN, best_choices
+from flexmoe_jax.assignment.closer import View, look, look_closer
+from flexmoe_jax.assignment.heuristics import take_top
+from flexmoe_jax.assignment.paths import GOLDEN, spread_ties
 from flexmoe_jax.assignment.problem import BoolArray, FloatArray, Problem, expert_load
 from flexmoe_jax.assignment.program import Found, Numbers, Program
+from flexmoe_jax.assignment.rebalance import rebalance
 from flexmoe_jax.assignment.relaxation import Relaxed, solve_directly
 
 # Pairs in doubt at first, an expert; and how many times more in each further attempt.
@@ -37,6 +39,7 @@ def solve_by_columns(
     backend: str = "HIGHS",
     deadline: float = np.inf,
     direct: bool = False,
+    start: BoolArray | None = None,
 ) -> Relaxed:
     """Relaxation of a problem without diversity, balance, expert sizes or weighted floors.
 
@@ -46,6 +49,7 @@ def solve_by_columns(
       backend: any CVXPY solver that is installed.
       deadline: on the clock of `time.perf_counter`.
       direct: whether HiGHS may be given the program without CVXPY.
+      start: [C, E] bool, an assignment that is best at these prices and within the bounds.
 
     Returns:
       As `solve_relaxation`. Where bounds give way, the violation is the least among answers that
@@ -57,24 +61,32 @@ def solve_by_columns(
     direct = direct and backend == "HIGHS"
     low, high = effective_bounds(problem)
     total = float(np.sum(problem.weights.mean(axis=1) * problem.capacity))
-    view, prices = look_closer(
-        problem, prices, partial(_misses, problem, (low, high)), _MISS * total, deadline
-    )
-    top, doubt = _doubt(problem, view, prices)
+    view = look(problem)
+    if start is None:
+        misses = partial(_misses, problem, (low, high))
+        view, prices = look_closer(problem, prices, misses, _MISS * total, deadline)
+    worth = _whole(problem, view, prices)
+    top = take_top(worth, problem.capacity) if start is None else start
     prices = view.base + prices
     given = price_bound(problem, Prices(prices), low, high)
-    for attempt in range(_ATTEMPTS):
+    attempt, balanced = 0, start is not None
+    while attempt < _ATTEMPTS:
         last = attempt == _ATTEMPTS - 1
-        in_doubt = _in_doubt(doubt, top, _PAIRS_PER_EXPERT * _GROWTH**attempt)
+        in_doubt = _in_doubt(worth, top, _PAIRS_PER_EXPERT * _GROWTH**attempt)
         decided = top & ~in_doubt
         client, expert = np.nonzero(in_doubt)
         pairs = client, expert
         found = _solve_pairs(problem, pairs, decided, (low, high), backend, deadline, direct, last)
+        if found is None and not balanced:
+            # What is decided leaves no room for the bounds.
+            top, balanced = rebalance(problem, worth, top, low, high), True
+            continue
+        attempt += 1
         if found is None:
             continue
-        worth = found.value + float(np.sum(problem.fitness, where=decided))
+        value = found.value + float(np.sum(problem.fitness, where=decided))
         bound = price_bound(problem, found.prices, low, high)
-        closed = bound - worth <= _CLOSED * float(np.ptp(problem.fitness, axis=1).sum())
+        closed = bound - value <= _CLOSED * float(np.ptp(problem.fitness, axis=1).sum())
         if found.witness is not None or closed:
             break
     assert found is not None
@@ -84,14 +96,13 @@ def solve_by_columns(
     return Relaxed(x, found.prices if better else Prices(prices), found.witness)
 
 
-def _whole(problem: Problem, view: View, prices: FloatArray) -> tuple[FloatArray, BoolArray]:
-    """What is left of the worth [C, E] at these prices, and each client's best choices by it.
+def _whole(problem: Problem, view: View, prices: FloatArray) -> FloatArray:
+    """What is left of the worth [C, E] at these prices.
 
-    In whole numbers, so that ties are ties, and choices come out even over the experts.
+    In whole numbers, so that ties are ties, and parts of one that spread them over the experts.
     """
     reduced = view.worth - problem.weights * prices
-    reduced = np.rint(reduced * (2.0**32 / (view.span or 1.0)))
-    return reduced, best_choices(reduced, np.zeros(problem.experts), problem.capacity)
+    return spread_ties(np.rint(reduced * (2.0**32 / (view.span or 1.0))))
 
 
 def _misses(
@@ -102,41 +113,36 @@ def _misses(
 ) -> float:
     """How much load lies out of its bounds where these prices send it."""
     low, high = bounds
-    load = expert_load(problem, _whole(problem, view, prices)[1])
+    load = expert_load(problem, take_top(_whole(problem, view, prices), problem.capacity))
     return float(np.maximum(np.maximum(low - load, load - high), 0.0).sum())
 
 
-def _doubt(problem: Problem, view: View, prices: FloatArray) -> tuple[BoolArray, FloatArray]:
-    """Each client's best choices [C, E] at these prices, and how far each pair is from changing.
+def _in_doubt(worth: FloatArray, top: BoolArray, wanted: int) -> BoolArray:
+    """The pairs [C, E] most in doubt, so many of each expert, and what their clients swap them for.
 
-    Among equal doubts clients stay together, since one with one pair in doubt can change nothing.
+    In doubt is what is worth little more or less than a client's threshold. Of each expert, since
+    any of them may have to give or take load, whatever it costs; among equal doubts clients stay
+    together, since one with one pair in doubt can change nothing.
     """
-    reduced, top = _whole(problem, view, prices)
-    worst_in = np.min(reduced, axis=1, where=top, initial=np.inf)
-    best_out = np.max(reduced, axis=1, where=~top, initial=-np.inf)
+    whole = np.floor(worth)
+    worst_in = np.min(whole, axis=1, where=top, initial=np.inf)
+    best_out = np.max(whole, axis=1, where=~top, initial=-np.inf)
     threshold = np.where(
         np.isfinite(worst_in) & np.isfinite(best_out),
         0.5 * (worst_in + best_out),
         np.where(np.isfinite(worst_in), -np.inf, np.inf),
     )
-    turn = np.arange(problem.clients) * GOLDEN
-    return top, np.abs(reduced - threshold[:, None]) + 0.25 * (turn - np.floor(turn))[:, None]
-
-
-def _in_doubt(doubt: FloatArray, top: BoolArray, wanted: int) -> BoolArray:
-    """The pairs [C, E] most in doubt, so many of each expert, and what their clients swap them for.
-
-    Of each expert, since any of them may have to give or take load, whatever it costs.
-    """
-    last = min(wanted, doubt.shape[0]) - 1
-    found = np.zeros(doubt.shape, bool)
+    turn = np.arange(worth.shape[0]) * GOLDEN
+    doubt = np.abs(whole - threshold[:, None]) + 0.25 * (turn - np.floor(turn))[:, None]
+    last = min(wanted, worth.shape[0]) - 1
+    found = np.zeros(worth.shape, bool)
     for side in (top, ~top):
         of_side = np.where(side, doubt, np.inf)
         nearest = np.argpartition(of_side, last, axis=0)[: last + 1]
         np.put_along_axis(found, nearest, True, axis=0)
     some = found.any(axis=1)
-    for side in (top, ~top):
-        found[some, np.argmin(np.where(side, doubt, np.inf), axis=1)[some]] = True
+    found[some, np.argmin(np.where(top, worth, np.inf), axis=1)[some]] = True
+    found[some, np.argmax(np.where(top, -np.inf, worth), axis=1)[some]] = True
     return found
 
 

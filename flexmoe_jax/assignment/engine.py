@@ -37,7 +37,7 @@ from flexmoe_jax.assignment.problem import (
     missing_holders,
     objective,
 )
-from flexmoe_jax.assignment.relaxation import solve_relaxation
+from flexmoe_jax.assignment.relaxation import Relaxed, solve_relaxation
 from flexmoe_jax.assignment.rounding import round_knapsack, round_shmoys_tardos
 from flexmoe_jax.assignment.scaling import rescale
 from flexmoe_jax.assignment.solution import Solution, make_solution
@@ -209,9 +209,7 @@ def _relaxation(problem: Problem, options: Options, direct: bool = False) -> _An
     plain = not (problem.balance or problem.diversity or problem.expert_size is not None)
     floors = bool(np.any(problem.holders_min)) and not problem.unit
     if plain and not floors and problem.fitness.size > _MANY_PAIRS:
-        relaxed = solve_by_columns(
-            problem, estimate_prices(problem), options.backend, options.deadline, direct
-        )
+        relaxed = _relax_pairs_in_doubt(problem, options, direct)
     else:
         relaxed = solve_relaxation(problem, options.backend, options.deadline, direct)
     if problem.expert_size is not None:
@@ -220,6 +218,17 @@ def _relaxation(problem: Problem, options: Options, direct: bool = False) -> _An
         held = round_shmoys_tardos(problem, relaxed.x)
     answer = _Answer(held, (relaxed.prices,), relaxed.witness)
     return _polished(problem, answer, options.rounding)
+
+
+def _relax_pairs_in_doubt(problem: Problem, options: Options, direct: bool) -> Relaxed:
+    if problem.unit:
+        # Where weights are equal, the best prices and what belongs to them are found at once.
+        start, best = solve_paths(problem, options.deadline)
+        return solve_by_columns(
+            problem, best.load, options.backend, options.deadline, direct, start
+        )
+    prices = estimate_prices(problem)
+    return solve_by_columns(problem, prices, options.backend, options.deadline, direct)
 
 
 def _paths(problem: Problem, options: Options) -> _Answer:

@@ -157,13 +157,20 @@ def best_choices(fitness: FloatArray, prices: FloatArray, capacity: IntArray) ->
       [C, E] bool.
     """
     held = np.empty(fitness.shape, bool)
-    experts = np.arange(fitness.shape[1]) / fitness.shape[1]
     for rows in row_blocks(fitness.shape):
-        turn = np.add.outer(np.arange(rows.start, rows.stop) * GOLDEN, experts)
-        # Less than the difference of any two whole numbers.
-        worth = fitness[rows] - prices + 0.5 * (turn - np.floor(turn))
+        worth = spread_ties(fitness[rows] - prices, rows.start)
         held[rows] = take_top(worth, capacity[rows])
     return held
+
+
+def spread_ties(worth: FloatArray, first: int = 0) -> FloatArray:
+    """Whole worths [C, E] of clients from number `first` on, and a part of one that breaks ties.
+
+    Less than half of one, so that no order changes; and each client prefers another expert.
+    """
+    clients, experts = worth.shape
+    turn = np.add.outer(np.arange(first, first + clients) * GOLDEN, np.arange(experts) / experts)
+    return worth + 0.5 * (turn - np.floor(turn))
 
 
 def swap_costs(fitness: FloatArray, held: BoolArray) -> FloatArray:

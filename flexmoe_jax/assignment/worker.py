@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,8 +33,10 @@ from flexmoe_jax.assignment.problem import BoolArray, SolverError, seconds_left
 _Int = npt.NDArray[np.int64]
 
 _SCRIPT = Path(__file__).with_name("flow_worker.py")
-# Idle workers that are kept: more cannot work at once.
+# Idle workers that are kept, since no more can work at once; workers that any number of threads
+# share, of 60 MB each; and seconds to wait for one until there may be one more all the same.
 _KEPT = os.cpu_count() or 1
+_MOST, _PATIENCE = max(8, _KEPT), 5.0
 # A worker that was killed from outside says nothing of the question.
 _ATTEMPTS = 2
 
@@ -176,7 +179,12 @@ _STARTED: dict[int, _Worker] = {}
 @contextmanager
 def _lent() -> Iterator[_Worker]:
     """A worker that nobody else has; it is put back only if nothing was raised."""
-    worker = _idle() or _Worker()
+    worker = _idle()
+    end = time.perf_counter() + _PATIENCE
+    while worker is None and len(_STARTED) >= _MOST and time.perf_counter() < end:
+        time.sleep(0.001)
+        worker = _idle()
+    worker = worker or _Worker()
     try:
         yield worker
     except BaseException:

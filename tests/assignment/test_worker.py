@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +210,19 @@ def test_a_pool_of_forked_processes_solves() -> None:
     command = [sys.executable, "-c", code]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
     assert ended.stdout.strip() == "True", ended.stderr
+
+
+@pytest.mark.usefixtures("no_workers")
+def test_many_threads_share_few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_MOST", 2)
+    most = []
+
+    def counted(seed: int) -> bool:
+        right = is_right(seed)
+        most.append(len(worker._STARTED))
+        return right
+
+    with ThreadPoolExecutor(12) as pool:
+        assert all(pool.map(counted, range(60)))
+    # Two threads can find room for one at once.
+    assert max(most) <= 4
