@@ -14,6 +14,8 @@ from flexmoe_jax.errors import InputError
 
 # JAX counts in 32 bits.
 _LARGEST = 2**31 - 1
+# Fitness is kept in single precision, and scores are at most 1.
+_GREATEST_FITNESS = 1e30
 _KINDS: dict[type, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -86,7 +88,7 @@ def check_numbers(config: ConfigDict) -> None:
         "server.noise_multiplier",
         "edge.deadline",
     )
-    positive = ("local.learning_rate", "local.expert_rate", "server.learning_rate")
+    positive = ("local.learning_rate", "local.expert_rate", "server.learning_rate", "fitness.alpha")
     ranges: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         (at_least_one, lambda value: value >= 1, "choose 1 or more"),
         (not_negative, lambda value: 0 <= value < float("inf"), "choose 0 or more"),
@@ -121,8 +123,9 @@ def check_numbers(config: ConfigDict) -> None:
     if not 0 < config.fitness.beta <= 1:
         raise InputError("fitness.beta", config.fitness.beta, "choose a number in (0, 1]")
     for field in ("fitness.initial", "fitness.optimism"):
-        if not np.isfinite(_value(config, field)):
-            raise InputError(field, _value(config, field), "choose a finite number")
+        if not abs(_value(config, field)) <= _GREATEST_FITNESS:
+            remedy = f"choose a number of at most {_GREATEST_FITNESS:g}, either side of 0"
+            raise InputError(field, _value(config, field), remedy)
     if config.clients.per_round > config.clients.count:
         raise InputError(
             "clients.per_round",

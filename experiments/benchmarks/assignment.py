@@ -1,9 +1,10 @@
 """Suite `assignment`: solvers by problem size.
 
 A line per solver, clients C, experts E and load model: seconds warm, the best and the worst of
-three problems, seconds cold, peak memory and gap. `dual` is a JAX program: as the launchers do, it
-keeps what it compiles on disk, and a second process, which finds it there, is the one measured. The
-peak memory of the first, compiler and all, is `peak_bytes_compiling`.
+three problems, seconds cold, peak memory and gap. Load `equal` is `clients` where every fitness is
+the same, as before a first round. `dual` is a JAX program: as the launchers do, it keeps what it
+compiles on disk, and a second process, which finds it there, is the one measured. The peak memory
+of the first, compiler and all, is `peak_bytes_compiling`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ CASES = (
     ("auto", 1_000, 64, "clients"),
     ("auto", 1_000, 64, "samples"),
     ("auto", 10_000, 64, "clients"),
+    ("auto", 10_000, 64, "equal"),
     ("auto", 10_000, 64, "samples"),
     ("auto", 10_000, 64, "usage"),
     ("flow", 10_000, 64, "clients"),
@@ -88,6 +90,8 @@ def draw(seed: int, clients: int, experts: int, load: str) -> Problem:
     kind = rng.integers(0, 10, clients)
     noise = 0.05 * rng.normal(size=(clients, experts))
     fitness = np.clip(rng.random((10, experts))[kind] + noise, 0, 1)
+    if load == "equal":
+        fitness = np.full(fitness.shape, 0.5)
     capacity = rng.integers(1, 5, clients)
     weight: float | np.ndarray[Any, np.dtype[np.float64]] = 1.0
     if load == "samples":

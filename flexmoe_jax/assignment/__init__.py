@@ -12,15 +12,10 @@ from typing import TYPE_CHECKING, Any
 from flexmoe_jax.assignment.bounds import load_bounds, update_deficit, window_deficit
 from flexmoe_jax.assignment.engine import ROUNDINGS, SOLVERS, solve
 from flexmoe_jax.assignment.layers import solve_layers
-from flexmoe_jax.assignment.policies import (
-    POLICIES,
-    NamedPolicy,
-    Policy,
-    Request,
-    as_solution,
-    make_policy,
-)
-from flexmoe_jax.assignment.problem import Problem, Solution, SolverError
+from flexmoe_jax.assignment.named import NamedPolicy, make_policy
+from flexmoe_jax.assignment.policies import POLICIES, Policy, Request, as_solution
+from flexmoe_jax.assignment.problem import Problem, SolverError
+from flexmoe_jax.assignment.solution import Solution
 
 if TYPE_CHECKING:
     from flexmoe_jax.assignment.dual import DualSolution, dual_assign

@@ -6,19 +6,35 @@ Axis legend: `C` clients, `E` experts, `F` numbers that describe a client.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flexmoe_jax.assignment.certificate import effective_bounds
-from flexmoe_jax.assignment.dual import DualSolution, dual_assign
-from flexmoe_jax.assignment.problem import Problem
+from flexmoe_jax.assignment.certificate import Prices, effective_bounds
+from flexmoe_jax.assignment.dual import dual_assign
+from flexmoe_jax.assignment.problem import BoolArray, Problem
 
 
-def run_dual(problem: Problem) -> DualSolution:
-    """`dual_assign` of the problem, in single precision."""
-    return _compiled()(*_device_inputs(problem), slots=_slots(problem))
+class Found(NamedTuple):
+    """What the device found: an assignment [C, E] bool and the prices that it came from."""
+
+    assignment: BoolArray
+    prices: Prices
+
+
+def run_dual(problem: Problem) -> Found:
+    """`dual_assign` of the problem, in single precision.
+
+    Worth and load go in with 1 for their largest, so that what rounding makes of them does not
+    depend on their unit.
+    """
+    worth = float(np.max(np.abs(problem.fitness), initial=0.0)) or 1.0
+    load = float(np.max(problem.load_weight, initial=0.0)) or 1.0
+    found = _compiled()(*_device_inputs(problem, worth, load), slots=_slots(problem))
+    prices, mix = (np.asarray(part, np.float64) for part in found.prices[:2])
+    return Found(np.asarray(found.assignment), Prices(prices * (worth / load), mix * worth))
 
 
 def _slots(problem: Problem) -> int:
@@ -27,19 +43,19 @@ def _slots(problem: Problem) -> int:
     return min(problem.experts, 1 << (most - 1).bit_length())
 
 
-def _device_inputs(problem: Problem) -> tuple[Any, ...]:
+def _device_inputs(problem: Problem, worth: float, load: float) -> tuple[Any, ...]:
     low, high = effective_bounds(problem)
-    weight = problem.load_weight if problem.unit is None else float(problem.unit)
-    descriptor = problem.deviation
-    return (
-        jnp.asarray(problem.fitness, jnp.float32),
-        jnp.asarray(problem.capacity, jnp.int32),
-        jnp.asarray(low, jnp.float32),
-        jnp.asarray(high, jnp.float32),
-        jnp.asarray(weight, jnp.float32),
-        jnp.asarray(descriptor, jnp.float32),
-        jnp.asarray(problem.diversity, jnp.float32),
+    weight = problem.load_weight if problem.unit is None else problem.unit
+    numbers = (
+        problem.fitness / worth,
+        low / load,
+        high / load,
+        np.asarray(weight) / load,
+        problem.deviation,
+        np.asarray(problem.diversity / worth),
     )
+    fitness, *others = (jnp.asarray(number, jnp.float32) for number in numbers)
+    return fitness, jnp.asarray(problem.capacity, jnp.int32), *others
 
 
 @lru_cache(maxsize=1)

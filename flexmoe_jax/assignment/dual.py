@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexmoe_jax.assignment.prices import Prices, ascend_prices, reduced_fitness
+from flexmoe_jax.assignment.certificate import Prices
+from flexmoe_jax.assignment.prices import ascend_prices, reduced_fitness
 from flexmoe_jax.types import Array
 
 # Loads are sums of floats: a bound missed by less than this part of a weight is kept.

@@ -6,6 +6,8 @@ Axis legend: `C` clients, `E` experts, `F` numbers that describe a client.
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from types import MappingProxyType
@@ -13,35 +15,32 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexmoe_jax.assignment.certificate import (
-    effective_bounds,
-    has_impossible_bounds,
-    price_bound,
-)
+from flexmoe_jax.assignment.certificate import Prices, gave_way, prove, require_capacities
 from flexmoe_jax.assignment.columns import solve_by_columns
+from flexmoe_jax.assignment.equal import prices_of, solve_paths
 from flexmoe_jax.assignment.flow import require_ortools, solve_flow
 from flexmoe_jax.assignment.heuristics import (
     client_keys,
     take_best,
     take_in_turn,
     take_random,
-    take_top,
 )
-from flexmoe_jax.assignment.paths import augment
+from flexmoe_jax.assignment.loading import load
 from flexmoe_jax.assignment.polish import polish
 from flexmoe_jax.assignment.prices import estimate_prices
 from flexmoe_jax.assignment.problem import (
     BoolArray,
-    FloatArray,
     Problem,
-    Solution,
+    SolverError,
     expert_load,
     load_violation,
-    make_solution,
+    missing_holders,
     objective,
 )
-from flexmoe_jax.assignment.relaxation import solve_relaxation
+from flexmoe_jax.assignment.relaxation import Relaxed, solve_relaxation
 from flexmoe_jax.assignment.rounding import round_knapsack, round_shmoys_tardos
+from flexmoe_jax.assignment.scaling import rescale
+from flexmoe_jax.assignment.solution import Solution, make_solution
 from flexmoe_jax.errors import InputError
 
 # Terms of a problem that solvers do not take; `relaxation` and `auto` take all.
@@ -55,13 +54,27 @@ _REFUSED = MappingProxyType(
         "round_robin": ("sizes",),
     }
 )
-# Part of the relaxation's value that mending the load bounds may cost.
-_MENDING = MappingProxyType({"shmoys_tardos": 0.0, "repair": 0.01})
+# What mending the load bounds may cost, as a part of what there is to win or lose.
+_MENDING = MappingProxyType({"shmoys_tardos": 0.0, "repair": 0.02})
 ROUNDINGS = tuple(_MENDING)
 # Gaps at which local search is not worth its time, for large problems and for small ones.
 _GOOD, _CLOSED = 1e-3, 1e-9
-# Pairs up to which prices from nil, or all of the relaxation's pairs, are the faster way.
-_FEW_PAIRS, _MANY_PAIRS = 2_000, 20_000
+# Pairs up to which all of the relaxation's are the faster way.
+_MANY_PAIRS = 20_000
+
+
+_jax_is_lost = False
+
+
+def _note_jax() -> None:
+    """In a forked process: JAX's threads stayed behind, and whoever waits for them hangs."""
+    global _jax_is_lost
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    _jax_is_lost |= bridge is not None and bool(getattr(bridge, "_backends", True))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_jax)
 
 
 class Options(NamedTuple):
@@ -74,12 +87,17 @@ class Options(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """What a solver says: an assignment, prices or a bound that prove it, what gave way."""
+    """What a solver says; nothing of it is believed that is not proved.
+
+    Attributes:
+      assignment: [C, E] bool.
+      prices: each of which proves a bound; none for nil prices.
+      witness: prices that prove that the load bounds cannot hold, where it takes prices to do so.
+    """
 
     assignment: BoolArray
-    prices: FloatArray | None = None
-    bound: float = np.inf
-    relaxed: bool = False
+    prices: tuple[Prices, ...] = ()
+    witness: Prices | None = None
 
 
 def solve(
@@ -100,7 +118,8 @@ def solve(
         load bounds.
       rounding: how fractions are rounded. Both ways keep capacities exactly, and load bounds to
         within an expert's largest single weight. `shmoys_tardos` is worth at least the
-        relaxation; `repair` (the default) gives up to 1 % of it to mend load bounds.
+        relaxation; `repair` (the default) gives up to 2 % of what there is to win or lose to mend
+        load bounds.
       seed: of ties and random choices.
       backend: which CVXPY solver the relaxation goes to: any that is installed, by CVXPY's name
         (`cvxpy.installed_solvers()`). An interior-point or first-order solver is as good as its
@@ -130,11 +149,17 @@ def solve(
     )
     begin = time.perf_counter()
     deadline = begin + (time_limit or np.inf)
-    answer = SOLVERS[solver](problem, Options(rounding, seed, backend, deadline))
-    bound = _certify(problem, answer)
-    seconds = time.perf_counter() - begin
-    relaxed = answer.relaxed or has_impossible_bounds(problem)
-    return make_solution(problem, answer.assignment, bound, seconds, relaxed=relaxed)
+    scaled, exponent = rescale(problem)
+    answer = SOLVERS[solver](scaled, Options(rounding, seed, backend, deadline))
+    held = answer.assignment
+    require_capacities(scaled, held)
+    broken = load_violation(scaled, expert_load(scaled, held)).any()
+    broken |= missing_holders(scaled, held).any()
+    relaxed = bool(broken) and gave_way(scaled, held, answer.witness)
+    # The difference to the bound is what the scaled problem tells more exactly.
+    above = prove(scaled, held, answer.prices, relaxed) - objective(scaled, held)
+    bound = objective(problem, held) + float(np.ldexp(above, exponent))
+    return make_solution(problem, held, bound, time.perf_counter() - begin, relaxed=relaxed)
 
 
 def require_solver(
@@ -180,114 +205,80 @@ def require_name(field: str, name: str, known: Iterable[str]) -> None:
     raise InputError(field, name, f"{hint}give one of {', '.join(names)}")
 
 
-def _certify(problem: Problem, answer: _Answer) -> float:
-    """The least bound that is proved; for bounds that gave way, as far as they gave way."""
-    if answer.prices is None or problem.balance or problem.diversity:
-        return answer.bound
-    low, high = effective_bounds(problem)
-    if answer.relaxed:
-        load = expert_load(problem, answer.assignment)
-        low, high = np.minimum(low, load), np.maximum(high, load)
-        return price_bound(problem, answer.prices, low, high)
-    return min(answer.bound, price_bound(problem, answer.prices, low, high))
-
-
 def _relaxation(problem: Problem, options: Options, direct: bool = False) -> _Answer:
     plain = not (problem.balance or problem.diversity or problem.expert_size is not None)
     floors = bool(np.any(problem.holders_min)) and not problem.unit
     if plain and not floors and problem.fitness.size > _MANY_PAIRS:
-        relaxed = solve_by_columns(
-            problem, estimate_prices(problem), options.backend, options.deadline, direct
-        )
+        relaxed = _relax_pairs_in_doubt(problem, options, direct)
     else:
         relaxed = solve_relaxation(problem, options.backend, options.deadline, direct)
     if problem.expert_size is not None:
         held = round_knapsack(problem, relaxed.x)
     else:
         held = round_shmoys_tardos(problem, relaxed.x)
-    held = _polished(problem, held, relaxed.prices, relaxed.bound, options.rounding)
-    return _Answer(held, relaxed.prices, relaxed.bound, relaxed.excess > 0)
+    answer = _Answer(held, (relaxed.prices,), relaxed.witness)
+    return _polished(problem, answer, options.rounding)
+
+
+def _relax_pairs_in_doubt(problem: Problem, options: Options, direct: bool) -> Relaxed:
+    if problem.unit:
+        # Where weights are equal, the best prices and what belongs to them are found at once.
+        start, best = solve_paths(problem, options.deadline)
+        return solve_by_columns(
+            problem, best.load, options.backend, options.deadline, direct, start
+        )
+    prices = estimate_prices(problem)
+    return solve_by_columns(problem, prices, options.backend, options.deadline, direct)
 
 
 def _paths(problem: Problem, options: Options) -> _Answer:
-    unit, experts = problem.unit, problem.experts
-    assert unit is not None
-    low, high = effective_bounds(problem)
-    low, high = (low / unit, high / unit) if unit else (np.zeros(experts), np.full(experts, 1e18))
-    low = np.maximum(low, 0.0)
-    target, curve = problem.load_target / (unit or 1.0), problem.balance * unit**2
-    quantum = _quantum(problem, curve)
-    # One unit of violation outweighs any path of swaps, each worth 2^32 quanta at the most.
-    priority = np.asarray(problem.violation_weight / np.min(problem.violation_weight))
-    weight = np.rint(np.minimum(priority, 1024.0) * 2**33 * (experts + 1))
-
-    def marginal(y: FloatArray) -> FloatArray:
-        outside = weight * ((y >= high).astype(float) - (y < low))
-        return outside + np.rint(curve * (2 * (y - target) + 1) / quantum)
-
-    few = problem.fitness.size <= _FEW_PAIRS or curve
-    prices = np.zeros(experts) if few else estimate_prices(problem) * unit
-    prices, fitness = np.rint(prices / quantum), np.rint(problem.fitness / quantum)
-    load = take_top(fitness - prices, problem.capacity).sum(axis=0)
-    if curve:
-        start = np.clip(np.ceil(target - 0.5), low, high)
-    else:
-        start = np.where(prices > 0, high, np.where(prices < 0, low, np.clip(load, low, high)))
-    found = augment(fitness, problem.capacity, marginal, prices, start, options.deadline)
-    held = found.assignment
-    count = held.sum(axis=0)
-    relaxed = bool(((count < low) | (count > high)).any())
-    if curve or not unit:
-        # A quantum misjudges no pair by more than half of itself.
-        bound = objective(problem, held) + quantum * float(problem.capacity.sum())
-        return _Answer(held, bound=bound, relaxed=relaxed and bool(unit))
-    # The prices prove the optimum; no trust in the search is needed.
-    return _Answer(held, found.prices * quantum / unit, relaxed=relaxed)
-
-
-def _quantum(problem: Problem, curve: float) -> float:
-    """The grain of whole-number costs: sums of them are exact, so no path can go in circles."""
-    span = float(np.ptp(problem.fitness)) if problem.fitness.size else 0.0
-    most = float(np.max(np.abs(problem.fitness), initial=0.0))
-    widest = span + 2 * curve * problem.clients
-    return max(widest * 2.0**-32, most * 2.0**-45, 1e-290)
+    held, prices = solve_paths(problem, options.deadline)
+    return _Answer(held, (prices,))
 
 
 def _flow(problem: Problem, options: Options) -> _Answer:
-    held, bound, relaxed = solve_flow(problem, options.deadline)
-    return _Answer(held, bound=bound, relaxed=relaxed)
+    held = solve_flow(problem, options.deadline)
+    require_capacities(problem, held)
+    # Prices of our own: OR-Tools has no say in how good its answer is.
+    return _Answer(held, (prices_of(problem, held),))
 
 
 def _dual(problem: Problem, options: Options) -> _Answer:
     if problem.clients == 0 or problem.unit == 0:
         return _relaxation(problem, options)
+    if _jax_is_lost:
+        remedy = "start processes by spawn, or use auto"
+        raise SolverError(f"dual: JAX ran before this process was forked off; {remedy}")
     # JAX is loaded here alone: no other solver needs it.
+    load("jax.numpy")
     from flexmoe_jax.assignment.device import run_dual
 
     found = run_dual(problem)
-    held = np.asarray(found.assignment)
-    prices = np.asarray(found.prices.load, np.float64)
-    mixed = bool(problem.diversity)
-    bound = (
-        float(found.bound) if mixed else price_bound(problem, prices, *effective_bounds(problem))
-    )
-    held = _polished(problem, held, prices, bound, options.rounding)
-    broken = load_violation(problem, expert_load(problem, held)).any()
-    # At equal weights the paths mend whatever can be mended.
-    return _Answer(held, prices, bound, bool(broken and problem.unit is not None))
+    return _polished(problem, _Answer(found.assignment, (found.prices,)), options.rounding)
 
 
-def _polished(
-    problem: Problem, held: BoolArray, prices: FloatArray, bound: float, rounding: str
-) -> BoolArray:
+def _polished(problem: Problem, answer: _Answer, rounding: str) -> _Answer:
     """Local search where there is something to win: broken load bounds, or a gap."""
+    held = answer.assignment
     value = objective(problem, held)
+    bound = prove(problem, held, answer.prices, answer.witness is not None)
+    stake = _stake(problem, held, bound)
     broken = load_violation(problem, expert_load(problem, held)).any()
     good = _GOOD if problem.fitness.size > _MANY_PAIRS else _CLOSED
-    if not broken and bound - value <= good * abs(bound):
-        return held
-    least = min(value, bound - _MENDING[rounding] * abs(bound)) if broken else value
-    return polish(problem, held, prices, least)
+    if not broken and bound - value <= good * stake:
+        return answer
+    least = min(value, bound - _MENDING[rounding] * stake) if broken else value
+    return answer._replace(assignment=polish(problem, held, answer.prices[0].load, least))
+
+
+def _stake(problem: Problem, held: BoolArray, bound: float) -> float:
+    """What there is to win or lose: by each row's span, whatever constants rows contain."""
+    if problem.expert_size is not None:
+        return abs(bound)
+    span = np.ptp(problem.fitness, axis=1) if problem.clients else np.zeros(0)
+    swaps = np.minimum(problem.capacity, problem.experts - problem.capacity)
+    terms = float(np.sum(problem.fitness, where=held)) - objective(problem, held)
+    return float(np.sum(span * swaps)) + terms
 
 
 def _auto(problem: Problem, options: Options) -> _Answer:
@@ -296,24 +287,25 @@ def _auto(problem: Problem, options: Options) -> _Answer:
     if problem.unit is not None and not problem.diversity:
         return _paths(problem, options)
     floors = bool(np.any(problem.holders_min)) and not problem.unit
-    if problem.diversity and not problem.balance and not floors and problem.fitness.size > 20_000:
+    many = problem.fitness.size > _MANY_PAIRS and not _jax_is_lost
+    if problem.diversity and not problem.balance and not floors and many:
         return _dual(problem, options)
     return _relaxation(problem, options, direct=True)
 
 
 def _greedy(problem: Problem, options: Options) -> _Answer:
     keys = client_keys([options.seed], np.arange(problem.clients), problem.experts)
-    return _unpriced(problem, take_best(problem.fitness, problem.capacity, keys))
+    return _Answer(take_best(problem.fitness, problem.capacity, keys))
 
 
 def _random(problem: Problem, options: Options) -> _Answer:
     keys = client_keys([options.seed], np.arange(problem.clients), problem.experts)
-    return _unpriced(problem, take_random(problem.capacity, keys))
+    return _Answer(take_random(problem.capacity, keys))
 
 
 def _round_robin(problem: Problem, options: Options) -> _Answer:
     clients = np.arange(problem.clients)
-    return _unpriced(problem, take_in_turn(problem.capacity, clients, 0, problem.experts))
+    return _Answer(take_in_turn(problem.capacity, clients, 0, problem.experts))
 
 
 SOLVERS: MappingProxyType[str, Callable[[Problem, Options], _Answer]] = MappingProxyType(
@@ -328,9 +320,3 @@ SOLVERS: MappingProxyType[str, Callable[[Problem, Options], _Answer]] = MappingP
         "round_robin": _round_robin,
     }
 )
-
-
-def _unpriced(problem: Problem, held: BoolArray) -> _Answer:
-    """A heuristic's answer, bounded by what clients would take if loads did not matter."""
-    free = float(np.sum(problem.fitness, where=take_top(problem.fitness, problem.capacity)))
-    return _Answer(held, bound=free)

@@ -4,34 +4,30 @@
 
 with load bounds on the arcs to the sink, and dear arcs beside them for loads out of bounds. Costs
 are whole numbers: fitness is scaled by the largest factor that keeps the solver's sums within 64
-bits, and rounding moves the value by at most half a step a held pair, which the bound includes.
+bits, and rounding moves the value by at most half a step a held pair.
 
-Needs the extra `flow` (OR-Tools), which runs in a process of its own: its copy of HiGHS and the
-one that CVXPY uses carry the same library name, so one process can load only one of them.
+Needs the extra `flow` (OR-Tools), which runs in processes of its own (`worker.py`): its copy of
+HiGHS and the one that CVXPY uses carry the same library name, so one process can load only one.
 
 Axis legend: `C` clients, `E` experts.
 """
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
-import subprocess
-import sys
-import threading
-from contextlib import suppress
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
-from flexmoe_jax.assignment.certificate import effective_bounds
-from flexmoe_jax.assignment.problem import BoolArray, Problem, SolverError, seconds_left
+from flexmoe_jax.assignment.certificate import count_bounds
+from flexmoe_jax.assignment.problem import BoolArray, Problem
+from flexmoe_jax.assignment.worker import ask
 from flexmoe_jax.errors import InputError
 
 # Costs times nodes must stay within 64 bits.
 _LARGEST_SUM = 2.0**60
 _FINEST = 2.0**40
+# What one unit of violation may weigh more than another: more would leave fitness no digits.
+_PRIORITY = 1024.0
 
 
 def require_ortools() -> None:
@@ -42,7 +38,7 @@ def require_ortools() -> None:
         )
 
 
-def solve_flow(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, float, bool]:
+def solve_flow(problem: Problem, deadline: float = np.inf) -> BoolArray:
     """Solves a problem whose pairs all have one weight.
 
     Args:
@@ -50,30 +46,27 @@ def solve_flow(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, f
       deadline: on the clock of `time.perf_counter`.
 
     Returns:
-      The assignment [C, E] bool, an upper bound on its value (with the error of scaling), and
-      whether load bounds had to give way.
+      [C, E] bool, as OR-Tools answered: check what it is worth.
 
     Raises:
       InputError: OR-Tools is not installed.
       SolverError: OR-Tools failed, or the deadline passed.
     """
     require_ortools()
-    unit = problem.unit
-    assert unit is not None
     clients, experts = problem.fitness.shape
     total = int(problem.capacity.sum())
-    ends = effective_bounds(problem) if unit else (np.zeros(experts), np.full(experts, np.inf))
-    low, high = (np.rint(np.clip(end / (unit or 1.0), 0, total)).astype(np.int64) for end in ends)
     if total == 0:
-        return np.zeros((clients, experts), bool), 0.0, bool(low.any())
+        return np.zeros((clients, experts), bool)
+    low, high = (np.clip(end, 0, total).astype(np.int64) for end in count_bounds(problem))
     centred = problem.fitness - problem.fitness.mean(axis=1, keepdims=True)
     span = float(np.max(np.abs(centred))) or 1.0
     weight = np.asarray(problem.violation_weight) / np.min(problem.violation_weight)
+    weight = np.minimum(weight, _PRIORITY)
     # One unit of violation outweighs any path of swaps, of which each costs at most 2 spans.
     dear = 2.0 * (experts + 1)
     room = _LARGEST_SUM / ((clients + experts + 2) * 2 * dear * float(weight.max()))
     scale = min(_FINEST, room) / span
-    held = _worker().solve(
+    return ask(
         np.rint(-centred * scale).astype(np.int64),
         problem.capacity.astype(np.int64),
         low,
@@ -81,57 +74,3 @@ def solve_flow(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, f
         np.rint(dear * span * scale * weight).astype(np.int64),
         deadline=deadline,
     )
-    value = float(np.sum(problem.fitness, where=held))
-    load = held.sum(axis=0)
-    relaxed = bool((load < low).any() or (load > high).any())
-    return held, value + total / scale + 1e-12 * abs(value), relaxed
-
-
-class _Worker:
-    """OR-Tools in a process of its own, started once."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("flow_worker.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        atexit.register(self.close)
-
-    def solve(self, *numbers: np.ndarray, deadline: float) -> BoolArray:
-        requests, answers = self._process.stdin, self._process.stdout
-        assert requests is not None
-        assert answers is not None
-        patience = min(seconds_left(deadline), threading.TIMEOUT_MAX)
-        # OR-Tools takes no time limit; its end unblocks the pipes.
-        timer = threading.Timer(patience, self._process.kill)
-        timer.start()
-        try:
-            requests.write(np.array(numbers[0].shape, np.int64).tobytes())
-            for array in numbers:
-                requests.write(array.tobytes())
-            requests.flush()
-            shape = np.frombuffer(answers.read(16), np.int64)
-            found = np.frombuffer(answers.read(int(np.prod(shape))), np.int8).reshape(shape)
-        except (BrokenPipeError, ValueError) as error:
-            _worker.cache_clear()
-            atexit.unregister(self.close)
-            self.close()
-            seconds_left(deadline)
-            raise SolverError("OR-Tools' process ended; its message stands above") from error
-        finally:
-            timer.cancel()
-        if found.shape != numbers[0].shape:
-            raise SolverError("OR-Tools found no flow")
-        return np.asarray(found > 0)
-
-    def close(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
-        self._process.wait()
-
-
-@lru_cache(maxsize=1)
-def _worker() -> _Worker:
-    return _Worker()

@@ -1,13 +1,15 @@
-"""The process that runs OR-Tools for `flow.py`; a script that needs NumPy and OR-Tools alone.
+"""The process that runs OR-Tools for `worker.py`; a script that needs NumPy and OR-Tools alone.
 
-Reads problems from standard input until it ends: C and E, then costs [C, E], capacities [C], and
-least loads, greatest loads and penalties [E], all of 64-bit whole numbers. Writes to standard
-output, for each, the shape of its answer and the answer, a byte a pair.
+Reads questions from standard input until it ends: a number, C and E, then costs [C, E], capacities
+[C], and least loads, greatest loads and penalties [E], all of 64-bit whole numbers. Writes to
+standard output, for each, its number, the shape of the answer, and the answer, a byte a pair.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from typing import BinaryIO
 
 import numpy as np
@@ -44,25 +46,58 @@ def solve(cost: Int, capacity: Int, low: Int, high: Int, penalty: Int) -> Int:
     flow.set_nodes_supplies(np.arange(clients), capacity)
     flow.set_nodes_supplies(sink[:1], np.array([-total]))
     if flow.solve() != flow.OPTIMAL:
-        return np.zeros((0, experts), np.int64)
+        return np.zeros((0, 0), np.int64)
     return np.asarray(flow.flows(np.arange(pairs))).reshape(clients, experts)
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answers one problem after the other."""
-    while shape := requests.read(16):
-        clients, experts = np.frombuffer(shape, np.int64)
+    """Answers one question after the other."""
 
-        def read(*size: int) -> Int:
-            return np.frombuffer(requests.read(8 * int(np.prod(size))), np.int64).reshape(size)
+    def read(*size: int) -> Int:
+        numbers = requests.read(8 * int(np.prod(size)))
+        if len(numbers) < 8 * int(np.prod(size)):
+            raise BrokenPipeError("whoever asked is gone")
+        return np.frombuffer(numbers, np.int64).reshape(size)
 
-        found = solve(
-            read(clients, experts), read(clients), read(experts), read(experts), read(experts)
+    while head := requests.read(24):
+        number, clients, experts = np.frombuffer(head, np.int64).tolist()
+        question = (
+            read(clients, experts),
+            read(clients),
+            read(experts),
+            read(experts),
+            read(experts),
         )
-        answers.write(np.array(found.shape, np.int64).tobytes())
-        answers.write(found.astype(np.int8).tobytes())
+        end_with_parent(requests, True)
+        found = solve(*question)
+        end_with_parent(requests, False)
+        answers.write(np.array([number, *found.shape], np.int64).tobytes())
+        answers.write(found.astype(np.uint8).tobytes())
         answers.flush()
 
 
+def end_with_parent(requests: BinaryIO, wanted: bool) -> None:
+    """Whether the end of the requests ends this process even while OR-Tools runs.
+
+    Between a question and its answer nothing else can come, and a process that is told of what
+    comes by a signal, and does not expect it, ends. Elsewhere than on Linux, OR-Tools finishes
+    first.
+    """
+    if sys.platform == "linux":
+        import fcntl
+
+        fcntl.fcntl(requests, fcntl.F_SETOWN, os.getpid())
+        flags = fcntl.fcntl(requests, fcntl.F_GETFL)
+        wish = flags | fcntl.FASYNC if wanted else flags & ~fcntl.FASYNC
+        fcntl.fcntl(requests, fcntl.F_SETFL, wish)
+
+
 if __name__ == "__main__":
-    serve(sys.stdin.buffer, sys.stdout.buffer)
+    # What libraries print must not get among the answers; standard error may be closed.
+    answers = os.fdopen(os.dup(1), "wb")
+    with suppress(OSError):
+        os.dup2(2, 1)
+    # Whoever asked may be gone at any time.
+    with suppress(BrokenPipeError):
+        serve(sys.stdin.buffer, answers)
+    os._exit(0)

@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 from flexmoe_jax.assignment.problem import BoolArray, FloatArray, IntArray
 
+# Numbers that fit into a core's cache with what is worked out from them.
+_CACHED = 2**16
+
 _Bits = npt.NDArray[np.uint64]
 
 
@@ -55,16 +58,26 @@ def take_best(score: FloatArray, capacity: IntArray, keys: FloatArray) -> BoolAr
 
 def take_top(score: FloatArray, capacity: IntArray) -> BoolArray:
     """As `take_best`, with ties as they fall: several times faster; returns [C, E] bool."""
-    slots = int(np.max(capacity, initial=0))
     assignment = np.zeros(score.shape, bool)
-    if 0 < slots < score.shape[1]:
-        best = np.argpartition(-score, slots - 1, axis=1)[:, :slots]
-        order = np.argsort(-np.take_along_axis(score, best, axis=1), axis=1)
-        best = np.take_along_axis(best, order, axis=1)
-    else:
-        best = np.argsort(-score, axis=1)[:, :slots]
-    np.put_along_axis(assignment, best, np.arange(slots) < capacity[:, None], axis=1)
+    for rows in row_blocks(score.shape):
+        part, count = score[rows], capacity[rows]
+        slots = int(np.max(count, initial=0))
+        if 0 < slots < score.shape[1]:
+            best = np.argpartition(-part, slots - 1, axis=1)[:, :slots]
+            order = np.argsort(-np.take_along_axis(part, best, axis=1), axis=1)
+            best = np.take_along_axis(best, order, axis=1)
+        else:
+            best = np.argsort(-part, axis=1)[:, :slots]
+        taken = np.arange(slots) < count[:, None]
+        np.put_along_axis(assignment[rows], best, taken, axis=1)
     return assignment
+
+
+def row_blocks(shape: tuple[int, ...]) -> list[slice]:
+    """Slices of the rows of a [C, E] array whose temporary copies stay in cache."""
+    rows, columns = shape
+    height = max(1, _CACHED // max(1, columns))
+    return [slice(first, min(first + height, rows)) for first in range(0, rows, height)]
 
 
 def take_random(capacity: IntArray, keys: FloatArray) -> BoolArray:

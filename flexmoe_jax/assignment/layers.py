@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flexmoe_jax.assignment.engine import solve
-from flexmoe_jax.assignment.problem import TINY, Problem, Solution
+from flexmoe_jax.assignment.problem import Problem
+from flexmoe_jax.assignment.solution import Solution, relative_gap
 from flexmoe_jax.errors import InputError
 
 _WORST_LAST = ("optimal", "feasible", "relaxed", "violated")
@@ -108,7 +109,7 @@ def _stack(parts: list[Solution]) -> Solution:
         np.stack([part.assignment for part in parts]),
         value,
         bound,
-        max(bound - value, 0.0) / max(abs(bound), TINY),
+        relative_gap(value, bound, sum(abs(part.value) for part in parts)),
         np.stack([part.load for part in parts]),
         np.stack([part.violation for part in parts]),
         max((part.status for part in parts), key=_WORST_LAST.index),

@@ -8,14 +8,23 @@ it, and loading CVXPY longer than all else that a launch does on the host.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexmoe_jax.assignment.loading import load
 from flexmoe_jax.assignment.problem import FloatArray, IntArray, SolverError, seconds_left
 
 # Tight enough that fitness values 1e-8 apart are told apart.
-HIGHS_OPTIONS = {"dual_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
+HIGHS_OPTIONS = {
+    "dual_feasibility_tolerance": 1e-9,
+    "primal_feasibility_tolerance": 1e-9,
+    "parallel": "off",
+    "threads": 1,
+}
 # Variables up to which HiGHS is faster without presolve.
 FEW_VARIABLES = 4096
 
@@ -64,7 +73,7 @@ def maximise(worth: FloatArray, *groups: Rows, deadline: float = np.inf) -> Opti
     Raises:
       SolverError: HiGHS failed, or the deadline passed.
     """
-    highspy = _highspy()
+    highspy = quiet_highspy()
     count, entries = worth.size, len(groups)
     ends = np.cumsum([0, *(len(group.low) for group in groups)])
     index = np.empty((count, entries), np.int32)
@@ -92,7 +101,8 @@ def maximise(worth: FloatArray, *groups: Rows, deadline: float = np.inf) -> Opti
     for name, option in options.items():
         solver.setOptionValue(name, option)
     solver.passModel(program)
-    solver.run()
+    with one_thread():
+        solver.run()
     status = solver.getModelStatus()
     # Nothing here is unbounded.
     if status in (
@@ -111,8 +121,35 @@ def maximise(worth: FloatArray, *groups: Rows, deadline: float = np.inf) -> Opti
     )
 
 
-def _highspy() -> Any:
-    """HiGHS, without types, loaded when it is first needed."""
-    import highspy
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets HiGHS run in the calling thread alone, and leaves no thread of it behind.
 
+    A process forked off while some are left aborts when it ends. Nor can HiGHS have one thread
+    while somebody else's linger, or they another number while ours does.
+    """
+    highs = quiet_highspy().Highs
+    highs.resetGlobalScheduler(True)
+    try:
+        yield
+    finally:
+        highs.resetGlobalScheduler(True)
+
+
+@lru_cache(maxsize=1)
+def quiet_highspy() -> Any:
+    """HiGHS, without types, loaded when it is first needed, and without a word on stdout.
+
+    From 1.16 on it says its name and licence when the first object of a process is made, whoever
+    makes it and before any option can be set. So the first one is made here, with an option set
+    half way.
+    """
+    highspy = load("highspy")
+
+    class Quiet(highspy.Highs):  # type: ignore[misc, name-defined]
+        def enableCallbacks(self) -> None:  # noqa: N802
+            self.setOptionValue("log_to_console", False)
+            super().enableCallbacks()
+
+    Quiet()
     return highspy

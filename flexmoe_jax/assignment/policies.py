@@ -9,23 +9,13 @@ Axis legend: `P` clients in this round's cohort, `E` experts, `F` numbers that d
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
-from flexmoe_jax.assignment.bounds import load_bounds, normalise_share
-from flexmoe_jax.assignment.engine import (
-    ROUNDINGS,
-    SOLVERS,
-    require_name,
-    require_solver,
-    solve,
-)
+from flexmoe_jax.assignment.bounds import load_bounds
+from flexmoe_jax.assignment.engine import solve
 from flexmoe_jax.assignment.heuristics import (
     client_keys,
     take_best,
@@ -38,16 +28,15 @@ from flexmoe_jax.assignment.problem import (
     FloatArray,
     IntArray,
     Problem,
-    Solution,
     SolverError,
-    make_solution,
     objective,
 )
-from flexmoe_jax.assignment.relaxation import require_backend
+from flexmoe_jax.assignment.solution import Solution, make_solution
 from flexmoe_jax.errors import InputError
 
-# Breaks ties between clients of equal fitness fairly, and is far below any fitness that matters.
-_TIE_NOISE = 1e-6
+# Noise that breaks ties between clients fairly, and the clients that are enough to tell what it is
+# a part of.
+_TIE_NOISE, _SAMPLE = 1e-6, 4096
 # Draws for exploration, apart from those that break ties.
 _EXPLORATION = 1
 
@@ -85,107 +74,6 @@ class Request:
 
 
 Policy = Callable[[Request], Solution]
-
-
-@dataclass(frozen=True)
-class NamedPolicy:
-    """A policy by name, as `make_policy` makes it: what it is called with stays readable.
-
-    Attributes:
-      name: in `POLICIES`.
-      options: what the policy takes beside the request.
-    """
-
-    name: str
-    options: Mapping[str, Any]
-
-    def __call__(self, request: Request) -> Solution:
-        """Asks the policy, whatever the order of the cohort."""
-        return _in_order(partial(POLICIES[self.name], **self.options), request)
-
-
-def make_policy(
-    name: str,
-    *,
-    slack: float = 0.1,
-    solver: str = "auto",
-    rounding: str = "repair",
-    backend: str = "HIGHS",
-    weighted: bool = False,
-    share: FloatArray | None = None,
-    holders_min: int = 0,
-    balance: float = 0.0,
-    diversity: float = 0.0,
-    movement: float = 0.0,
-    exploration: float = 0.0,
-    time_limit: float = 60.0,
-) -> NamedPolicy:
-    """Makes the policy of that name.
-
-    Args:
-      name: a name in `POLICIES`.
-      slack: δ, by how much of its share an expert's load may miss its target (`flex`).
-      solver: a name in `SOLVERS` (`flex`).
-      rounding: a name in `ROUNDINGS` (`flex`).
-      backend: the CVXPY solver that relaxations go to, by CVXPY's name (`flex`).
-      weighted: whether load weights will differ from pair to pair, so that a solver that takes
-        equal ones alone is refused at once (`flex`).
-      share: [E] part of the load meant for each expert (`flex`); default: the same for all.
-        Whoever keeps the deficits must reckon with it, too.
-      holders_min: least number of clients that hold each expert (`flex`).
-      balance: worth of one squared unit of load off target (`flex`).
-      diversity: worth of one unit by which an expert's holders deviate, in sum, from the cohort's
-        mean descriptor (`flex`); needs the request's descriptor.
-      movement: price, in fitness, of sending an expert to a client that does not have it (`flex`).
-      exploration: width of the uniform noise, drawn anew every round, that is added to the fitness
-        (`flex`): holders change even where the fitness does not, so every expert meets the data of
-        many clients.
-      time_limit: seconds that a round's search for the optimum may take; 0 for no limit (`flex`).
-        Where it is exceeded, or the solver fails, experts are dealt out evenly for that round, and
-        the solution's status is `fallback: REASON`.
-
-    Raises:
-      InputError: an unknown policy, solver, rounding or backend, or a number out of range.
-    """
-    require_name("assignment.policy", name, POLICIES)
-    require_name("assignment.solver", solver, SOLVERS)
-    require_name("assignment.rounding", rounding, ROUNDINGS)
-    require_backend(backend)
-    load_bounds(np.ones(1, np.int64), np.zeros(1), slack=slack)
-    for field, number in (
-        ("holders_min", holders_min),
-        ("balance", balance),
-        ("diversity", diversity),
-        ("movement", movement),
-        ("exploration", exploration),
-        ("time_limit", time_limit),
-    ):
-        if not (np.isfinite(number) and number >= 0):
-            raise InputError(f"assignment.{field}", number, "give a number of at least 0")
-    if name == "flex":
-        require_solver(
-            solver,
-            weighted=weighted,
-            balance=balance > 0,
-            diversity=diversity > 0,
-            floors=holders_min > 0,
-        )
-    if share is not None:
-        normalise_share(share, np.size(share))
-    options = {
-        "slack": slack,
-        "solver": solver,
-        "rounding": rounding,
-        "backend": backend,
-        "share": share,
-        "holders_min": holders_min,
-        "balance": balance,
-        "diversity": diversity,
-        "movement": movement,
-        "exploration": exploration,
-        "time_limit": time_limit,
-    }
-    return NamedPolicy(name, MappingProxyType(options if name == "flex" else {}))
 
 
 def flex(
@@ -233,10 +121,10 @@ def flex(
         descriptor=request.descriptor,
         diversity=diversity,
     )
-    noise = _TIE_NOISE * _keys(request, request.round)
+    noise = _tie_noise(fitness) * _keys(request, request.round)
     try:
         found = solve(
-            replace(problem, fitness=problem.fitness + noise),
+            replace(problem, fitness=fitness + noise),
             solver,
             rounding,
             seed=request.seed,
@@ -250,8 +138,23 @@ def flex(
         dealt = make_solution(problem, held, bound, 0.0)
         return replace(dealt, status=f"fallback: {error}")
     # The noise only adds fitness, so the bound holds for the true problem, too. The gap stays that
-    # of the noisy one: a millionth of a pair's fitness that nobody could win is no loss.
+    # of the noisy one: what noise adds and nobody could win is no loss.
     return replace(found, value=objective(problem, found.assignment))
+
+
+def _tie_noise(fitness: FloatArray) -> float:
+    """Width of the noise: far below differences of a fitness [P, E] that matter, in whatever unit.
+
+    What matters is the span of most clients' values or, where that is owed to a few of them, as a
+    bonus for the untried, the span that most of the values would have among themselves.
+    """
+    gaps = np.diff(np.sort(fitness[:_SAMPLE], axis=1), axis=1)
+    span, gap = gaps.sum(axis=1), gaps[gaps > 0]
+    if not gap.size:
+        # All that a client can hold is worth the same to it.
+        return _TIE_NOISE * (float(np.max(np.abs(fitness), initial=0.0)) or 1.0)
+    dense = float(np.median(gap)) * fitness.shape[1]
+    return _TIE_NOISE * min(float(np.median(span[span > 0])), dense)
 
 
 def greedy(request: Request) -> Solution:
@@ -307,31 +210,6 @@ POLICIES: dict[str, Callable[..., Solution]] = {
     "static": static,
 }
 """Policies by name. Enter one of your own, and `make_policy` and the launchers know it."""
-
-
-def _in_order(policy: Policy, request: Request) -> Solution:
-    """Runs a policy on the cohort sorted by client id, and puts its answer back in order."""
-    begin = time.perf_counter()
-    order = np.argsort(request.clients, kind="stable")
-    weight = np.asarray(request.load_weight)
-    tables: dict[str, Any] = {
-        name: None if table is None else np.asarray(table)[order]
-        for name in ("usage", "held_rounds", "descriptor", "held")
-        for table in [getattr(request, name)]
-    }
-    found = policy(
-        replace(
-            request,
-            fitness=_fitness(request)[order],
-            capacity=np.asarray(request.capacity)[order],
-            clients=np.asarray(request.clients)[order],
-            load_weight=weight[order] if weight.ndim else float(weight),
-            **tables,
-        )
-    )
-    assignment = np.empty_like(found.assignment)
-    assignment[order] = found.assignment
-    return replace(found, assignment=assignment, seconds=time.perf_counter() - begin)
 
 
 def _fitness(request: Request) -> FloatArray:

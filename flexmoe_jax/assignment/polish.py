@@ -22,6 +22,7 @@ from flexmoe_jax.assignment.problem import (
     expert_load,
     objective,
 )
+from flexmoe_jax.assignment.tiles import gram
 
 _MOVES = 1000
 # A search over more swaps than this looks at the clients nearest to a change of mind only.
@@ -80,7 +81,7 @@ def _best_move(
 ) -> list[tuple[int, int, int]] | None:
     """The move that mends most per value lost or, where none mends, the one that gains most."""
     z = problem.deviation
-    state = _State(expert_load(problem, held), held.sum(axis=0), held.T.astype(float) @ z)
+    state = _State(expert_load(problem, held), held.sum(axis=0), gram(held, z))
     row, expert = np.nonzero(held[rows])
     client = rows[row]
     if client.size == 0:
@@ -154,7 +155,7 @@ def _swaps(
     allowed = ~held[client] & (of_e >= -_STEP) & (of_f >= -_STEP)
     if problem.expert_size is not None:
         size = np.asarray(problem.expert_size)
-        room = problem.capacity - held @ size
+        room = problem.capacity - np.einsum("ce,e->c", held, size)
         allowed &= size - size[expert][:, None] <= room[client][:, None] + _STEP
     return gain, of_e + of_f, allowed
 
@@ -182,7 +183,7 @@ def _exchanges(
     allowed = free & free.T & (mended >= -_STEP) & (mended.T >= -_STEP)
     if problem.expert_size is not None:
         size = np.asarray(problem.expert_size)
-        room = (problem.capacity - held @ size)[client]
+        room = (problem.capacity - np.einsum("ce,e->c", held, size))[client]
         fits = size[expert][None] - size[expert][:, None] <= room[:, None] + _STEP
         allowed &= fits & fits.T
     return gain, mended + mended.T, allowed

@@ -21,12 +21,13 @@ Axis legend: `C` clients, `E` experts, `F` numbers that describe a client, `K` e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from flexmoe_jax.assignment.certificate import effective_bounds
+from flexmoe_jax.assignment.certificate import Prices, effective_bounds
 from flexmoe_jax.assignment.problem import FloatArray, Problem
+from flexmoe_jax.assignment.tiles import gram, solve_symmetric
 
 Array = Any  # numpy.ndarray or jax.Array
 
@@ -37,18 +38,6 @@ _FINE = _STAGES[-1][2]
 _SAMPLE, _CACHED = 512, 2**16
 # A step moves no price further than this many temperatures: Newton's model is good that far.
 _TRUST = 3.0
-
-
-class Prices(NamedTuple):
-    """Dual variables.
-
-    Attributes:
-      load: [E] λ, worth per unit of load.
-      mix: [E, F] u, worth per unit of the holders' deviation from the population.
-    """
-
-    load: Array
-    mix: Array
 
 
 def ascend_prices(
@@ -124,7 +113,7 @@ def estimate_prices(problem: Problem) -> FloatArray:
 def reduced_fitness(fitness: Array, load_weight: Array, descriptor: Array, prices: Prices) -> Array:
     """What is left of the fitness, [C, E], once load and mix are paid for."""
     reduced = fitness - load_weight * prices.load
-    return reduced - descriptor @ prices.mix.T if descriptor.shape[1] else reduced
+    return reduced - gram(descriptor.T, prices.mix.T) if descriptor.shape[1] else reduced
 
 
 def _consistent(
@@ -160,15 +149,10 @@ def _newton(
     constant = xp.sum(weight * ((capacity == experts).astype(worth.dtype))[:, None], axis=0)
     wanted = capacity * choosing
     reduced = reduced_fitness(worth, weight, descriptor, start)
-    ordered = _largest(reduced, min(experts, (slots or experts) + 1))
-    last = xp.clip(capacity - 1, 0, ordered.shape[1] - 1)[:, None]
-    after = xp.clip(capacity, 0, ordered.shape[1] - 1)[:, None]
-    threshold = 0.5 * (
-        xp.take_along_axis(ordered, last, axis=1) + xp.take_along_axis(ordered, after, axis=1)
-    )
+    threshold = _thresholds(reduced, capacity, slots or experts)
 
     def step(state: tuple[Prices, Array], tau: Array) -> tuple[Prices, Array]:
-        (load, mix), t = state
+        (load, mix, _), t = state
         soft = _sigmoid(load / tau)
         grad_load = low + (high - low) * soft - constant
         schur = xp.diag((high - low) * soft * (1 - soft) / tau)
@@ -183,17 +167,21 @@ def _newton(
             grad_t = wanted[block] - p.sum(axis=1)
             curve_t = slope.sum(axis=1) + 1e-6
             eased = pull / curve_t[:, None]
-            grad_load = grad_load - xp.einsum("ce,ce->e", w, p) - eased.T @ grad_t
-            schur = schur + xp.diag(xp.einsum("ce,ce->e", w, pull)) - eased.T @ pull
+            grad_load = (
+                grad_load - xp.einsum("ce,ce->e", w, p) - xp.einsum("ce,c->e", eased, grad_t)
+            )
+            schur = schur + xp.diag(xp.einsum("ce,ce->e", w, pull)) - gram(eased, pull)
             pulls.append(eased)
             moves.append(-grad_t / curve_t)
             if descriptor.shape[1]:
-                mixed = mixed + p.T @ z
-                curve = curve + slope.T @ z**2
+                mixed = mixed + gram(p, z)
+                curve = curve + gram(slope, z**2)
         ridge = 1e-4 * xp.trace(schur) / experts + 1e-9
-        move = -xp.linalg.solve(schur + ridge * xp.eye(experts, dtype=worth.dtype), grad_load)
+        move = -solve_symmetric(schur + ridge * xp.eye(experts, dtype=worth.dtype), grad_load)
         move = xp.clip(move, -_TRUST * tau, _TRUST * tau)
-        move_t = xp.concat([of - eased @ move for of, eased in zip(moves, pulls, strict=True)])
+        move_t = xp.concat(
+            [of - xp.einsum("ce,e->c", eased, move) for of, eased in zip(moves, pulls, strict=True)]
+        )
         t = t + xp.clip(move_t, -_TRUST * tau, _TRUST * tau)
         if descriptor.shape[1]:
             # The mix's own curvature, without the cross terms: half a step stays on the safe side.
@@ -201,8 +189,18 @@ def _newton(
             mix = xp.clip(mix + shift, -share, share)
         return Prices(load + move, mix), t
 
-    prices, _ = _scan(step, (start, threshold[:, 0]), temperatures)
+    prices, _ = _scan(step, (start, threshold), temperatures)
     return prices
+
+
+def _thresholds(reduced: Array, capacity: Array, slots: int) -> Array:
+    """Half way [C] between the worst that each client takes and the best that it leaves."""
+    xp = reduced.__array_namespace__()
+    ordered = _largest(reduced, min(reduced.shape[1], slots + 1))
+    last = xp.clip(capacity - 1, 0, ordered.shape[1] - 1)[:, None]
+    after = xp.clip(capacity, 0, ordered.shape[1] - 1)[:, None]
+    ends = xp.take_along_axis(ordered, last, axis=1) + xp.take_along_axis(ordered, after, axis=1)
+    return 0.5 * ends[:, 0]
 
 
 def _blocks(values: Array) -> list[slice]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from flexmoe_jax.assignment.tiles import gram
 from flexmoe_jax.errors import InputError
 
 FloatArray = npt.NDArray[np.float64]
@@ -25,11 +26,11 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 # Solvers work to about 1e-9; a bound that is missed by less than this, relative to the largest
-# load, is kept.
+# load or weight, is kept.
 LOAD_TOLERANCE = 1e-6
-# A relative gap below this is rounding error of the solvers, so the answer counts as optimal.
-GAP_TOLERANCE = 1e-6
 TINY = 1e-12
+# Sums of what a problem is made of stay below this, with room for differences of two such sums.
+_LARGEST = float(np.finfo(np.float64).max) / 16
 
 
 class SolverError(RuntimeError):
@@ -49,7 +50,7 @@ class Problem:
       load_max: [E] greatest load of each expert; may be infinite.
       load_weight: load that a holder puts on its expert, ≥ 0: a scalar, [C] or [C, E].
       violation_weight: [E] or scalar, > 0: what a unit of violation of an expert's bounds weighs
-        where not all bounds can hold.
+        where not all bounds can hold (`paths` and `flow` tell up to 1024 times the least apart).
       holders_min: [E] or scalar, least number of clients that hold each expert.
       target: [E] load that `balance` draws each expert to; default: equal shares of the total.
       balance: μ ≥ 0, worth of one squared unit of load off target.
@@ -60,7 +61,8 @@ class Problem:
         sum, in the same unit (bytes, say), and a client need not fill it.
 
     Raises:
-      InputError: a field has the wrong shape, a value that is not finite, or one out of range.
+      InputError: a field has the wrong shape, a value that is not finite, one out of range, or
+        numbers so large that their sums are not finite.
     """
 
     fitness: FloatArray
@@ -78,11 +80,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         """Checks every field and stores it as an array."""
-        fitness = _floats("fitness", self.fitness)
-        if fitness.ndim != 2 or fitness.shape[1] == 0:
-            raise InputError("fitness", fitness.shape, "give a (C, E) array with at least 1 expert")
+        fitness = _fitness(self.fitness)
         clients, experts = fitness.shape
-        _require_finite("fitness", fitness)
         load_min = _per_expert("load_min", self.load_min, experts)
         load_max = _per_expert("load_max", self.load_max, experts)
         if np.isnan(load_min).any() or np.isposinf(load_min).any():
@@ -144,6 +143,7 @@ class Problem:
             ("expert_size", size),
         ):
             object.__setattr__(self, name, value)
+        _require_finite_sums(self)
 
     @property
     def clients(self) -> int:
@@ -192,53 +192,6 @@ class Problem:
         return np.full(self.experts, total / self.experts)
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """An assignment with its certificate.
-
-    Attributes:
-      assignment: [C, E] bool, who holds which expert.
-      value: `Σ Q_ce x_ce` of the assignment, less the balance and diversity terms where asked for.
-      bound: no assignment within the load bounds is worth more than this; where `status` is
-        `relaxed`, within the bounds as they gave way.
-      gap: `(bound - value) / |bound|`, at least 0.
-      load: [E] load of each expert.
-      violation: [E] how far each load lies outside its bounds, ≥ 0, in units of load.
-      status: `optimal` (within the bounds, gap nil), `feasible` (within the bounds), `relaxed`
-        (not all bounds can hold; some gave way) or `violated` (bounds that could hold do not:
-        by rounding, within its guarantee, or because the solver ignores them). Policies add
-        `fallback: REASON` where the solver failed and experts were dealt out instead.
-      seconds: wall time that the solver took.
-    """
-
-    assignment: BoolArray
-    value: float
-    bound: float
-    gap: float
-    load: FloatArray
-    violation: FloatArray
-    status: str
-    seconds: float
-
-    def __str__(self) -> str:
-        """One readable line."""
-        *layers, clients, experts = self.assignment.shape
-        size = f"{layers[0]} layers x " if layers else ""
-        text = (
-            f"{self.status}: {size}{clients} clients x {experts} experts, value {self.value:.6g}, "
-            f"bound {self.bound:.6g}, gap {self.gap:.2%}, "
-            f"load {self.load.min():.6g} to {self.load.max():.6g}, {self.seconds:.3f} s"
-        )
-        violation = self.violation.ravel()
-        broken = np.flatnonzero(violation)
-        if broken.size:
-            text += "; out of bounds: " + ", ".join(
-                f"expert {e} by {violation[e]:.6g}" for e in broken[:8]
-            )
-            text += f" and {broken.size - 8} more" if broken.size > 8 else ""
-        return text
-
-
 def seconds_left(deadline: float) -> float:
     """Seconds until a deadline on the clock of `time.perf_counter`; infinity stands for none.
 
@@ -257,14 +210,17 @@ def expert_load(problem: Problem, assignment: BoolArray) -> FloatArray:
     if weight.ndim == 0:
         return assignment.sum(axis=0) * float(weight)
     if weight.ndim == 1:
-        return weight @ assignment
+        return np.einsum("c,ce->e", weight, assignment)
     return np.einsum("ce,ce->e", weight, assignment)
 
 
 def load_violation(problem: Problem, load: FloatArray) -> FloatArray:
     """Distance [E] of each load from its interval; less than the solvers' precision counts as 0."""
     distance = np.maximum(np.maximum(problem.load_min - load, load - problem.load_max), 0.0)
-    precision = LOAD_TOLERANCE * max(1.0, float(np.max(load, initial=0.0)))
+    precision = LOAD_TOLERANCE * max(_largest(load), _largest(problem.load_weight))
+    if problem.unit:
+        # However many holders there are, one more or less is one.
+        precision = min(precision, 0.5 * problem.unit)
     return np.where(distance > precision, distance, 0.0)
 
 
@@ -275,42 +231,14 @@ def objective(problem: Problem, assignment: BoolArray) -> float:
         off = expert_load(problem, assignment) - problem.load_target
         value -= problem.balance * float(off @ off)
     if problem.diversity:
-        value -= problem.diversity * float(np.abs(assignment.T @ problem.deviation).sum())
+        mix = gram(assignment, problem.deviation)
+        value -= problem.diversity * float(np.abs(mix).sum())
     return value
 
 
 def missing_holders(problem: Problem, assignment: BoolArray) -> FloatArray:
     """How many holders each expert lacks, [E]."""
     return np.maximum(problem.holders_min - assignment.sum(axis=0), 0.0)
-
-
-def make_solution(
-    problem: Problem,
-    assignment: BoolArray,
-    bound: float,
-    seconds: float,
-    *,
-    relaxed: bool = False,
-) -> Solution:
-    """Completes an assignment [C, E] to a `Solution`, with value, loads, gap and status.
-
-    Args:
-      problem: what was solved.
-      assignment: [C, E] bool.
-      bound: a valid upper bound on the value.
-      seconds: what the solver took.
-      relaxed: whether the load bounds were shown to contradict the capacities.
-    """
-    value = objective(problem, assignment)
-    load = expert_load(problem, assignment)
-    violation = load_violation(problem, load)
-    gap = max(bound - value, 0.0) / max(abs(bound), TINY)
-    status = "feasible"
-    if violation.any() or missing_holders(problem, assignment).any():
-        status = "relaxed" if relaxed else "violated"
-    elif gap <= GAP_TOLERANCE:
-        status = "optimal"
-    return Solution(assignment, value, bound, gap, load, violation, status, seconds)
 
 
 def _floats(field: str, value: object) -> FloatArray:
@@ -327,11 +255,46 @@ def _require_finite(field: str, value: FloatArray) -> None:
         raise InputError(field, value[where], f"every number must be finite; see index {where}")
 
 
+def _require_finite_sums(problem: Problem) -> None:
+    """Refuses numbers whose sums over pairs overflow, in whatever order they are summed."""
+    pairs, experts = max(1, problem.fitness.size), problem.experts
+
+    def require(field: str, given: float, most: float) -> None:
+        if not most < _LARGEST:
+            remedy = f"its sums over {problem.clients} x {experts} pairs overflow; make it smaller"
+            raise InputError(field, given, remedy)
+
+    worth, weight = _largest(problem.fitness), _largest(problem.load_weight)
+    require("fitness", worth, worth * pairs)
+    require("load_weight", weight, weight * pairs)
+    if problem.balance:
+        off, price = weight * pairs + _largest(problem.load_target), float(problem.balance)
+        require("target", off, off)
+        require("balance", price, price * experts * off * off)
+    if problem.descriptor is not None:
+        feature = _largest(problem.descriptor)
+        spread = feature * problem.descriptor.size * experts
+        require("descriptor", feature, spread)
+        require("diversity", float(problem.diversity), float(problem.diversity) * spread)
+
+
+def _largest(values: float | FloatArray) -> float:
+    return float(np.max(np.abs(values), initial=0.0))
+
+
 def _per_expert(field: str, value: object, experts: int) -> FloatArray:
     array = _floats(field, value)
     if array.shape not in ((), (experts,)):
         raise InputError(field, array.shape, f"give a scalar or ({experts},)")
     return np.broadcast_to(array, (experts,))
+
+
+def _fitness(value: object) -> FloatArray:
+    fitness = _floats("fitness", value)
+    if fitness.ndim != 2 or fitness.shape[1] == 0:
+        raise InputError("fitness", fitness.shape, "give a (C, E) array with at least 1 expert")
+    _require_finite("fitness", fitness)
+    return fitness
 
 
 def _capacity(value: object, clients: int, experts: int, counted: bool) -> IntArray | FloatArray:

@@ -60,14 +60,15 @@ def round_knapsack(problem: Problem, x: FloatArray) -> BoolArray:
     """
     assignment = x >= 1.0 - _FRACTION
     size = np.asarray(problem.expert_size)
-    room = problem.capacity - assignment @ size
+    room = problem.capacity - np.einsum("ce,e->c", assignment, size)
     load = expert_load(problem, assignment)
     weight = problem.weights
     # What the relaxation wanted comes first, then whatever is worth most.
     order = np.argsort(-(x + TINY * problem.fitness), axis=None, kind="stable")
     for client, e in zip(*np.unravel_index(order, x.shape), strict=True):
         wanted = problem.fitness[client, e] > 0 or load[e] < problem.load_min[e]
-        fits = size[e] <= room[client] and load[e] + weight[client, e] <= problem.load_max[e]
+        fits = size[e] <= room[client] + TINY
+        fits &= load[e] + weight[client, e] <= problem.load_max[e] + TINY * load[e]
         if wanted and fits and not assignment[client, e]:
             assignment[client, e] = True
             room[client] -= size[e]

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from flexmoe_jax.assignment import Problem, solve
+from flexmoe_jax.assignment.problem import load_violation
+from flexmoe_jax.assignment.solution import relative_gap
 from flexmoe_jax.errors import InputError
 
 GOOD = {
@@ -135,3 +137,22 @@ def test_bounds_between_two_whole_numbers_are_said_to_give_way() -> None:
         found = solve(problem, solver)
         assert sorted(found.load) == [2, 3]
         assert found.status == "relaxed"
+
+
+def test_worths_that_cancel_leave_no_gap_of_rounding() -> None:
+    # 0.1 + 0.2 - 0.3 is 5.6e-17, or 2.8e-17 in another order.
+    found = solve(Problem([[0.1, 0.0], [0.2, 0.0], [-0.3, 0.0]], 1, [3, 0], [3, 0]))
+    assert abs(found.value) < 1e-15
+    assert (found.status, found.gap) == ("optimal", 0.0)
+    # A gap of a tenth of what there is stays one, though all of it cancels to nothing.
+    assert relative_gap(-0.1, 0.0, 1.0) > 1.0
+    assert relative_gap(0.9, 1.0, 0.9) == pytest.approx(0.1)
+
+
+def test_more_holders_than_are_allowed_are_told_however_many_there_are() -> None:
+    # One of three million is less than a millionth of them.
+    clients = 3_000_000
+    problem = Problem(np.zeros((clients, 1)), 1, 0, clients - 1)
+    load = np.array([float(clients)])
+    assert load_violation(problem, load).tolist() == [1.0]
+    assert load_violation(problem, load - 1).tolist() == [0.0]
