@@ -309,33 +309,38 @@ def make_uplink(config: ConfigDict) -> federated.Uplink:
     if server.noise_multiplier and not server.clip:
         remedy = "cut the updates too: without server.clip no noise makes them private"
         raise InputError("server.noise_multiplier", server.noise_multiplier, remedy)
+    if server.noise not in ("secret", "simulated"):
+        raise InputError("server.noise", server.noise, "choose one of secret, simulated")
     return federated.Uplink(
         compressor=federated.make_compressor(config.upload.compression, config.upload.kept),
         error_feedback=config.upload.error_feedback,
         quarantine=server.quarantine,
+        norm_factor=server.norm_factor,
         norm_limit=server.norm_limit,
         clip=server.clip,
         noise_multiplier=server.noise_multiplier,
+        simulated_noise=server.noise == "simulated",
     )
 
 
 def make_aggregator(server: ConfigDict) -> federated.Aggregator | None:
     """How the server makes one update of many; None for the weighted mean."""
-    trims = {"mean": 0.0, "median": 0.5, "trimmed_mean": server.trim}
-    if server.aggregator not in trims:
-        raise InputError(
-            "server.aggregator",
-            server.aggregator,
-            f"did you mean {nearest(server.aggregator, trims)}? choose one of {', '.join(trims)}",
-        )
+    aggregators: dict[str, federated.Aggregator | None] = {
+        "mean": None,
+        "median": partial(federated.trimmed_mean, trim=0.5),
+        "trimmed_mean": partial(federated.trimmed_mean, trim=server.trim),
+        "geometric_median": federated.geometric_median,
+    }
+    if server.aggregator not in aggregators:
+        near, all_of_them = nearest(server.aggregator, aggregators), ", ".join(aggregators)
+        remedy = f"did you mean {near}? choose one of {all_of_them}"
+        raise InputError("server.aggregator", server.aggregator, remedy)
     if not 0 <= server.trim <= 0.5:
         raise InputError("server.trim", server.trim, "choose a number in [0, 0.5]")
-    if server.aggregator == "mean":
-        return None
-    if server.noise_multiplier:
+    if server.noise_multiplier and server.aggregator != "mean":
         remedy = "its noise is reckoned for the mean: choose mean, or no noise_multiplier"
         raise InputError("server.aggregator", server.aggregator, remedy)
-    return partial(federated.trimmed_mean, trim=trims[server.aggregator])
+    return aggregators[server.aggregator]
 
 
 def make_decay(name: str, rounds: int) -> optax.Schedule | None:

@@ -17,7 +17,7 @@ from flexmoe_jax.types import Array, Plan
 
 
 def compile_ahead(
-    algorithm: Algorithm, data: ClientData, test: TestSet, per_round: int
+    algorithm: Algorithm, data: ClientData, test: TestSet, per_round: int, noise: bool = False
 ) -> Algorithm:
     """Starts to compile `init`, `round` and `evaluate`, while the caller goes on.
 
@@ -28,6 +28,7 @@ def compile_ahead(
       data: that `round` will be given.
       test: that `evaluate` will be given.
       per_round: P clients in a cohort.
+      noise: whether some clients drown their updates in noise (`Plan.noise`).
 
     Returns:
       The algorithm with the three functions bound to these shapes; a call waits for its program.
@@ -48,9 +49,19 @@ def compile_ahead(
     state = jax.tree.map(like, init.out_info)
     together = setting.devices * resolve_block_size(setting.block_size, per_round, setting.devices)
     padded, slots = -(-per_round // together) * together, state.slots.shape[1]
-    rows, tamper = whole_numbers(padded), jax.ShapeDtypeStruct((padded,), jnp.float32)
+    rows, factors = whole_numbers(padded), cast(Array, jax.ShapeDtypeStruct((padded,), jnp.float32))
+    secret = cast(Array, jax.ShapeDtypeStruct((2,), jnp.uint32))
     plan = jax.tree.map(
-        like, Plan(rows, whole_numbers(padded, slots), state.load, rows, cast(Array, tamper))
+        like,
+        Plan(
+            clients=rows,
+            slots=whole_numbers(padded, slots),
+            load=state.load,
+            steps=rows,
+            tamper=factors,
+            noise=factors if noise else None,
+            secret=secret if setting.secret else None,
+        ),
     )
     # Tracing is Python, one at a time: the longest program first, while XLA compiles the others.
     tracer, compiler = ThreadPoolExecutor(1), ThreadPoolExecutor()

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax.assignment import Policy, Request, Solution, update_deficit
 from flexmoe_jax.data import ClientData
-from flexmoe_jax.federated.aggregate import Aggregator, apply_sums, init_server
+from flexmoe_jax.federated.aggregate import Aggregator, all_finite, apply_sums, init_server
 from flexmoe_jax.federated.client import LocalTraining, make_client
 from flexmoe_jax.federated.compress import init_residual, move_residual
 from flexmoe_jax.federated.evaluate import TestSet, evaluate
@@ -31,7 +31,8 @@ from flexmoe_jax.federated.participation import (
     check_solution,
     make_plan,
 )
-from flexmoe_jax.federated.privacy import privatise
+from flexmoe_jax.federated.privacy import draw_secret, noise_key, privatise
+from flexmoe_jax.federated.quarantine import init_norms, learn_norms, norm_limits, too_late
 from flexmoe_jax.federated.uplink import Uplink
 from flexmoe_jax.models import (
     FLEX_MOE,
@@ -80,6 +81,7 @@ class Setting(NamedTuple):
       devices: how many share a cohort.
       equal_load: whether every holder weighs 1 in the load.
       policy: who holds which experts.
+      secret: whether every plan brings random bits for the noise of differential privacy.
     """
 
     capacity: np.ndarray
@@ -89,6 +91,7 @@ class Setting(NamedTuple):
     devices: int
     equal_load: bool
     policy: Policy
+    secret: bool
 
 
 class Arrival(NamedTuple):
@@ -98,11 +101,13 @@ class Arrival(NamedTuple):
       work: (P,) share of its local steps that each client completes and delivers, in [0, 1].
       reached: (P,) bool, clients that received their experts; the others keep what they held.
       tamper: (P,) factor on each update on its way; 1 for an honest client.
+      noise: (P,) L2 norm of the noise added to each, over its own; None where there is none.
     """
 
     work: np.ndarray
     reached: np.ndarray
     tamper: np.ndarray
+    noise: np.ndarray | None = None
 
 
 class MakePlan(Protocol):
@@ -197,6 +202,7 @@ def flexmoe(
     clients, experts = len(capacity), model.experts
     slots = int(capacity.max())
     steps = np.asarray(local.steps(np.asarray(data.size)))
+    secret = bool(uplink.noise_multiplier and not uplink.simulated_noise)
     client_model = model.clone(experts=slots)
 
     def apply(params: Params, images: Array, held: Array) -> tuple[Array, Routing]:
@@ -256,6 +262,7 @@ def flexmoe(
             residual=init_residual(params.shared, params.experts, clients, slots)
             if uplink.error_feedback and not uplink.compressor.lossless
             else (),
+            norms=init_norms() if uplink.compares else (),
         )
 
     def assign(state: State, cohort: np.ndarray) -> Solution:
@@ -283,11 +290,13 @@ def flexmoe(
         return solution
 
     def plan(cohort: np.ndarray, solution: Solution, arrival: Arrival | None = None) -> Plan:
-        planned, tamper, assignment = steps[cohort], None, solution.assignment
+        planned, assignment = steps[cohort], solution.assignment
+        tamper, noise = (None, None) if arrival is None else (arrival.tamper, arrival.noise)
         if arrival is not None:
             planned = np.floor(arrival.work * planned + 1e-9).astype(np.int32)
-            cohort, assignment = cohort[arrival.reached], assignment[arrival.reached]
-            planned, tamper = planned[arrival.reached], arrival.tamper[arrival.reached]
+            cohort, planned, assignment, tamper, noise = jax.tree.map(
+                lambda x: x[arrival.reached], (cohort, planned, assignment, tamper, noise)
+            )
         laid_out = make_plan(
             cohort,
             assignment,
@@ -299,6 +308,8 @@ def flexmoe(
             devices=mesh.size,
             rows=rows or len(solution.assignment),
             tamper=tamper,
+            noise=noise,
+            secret=draw_secret() if secret else None,
         )
         # Solvers with a time limit need not end alike on every host: the first one's plan holds.
         if jax.process_count() > 1:
@@ -314,6 +325,7 @@ def flexmoe(
     @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def run_round(state: State, data: ClientData, plan: Plan) -> tuple[State, RoundReport]:
         key = jax.random.fold_in(state.key, state.round)
+        state = state._replace(residual=move_residual(state.residual, state.slots, plan))
         result = train_cohort(
             partial(make_client, apply, local, slots=slots),
             local,
@@ -328,14 +340,19 @@ def flexmoe(
             resolve_block_size(block_size, plan.clients.shape[0], mesh.size),
             mesh,
             uplink,
-            move_residual(state.residual, state.slots, plan),
+            state.residual,
+            norm_limits(state.norms, uplink.norm_factor) if uplink.compares else None,
             aggregator,
         )
+        norms, void = state.norms, jnp.zeros((), bool)
+        if uplink.compares:
+            void = too_late(norms, result.norms.T, ~result.quarantined, uplink.norm_factor)
+            norms, result = learn_norms(norms, result.norms.T), result.without(void)
         sums = result.sums
         if uplink.noise_multiplier:
             # The round's key as such, and with a client's id folded in, belongs to the training.
-            noise_key = jax.random.fold_in(key, clients + 2)
-            sums = privatise(sums, plan, noise_key, uplink.noise_multiplier * uplink.clip)
+            drawn = noise_key(plan, jax.random.fold_in(key, clients + 2), uplink.simulated_noise)
+            sums = privatise(sums, plan, drawn, uplink.noise_multiplier * uplink.clip)
         aggregated = apply_sums(
             server,
             sums,
@@ -344,7 +361,9 @@ def flexmoe(
             state.shared_optimizer,
             state.expert_optimizer,
         )
-        pairs = plan.clients[:, None], plan.slots
+        # What clients keep of a round that counts for nothing is what they had.
+        learners = jnp.where(void, clients, plan.clients)
+        pairs, kept = (plan.clients[:, None], plan.slots), (learners[:, None], plan.slots)
         usage = state.usage.at[pairs].add(result.feedback.usage, mode="drop")
         given = by_expert(
             plan.slots, load_model.settle(plan.slots, result.examples, result.feedback.usage)
@@ -357,9 +376,9 @@ def flexmoe(
             round=state.round + 1,
             **aggregated._asdict(),
             gates=jax.tree.map(
-                lambda gates, new: gates.at[pairs].set(new, mode="drop"), state.gates, result.gates
+                lambda gates, new: gates.at[kept].set(new, mode="drop"), state.gates, result.gates
             ),
-            private=put_rows(state.private, plan.clients, result.private),
+            private=put_rows(state.private, learners, result.private),
             fitness=update_fitness(
                 state.fitness,
                 plan.clients,
@@ -377,13 +396,18 @@ def flexmoe(
                 jnp.float32
             ),
             fresh=jnp.where(took_part[:, None], received, state.fresh) & (sums.expert_weight == 0),
-            residual=put_rows(state.residual, plan.clients, result.residual),
+            residual=put_rows(state.residual, learners, result.residual),
+            norms=norms,
         )
         report = RoundReport(
             loss=result.loss,
             examples=result.examples,
             usage=by_expert(plan.slots, result.feedback.usage),
             quarantined=result.quarantined,
+            void=void,
+            finite=all_finite(
+                (aggregated.shared, aggregated.experts, result.gates, result.private)
+            ),
         )
         return following, report
 
@@ -394,6 +418,13 @@ def flexmoe(
         round=run_round,
         evaluate=jax.jit(partial(evaluate, features, classify, mesh), out_shardings=everywhere),
         setting=Setting(
-            capacity, steps, fitness.optimism, block_size, mesh.size, load_model.equal, policy
+            capacity=capacity,
+            steps=steps,
+            optimism=fitness.optimism,
+            block_size=block_size,
+            devices=mesh.size,
+            equal_load=load_model.equal,
+            policy=policy,
+            secret=secret,
         ),
     )

@@ -29,12 +29,15 @@ from flexmoe_jax.federated.client import (
     LocalTraining,
     draw_batches,
 )
-from flexmoe_jax.federated.uplink import Uplink, deliver
+from flexmoe_jax.federated.uplink import Tampering, Uplink, deliver
 from flexmoe_jax.types import Array, Feedback, Key, Params, Plan, PyTree
 
 AXIS = "clients"
 """The mesh axis over which devices share a cohort."""
 _ALONG_FIRST = PartitionSpec(AXIS)
+
+# Folded into a client's key of a round, for the noise with which it tampers; 0 is for augmentation.
+_NOISE = 1
 
 
 class CohortResult(NamedTuple):
@@ -49,6 +52,8 @@ class CohortResult(NamedTuple):
       examples: (P,) examples trained on.
       residual: (P, ...) what compression has kept back.
       quarantined: (P,) bool, whose update was refused.
+      norms: (P, 2) lengths of the updates' parts, refused ones included (see `quarantine`); 0 for
+        none.
     """
 
     sums: Sums
@@ -59,6 +64,25 @@ class CohortResult(NamedTuple):
     examples: Array
     residual: PyTree
     quarantined: Array
+    norms: Array
+
+    def without(self, all_of_it: Array) -> CohortResult:
+        """The result as if all updates had been refused, if () bool; else as it is.
+
+        Gates, private parameters and residuals are left to whoever keeps them.
+        """
+        nothing = jax.tree.map(jnp.zeros_like, self)._replace(
+            sums=self.sums._replace(
+                shared_weight=jnp.zeros_like(self.sums.shared_weight),
+                expert_weight=jnp.zeros_like(self.sums.expert_weight),
+            ),
+            gates=self.gates,
+            private=self.private,
+            residual=self.residual,
+            quarantined=self.quarantined | (self.examples > 0),
+            norms=self.norms,
+        )
+        return jax.tree.map(lambda x, y: jnp.where(all_of_it, x, y), nothing, self)
 
 
 def client_mesh(devices: int = 0) -> Mesh:
@@ -150,6 +174,7 @@ def train_cohort(
     mesh: Mesh,
     uplink: Uplink | None = None,
     residual: PyTree = (),
+    limits: Array | None = None,
     aggregator: Aggregator | None = None,
 ) -> CohortResult:
     """Trains every client of the plan and aggregates while it goes.
@@ -169,6 +194,7 @@ def train_cohort(
       mesh: devices that share the cohort, along its axis `AXIS`.
       uplink: how updates reach the server; None for `Uplink()`.
       residual: of all clients' compression, leaves (C, ...) and (C, K, ...); () for none.
+      limits: (2,) greatest lengths of an update's parts (see `quarantine`); None for none.
       aggregator: of all updates together, which takes memory for P of them; None to sum them, by
         weight, while the cohort trains.
 
@@ -178,8 +204,8 @@ def train_cohort(
     uplink = uplink or Uplink()
     experts_total = plan.load.shape[0]
 
-    def train_share(share: tuple[Array, ...], known: tuple) -> tuple[Sums | None, tuple]:
-        data, shared, experts, gates, private, residual, round_index, key = known
+    def train_share(share: tuple, known: tuple) -> tuple[Sums | None, tuple]:
+        data, shared, experts, gates, private, residual, round_index, key, limits = known
         client = make_client(data, round_index)
 
         def train(start: Params, batches: Batches, held: Array, steps: Array) -> ClientUpdate:
@@ -201,8 +227,8 @@ def train_cohort(
             return jax.tree.map(lambda x: x[None], update) if alone else update
 
         def train_block(sums: Sums | None, block: tuple[PyTree, ...]) -> tuple[Sums | None, tuple]:
-            # (p,), (p, K), (p,), (p,), leaves (p, T, B)
-            clients, slots, steps, tamper, batches = block
+            # (p,), (p, K), (p,), leaves (p,), leaves (p, T, B)
+            clients, slots, steps, tampering, batches = block
             held = slots < experts_total
             start = Params(
                 shared=jax.tree.map(
@@ -214,8 +240,9 @@ def train_cohort(
             )
             update = train(start, batches, held, steps)
             kept = take_slots(residual, clients)
-            update, kept, refused = jax.vmap(partial(deliver, uplink))(
-                update, held, start, kept, tamper
+            reach = jnp.sqrt(jnp.maximum(steps, 1).astype(jnp.float32))[:, None]
+            update, kept, refused, norms = jax.vmap(partial(deliver, uplink))(
+                update, held, start, kept, tampering, limits * reach
             )
             weights = update.examples, update.feedback.usage
             if uplink.noise_multiplier:
@@ -224,25 +251,30 @@ def train_cohort(
             if sums is not None:
                 sums = add_updates(sums, *sent)
             of_clients = update.gate, update.private, update.feedback, update.loss, update.examples
-            outputs = None if sums is not None else Updates(*sent), *of_clients, kept, refused
-            return sums, outputs
+            judged = kept, refused, norms / reach
+            return sums, (None if sums is not None else Updates(*sent), *of_clients, *judged)
 
-        clients, slots, most, tamper = share
+        clients, slots, most, tampering = share
         index = jnp.take(data.index, clients, axis=0, mode="clip")
         size = jnp.where(
             clients < data.size.shape[0], jnp.take(data.size, clients, axis=0, mode="clip"), 0
         )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, clients)
         batches = jax.vmap(partial(draw_batches, local))(keys, index, size)
-        rows = clients, slots, jnp.minimum(local.steps(size), most), tamper, batches
+        if tampering.noise is not None:
+            own = jax.vmap(jax.random.fold_in, (0, None))(keys, _NOISE)
+            tampering = tampering._replace(key=own)
+        rows = clients, slots, jnp.minimum(local.steps(size), most), tampering, batches
         blocks = jax.tree.map(lambda x: x.reshape(-1, block_size, *x.shape[1:]), rows)
         start = init_sums(shared, experts, experts_total) if aggregator is None else None
         sums, outputs = lax.scan(train_block, start, blocks)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
         return sums, flat
 
-    known = data, shared, experts, gates, private, residual, round_index, key
-    rows = plan.clients, plan.slots, plan.steps, plan.tamper
+    if limits is None:
+        limits = jnp.full(2, jnp.inf, jnp.float32)
+    known = data, shared, experts, gates, private, residual, round_index, key, limits
+    rows = plan.clients, plan.slots, plan.steps, Tampering(plan.tamper, plan.noise)
     sums, outputs = over_devices(train_share, rows, known, mesh)
     updates, *others = outputs
     if aggregator is not None:
