@@ -309,6 +309,9 @@ def make_uplink(config: ConfigDict) -> federated.Uplink:
     if server.noise_multiplier and not server.clip:
         remedy = "cut the updates too: without server.clip no noise makes them private"
         raise InputError("server.noise_multiplier", server.noise_multiplier, remedy)
+    if not (server.norm_factor == 0 or 1 <= server.norm_factor < float("inf")):
+        remedy = "choose 0 for none, or 1 or more"
+        raise InputError("server.norm_factor", server.norm_factor, remedy)
     if server.noise not in ("secret", "simulated"):
         raise InputError("server.noise", server.noise, "choose one of secret, simulated")
     return federated.Uplink(

@@ -75,7 +75,6 @@ def check_numbers(config: ConfigDict) -> None:
         "local.proximal",
         "local.z",
         "server.momentum",
-        "server.norm_factor",
         "server.norm_limit",
         "server.clip",
         "server.noise_multiplier",
