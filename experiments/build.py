@@ -178,7 +178,7 @@ def build(config: ConfigDict) -> Experiment:
         payload=federated.payload(owned.shared, owned.experts, uplink.compressor),
         inputs=inputs_of(config, dataset),
         personal=OWN_EXAMPLES if owner is not None else COMMON_EXAMPLES,
-        notes=notes_on(dataset, config.partition.name),
+        notes=notes_on(dataset, config.partition.name) + notes_on_privacy(config.server),
     )
 
 
@@ -293,6 +293,16 @@ def notes_on(dataset: data.Dataset, partition: str) -> tuple[str, ...]:
             "out anew; natural keeps them with their owners"
         )
     return tuple(notes)
+
+
+def notes_on_privacy(server: ConfigDict) -> tuple[str, ...]:
+    """What a user should know of the noise before trusting its ε."""
+    if not server.noise_multiplier or server.noise != "simulated":
+        return ()
+    return (
+        "server.noise=simulated: whoever knows this config can draw the noise again, so it keeps "
+        "nothing private; privacy/epsilon_simulated is what secret noise would give",
+    )
 
 
 def make_ownership(options: ConfigDict) -> models.Ownership:

@@ -97,7 +97,7 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
         begins = _where_it_begins(done, config.rounds, restored)
         for line in (*notes, *restored.passed_over, *lost, *begins):
             display.say(line)
-        rounds, total_refused = run_rounds(config, experiment, state, done), 0
+        rounds, told = run_rounds(config, experiment, state, done), set[str]()
         try:
             for state, metrics in rounds:
                 metrics["time/run_seconds"] = before + time.monotonic() - begin
@@ -106,10 +106,10 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
                 display.update(metrics)
                 if metrics["assignment/status"].startswith("fallback"):
                     display.say(f"round {metrics['round']}: {metrics['assignment/status']}")
-                refused = metrics["clients/quarantined"]
-                if refused and not total_refused:
-                    display.say(refusals(metrics))
-                total_refused += refused
+                why = refusals(metrics)
+                if why and why not in told:
+                    display.say(f"round {metrics['round']}: {why}")
+                told.add(why)
                 stopping = _anywhere(stop())
                 last = metrics["round"] == config.rounds
                 if last or stopping or metrics["round"] % config.checkpoint.every == 0:
@@ -253,19 +253,18 @@ def round_metrics(
 
 
 def refusals(metrics: Metrics) -> str:
-    """A sentence on the first round in which updates were refused."""
-    refused, delivered = metrics["clients/quarantined"], metrics["clients/delivered"]
+    """A sentence on updates that a round refused, to be said once; empty where there are none."""
     if "clients/void_round" in metrics:
-        why = (
-            "all updates refused: some were too long, and before a first round nothing is known to "
-            "tell them by while updates are summed; from the next round on it is"
+        return (
+            "all updates refused: some were too long for their cohort, which in a first round is "
+            "known only when all are summed; from now on such updates are refused one by one"
         )
-        return f"round {metrics['round']}: {why}"
-    return (
-        f"round {metrics['round']}: {refused} of {delivered} updates refused, not numbers or too "
-        "long (server.norm_factor, server.norm_limit); clients/quarantined in metrics.jsonl counts "
-        "all"
-    )
+    if metrics["clients/quarantined"]:
+        return (
+            "updates refused, not numbers or too long (server.norm_factor, server.norm_limit); "
+            "clients/quarantined in metrics.jsonl counts them, round by round"
+        )
+    return ""
 
 
 def check_health(
