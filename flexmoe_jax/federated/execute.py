@@ -278,6 +278,11 @@ def train_cohort(
     sums, outputs = over_devices(train_share, rows, known, mesh)
     updates, *others = outputs
     if aggregator is not None:
+        if mesh.size > 1:
+            # Before the aggregator's loops: if devices exchange updates within them, XLA's CPU
+            # devices can come to wait for each other in different exchanges, and never end.
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            updates = lax.with_sharding_constraint(updates, everywhere)
         sums = aggregator(updates, experts_total)
     return CohortResult(sums, *others)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import chex
@@ -17,8 +18,10 @@ from flexmoe_jax.federated import (
     Arrival,
     LocalTraining,
     Uplink,
+    client_mesh,
     geometric_median,
     make_compressor,
+    replicate,
     run_on_device,
     trimmed_mean,
 )
@@ -143,6 +146,27 @@ def test_robust_means_withstand_what_ends_a_mean(make_algorithm, clients, aggreg
         )
     # No honest client moves a parameter by 1.
     assert 0 < max(moved.values()) < 1
+
+
+def test_devices_exchange_updates_before_a_robust_mean_begins(make_algorithm, clients):
+    # In its loops devices could come to wait for each other in different exchanges: a deadlock.
+    states = []
+    for devices in (1, 2):
+        mesh = client_mesh(devices)
+        algorithm = make_algorithm(aggregator=geometric_median, mesh=mesh, block_size=2)
+        data = replicate(clients, mesh)
+        state = algorithm.init(jax.random.key(0))
+        plan = algorithm.plan(EVERYBODY, algorithm.assign(state, EVERYBODY))
+        program = algorithm.round.lower(state, data, plan).compile()
+        text = program.as_text()
+        exchanges = [len(EXCHANGE.findall(part)) for part in (text, text[text.index("\nENTRY") :])]
+        assert exchanges[0] == exchanges[1]
+        assert (exchanges[0] > 0) == (devices > 1)
+        states.append(plain(program(state, data, plan)[0]))
+    chex.assert_trees_all_close(*states, atol=1e-5, rtol=1e-5)
+
+
+EXCHANGE = re.compile(r" (?:all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(")
 
 
 def test_a_model_that_is_no_number_shows_in_the_report(make_algorithm, clients):
