@@ -6,7 +6,8 @@ Any field of the config can be set on the command line (`--config.clients.capaci
 that holds a part of the same run is continued from its newest whole checkpoint. Ctrl-C, SIGTERM or
 a closing terminal end it after the round at work, with everything saved and exit code 128 + the
 signal's number; a second Ctrl-C ends at once. Whatever ends a run (kill -9, a full disk), the same
-command goes on with it, and ends with the same numbers.
+command goes on with it, and ends with the same numbers (but for the noise of privacy, which is new
+each time).
 """
 
 from __future__ import annotations

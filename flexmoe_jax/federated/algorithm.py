@@ -19,11 +19,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax.assignment import Policy, Request, Solution, update_deficit
 from flexmoe_jax.data import ClientData
-from flexmoe_jax.federated.aggregate import Aggregator, all_finite, apply_sums, init_server
+from flexmoe_jax.federated.aggregate import Aggregator, Sums, all_finite, apply_sums, init_server
 from flexmoe_jax.federated.client import LocalTraining, make_client
 from flexmoe_jax.federated.compress import init_residual, move_residual
 from flexmoe_jax.federated.evaluate import TestSet, evaluate
-from flexmoe_jax.federated.execute import client_mesh, replicate, resolve_block_size, train_cohort
+from flexmoe_jax.federated.execute import (
+    CohortResult,
+    client_mesh,
+    replicate,
+    resolve_block_size,
+    train_cohort,
+)
 from flexmoe_jax.federated.fitness import Score, accuracy_score, update_fitness
 from flexmoe_jax.federated.load import LoadModel, make_load_model
 from flexmoe_jax.federated.participation import (
@@ -290,12 +296,12 @@ def flexmoe(
         return solution
 
     def plan(cohort: np.ndarray, solution: Solution, arrival: Arrival | None = None) -> Plan:
-        planned, assignment = steps[cohort], solution.assignment
-        tamper, noise = (None, None) if arrival is None else (arrival.tamper, arrival.noise)
+        planned, assignment, tamper, noise = steps[cohort], solution.assignment, None, None
         if arrival is not None:
             planned = np.floor(arrival.work * planned + 1e-9).astype(np.int32)
             cohort, planned, assignment, tamper, noise = jax.tree.map(
-                lambda x: x[arrival.reached], (cohort, planned, assignment, tamper, noise)
+                lambda x: x[arrival.reached],
+                (cohort, planned, assignment, arrival.tamper, arrival.noise),
             )
         laid_out = make_plan(
             cohort,
@@ -344,15 +350,9 @@ def flexmoe(
             norm_limits(state.norms, uplink.norm_factor) if uplink.compares else None,
             aggregator,
         )
-        norms, void = state.norms, jnp.zeros((), bool)
-        if uplink.compares:
-            void = too_late(norms, result.norms.T, ~result.quarantined, uplink.norm_factor)
-            norms, result = learn_norms(norms, result.norms.T), result.without(void)
-        sums = result.sums
-        if uplink.noise_multiplier:
-            # The round's key as such, and with a client's id folded in, belongs to the training.
-            drawn = noise_key(plan, jax.random.fold_in(key, clients + 2), uplink.simulated_noise)
-            sums = privatise(sums, plan, drawn, uplink.noise_multiplier * uplink.clip)
+        result, norms, void = compare(uplink, result, state.norms)
+        # The round's key as such, and with a client's id folded in, belongs to the training.
+        sums = add_noise(uplink, result.sums, plan, jax.random.fold_in(key, clients + 2))
         aggregated = apply_sums(
             server,
             sums,
@@ -405,9 +405,7 @@ def flexmoe(
             usage=by_expert(plan.slots, result.feedback.usage),
             quarantined=result.quarantined,
             void=void,
-            finite=all_finite(
-                (aggregated.shared, aggregated.experts, result.gates, result.private)
-            ),
+            finite=all_finite((aggregated[:2], result.gates, result.private)),
         )
         return following, report
 
@@ -418,13 +416,42 @@ def flexmoe(
         round=run_round,
         evaluate=jax.jit(partial(evaluate, features, classify, mesh), out_shardings=everywhere),
         setting=Setting(
-            capacity=capacity,
-            steps=steps,
-            optimism=fitness.optimism,
-            block_size=block_size,
-            devices=mesh.size,
-            equal_load=load_model.equal,
-            policy=policy,
-            secret=secret,
+            capacity,
+            steps,
+            fitness.optimism,
+            block_size,
+            mesh.size,
+            load_model.equal,
+            policy,
+            bool(uplink.noise_multiplier and not uplink.simulated_noise),
         ),
     )
+
+
+def compare(
+    uplink: Uplink, result: CohortResult, norms: PyTree
+) -> tuple[CohortResult, PyTree, Array]:
+    """Learns how long a cohort's updates were, and takes them back if that comes too late.
+
+    Args:
+      uplink: how updates are judged.
+      result: of the cohort.
+      norms: what was known (see `quarantine`).
+
+    Returns:
+      The result, or what is left where it counts for nothing; what is known now; whether it is
+      void.
+    """
+    if not uplink.compares:
+        return result, norms, jnp.zeros((), bool)
+    new = result.norms.T
+    void = too_late(norms, new, ~result.quarantined, uplink.norm_factor)
+    return result.without(void), learn_norms(norms, new), void
+
+
+def add_noise(uplink: Uplink, sums: Sums, plan: Plan, own: Key) -> Sums:
+    """The sums with the noise of differential privacy, if there is to be any."""
+    if not uplink.noise_multiplier:
+        return sums
+    key = noise_key(plan, own, uplink.simulated_noise)
+    return privatise(sums, plan, key, uplink.noise_multiplier * uplink.clip)
