@@ -129,8 +129,8 @@ class RoundReport(NamedTuple):
       examples: (P,) examples that each client trained on, counted once a step.
       usage: (E,) examples routed to each expert.
       quarantined: (P,) bool, clients whose update was refused; what they did counts for nothing.
-      void: () bool, all were refused, since some updates were too long and nothing was known yet to
-        tell them by before they were summed.
+      void: () bool, all were refused, since some turned out to be too long after they had been
+        summed (see `quarantine`).
       finite: () bool, all parameters are numbers: ψ, θ, and the cohort's gates and private ones.
     """
 

@@ -348,11 +348,12 @@ def flexmoe(
             uplink,
             state.residual,
             norm_limits(state.norms, uplink.norm_factor) if uplink.compares else None,
-            aggregator,
+            aggregator is not None,
         )
-        result, norms, void = compare(uplink, result, state.norms)
+        result, norms, late = compare(uplink, result, state.norms)
+        sums = add_up(result, aggregator, experts)
         # The round's key as such, and with a client's id folded in, belongs to the training.
-        sums = add_noise(uplink, result.sums, plan, jax.random.fold_in(key, clients + 2))
+        sums = add_noise(uplink, sums, plan, jax.random.fold_in(key, clients + 2))
         aggregated = apply_sums(
             server,
             sums,
@@ -361,8 +362,8 @@ def flexmoe(
             state.shared_optimizer,
             state.expert_optimizer,
         )
-        # What clients keep of a round that counts for nothing is what they had.
-        learners = jnp.where(void, clients, plan.clients)
+        # What clients keep that are refused late is what they had.
+        learners = jnp.where(late, clients, plan.clients)
         pairs, kept = (plan.clients[:, None], plan.slots), (learners[:, None], plan.slots)
         usage = state.usage.at[pairs].add(result.feedback.usage, mode="drop")
         given = by_expert(
@@ -404,7 +405,7 @@ def flexmoe(
             examples=result.examples,
             usage=by_expert(plan.slots, result.feedback.usage),
             quarantined=result.quarantined,
-            void=void,
+            void=late.all(),
             finite=all_finite((aggregated[:2], result.gates, result.private)),
         )
         return following, report
@@ -431,7 +432,9 @@ def flexmoe(
 def compare(
     uplink: Uplink, result: CohortResult, norms: PyTree
 ) -> tuple[CohortResult, PyTree, Array]:
-    """Learns how long a cohort's updates were, and takes them back if that comes too late.
+    """Learns how long a cohort's updates were, and refuses those that turn out to be too long.
+
+    Where they have been summed already, all are refused.
 
     Args:
       uplink: how updates are judged.
@@ -439,14 +442,25 @@ def compare(
       norms: what was known (see `quarantine`).
 
     Returns:
-      The result, or what is left where it counts for nothing; what is known now; whether it is
-      void.
+      What is left of the result, what is known now, and who was refused (P,) late.
     """
     if not uplink.compares:
-        return result, norms, jnp.zeros((), bool)
+        return result, norms, jnp.zeros_like(result.quarantined)
     new = result.norms.T
-    void = too_late(norms, new, ~result.quarantined, uplink.norm_factor)
-    return result.without(void), learn_norms(norms, new), void
+    late = too_late(norms, new, uplink.norm_factor) & ~result.quarantined
+    norms = learn_norms(norms, new, ~(late | result.quarantined))
+    if result.sums is not None:
+        late = jnp.broadcast_to(late.any(), late.shape)
+    return result.without(late), norms, late
+
+
+def add_up(result: CohortResult, aggregator: Aggregator | None, experts: int) -> Sums:
+    """The sums of a cohort's updates, or those that an aggregator of all together makes."""
+    if aggregator is not None:
+        assert result.updates is not None
+        return aggregator(result.updates, experts)
+    assert result.sums is not None
+    return result.sums
 
 
 def add_noise(uplink: Uplink, sums: Sums, plan: Plan, own: Key) -> Sums:

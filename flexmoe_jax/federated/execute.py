@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.federated.aggregate import Aggregator, Sums, Updates, add_updates, init_sums
+from flexmoe_jax.federated.aggregate import Sums, Updates, add_updates, init_sums
 from flexmoe_jax.federated.client import (
     Batches,
     Client,
@@ -44,7 +44,8 @@ class CohortResult(NamedTuple):
     """What a cohort's training yields.
 
     Attributes:
-      sums: aggregated updates.
+      sums: the updates, summed by weight; None where they were collected.
+      updates: the updates side by side; None where they were summed.
       gates: (P, K, ...) each client's new gate, cut to its slots.
       private: (P, ...) what else each client keeps to itself.
       feedback: (P, K).
@@ -56,7 +57,8 @@ class CohortResult(NamedTuple):
         none.
     """
 
-    sums: Sums
+    sums: Sums | None
+    updates: Updates | None
     gates: PyTree
     private: PyTree
     feedback: Feedback
@@ -66,23 +68,31 @@ class CohortResult(NamedTuple):
     quarantined: Array
     norms: Array
 
-    def without(self, all_of_it: Array) -> CohortResult:
-        """The result as if all updates had been refused, if () bool; else as it is.
+    def without(self, refused: Array) -> CohortResult:
+        """The result without what some clients (P,) did; from sums only all can be taken.
 
         Gates, private parameters and residuals are left to whoever keeps them.
         """
-        nothing = jax.tree.map(jnp.zeros_like, self)._replace(
-            sums=self.sums._replace(
-                shared_weight=jnp.zeros_like(self.sums.shared_weight),
-                expert_weight=jnp.zeros_like(self.sums.expert_weight),
-            ),
-            gates=self.gates,
-            private=self.private,
-            residual=self.residual,
-            quarantined=self.quarantined | (self.examples > 0),
-            norms=self.norms,
+
+        def drop(tree: PyTree) -> PyTree:
+            return _where(refused, jax.tree.map(jnp.zeros_like, tree), tree)
+
+        sums, updates, feedback = self.sums, self.updates, self.feedback
+        if sums is not None:
+            weights = sums.shared_weight, sums.expert_weight
+            of_shared, of_experts = jax.tree.map(lambda w: jnp.where(refused.all(), 0, w), weights)
+            sums = sums._replace(shared_weight=of_shared, expert_weight=of_experts)
+        if updates is not None:
+            examples, usage = drop((updates.examples, updates.usage))
+            updates = updates._replace(examples=examples, usage=usage)
+        return self._replace(
+            sums=sums,
+            updates=updates,
+            feedback=drop(feedback),
+            loss=drop(self.loss),
+            examples=drop(self.examples),
+            quarantined=self.quarantined | (refused & (self.examples > 0)),
         )
-        return jax.tree.map(lambda x, y: jnp.where(all_of_it, x, y), nothing, self)
 
 
 def client_mesh(devices: int = 0) -> Mesh:
@@ -175,9 +185,9 @@ def train_cohort(
     uplink: Uplink | None = None,
     residual: PyTree = (),
     limits: Array | None = None,
-    aggregator: Aggregator | None = None,
+    collect: bool = False,
 ) -> CohortResult:
-    """Trains every client of the plan and aggregates while it goes.
+    """Trains every client of the plan, and sums their updates by weight while it goes.
 
     Args:
       make_client: builds the local training of a client that draws from the data in a round.
@@ -195,8 +205,7 @@ def train_cohort(
       uplink: how updates reach the server; None for `Uplink()`.
       residual: of all clients' compression, leaves (C, ...) and (C, K, ...); () for none.
       limits: (2,) greatest lengths of an update's parts (see `quarantine`); None for none.
-      aggregator: of all updates together, which takes memory for P of them; None to sum them, by
-        weight, while the cohort trains.
+      collect: hands the updates back side by side instead, which takes memory for P of them.
 
     Returns:
       The result; padding has zero examples and zero usage.
@@ -266,7 +275,7 @@ def train_cohort(
             tampering = tampering._replace(key=own)
         rows = clients, slots, jnp.minimum(local.steps(size), most), tampering, batches
         blocks = jax.tree.map(lambda x: x.reshape(-1, block_size, *x.shape[1:]), rows)
-        start = init_sums(shared, experts, experts_total) if aggregator is None else None
+        start = init_sums(shared, experts, experts_total) if not collect else None
         sums, outputs = lax.scan(train_block, start, blocks)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
         return sums, flat
@@ -277,14 +286,11 @@ def train_cohort(
     rows = plan.clients, plan.slots, plan.steps, Tampering(plan.tamper, plan.noise)
     sums, outputs = over_devices(train_share, rows, known, mesh)
     updates, *others = outputs
-    if aggregator is not None:
-        if mesh.size > 1:
-            # Before the aggregator's loops: if devices exchange updates within them, XLA's CPU
-            # devices can come to wait for each other in different exchanges, and never end.
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            updates = lax.with_sharding_constraint(updates, everywhere)
-        sums = aggregator(updates, experts_total)
-    return CohortResult(sums, *others)
+    if collect and mesh.size > 1:
+        # Before an aggregator's loops: if devices exchange updates within them, XLA's CPU devices
+        # can come to wait for each other in different exchanges, and never end.
+        updates = lax.with_sharding_constraint(updates, NamedSharding(mesh, PartitionSpec()))
+    return CohortResult(sums, updates, *others)
 
 
 def _as_is(function: Callable[..., PyTree]) -> Callable[..., PyTree]:

@@ -63,7 +63,8 @@ def test_a_long_update_in_the_first_round_voids_it_and_is_refused_later(
     nobody, silent = play(algorithm, clients, algorithm.init(jax.random.key(0)), work=0.0)
     assert not silent.void
     norms = np.asarray(first.norms)
-    assert ((norms > 0).sum(axis=1) == 7).all()
+    # The one that was too long tells nothing of the spread of honest lengths.
+    assert (norms > 0).sum(axis=1).tolist() == [7, 7, 6, 6]
     chex.assert_trees_all_equal(plain(first._replace(norms=nobody.norms)), plain(nobody))
 
     before = plain(first)
@@ -81,6 +82,33 @@ def test_a_long_update_in_the_first_round_voids_it_and_is_refused_later(
         assert (old[2] == new[2]).all()
         assert (old[EVERYBODY != 2] != new[EVERYBODY != 2]).any()
     assert algorithm.round._cache_size() == 1
+
+
+def test_where_updates_are_collected_the_first_round_refuses_the_long_one_alone(
+    make_algorithm, clients
+):
+    algorithm = make_algorithm(
+        aggregator=partial(trimmed_mean, trim=0.0), ownership=models.Ownership(("head",))
+    )
+    state = algorithm.init(jax.random.key(0))
+    before = plain(state)
+    state, report = play(algorithm, clients, state, 1000.0)
+    refused = np.asarray(report.quarantined)
+    assert not report.void
+    assert refused.sum() == 1
+    assert ((np.asarray(report.examples) == 0) == refused).all()
+    assert np.asarray(report.usage).sum() == np.asarray(report.examples).sum()
+    # Its update is in no mean, and itself it keeps what it had.
+    moved = jax.tree.map(lambda old, new: np.abs(old - new), before.shared, plain(state).shared)
+    assert 0 < max(leaf.max() for leaf in jax.tree.leaves(moved)) < 3
+    kept = np.ones(7, bool)
+    for old, new in zip(
+        jax.tree.leaves((before.gates, before.private)),
+        jax.tree.leaves((plain(state).gates, plain(state).private)),
+        strict=True,
+    ):
+        kept &= (old == new).reshape(7, -1).all(axis=1)
+    assert kept.tolist() == (EVERYBODY == 2).tolist()
 
 
 def test_without_faults_nobody_is_refused_and_limits_change_nothing(make_algorithm, clients):
