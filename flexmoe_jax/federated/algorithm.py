@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -351,7 +352,7 @@ def flexmoe(
             aggregator is not None,
         )
         result, norms, late = compare(uplink, result, state.norms)
-        sums = add_up(result, aggregator, experts)
+        sums = add_up(result, aggregator, experts, everywhere)
         # The round's key as such, and with a client's id folded in, belongs to the training.
         sums = add_noise(uplink, sums, plan, jax.random.fold_in(key, clients + 2))
         aggregated = apply_sums(
@@ -454,13 +455,20 @@ def compare(
     return result.without(late), norms, late
 
 
-def add_up(result: CohortResult, aggregator: Aggregator | None, experts: int) -> Sums:
+def add_up(
+    result: CohortResult, aggregator: Aggregator | None, experts: int, everywhere: NamedSharding
+) -> Sums:
     """The sums of a cohort's updates, or those that an aggregator of all together makes."""
-    if aggregator is not None:
-        assert result.updates is not None
-        return aggregator(result.updates, experts)
-    assert result.sums is not None
-    return result.sums
+    if aggregator is None:
+        assert result.sums is not None
+        return result.sums
+    updates = result.updates
+    if everywhere.mesh.size > 1:
+        # Gathered before the aggregator's loops: if devices exchange updates within them, XLA's CPU
+        # devices can come to wait for each other in different exchanges, and never end.
+        updates = lax.with_sharding_constraint(updates, everywhere)
+    assert updates is not None
+    return aggregator(updates, experts)
 
 
 def add_noise(uplink: Uplink, sums: Sums, plan: Plan, own: Key) -> Sums:

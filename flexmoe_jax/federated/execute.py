@@ -286,10 +286,6 @@ def train_cohort(
     rows = plan.clients, plan.slots, plan.steps, Tampering(plan.tamper, plan.noise)
     sums, outputs = over_devices(train_share, rows, known, mesh)
     updates, *others = outputs
-    if collect and mesh.size > 1:
-        # Before an aggregator's loops: if devices exchange updates within them, XLA's CPU devices
-        # can come to wait for each other in different exchanges, and never end.
-        updates = lax.with_sharding_constraint(updates, NamedSharding(mesh, PartitionSpec()))
     return CohortResult(sums, updates, *others)
 
 
