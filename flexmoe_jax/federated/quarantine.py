@@ -85,14 +85,13 @@ def too_late(norms: Array, new: Array, factor: float) -> Array:
     Args:
       norms: (4, W) what was known.
       new: (2, P) the round's lengths.
-      factor: as in `norm_limits`.
+      factor: how many times the median they may be; the spread is that of later rounds.
 
     Returns:
       (P,) bool.
     """
     unknown = ~(norms[:2] > 0).any(axis=1, keepdims=True)
-    limits = norm_limits(jnp.concatenate([new, _spread(new)]), factor)[:, None]
-    return (unknown & (new > limits)).any(axis=0)
+    return (unknown & (new > factor * _median(new)[:, None])).any(axis=0)
 
 
 def part_norms(shared: PyTree, experts: PyTree) -> Array:
