@@ -178,7 +178,7 @@ def build(config: ConfigDict) -> Experiment:
         payload=federated.payload(owned.shared, owned.experts, uplink.compressor),
         inputs=inputs_of(config, dataset),
         personal=OWN_EXAMPLES if owner is not None else COMMON_EXAMPLES,
-        notes=notes_on(dataset, config.partition.name),
+        notes=notes_on(dataset, config.partition.name) + notes_on_privacy(config.server),
     )
 
 
@@ -295,6 +295,16 @@ def notes_on(dataset: data.Dataset, partition: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def notes_on_privacy(server: ConfigDict) -> tuple[str, ...]:
+    """What a user should know of the noise before trusting its ε."""
+    if not server.noise_multiplier or server.noise != "simulated":
+        return ()
+    return (
+        "server.noise=simulated: whoever knows this config can draw the noise again, so it keeps "
+        "nothing private; privacy/epsilon_simulated is what secret noise would give",
+    )
+
+
 def make_ownership(options: ConfigDict) -> models.Ownership:
     """Which parts of the model are averaged, and which stay with their clients."""
     if options.gate not in ("private", "shared"):
@@ -309,33 +319,41 @@ def make_uplink(config: ConfigDict) -> federated.Uplink:
     if server.noise_multiplier and not server.clip:
         remedy = "cut the updates too: without server.clip no noise makes them private"
         raise InputError("server.noise_multiplier", server.noise_multiplier, remedy)
+    if not (server.norm_factor == 0 or 1 <= server.norm_factor < float("inf")):
+        remedy = "choose 0 for none, or 1 or more"
+        raise InputError("server.norm_factor", server.norm_factor, remedy)
+    if server.noise not in ("secret", "simulated"):
+        raise InputError("server.noise", server.noise, "choose one of secret, simulated")
     return federated.Uplink(
         compressor=federated.make_compressor(config.upload.compression, config.upload.kept),
         error_feedback=config.upload.error_feedback,
         quarantine=server.quarantine,
+        norm_factor=server.norm_factor,
         norm_limit=server.norm_limit,
         clip=server.clip,
         noise_multiplier=server.noise_multiplier,
+        simulated_noise=server.noise == "simulated",
     )
 
 
 def make_aggregator(server: ConfigDict) -> federated.Aggregator | None:
     """How the server makes one update of many; None for the weighted mean."""
-    trims = {"mean": 0.0, "median": 0.5, "trimmed_mean": server.trim}
-    if server.aggregator not in trims:
-        raise InputError(
-            "server.aggregator",
-            server.aggregator,
-            f"did you mean {nearest(server.aggregator, trims)}? choose one of {', '.join(trims)}",
-        )
+    aggregators: dict[str, federated.Aggregator | None] = {
+        "mean": None,
+        "median": partial(federated.trimmed_mean, trim=0.5),
+        "trimmed_mean": partial(federated.trimmed_mean, trim=server.trim),
+        "geometric_median": federated.geometric_median,
+    }
+    if server.aggregator not in aggregators:
+        near, all_of_them = nearest(server.aggregator, aggregators), ", ".join(aggregators)
+        remedy = f"did you mean {near}? choose one of {all_of_them}"
+        raise InputError("server.aggregator", server.aggregator, remedy)
     if not 0 <= server.trim <= 0.5:
         raise InputError("server.trim", server.trim, "choose a number in [0, 0.5]")
-    if server.aggregator == "mean":
-        return None
-    if server.noise_multiplier:
+    if server.noise_multiplier and server.aggregator != "mean":
         remedy = "its noise is reckoned for the mean: choose mean, or no noise_multiplier"
         raise InputError("server.aggregator", server.aggregator, remedy)
-    return partial(federated.trimmed_mean, trim=trims[server.aggregator])
+    return aggregators[server.aggregator]
 
 
 def make_decay(name: str, rounds: int) -> optax.Schedule | None:

@@ -6,7 +6,8 @@ Any field of the config can be set on the command line (`--config.clients.capaci
 that holds a part of the same run is continued from its newest whole checkpoint. Ctrl-C, SIGTERM or
 a closing terminal end it after the round at work, with everything saved and exit code 128 + the
 signal's number; a second Ctrl-C ends at once. Whatever ends a run (kill -9, a full disk), the same
-command goes on with it, and ends with the same numbers.
+command goes on with it, and ends with the same numbers (but for the noise of privacy, which is new
+each time).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from flexmoe_jax.types import RoundReport, State
 
 
 class DivergedError(RuntimeError):
-    """The training loss is no longer a number."""
+    """The training loss, or the model, is no longer a number."""
 
 
 def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambda: False) -> str:
@@ -79,6 +80,7 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
         experiment.feed(experiment.network.cohort(0)),
         experiment.test,
         experiment.network.asked,
+        noise=bool(experiment.network.faults.noise),
     )
     experiment = replace(experiment, algorithm=algorithm)
     state = algorithm.init(jax.random.key(config.seed))
@@ -96,7 +98,7 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
         begins = _where_it_begins(done, config.rounds, restored)
         for line in (*notes, *restored.passed_over, *lost, *begins):
             display.say(line)
-        rounds, total_refused = run_rounds(config, experiment, state, done), 0
+        rounds, told = run_rounds(config, experiment, state, done), set[str]()
         try:
             for state, metrics in rounds:
                 metrics["time/run_seconds"] = before + time.monotonic() - begin
@@ -105,14 +107,10 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
                 display.update(metrics)
                 if metrics["assignment/status"].startswith("fallback"):
                     display.say(f"round {metrics['round']}: {metrics['assignment/status']}")
-                refused = metrics["clients/quarantined"]
-                if refused and not total_refused:
-                    display.say(
-                        f"round {metrics['round']}: {refused} of {metrics['clients/delivered']} "
-                        "updates refused, not numbers or longer than server.norm_limit; "
-                        "clients/quarantined in metrics.jsonl counts all"
-                    )
-                total_refused += refused
+                why = refusals(metrics)
+                if why and why not in told:
+                    display.say(f"round {metrics['round']}: {why}")
+                told.add(why)
                 stopping = _anywhere(stop())
                 last = metrics["round"] == config.rounds
                 if last or stopping or metrics["round"] % config.checkpoint.every == 0:
@@ -163,7 +161,7 @@ def run_rounds(
       The new state, which the next round consumes, and the round's line of metrics.jsonl.
 
     Raises:
-      DivergedError: a client's loss is not a number.
+      DivergedError: a client's loss or the model is not a number, or nothing of it can be used.
     """
     algorithm, network = experiment.algorithm, experiment.network
 
@@ -188,7 +186,7 @@ def run_rounds(
             examples = experiment.feed(cohort)
         report = jax.device_get(report)
         seconds = assigned.solution.seconds + time.monotonic() - begin
-        check_health(report, clients, round_index, config)
+        check_health(report, clients, network.faulty(), round_index, config)
         metrics: Metrics = {
             "round": round_index + 1,
             **round_metrics(state, assigned, outcome, report),
@@ -198,7 +196,8 @@ def run_rounds(
         if network.devices is not None:
             metrics["time/simulated_seconds"] = outcome.seconds
         if config.server.noise_multiplier:
-            metrics["privacy/epsilon"] = epsilon(
+            simulated = "_simulated" if config.server.noise == "simulated" else ""
+            metrics[f"privacy/epsilon{simulated}"] = epsilon(
                 config.server.noise_multiplier, round_index + 1, config.server.delta
             )
         evaluation = None
@@ -247,16 +246,45 @@ def round_metrics(
         "clients/asked": len(assigned.cohort),
         "clients/delivered": int(outcome.delivered.sum()),
         "clients/quarantined": int(report.quarantined.sum()),
+        **({"clients/void_round": True} if report.void else {}),
         "comm/bytes_down": int(traffic.down[outcome.reached].sum()),
         "comm/bytes_up": int(traffic.up[outcome.delivered].sum()),
         "comm/bytes_cached": int(traffic.cached[outcome.reached].sum()),
     }
 
 
+def refusals(metrics: Metrics) -> str:
+    """A sentence on updates that a round refused, to be said once; empty where there are none."""
+    if "clients/void_round" in metrics:
+        return (
+            "all updates refused: some were too long for their cohort, which in a first round is "
+            "known only when all are summed; from now on such updates are refused one by one"
+        )
+    if metrics["clients/quarantined"]:
+        return (
+            "updates refused, not numbers or too long (server.norm_factor, server.norm_limit); "
+            "clients/quarantined in metrics.jsonl counts them, round by round"
+        )
+    return ""
+
+
 def check_health(
-    report: RoundReport, clients: np.ndarray, round_index: int, config: ConfigDict
+    report: RoundReport,
+    clients: np.ndarray,
+    faulty: np.ndarray,
+    round_index: int,
+    config: ConfigDict,
 ) -> None:
-    """Stops a run whose loss is no longer a number, or none of whose updates can be used.
+    """Stops a run whose loss or model is no longer a number, or none of whose updates can be used.
+
+    That all updates of a small cohort are refused is no fault of the run if all of it is faulty.
+
+    Args:
+      report: of the round.
+      clients: (P,) of the plan.
+      faulty: (C,) bool, clients whose updates are tampered with.
+      round_index: of the round, from 0.
+      config: of the run.
 
     Raises:
       DivergedError: naming the round, the clients and the learning rate.
@@ -270,10 +298,18 @@ def check_health(
         raise DivergedError(
             f"round {round_index + 1}: the loss of clients {some} is not a number {remedy}"
         )
-    if report.quarantined.any() and not report.examples.any():
+    refused = clients[report.quarantined]
+    honest = (~faulty[refused] | faulty.all()).any()
+    if honest and not report.examples.any() and not report.void:
         raise DivergedError(
-            f"round {round_index + 1}: every update is not a number, or longer than "
+            f"round {round_index + 1}: every update is not a number, or too long for "
+            f"server.norm_factor={config.server.norm_factor} and "
             f"server.norm_limit={config.server.norm_limit}, {remedy}"
+        )
+    if not report.finite:
+        guard = "" if config.server.quarantine else ", or set server.quarantine=True"
+        raise DivergedError(
+            f"round {round_index + 1}: the model is no longer a number, {remedy}{guard}"
         )
 
 

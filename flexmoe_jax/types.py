@@ -60,6 +60,10 @@ class Plan(NamedTuple):
         never arrives, and for padding.
       tamper: (P,) factor on each client's update on its way to the server: 1 for an honest client,
         -1 for one that turns its update around, NaN for one that sends no numbers.
+      noise: (P,) L2 norm of the Gaussian noise added to each update, over the update's own; None
+        where nobody adds any.
+      secret: (2,) uint32 random bits from which the noise of differential privacy is drawn; they
+        are kept nowhere. None for noise from the run's key, or no noise.
     """
 
     clients: Array
@@ -67,6 +71,8 @@ class Plan(NamedTuple):
     load: Array
     steps: Array
     tamper: Array
+    noise: Array | None = None
+    secret: Array | None = None
 
 
 class State(NamedTuple):
@@ -91,6 +97,8 @@ class State(NamedTuple):
         received last.
       residual: what compression has so far kept back of each client's updates, for error feedback:
         a pair of trees like ψ and θ, leaves (C, ...) and (C, K, ...); () without.
+      norms: (4, W) how long updates were lately (see `quarantine`); () where they are not judged by
+        that.
     """
 
     key: Key
@@ -109,6 +117,7 @@ class State(NamedTuple):
     deficit: Array
     fresh: Array
     residual: PyTree
+    norms: PyTree
 
 
 class RoundReport(NamedTuple):
@@ -120,12 +129,17 @@ class RoundReport(NamedTuple):
       examples: (P,) examples that each client trained on, counted once a step.
       usage: (E,) examples routed to each expert.
       quarantined: (P,) bool, clients whose update was refused; what they did counts for nothing.
+      void: () bool, all were refused, since some turned out to be too long after they had been
+        summed (see `quarantine`).
+      finite: () bool, all parameters are numbers: ψ, θ, and the cohort's gates and private ones.
     """
 
     loss: Array
     examples: Array
     usage: Array
     quarantined: Array
+    void: Array
+    finite: Array
 
 
 class Evaluation(NamedTuple):

@@ -267,6 +267,7 @@ def _dense_rounds(
             block_size,
             mesh,
         )
+        assert result.sums is not None
         new = federated.apply_sums(server, result.sums, shared, experts, *optimizers)
         return (new.shared, (new.shared_optimizer, new.expert_optimizer), key), result.loss
 

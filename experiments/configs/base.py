@@ -78,12 +78,18 @@ def get_config() -> ConfigDict:
     config.server.optimizer = "sgd"  # sgd | adam: applied to the mean update
     config.server.learning_rate = 1.0
     config.server.momentum = 0.0  # of sgd
-    config.server.aggregator = "mean"  # mean | median | trimmed_mean (by coordinate)
+    # mean | median | trimmed_mean (by coordinate) | geometric_median
+    config.server.aggregator = "mean"
     config.server.trim = 0.1  # of trimmed_mean: part of the updates left out at either end
     config.server.quarantine = True  # refuse updates that are not numbers
-    config.server.norm_limit = 1000.0  # and those of a greater L2 norm; 0 for no limit
+    # and those this many times as long as the median of lately, for their steps; 0 for no limit.
+    config.server.norm_factor = 10.0
+    config.server.norm_limit = 0.0  # and those of a greater L2 norm; 0 for no limit
     config.server.clip = 0.0  # L2 norm to which updates are cut; 0 for none
     config.server.noise_multiplier = 0.0  # of differential privacy; 0 for none
+    # Where that noise comes from: secret (the system's entropy, kept nowhere), or simulated (the
+    # run's seed: the same every time, and private from nobody who knows the config).
+    config.server.noise = "secret"
     config.server.delta = 1e-5  # δ of the guarantee that is reported
 
     config.upload = ConfigDict()
@@ -107,7 +113,8 @@ def get_config() -> ConfigDict:
 
     config.faults = ConfigDict()
     config.faults.share = 0.0  # of the clients, whose every update is wrong
-    config.faults.kind = "nan"  # nan | flip (turned around) | scale (1000 times too long)
+    # nan | flip (turned around) | scale (1000 times too long) | noise (added, 10 times as long)
+    config.faults.kind = "nan"
 
     config.assignment = ConfigDict()
     config.assignment.policy = "flex"  # or greedy, greedy_usage, random, round_robin, static, full

@@ -111,6 +111,9 @@ QUANTITIES = {
     "clients/delivered": Quantity("Clients that delivered, per round", count),
     "clients/quarantined": Quantity("Updates refused, per round", count),
     "privacy/epsilon": Quantity("Privacy loss \N{GREEK SMALL LETTER EPSILON}", ratio, "lower"),
+    "privacy/epsilon_simulated": Quantity(
+        "Privacy loss \N{GREEK SMALL LETTER EPSILON}, were the noise secret", ratio, "lower"
+    ),
     "time/simulated_seconds": Quantity("Simulated time, per round", duration),
     "time/round_seconds": Quantity("Round time", duration),
     "time/train_examples_per_second": Quantity("Training speed", rate),

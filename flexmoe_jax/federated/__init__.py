@@ -6,6 +6,7 @@ from flexmoe_jax.federated.aggregate import (
     Updates,
     add_updates,
     apply_sums,
+    geometric_median,
     init_server,
     init_sums,
     trimmed_mean,
@@ -49,7 +50,7 @@ from flexmoe_jax.federated.participation import (
 )
 from flexmoe_jax.federated.privacy import epsilon, privatise
 from flexmoe_jax.federated.traffic import Payload, Traffic, payload, traffic, tree_bytes
-from flexmoe_jax.federated.uplink import Delivery, Uplink, deliver
+from flexmoe_jax.federated.uplink import Delivery, Tampering, Uplink, deliver
 
 __all__ = [
     "COMPRESSIONS",
@@ -73,6 +74,7 @@ __all__ = [
     "Payload",
     "Setting",
     "Sums",
+    "Tampering",
     "TestSet",
     "Traffic",
     "Updates",
@@ -89,6 +91,7 @@ __all__ = [
     "epsilon",
     "evaluate",
     "flexmoe",
+    "geometric_median",
     "init_server",
     "init_sums",
     "loss_score",

@@ -101,12 +101,13 @@ Aggregator = Callable[[Updates, int], Sums]
 def trimmed_mean(updates: Updates, experts: int, trim: float) -> Sums:
     """Coordinate-wise trimmed mean over clients (Yin et al. 2018, arXiv 1803.01498).
 
-    Of `n` values of a coordinate the `⌊trim · n⌋` least and greatest are left out and the others
-    averaged with equal weight; `trim = 0.5` is the median. ψ is averaged over all clients that
-    delivered, θ_e over those that used expert e.
+    Of `n` values of a coordinate the `⌈trim · n⌉` least and greatest are left out, as long as one
+    value is left, or two of an even number; the others are averaged with equal weight.
+    `trim = 0.5` is the median. ψ is averaged over all clients that delivered, θ_e over those that
+    used expert e. One or two values have no outlier: they are averaged as they are.
 
     Args:
-      updates: of the cohort.
+      updates: of the cohort; those that are not all numbers are left out.
       experts: E.
       trim: part cut off at either end, in [0, 0.5].
 
@@ -114,31 +115,102 @@ def trimmed_mean(updates: Updates, experts: int, trim: float) -> Sums:
       Sums whose mean is the trimmed mean, as `apply_sums` takes them.
     """
 
-    def mean(values: Array, present: Array, total: Array) -> Array:
+    def centre(values: PyTree, weight: Array) -> PyTree:
+        present = weight > 0
         count = present.sum()
-        cut = jnp.minimum(jnp.floor(trim * count), jnp.maximum(count - 1, 0) // 2)
-        among = present.reshape(-1, *[1] * (values.ndim - 1))
-        ranked = jnp.sort(jnp.where(among, values, jnp.inf), axis=0)
-        rank = jnp.arange(values.shape[0]).reshape(among.shape)
-        inside = (rank >= cut) & (rank < count - cut)
-        kept = jnp.where(inside, ranked, 0.0).sum(axis=0)
-        return total * kept / jnp.maximum(count - 2 * cut, 1)
+        # A product just above a whole number, by rounding, is that number.
+        cut = jnp.minimum(
+            jnp.ceil(trim * count * (1 - 1e-6)), jnp.maximum(count - 1, 0) // 2
+        ).astype(count.dtype)
+        inside = (jnp.arange(len(weight)) >= cut) & (jnp.arange(len(weight)) < count - cut)
 
-    delivered = updates.examples > 0
-    total = updates.examples.sum()
+        def mean(leaf: Array) -> Array:
+            ranked = jnp.sort(jnp.where(_along(present, leaf), leaf, jnp.inf), axis=0)
+            kept = jnp.where(_along(inside, leaf), ranked, 0.0).sum(axis=0)
+            return kept / jnp.maximum(count - 2 * cut, 1)
+
+        return jax.tree.map(mean, values)
+
+    return _by_part(updates, experts, centre)
+
+
+def geometric_median(updates: Updates, experts: int, steps: int = 8) -> Sums:
+    """Geometric median over clients (Pillutla et al. 2019, arXiv 1912.13445: RFA).
+
+    The point with the least sum of distances to the updates, weighed by examples (ψ) and by usage
+    (θ_e, each expert by itself), found by smoothed Weiszfeld steps `v ← Σ β_c Δ_c / Σ β_c` with
+    `β_c = w_c / max(|Δ_c - v|, ν)`. It holds while faulty clients have less than half of the
+    weight. It starts at no change at all, where an update counts by its direction and not by its
+    length; so of two updates it stays near the shorter, and one alone is taken as it is.
+
+    Args:
+      updates: of the cohort; those that are not all numbers are left out.
+      experts: E.
+      steps: Weiszfeld steps.
+
+    Returns:
+      Sums whose mean is the median, as `apply_sums` takes them.
+    """
+
+    def centre(values: PyTree, weight: Array) -> PyTree:
+        lengths = jax.vmap(optax.tree.norm)
+        # ν, a tenth of the median length: an update of no length must not hold the others back.
+        ranked = jnp.sort(jnp.where(weight > 0, lengths(values), jnp.inf))
+        smooth = jnp.maximum(0.1 * ranked[jnp.maximum((weight > 0).sum() - 1, 0) // 2], 1e-12)
+
+        def step(_: int, middle: PyTree) -> PyTree:
+            distance = lengths(jax.tree.map(jnp.subtract, values, middle))
+            pull = weight / jnp.maximum(distance, smooth)
+            pull /= jnp.maximum(pull.sum(), 1e-30)
+            zero = jax.tree.map(jnp.zeros_like, middle)
+            return _add("p,p...->...", zero, pull, values)
+
+        return lax.fori_loop(0, steps, step, jax.tree.map(lambda x: jnp.zeros_like(x[0]), values))
+
+    return _by_part(updates, experts, centre)
+
+
+def _by_part(updates: Updates, experts: int, centre: Callable[[PyTree, Array], PyTree]) -> Sums:
+    """Sums whose means are the centres of ψ's updates, and of each expert's.
+
+    Args:
+      updates: of the cohort.
+      experts: E.
+      centre: of values, leaves (P, ...), with weights (P,), 0 for those that are not there.
+    """
+    whole = jnp.ones(updates.examples.shape, bool)
+    for leaf in jax.tree.leaves((updates.shared, updates.experts)):
+        whole &= jnp.isfinite(leaf).reshape(len(leaf), -1).all(axis=1)
+    shared, of_slots = jax.tree.map(
+        lambda leaf: jnp.where(_along(whole, leaf), leaf, 0.0), (updates.shared, updates.experts)
+    )
+    usage = jnp.where(whole[:, None], updates.usage, 0.0)
+    examples = jnp.where(whole, updates.examples, 0.0)
+
+    def weigh(values: PyTree, weight: Array) -> tuple[PyTree, Array]:
+        total = weight.sum()
+        # Clients may keep all experts, or all else, to themselves.
+        middle = centre(values, weight) if jax.tree.leaves(values) else values
+        return jax.tree.map(lambda leaf: total * leaf, middle), total
 
     def of_expert(e: Array) -> tuple[PyTree, Array]:
         holds = updates.slots == e  # (P, K), at most one slot of each client
-        used = (jnp.where(holds, updates.usage, 0.0)).sum(axis=1)
-        rows, slot = jnp.arange(len(used)), holds.argmax(axis=1)
-        weight = used.sum()
-        return jax.tree.map(
-            lambda leaf: mean(leaf[rows, slot], used > 0, weight), updates.experts
-        ), weight
+        slot = holds.argmax(axis=1)
+        used = jnp.where(holds, usage, 0.0).sum(axis=1)
+        return weigh(jax.tree.map(lambda leaf: leaf[jnp.arange(len(slot)), slot], of_slots), used)
 
     expert_sums, expert_weight = lax.map(of_expert, jnp.arange(experts))
-    shared = jax.tree.map(lambda leaf: mean(leaf, delivered, total), updates.shared)
-    return Sums(shared, total, expert_sums, expert_weight)
+    return Sums(*weigh(shared, examples), expert_sums, expert_weight)
+
+
+def _along(clients: Array, leaf: Array) -> Array:
+    """(P,) in the shape of a leaf (P, ...), to be broadcast."""
+    return clients.reshape(-1, *[1] * (leaf.ndim - 1))
+
+
+def all_finite(tree: PyTree) -> Array:
+    """() bool, whether every number of a tree is one."""
+    return jnp.asarray([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)], bool).all()
 
 
 class Aggregated(NamedTuple):

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.data import ClientData
-from flexmoe_jax.federated.algorithm import Algorithm
+from flexmoe_jax.federated.algorithm import Algorithm, Setting
 from flexmoe_jax.federated.evaluate import TestSet
 from flexmoe_jax.federated.execute import resolve_block_size
-from flexmoe_jax.types import Array, Plan
+from flexmoe_jax.types import Plan, State
 
 
 def compile_ahead(
-    algorithm: Algorithm, data: ClientData, test: TestSet, per_round: int
+    algorithm: Algorithm, data: ClientData, test: TestSet, per_round: int, noise: bool = False
 ) -> Algorithm:
     """Starts to compile `init`, `round` and `evaluate`, while the caller goes on.
 
@@ -28,6 +28,7 @@ def compile_ahead(
       data: that `round` will be given.
       test: that `evaluate` will be given.
       per_round: P clients in a cohort.
+      noise: whether some clients drown their updates in noise (`Plan.noise`).
 
     Returns:
       The algorithm with the three functions bound to these shapes; a call waits for its program.
@@ -41,17 +42,9 @@ def compile_ahead(
     def like(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=data.index.sharding)
 
-    def whole_numbers(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
     init = _jitted(algorithm.init).lower(jax.random.key(0))
     state = jax.tree.map(like, init.out_info)
-    together = setting.devices * resolve_block_size(setting.block_size, per_round, setting.devices)
-    padded, slots = -(-per_round // together) * together, state.slots.shape[1]
-    rows, tamper = whole_numbers(padded), jax.ShapeDtypeStruct((padded,), jnp.float32)
-    plan = jax.tree.map(
-        like, Plan(rows, whole_numbers(padded, slots), state.load, rows, cast(Array, tamper))
-    )
+    plan = jax.tree.map(like, _plan_shapes(setting, state, per_round, noise))
     # Tracing is Python, one at a time: the longest program first, while XLA compiles the others.
     tracer, compiler = ThreadPoolExecutor(1), ThreadPoolExecutor()
     # On a CPU, XLA's own level 3 compiles longer than 2 for code no quicker. What runs once is
@@ -72,6 +65,25 @@ def compile_ahead(
     tracer.shutdown(wait=False)
     compiler.shutdown(wait=False)
     return ready
+
+
+def _plan_shapes(setting: Setting, state: State, per_round: int, noise: bool) -> Plan:
+    """Shapes of the plan of every round; `state` holds shapes, too."""
+
+    def shape(*sizes: int, kind: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(sizes, kind)
+
+    together = setting.devices * resolve_block_size(setting.block_size, per_round, setting.devices)
+    padded = -(-per_round // together) * together
+    return Plan(
+        clients=shape(padded),
+        slots=shape(padded, state.slots.shape[1]),
+        load=state.load,
+        steps=shape(padded),
+        tamper=shape(padded, kind=jnp.float32),
+        noise=shape(padded, kind=jnp.float32) if noise else None,
+        secret=shape(2, kind=jnp.uint32) if setting.secret else None,
+    )
 
 
 def _jitted(function: Callable[..., Any]) -> jax.stages.Wrapped:

@@ -14,16 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax.assignment import Policy, Request, Solution, update_deficit
 from flexmoe_jax.data import ClientData
-from flexmoe_jax.federated.aggregate import Aggregator, apply_sums, init_server
+from flexmoe_jax.federated.aggregate import Aggregator, Sums, all_finite, apply_sums, init_server
 from flexmoe_jax.federated.client import LocalTraining, make_client
 from flexmoe_jax.federated.compress import init_residual, move_residual
 from flexmoe_jax.federated.evaluate import TestSet, evaluate
-from flexmoe_jax.federated.execute import client_mesh, replicate, resolve_block_size, train_cohort
+from flexmoe_jax.federated.execute import (
+    CohortResult,
+    client_mesh,
+    replicate,
+    resolve_block_size,
+    train_cohort,
+)
 from flexmoe_jax.federated.fitness import Score, accuracy_score, update_fitness
 from flexmoe_jax.federated.load import LoadModel, make_load_model
 from flexmoe_jax.federated.participation import (
@@ -31,7 +38,8 @@ from flexmoe_jax.federated.participation import (
     check_solution,
     make_plan,
 )
-from flexmoe_jax.federated.privacy import privatise
+from flexmoe_jax.federated.privacy import draw_secret, noise_key, privatise
+from flexmoe_jax.federated.quarantine import init_norms, learn_norms, norm_limits, too_late
 from flexmoe_jax.federated.uplink import Uplink
 from flexmoe_jax.models import (
     FLEX_MOE,
@@ -80,6 +88,7 @@ class Setting(NamedTuple):
       devices: how many share a cohort.
       equal_load: whether every holder weighs 1 in the load.
       policy: who holds which experts.
+      secret: whether every plan brings random bits for the noise of differential privacy.
     """
 
     capacity: np.ndarray
@@ -89,6 +98,7 @@ class Setting(NamedTuple):
     devices: int
     equal_load: bool
     policy: Policy
+    secret: bool
 
 
 class Arrival(NamedTuple):
@@ -98,11 +108,13 @@ class Arrival(NamedTuple):
       work: (P,) share of its local steps that each client completes and delivers, in [0, 1].
       reached: (P,) bool, clients that received their experts; the others keep what they held.
       tamper: (P,) factor on each update on its way; 1 for an honest client.
+      noise: (P,) L2 norm of the noise added to each, over its own; None where there is none.
     """
 
     work: np.ndarray
     reached: np.ndarray
     tamper: np.ndarray
+    noise: np.ndarray | None = None
 
 
 class MakePlan(Protocol):
@@ -197,6 +209,7 @@ def flexmoe(
     clients, experts = len(capacity), model.experts
     slots = int(capacity.max())
     steps = np.asarray(local.steps(np.asarray(data.size)))
+    secret = bool(uplink.noise_multiplier and not uplink.simulated_noise)
     client_model = model.clone(experts=slots)
 
     def apply(params: Params, images: Array, held: Array) -> tuple[Array, Routing]:
@@ -256,6 +269,7 @@ def flexmoe(
             residual=init_residual(params.shared, params.experts, clients, slots)
             if uplink.error_feedback and not uplink.compressor.lossless
             else (),
+            norms=init_norms() if uplink.compares else (),
         )
 
     def assign(state: State, cohort: np.ndarray) -> Solution:
@@ -283,11 +297,13 @@ def flexmoe(
         return solution
 
     def plan(cohort: np.ndarray, solution: Solution, arrival: Arrival | None = None) -> Plan:
-        planned, tamper, assignment = steps[cohort], None, solution.assignment
+        planned, assignment, tamper, noise = steps[cohort], solution.assignment, None, None
         if arrival is not None:
             planned = np.floor(arrival.work * planned + 1e-9).astype(np.int32)
-            cohort, assignment = cohort[arrival.reached], assignment[arrival.reached]
-            planned, tamper = planned[arrival.reached], arrival.tamper[arrival.reached]
+            cohort, planned, assignment, tamper, noise = jax.tree.map(
+                lambda x: x[arrival.reached],
+                (cohort, planned, assignment, arrival.tamper, arrival.noise),
+            )
         laid_out = make_plan(
             cohort,
             assignment,
@@ -299,6 +315,8 @@ def flexmoe(
             devices=mesh.size,
             rows=rows or len(solution.assignment),
             tamper=tamper,
+            noise=noise,
+            secret=draw_secret() if secret else None,
         )
         # Solvers with a time limit need not end alike on every host: the first one's plan holds.
         if jax.process_count() > 1:
@@ -314,6 +332,7 @@ def flexmoe(
     @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def run_round(state: State, data: ClientData, plan: Plan) -> tuple[State, RoundReport]:
         key = jax.random.fold_in(state.key, state.round)
+        state = state._replace(residual=move_residual(state.residual, state.slots, plan))
         result = train_cohort(
             partial(make_client, apply, local, slots=slots),
             local,
@@ -328,14 +347,14 @@ def flexmoe(
             resolve_block_size(block_size, plan.clients.shape[0], mesh.size),
             mesh,
             uplink,
-            move_residual(state.residual, state.slots, plan),
-            aggregator,
+            state.residual,
+            norm_limits(state.norms, uplink.norm_factor) if uplink.compares else None,
+            aggregator is not None,
         )
-        sums = result.sums
-        if uplink.noise_multiplier:
-            # The round's key as such, and with a client's id folded in, belongs to the training.
-            noise_key = jax.random.fold_in(key, clients + 2)
-            sums = privatise(sums, plan, noise_key, uplink.noise_multiplier * uplink.clip)
+        result, norms, late = compare(uplink, result, state.norms)
+        sums = add_up(result, aggregator, experts, everywhere)
+        # The round's key as such, and with a client's id folded in, belongs to the training.
+        sums = add_noise(uplink, sums, plan, jax.random.fold_in(key, clients + 2))
         aggregated = apply_sums(
             server,
             sums,
@@ -344,7 +363,9 @@ def flexmoe(
             state.shared_optimizer,
             state.expert_optimizer,
         )
-        pairs = plan.clients[:, None], plan.slots
+        # What clients keep that are refused late is what they had.
+        learners = jnp.where(late, clients, plan.clients)
+        pairs, kept = (plan.clients[:, None], plan.slots), (learners[:, None], plan.slots)
         usage = state.usage.at[pairs].add(result.feedback.usage, mode="drop")
         given = by_expert(
             plan.slots, load_model.settle(plan.slots, result.examples, result.feedback.usage)
@@ -357,9 +378,9 @@ def flexmoe(
             round=state.round + 1,
             **aggregated._asdict(),
             gates=jax.tree.map(
-                lambda gates, new: gates.at[pairs].set(new, mode="drop"), state.gates, result.gates
+                lambda gates, new: gates.at[kept].set(new, mode="drop"), state.gates, result.gates
             ),
-            private=put_rows(state.private, plan.clients, result.private),
+            private=put_rows(state.private, learners, result.private),
             fitness=update_fitness(
                 state.fitness,
                 plan.clients,
@@ -377,13 +398,16 @@ def flexmoe(
                 jnp.float32
             ),
             fresh=jnp.where(took_part[:, None], received, state.fresh) & (sums.expert_weight == 0),
-            residual=put_rows(state.residual, plan.clients, result.residual),
+            residual=put_rows(state.residual, learners, result.residual),
+            norms=norms,
         )
         report = RoundReport(
             loss=result.loss,
             examples=result.examples,
             usage=by_expert(plan.slots, result.feedback.usage),
             quarantined=result.quarantined,
+            void=late.all(),
+            finite=all_finite((aggregated[:2], result.gates, result.private)),
         )
         return following, report
 
@@ -394,6 +418,62 @@ def flexmoe(
         round=run_round,
         evaluate=jax.jit(partial(evaluate, features, classify, mesh), out_shardings=everywhere),
         setting=Setting(
-            capacity, steps, fitness.optimism, block_size, mesh.size, load_model.equal, policy
+            capacity,
+            steps,
+            fitness.optimism,
+            block_size,
+            mesh.size,
+            load_model.equal,
+            policy,
+            bool(uplink.noise_multiplier and not uplink.simulated_noise),
         ),
     )
+
+
+def compare(
+    uplink: Uplink, result: CohortResult, norms: PyTree
+) -> tuple[CohortResult, PyTree, Array]:
+    """Learns how long a cohort's updates were, and refuses those that turn out to be too long.
+
+    Where they have been summed already, all are refused.
+
+    Args:
+      uplink: how updates are judged.
+      result: of the cohort.
+      norms: what was known (see `quarantine`).
+
+    Returns:
+      What is left of the result, what is known now, and who was refused (P,) late.
+    """
+    if not uplink.compares:
+        return result, norms, jnp.zeros_like(result.quarantined)
+    new = result.norms.T
+    late = too_late(norms, new, uplink.norm_factor) & ~result.quarantined
+    norms = learn_norms(norms, new, ~(late | result.quarantined))
+    if result.sums is not None:
+        late = jnp.broadcast_to(late.any(), late.shape)
+    return result.without(late), norms, late
+
+
+def add_up(
+    result: CohortResult, aggregator: Aggregator | None, experts: int, everywhere: NamedSharding
+) -> Sums:
+    """The sums of a cohort's updates, or those that an aggregator of all together makes."""
+    if aggregator is None:
+        assert result.sums is not None
+        return result.sums
+    updates = result.updates
+    if everywhere.mesh.size > 1:
+        # Gathered before the aggregator's loops: if devices exchange updates within them, XLA's CPU
+        # devices can come to wait for each other in different exchanges, and never end.
+        updates = lax.with_sharding_constraint(updates, everywhere)
+    assert updates is not None
+    return aggregator(updates, experts)
+
+
+def add_noise(uplink: Uplink, sums: Sums, plan: Plan, own: Key) -> Sums:
+    """The sums with the noise of differential privacy, if there is to be any."""
+    if not uplink.noise_multiplier:
+        return sums
+    key = noise_key(plan, own, uplink.simulated_noise)
+    return privatise(sums, plan, key, uplink.noise_multiplier * uplink.clip)

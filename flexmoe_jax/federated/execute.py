@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.federated.aggregate import Aggregator, Sums, Updates, add_updates, init_sums
+from flexmoe_jax.federated.aggregate import Sums, Updates, add_updates, init_sums
 from flexmoe_jax.federated.client import (
     Batches,
     Client,
@@ -29,19 +29,23 @@ from flexmoe_jax.federated.client import (
     LocalTraining,
     draw_batches,
 )
-from flexmoe_jax.federated.uplink import Uplink, deliver
+from flexmoe_jax.federated.uplink import Tampering, Uplink, deliver
 from flexmoe_jax.types import Array, Feedback, Key, Params, Plan, PyTree
 
 AXIS = "clients"
 """The mesh axis over which devices share a cohort."""
 _ALONG_FIRST = PartitionSpec(AXIS)
 
+# Folded into a client's key of a round, for the noise with which it tampers; 0 is for augmentation.
+_NOISE = 1
+
 
 class CohortResult(NamedTuple):
     """What a cohort's training yields.
 
     Attributes:
-      sums: aggregated updates.
+      sums: the updates, summed by weight; None where they were collected.
+      updates: the updates side by side; None where they were summed.
       gates: (P, K, ...) each client's new gate, cut to its slots.
       private: (P, ...) what else each client keeps to itself.
       feedback: (P, K).
@@ -49,9 +53,12 @@ class CohortResult(NamedTuple):
       examples: (P,) examples trained on.
       residual: (P, ...) what compression has kept back.
       quarantined: (P,) bool, whose update was refused.
+      norms: (P, 2) lengths of the updates' parts, refused ones included (see `quarantine`); 0 for
+        none.
     """
 
-    sums: Sums
+    sums: Sums | None
+    updates: Updates | None
     gates: PyTree
     private: PyTree
     feedback: Feedback
@@ -59,6 +66,33 @@ class CohortResult(NamedTuple):
     examples: Array
     residual: PyTree
     quarantined: Array
+    norms: Array
+
+    def without(self, refused: Array) -> CohortResult:
+        """The result without what some clients (P,) did; from sums only all can be taken.
+
+        Gates, private parameters and residuals are left to whoever keeps them.
+        """
+
+        def drop(tree: PyTree) -> PyTree:
+            return _where(refused, jax.tree.map(jnp.zeros_like, tree), tree)
+
+        sums, updates, feedback = self.sums, self.updates, self.feedback
+        if sums is not None:
+            weights = sums.shared_weight, sums.expert_weight
+            of_shared, of_experts = jax.tree.map(lambda w: jnp.where(refused.all(), 0, w), weights)
+            sums = sums._replace(shared_weight=of_shared, expert_weight=of_experts)
+        if updates is not None:
+            examples, usage = drop((updates.examples, updates.usage))
+            updates = updates._replace(examples=examples, usage=usage)
+        return self._replace(
+            sums=sums,
+            updates=updates,
+            feedback=drop(feedback),
+            loss=drop(self.loss),
+            examples=drop(self.examples),
+            quarantined=self.quarantined | (refused & (self.examples > 0)),
+        )
 
 
 def client_mesh(devices: int = 0) -> Mesh:
@@ -150,9 +184,10 @@ def train_cohort(
     mesh: Mesh,
     uplink: Uplink | None = None,
     residual: PyTree = (),
-    aggregator: Aggregator | None = None,
+    limits: Array | None = None,
+    collect: bool = False,
 ) -> CohortResult:
-    """Trains every client of the plan and aggregates while it goes.
+    """Trains every client of the plan, and sums their updates by weight while it goes.
 
     Args:
       make_client: builds the local training of a client that draws from the data in a round.
@@ -169,8 +204,8 @@ def train_cohort(
       mesh: devices that share the cohort, along its axis `AXIS`.
       uplink: how updates reach the server; None for `Uplink()`.
       residual: of all clients' compression, leaves (C, ...) and (C, K, ...); () for none.
-      aggregator: of all updates together, which takes memory for P of them; None to sum them, by
-        weight, while the cohort trains.
+      limits: (2,) greatest lengths of an update's parts (see `quarantine`); None for none.
+      collect: hands the updates back side by side instead, which takes memory for P of them.
 
     Returns:
       The result; padding has zero examples and zero usage.
@@ -178,8 +213,8 @@ def train_cohort(
     uplink = uplink or Uplink()
     experts_total = plan.load.shape[0]
 
-    def train_share(share: tuple[Array, ...], known: tuple) -> tuple[Sums | None, tuple]:
-        data, shared, experts, gates, private, residual, round_index, key = known
+    def train_share(share: tuple, known: tuple) -> tuple[Sums | None, tuple]:
+        data, shared, experts, gates, private, residual, round_index, key, limits = known
         client = make_client(data, round_index)
 
         def train(start: Params, batches: Batches, held: Array, steps: Array) -> ClientUpdate:
@@ -201,8 +236,8 @@ def train_cohort(
             return jax.tree.map(lambda x: x[None], update) if alone else update
 
         def train_block(sums: Sums | None, block: tuple[PyTree, ...]) -> tuple[Sums | None, tuple]:
-            # (p,), (p, K), (p,), (p,), leaves (p, T, B)
-            clients, slots, steps, tamper, batches = block
+            # (p,), (p, K), (p,), leaves (p,), leaves (p, T, B)
+            clients, slots, steps, tampering, batches = block
             held = slots < experts_total
             start = Params(
                 shared=jax.tree.map(
@@ -214,8 +249,9 @@ def train_cohort(
             )
             update = train(start, batches, held, steps)
             kept = take_slots(residual, clients)
-            update, kept, refused = jax.vmap(partial(deliver, uplink))(
-                update, held, start, kept, tamper
+            reach = jnp.sqrt(jnp.maximum(steps, 1).astype(jnp.float32))[:, None]
+            update, kept, refused, norms = jax.vmap(partial(deliver, uplink))(
+                update, held, start, kept, tampering, limits * reach
             )
             weights = update.examples, update.feedback.usage
             if uplink.noise_multiplier:
@@ -224,30 +260,33 @@ def train_cohort(
             if sums is not None:
                 sums = add_updates(sums, *sent)
             of_clients = update.gate, update.private, update.feedback, update.loss, update.examples
-            outputs = None if sums is not None else Updates(*sent), *of_clients, kept, refused
-            return sums, outputs
+            judged = kept, refused, norms / reach
+            return sums, (None if sums is not None else Updates(*sent), *of_clients, *judged)
 
-        clients, slots, most, tamper = share
+        clients, slots, most, tampering = share
         index = jnp.take(data.index, clients, axis=0, mode="clip")
         size = jnp.where(
             clients < data.size.shape[0], jnp.take(data.size, clients, axis=0, mode="clip"), 0
         )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, clients)
         batches = jax.vmap(partial(draw_batches, local))(keys, index, size)
-        rows = clients, slots, jnp.minimum(local.steps(size), most), tamper, batches
+        if tampering.noise is not None:
+            own = jax.vmap(jax.random.fold_in, (0, None))(keys, _NOISE)
+            tampering = tampering._replace(key=own)
+        rows = clients, slots, jnp.minimum(local.steps(size), most), tampering, batches
         blocks = jax.tree.map(lambda x: x.reshape(-1, block_size, *x.shape[1:]), rows)
-        start = init_sums(shared, experts, experts_total) if aggregator is None else None
+        start = init_sums(shared, experts, experts_total) if not collect else None
         sums, outputs = lax.scan(train_block, start, blocks)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
         return sums, flat
 
-    known = data, shared, experts, gates, private, residual, round_index, key
-    rows = plan.clients, plan.slots, plan.steps, plan.tamper
+    if limits is None:
+        limits = jnp.full(2, jnp.inf, jnp.float32)
+    known = data, shared, experts, gates, private, residual, round_index, key, limits
+    rows = plan.clients, plan.slots, plan.steps, Tampering(plan.tamper, plan.noise)
     sums, outputs = over_devices(train_share, rows, known, mesh)
     updates, *others = outputs
-    if aggregator is not None:
-        sums = aggregator(updates, experts_total)
-    return CohortResult(sums, *others)
+    return CohortResult(sums, updates, *others)
 
 
 def _as_is(function: Callable[..., PyTree]) -> Callable[..., PyTree]:

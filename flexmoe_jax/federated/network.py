@@ -27,10 +27,12 @@ class Faults(NamedTuple):
     Attributes:
       share: of all clients, in [0, 1]; who they are is drawn once.
       factor: on their updates: NaN sends no numbers, -1 turns them around, 1000 blows them up.
+      noise: L2 norm of the Gaussian noise added to each update, over the update's own.
     """
 
     share: float = 0.0
     factor: float = float("nan")
+    noise: float = 0.0
 
 
 class Network(NamedTuple):
@@ -118,8 +120,10 @@ class Network(NamedTuple):
         outcome = outcome._replace(
             delivered=outcome.delivered & whole, work=np.where(whole, outcome.work, 0.0)
         )
-        tamper = np.where(self.faulty()[cohort], self.faults.factor, 1.0)
-        return Arrival(outcome.work, outcome.reached, tamper), outcome
+        faulty = self.faulty()[cohort]
+        tamper = np.where(faulty, self.faults.factor, 1.0)
+        noise = np.where(faulty, self.faults.noise, 0.0) if self.faults.noise else None
+        return Arrival(outcome.work, outcome.reached, tamper, noise), outcome
 
     def faulty(self) -> np.ndarray:
         """(C,) bool, the clients whose updates are tampered with."""
@@ -136,8 +140,13 @@ def instant_devices(clients: int) -> Devices:
     return Devices(("instant",), none, endless, endless, endless, endless, np.ones(clients))
 
 
-FAULTS = {"nan": float("nan"), "flip": -1.0, "scale": 1000.0}
-"""What tampered updates are multiplied by, by name."""
+FAULTS = {
+    "nan": Faults(factor=float("nan")),
+    "flip": Faults(factor=-1.0),
+    "scale": Faults(factor=1000.0),
+    "noise": Faults(factor=1.0, noise=10.0),
+}
+"""What becomes of the updates of faulty clients, by name."""
 
 
 def make_faults(kind: str, share: float) -> Faults:
@@ -150,4 +159,4 @@ def make_faults(kind: str, share: float) -> Faults:
         raise InputError("faults.kind", kind, f"choose one of {', '.join(FAULTS)}")
     if not 0 <= share <= 1:
         raise InputError("faults.share", share, "choose a number in [0, 1]")
-    return Faults(share, FAULTS[kind])
+    return FAULTS[kind]._replace(share=share)

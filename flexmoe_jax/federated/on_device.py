@@ -13,7 +13,8 @@ policy `flex`: its slack and exploration hold here too, its other terms are refu
 all that their `state.key` decides; the host path's draws (cohorts by `sample_cohort`, ties and
 exploration by `Request.seed`) are other draws of the same distributions.
 
-Nothing stops a run that diverges: look at the losses. Load bounds hold while fitness is finite.
+Nothing stops a run that diverges: look at `training.finite` of the reports, which says of every
+round whether the model was still one of numbers. Load bounds hold while fitness is finite.
 """
 
 from __future__ import annotations

@@ -102,6 +102,8 @@ def make_plan(
     devices: int = 1,
     rows: int = 0,
     tamper: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
+    secret: np.ndarray | None = None,
 ) -> Plan:
     """Lays a cohort and its assignment out for training.
 
@@ -120,6 +122,8 @@ def make_plan(
       devices: how many share the cohort; each gets an equal run of the plan's rows.
       rows: for how many clients to make room, where cohorts differ in size.
       tamper: (P,) factors on the clients' updates; None for ones.
+      noise: (P,) norms of the noise in them, over their own; None where there is none.
+      secret: (2,) random bits of this round; None where no noise is drawn from any.
 
     Returns:
       The plan in NumPy arrays, with P rounded up to a multiple of `block_size · devices`.
@@ -139,6 +143,8 @@ def make_plan(
         load=cast(Array, np.asarray(load, np.float32)),
         steps=lay_out(steps, 0, np.int32),
         tamper=lay_out(np.ones(len(cohort)) if tamper is None else tamper, 1.0, np.float32),
+        noise=None if noise is None else lay_out(noise, 0.0, np.float32),
+        secret=cast(Array | None, secret),
     )
 
 

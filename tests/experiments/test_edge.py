@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import numpy as np
@@ -10,9 +11,11 @@ from ml_collections import ConfigDict
 
 from experiments.build import build, make_aggregator, make_uplink
 from experiments.configs import digits
-from experiments.train import train
+from experiments.train import DivergedError, check_health, train
 from experiments.workdir import Workdir
+from flexmoe_jax import federated
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.types import RoundReport
 
 
 def configure(**fields: object) -> ConfigDict:
@@ -42,11 +45,99 @@ def test_dropouts_and_clients_that_send_no_numbers_do_not_stop_the_main_job(tmp_
     assert up < 0.85 * down
 
 
-def test_without_quarantine_one_of_them_is_the_end(tmp_path):
-    config = configure(**UNRELIABLE, server__quarantine=False)
+SMALL = {
+    "model__backbone": "mlp",
+    "model__widths": (16,),
+    "model__experts": 4,
+    "model__hidden": 16,
+    "data__train_limit": 400,
+    "data__test_limit": 100,
+    "clients__count": 10,
+    "partition__min_per_client": 5,
+    "eval__every": 100,
+    "execution__devices": 1,
+}
+
+
+def test_without_quarantine_one_of_them_is_the_end(tmp_path, capsys):
+    # Losses are those of the round before: the last round's model is looked at, too.
+    config = configure(**SMALL, rounds=1, faults__share=0.1, server__quarantine=False)
     status, rows = run(config, tmp_path / "run")
-    assert status == "diverged"
-    assert rows[-1]["eval/global_accuracy"] < 0.2
+    assert (status, rows) == ("diverged", [])
+    output = capsys.readouterr().out
+    assert output.count("round 1: the model is no longer a number, with local.learning_rate=") == 1
+    assert "or set server.quarantine=True" in output
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("scale", 1000.0), ("flip", -30.0), ("noise", 1.0)])
+def test_updates_too_long_are_refused_by_default_and_said_so(
+    tmp_path, capsys, monkeypatch, kind, factor
+):
+    # A flip alone changes no length; noise of 10 times the update's does.
+    monkeypatch.setitem(federated.FAULTS, kind, federated.FAULTS[kind]._replace(factor=factor))
+    fields = {"rounds": 6, "faults__share": 0.1, "faults__kind": kind}
+    status, rows = run(configure(**SMALL, **fields), tmp_path / "run")
+    assert status == "finished"
+    assert [row["clients/quarantined"] for row in rows] == [10, 1, 1, 1, 1, 1]
+    assert [row.get("clients/void_round", False) for row in rows] == [True, *[False] * 5]
+    assert "train/loss" not in rows[0]
+    assert "train/loss" in rows[1]
+    output = capsys.readouterr().out
+    assert output.count("round 1: all updates refused: some were too long") == 1
+    _, rows = run(configure(**SMALL, rounds=6), tmp_path / "none")
+    assert sum(row["clients/quarantined"] for row in rows) == 0
+
+
+def report(quarantined, examples, void=False, finite=True, loss=None) -> RoundReport:
+    fields = loss or np.zeros(3), examples, np.zeros(1), quarantined, void, finite
+    return RoundReport(*map(np.asarray, fields))
+
+
+def test_health_is_that_of_honest_clients_and_of_the_model():
+    clients, faulty = np.array([2, 0, 5]), np.array([True, False, True, False, False])  # 5: padding
+    check = partial(check_health, clients=clients, round_index=3, config=configure())
+    fine = report([True, False, False], [0, 7, 0])
+    check(fine, faulty=faulty)
+    # A cohort of faulty clients alone says nothing of the run.
+    nobody = report([True, True, False], [0, 0, 0])
+    check(nobody, faulty=faulty)
+    check(report([False] * 3, [0, 0, 0]), faulty=faulty)
+    honest = faulty & (np.arange(5) != 0)
+    check(report([True, True, False], [0, 0, 0], void=True), faulty=honest)
+    for broken, who, line in (
+        (
+            nobody,
+            honest,
+            "round 4: every update is not a number, or too long for server.norm_factor",
+        ),
+        # There must be somebody to learn from.
+        (nobody, np.ones(5, bool), "round 4: every update is not a number"),
+        (report([False] * 3, [5, 7, 0], finite=False), faulty, "round 4: the model is no longer"),
+        (fine._replace(loss=np.array([0, np.nan, 0])), faulty, "round 4: the loss of clients 0 is"),
+    ):
+        with pytest.raises(DivergedError, match=line) as end:
+            check(broken, faulty=who)
+        assert "local.learning_rate=0.1: lower it" in str(end.value)
+
+
+def test_only_secret_noise_is_reported_as_privacy(tmp_path, capsys):
+    private = {**SMALL, "rounds": 2, "server__clip": 1.0, "server__noise_multiplier": 20.0}
+    losses = []
+    for name, noise in (("a", "secret"), ("b", "secret"), ("c", "simulated"), ("d", "simulated")):
+        status, rows = run(configure(**private, server__noise=noise), tmp_path / name)
+        assert status == "finished"
+        losses.append(rows[1]["train/loss"])
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        reported = {key for key in (*rows[-1], *summary) if "privacy" in key}
+        key = "privacy/epsilon" if noise == "secret" else "privacy/epsilon_simulated"
+        assert reported == {key, f"final/{key}", f"best/{key}"}
+        # Two rounds of ρ = 1/800 each: 0.0025 + 2 √(0.0025 ln 10^5) = 0.342.
+        assert rows[-1][key] == pytest.approx(0.342, abs=1e-3)
+        said = "server.noise=simulated: whoever knows this config" in capsys.readouterr().out
+        assert said == (noise == "simulated")
+    assert losses[0] != losses[1]
+    assert losses[2] == losses[3]
 
 
 DEVICES = {
@@ -91,6 +182,8 @@ def test_compression_and_robust_means_reach_the_algorithm():
     median = make_aggregator(config.server)
     assert isinstance(median, partial)
     assert median.keywords == {"trim": 0.5}
+    config.server.aggregator = "geometric_median"
+    assert make_aggregator(config.server) is federated.geometric_median
 
 
 @pytest.mark.parametrize(
@@ -108,6 +201,8 @@ def test_compression_and_robust_means_reach_the_algorithm():
         ({"server__aggregator": "meen"}, "server.aggregator=meen: did you mean mean"),
         ({"server__trim": 0.7}, "server.trim=0.7"),
         ({"server__delta": 0.0}, "server.delta=0.0"),
+        ({"server__norm_factor": 0.5}, "server.norm_factor=0.5: choose 0 for none, or 1 or more"),
+        ({"server__noise": "none"}, "server.noise=none: choose one of secret, simulated"),
         ({"upload__compression": "gzip"}, "upload.compression=gzip"),
         ({"faults__kind": "lie"}, "faults.kind=lie"),
         ({"assignment__movement": -1.0}, "assignment.movement=-1.0"),

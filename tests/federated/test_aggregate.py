@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from flexmoe_jax.federated import (
     Updates,
     add_updates,
     apply_sums,
+    geometric_median,
     init_server,
     init_sums,
     trimmed_mean,
@@ -113,8 +117,8 @@ def test_trimmed_mean_and_median_by_hand():
     # ψ: 1, 2, 4, 30 without the least and the greatest: 3. Weight: all examples.
     assert quarter.shared["w"] / quarter.shared_weight == pytest.approx(3.0)
     assert quarter.shared_weight == 20
-    # θ_0: ⌊0.25 · 3⌋ = 0 left out: (5 + 7 - 90) / 3 = -26. θ_1: (1 + 3) / 2 = 2.
-    assert np.allclose(quarter.experts["w"][:2, 0] / quarter.expert_weight[:2], [-26.0, 2.0])
+    # θ_0: ⌈0.25 · 3⌉ = 1 left out at either end: 5. θ_1: of two none can be: (1 + 3) / 2 = 2.
+    assert np.allclose(quarter.experts["w"][:2, 0] / quarter.expert_weight[:2], [5.0, 2.0])
     assert quarter.expert_weight.tolist() == [6, 7, 0]
     assert quarter.experts["w"][2] == 0
     median = trimmed_mean(updates, 3, 0.5)
@@ -123,26 +127,123 @@ def test_trimmed_mean_and_median_by_hand():
 
 
 compiled_trimmed_mean = jax.jit(trimmed_mean, static_argnums=1)
+compiled_geometric_median = jax.jit(geometric_median, static_argnums=1)
 
 
-@given(st.integers(0, 2**9 - 1), st.integers(0, 2**32 - 1), st.floats(0, 0.5))
+def one_expert(values: np.ndarray, weight: np.ndarray) -> Updates:
+    """The same values (P, D) and weights (P,) for ψ and for an expert that everybody holds."""
+    return Updates(
+        {"w": jnp.asarray(values, jnp.float32)},
+        {"w": jnp.asarray(values, jnp.float32)[:, None]},
+        jnp.zeros((len(values), 1), int),
+        jnp.asarray(weight, jnp.float32),
+        jnp.asarray(weight, jnp.float32)[:, None],
+    )
+
+
+def means(sums) -> tuple[np.ndarray, np.ndarray]:
+    return (
+        np.asarray(sums.shared["w"] / jnp.maximum(sums.shared_weight, 1)),
+        np.asarray(sums.experts["w"][0] / jnp.maximum(sums.expert_weight[0], 1)),
+    )
+
+
+@given(
+    st.integers(0, 2**9 - 1), st.integers(0, 2**32 - 1), st.sampled_from([0, 1e-9, 0.1, 0.3, 0.5])
+)
 def test_trimmed_mean_is_numpys(delivered, seed, trim):
     there = np.array([delivered >> c & 1 for c in range(9)], bool)
     values = np.random.default_rng(seed).normal(size=(9, 3)).astype(np.float32)
-    found = compiled_trimmed_mean(
-        Updates(
-            {"w": jnp.asarray(values)},
-            {"w": jnp.asarray(values)[:, None]},
-            jnp.zeros((9, 1), int),
-            jnp.asarray(there, jnp.float32),
-            jnp.asarray(there[:, None], jnp.float32),
-        ),
-        1,
-        trim,
-    )
+    found = compiled_trimmed_mean(one_expert(values, there), 1, trim)
     count = int(there.sum())
-    cut = min(int(np.float32(trim) * np.float32(count)), max(count - 1, 0) // 2)
+    cut = min(math.ceil(trim * count - 1e-12), max(count - 1, 0) // 2)
+    # Whatever is to be trimmed is, as soon as there are three.
+    assert cut > 0 or trim == 0 or count < 3
     kept = np.sort(values[there], axis=0)[cut : count - cut]
     expected = kept.mean(axis=0) if count else np.zeros(3)
-    assert np.allclose(found.shared["w"] / max(count, 1), expected, atol=1e-5)
-    assert np.allclose(found.experts["w"][0] / max(count, 1), expected, atol=1e-5)
+    for mean in means(found):
+        assert np.allclose(mean, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("trim", "count", "cut"),
+    [(0.1, 10, 1), (0.1, 20, 2), (0.1, 11, 2), (0.15, 20, 3), (0.3, 10, 3)],
+)
+def test_whole_numbers_of_updates_are_trimmed_as_they_are(trim, count, cut):
+    # 0.1 · 10 is 1, whatever it is in single precision.
+    values = np.arange(count)[:, None] ** 2.0
+    expected = values[cut : count - cut].mean()
+    for mean in means(compiled_trimmed_mean(one_expert(values, np.ones(count)), 1, trim)):
+        assert mean == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_robust_means_leave_out_what_is_not_a_number(bad):
+    values = np.array([[1.0, 2.0], [3.0, bad], [1.0, 2.0], [1.0, 2.0]])
+    for aggregator in (
+        lambda updates: trimmed_mean(updates, 1, 0.0),
+        lambda updates: trimmed_mean(updates, 1, 0.5),
+        lambda updates: geometric_median(updates, 1),
+    ):
+        sums = aggregator(one_expert(values, np.ones(4)))
+        assert sums.shared_weight == sums.expert_weight[0] == 3
+        for mean in means(sums):
+            assert np.allclose(mean, [1, 2])
+
+
+def test_geometric_median_by_hand():
+    # Of three corners of an equilateral triangle it is the centre, wherever the triangle lies.
+    corners = np.array([[0.0, 0.0], [2.0, 0.0], [1.0, np.sqrt(3)]])
+    for offset in (0.0, 30.0):
+        updates = one_expert(corners + offset, np.ones(3))
+        for middle in means(geometric_median(updates, 1, steps=50)):
+            assert np.allclose(middle, offset + corners.mean(axis=0), atol=0.02)
+    # One alone is taken as it is; of two, one far away hardly counts.
+    alone = one_expert([[7.0, 0.0], [9.0, 9.0]], np.array([5.0, 0.0]))
+    assert np.allclose(means(geometric_median(alone, 1))[0], [7, 0])
+    for middle in means(geometric_median(one_expert([[1.0, 0.0], [0.0, 1e6]], np.ones(2)), 1)):
+        assert np.linalg.norm(middle) < 3
+    # Weights count as so many updates of weight 1, and clients without a weight as none.
+    values = np.random.default_rng(0).normal(size=(4, 3))
+    weight = np.array([3, 1, 0, 2])
+    repeated = one_expert(np.repeat(values, weight, axis=0), np.ones(weight.sum()))
+    for one, other in zip(
+        means(geometric_median(one_expert(values, weight), 1)),
+        means(geometric_median(repeated, 1)),
+        strict=True,
+    ):
+        assert np.allclose(one, other, atol=0.02)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 4),
+    st.floats(1, 1e12),
+    st.floats(1e-3, 1e3),
+    st.permutations(range(9)),
+)
+def test_a_geometric_median_stays_with_the_honest_and_scales_with_them(
+    seed, faulty, length, scale, order
+):
+    rng = np.random.default_rng(seed)
+    values = np.array([1.0, 0, 0]) + 0.1 * rng.normal(size=(9, 3))
+    values[:faulty] = length * rng.normal(size=(faulty, 3))
+    values = values.astype(np.float32)
+
+    def find(rows: np.ndarray) -> np.ndarray:
+        return means(compiled_geometric_median(one_expert(rows, np.ones(9)), 1))[0]
+
+    middle = find(values)
+    # Of 9 up to 4 are faulty, all of them on one side at worst.
+    assert np.linalg.norm(middle - [1, 0, 0]) < 2.5
+    assert np.allclose(find(values[list(order)]), middle, atol=1e-4)
+    scaled = find(values * np.float32(scale))
+    assert np.allclose(scaled, scale * middle, rtol=1e-3, atol=1e-3 * scale)
+
+
+def test_parts_that_clients_keep_to_themselves_have_no_middle():
+    updates = one_expert(np.ones((3, 2)), np.ones(3))
+    for aggregator in (geometric_median, partial(trimmed_mean, trim=0.5)):
+        none = aggregator(updates._replace(shared={}, experts={}), 1)
+        assert (none.shared, none.experts) == ({}, {})
+        assert none.shared_weight == none.expert_weight[0] == 3

@@ -45,7 +45,7 @@ def test_block_size_changes_nothing_beyond_rounding(make_algorithm, clients):
     states = [run(make_algorithm(block_size=size, local=RANDOM), clients)[0] for size in (1, 3)]
     for other in states[1:]:
         chex.assert_trees_all_equal(states[0].slots, other.slots)
-        for name in ("shared", "experts", "gates", "fitness", "usage", "load"):
+        for name in ("shared", "experts", "gates", "fitness", "usage", "load", "norms"):
             chex.assert_trees_all_close(
                 getattr(states[0], name), getattr(other, name), atol=1e-5, rtol=1e-5
             )
