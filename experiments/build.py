@@ -67,6 +67,7 @@ def build(config: ConfigDict) -> Experiment:
     check_kinds(config)
     check_numbers(config)
     # All that can be refused without the data comes first.
+    task = make_task(config.task.name)
     load = make_load(config)
     chosen = choices(config, load)
     local: client.LocalTraining = chosen["local"]
@@ -81,7 +82,6 @@ def build(config: ConfigDict) -> Experiment:
     if local.augment is not None and np.ndim(sample.get("images", 0)) != 4:
         remedy = "the examples are not images of (height, width, channels); say none"
         raise InputError("local.augment", config.local.augment, remedy)
-    task = make_task(config.task.name)
     model = prepare_model(examples)
     check_model(model, task, sample, config.model.backbone)
     if capacity is None:

@@ -52,7 +52,11 @@ def load_examples(config: ConfigDict) -> Examples:
     Raises:
       InputError: naming the field, the value and the remedy.
     """
-    if config.data.name in (data.TEXT, data.TOPICS):
+    text = config.data.name in (data.TEXT, data.TOPICS)
+    if text != (config.task.name == "next_token"):
+        remedy = "text takes next_token" if text else f"is learnt from text: data.name={data.TEXT}"
+        raise InputError("task.name", config.task.name, remedy)
+    if text:
         return _text(config)
     if config.partition.name == "domains":
         remedy = f"deals out text (data.name={data.TEXT}); choose another"

@@ -12,10 +12,10 @@ from experiments.reporting import ink
 from experiments.reporting.ink import AMBER, ASSIGNED, GREEN, INK, PINK, USED, Picture
 from experiments.reporting.panels import HEIGHT, Dash, Line, Panel, draw_panels
 from experiments.reporting.quantities import (
-    TIMES,
     byte_unit,
     count,
     counted,
+    power_of_ten,
     show,
     size,
     time_unit,
@@ -100,9 +100,8 @@ def _loss(run: Run) -> Picture | None:
             Panel(
                 unit.titled("Mean training loss"),
                 _with_trend(x, y / unit.nats, "", ASSIGNED),
-                "positive",
             ),
-            Panel(unit.titled("Mean test loss"), _lines(run, shown, unit.nats), "positive"),
+            Panel(unit.titled("Mean test loss"), _lines(run, shown, unit.nats)),
         ],
         "Mean over the units (pictures, or tokens) that the round's clients trained on"
         f"{below}; lower is better{smoothing_remark([run])}.",
@@ -152,7 +151,7 @@ def _balance(run: Run) -> Picture | None:
         ],
         "Coefficient of variation (standard deviation over mean) across experts: 0 is perfectly "
         f"even; assigned counts an expert's {assigned_unit(run)}, "
-        f"used the samples that gates sent it{smoothing_remark([run])}.",
+        f"used the {run.units} that gates sent it{smoothing_remark([run])}.",
         shared=True,
         alt="; ".join(f"{word} {show(key, run.final(key))}" for key, word, _ in BALANCES[2:]),
     )
@@ -215,9 +214,7 @@ def _cost(run: Run) -> Picture | None:
 
     gaps = run.series("assignment/gap")[1]
     largest = float(np.max(gaps[np.isfinite(gaps)], initial=0.0))
-    factor, unit = (1.0, "") if largest >= 0.01 or not largest else (1e3, f", {TIMES}10⁻³")
-    if 0 < largest < 1e-5:
-        factor, unit = 1e6, f", {TIMES}10⁻⁶"
+    factor, unit = power_of_ten(largest)
     states = Counter(str(r["assignment/status"]) for r in run.records if "assignment/status" in r)
     said = ", ".join(f"{state} in {counted(n, 'round')}" for state, n in states.most_common())
     return draw_panels(

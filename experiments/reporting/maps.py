@@ -50,7 +50,7 @@ def load_pictures(run: Run) -> list[Picture]:
     unit = assigned_unit(run)
     made = [
         _load(run, "load/assigned", order, "Load assigned to each expert", ASSIGNED, unit),
-        _load(run, "load/usage", order, "Load used on each expert", USED, "samples"),
+        _load(run, "load/usage", order, "Load used on each expert", USED, run.units),
     ]
     return [picture for picture in made if picture is not None]
 
@@ -80,7 +80,9 @@ def _load(run: Run, key: str, order: Numbers, title: str, colour: str, unit: str
     height = rows_height(len(order))
     size = (FULL, TOP + height + BOTTOM)
     span = (rounds[0] - 0.5, rounds[0] - 0.5 + cells.shape[1] * each)
-    counted = "holders, summed over rounds" if unit == "holders" else "samples, all rounds"
+    counted = "holders, summed over rounds"
+    if unit != "holders":
+        counted = f"{'samples' if unit.startswith('samples') else unit}, all rounds"
 
     def paint(figure: Figure) -> None:
         width = FULL - LEFT - TOTALS - 2.0
@@ -141,7 +143,7 @@ def _labels(run: Run, order: Order) -> Picture | None:
         axes = ink.axes_at(figure, LEFT, TOP, INNER, height)
         show_matrix(axes, cells, scale, (-0.5, cells.shape[1] * each - 0.5))
         axes.set_xlim(-0.5, len(examples) - 0.5)
-        axes.set_title("Label mix")
+        axes.set_title(f"{run.kind.capitalize()} mix")
         axes.set_xticks([])
         row_labels(axes, classes, height)
         colour_bar(figure, LEFT + INNER + 0.12, min(height, BAR_HEIGHT), scale)
@@ -173,12 +175,12 @@ def _labels(run: Run, order: Order) -> Picture | None:
         held = f"; clients hold {capacity.min()} to {capacity.max()} experts"
     return Picture(
         name="labels",
-        title="How labels fall on clients",
+        title=f"How {run.kind}s fall on clients",
         source=ink.draw(size, paint, smooth=dense(cells, INNER)),
-        alt=f"Heat map, {len(classes)} labels by {len(examples)} clients; "
+        alt=f"Heat map, {len(classes)} {run.kind}s by {len(examples)} clients; "
         f"{count(examples.min())} to {count(examples.max())} examples each{held}.",
-        caption="Each column is a client, grouped by its most frequent label: a dark cell is a "
-        "label that makes up much of its data; below, how many examples it has"
+        caption=f"Each column is a client, grouped by its most frequent {run.kind}: a dark cell is "
+        f"a {run.kind} that makes up much of its data; below, how many examples it has"
         + (" and how many experts it can hold." if capacity is not None else "."),
         wide=True,
         size=size,
@@ -217,15 +219,15 @@ def _routing(run: Run, order: Order) -> Picture | None:
     if usage is None or not np.nansum(usage):
         return None
     share = shares(usage)
-    scale = share_scale(ink.ORANGES, share, "of client's\nsamples")
+    scale = share_scale(ink.ORANGES, share, f"of client's\n{run.units}")
     return _client_maps(
         run,
         order,
         "routing",
-        "Where each client sends its samples",
-        [("Share of the client's samples that its gate sent to the expert", share, scale)],
+        f"Where each client sends its {run.units}",
+        [(f"Share of the client's {run.units} that its gate sent to the expert", share, scale)],
         "A column adds up to 100 %: one dark cell is a client that leans on one expert; a dark "
-        "stretch of a row is an expert that serves clients with like labels.",
+        f"stretch of a row is an expert that serves clients with like {run.kind}s.",
     )
 
 

@@ -36,7 +36,7 @@ def overlay_pictures(runs: Sequence[Run]) -> list[Picture]:
         return Panel(title, lines, kind)
 
     def loss(key: str, words: str) -> Panel:
-        return panel(key, told_in.titled(words), "positive", told_in.nats)
+        return panel(key, told_in.titled(words), factor=told_in.nats)
 
     told_in = common_unit(runs)
 

@@ -201,7 +201,7 @@ def _plain(value: float) -> str:
 
 
 def _log_label(value: float, _: int) -> str:
-    return f"≤ {value:.6g}" if value <= LOG_FLOOR else f"{value:.6g}"
+    return "≤ 10⁻⁴" if value <= LOG_FLOOR else f"{value:.6g}"
 
 
 def _drawable(line: Line) -> bool:

@@ -84,6 +84,14 @@ def time_unit(largest: float) -> tuple[float, str]:
     return 1.0, "seconds"
 
 
+def power_of_ten(largest: float) -> tuple[float, str]:
+    """A factor, and what to write behind a title, so that numbers up to `largest` can be read."""
+    if largest >= 0.01 or not largest > 0:
+        return 1.0, ""
+    exponent = max(3 * math.floor(math.log10(largest) / 3), -300)
+    return 10.0**-exponent, f", {TIMES}10{_superscript(exponent)}"
+
+
 def size(value: float) -> str:
     """Bytes in decimal units."""
     factor, unit = byte_unit(value)

@@ -74,6 +74,16 @@ class Run:
         """What to tell its losses in."""
         return LOSS_UNITS.get(self.task, UNNAMED)
 
+    @property
+    def units(self) -> str:
+        """What gates send to experts."""
+        return "tokens" if self.task == "next_token" else "samples"
+
+    @property
+    def kind(self) -> str:
+        """What the classes of arrays.npz are, of which every client has its mix."""
+        return "domain" if self.task == "next_token" else "label"
+
     def complete(self, last: float) -> bool:
         """Whether every round up to number `last` is recorded."""
         return sum(record["round"] <= last for record in self.records) >= last

@@ -38,7 +38,7 @@ def curves(
         panel(key, f"{word.capitalize()} accuracy, %", "percent") for key, word, _ in ACCURACIES
     ]
     losses = [
-        panel(key, unit.titled(f"{word.capitalize()} loss"), "positive", unit.nats)
+        panel(key, unit.titled(f"{word.capitalize()} loss"), "linear", unit.nats)
         for key, word, _ in LOSSES
     ]
     read = f"Lettered as in the list of methods; {SEEDS}."

@@ -47,6 +47,7 @@ class Dealt(NamedTuple):
     Attributes:
       train: (M, S + 1) uint8 examples to train on.
       parts: for each of the C clients its examples among them, increasing.
+      train_domain: (M,) int32, the domain of each of the examples to train on.
       test: (M', S + 1) uint8 examples to test on.
       domain: (M',) int32, the domain of each of these.
       owns: (C, F) bool, the domains of each client.
@@ -54,30 +55,40 @@ class Dealt(NamedTuple):
 
     train: np.ndarray
     parts: tuple[np.ndarray, ...]
+    train_domain: np.ndarray
     test: np.ndarray
     domain: np.ndarray
     owns: np.ndarray
 
     def counts(self) -> np.ndarray:
-        """(C, F) int64, training examples of each client by domain, in equal shares."""
-        sizes = np.array([len(part) for part in self.parts])
-        return (self.owns * (sizes // self.owns.sum(axis=1))[:, None]).astype(np.int64)
+        """(C, F) int64, training examples of each client by domain."""
+        domains = self.owns.shape[1]
+        return np.stack(
+            [np.bincount(self.train_domain[part], minlength=domains) for part in self.parts]
+        )
 
     def limited(self, train: int, test: int) -> Dealt:
-        """The first examples of each client, and evenly spaced test examples; 0 for all."""
+        """Evenly spaced examples of each client, and of all test examples; 0 for all of them."""
         kept = self
         if train and train < len(self.train):
             share = max(1, train // len(self.parts))
-            parts = [part[:share] for part in self.parts]
-            ends = np.cumsum([0, *map(len, parts)])
+            parts = [part[_spread(len(part), share)] for part in self.parts]
+            rows, ends = np.concatenate(parts), np.cumsum([0, *map(len, parts)])
             kept = kept._replace(
-                train=self.train[np.concatenate(parts)],
+                train=self.train[rows],
                 parts=tuple(np.arange(a, b) for a, b in pairwise(ends)),
+                train_domain=self.train_domain[rows],
             )
         if test and test < len(self.test):
-            rows = np.linspace(0, len(self.test) - 1, test).astype(int)
+            rows = _spread(len(self.test), test)
             kept = kept._replace(test=self.test[rows], domain=self.domain[rows])
         return kept
+
+
+def _spread(count: int, kept: int) -> np.ndarray:
+    """So many of `count` places, or all of them if they are fewer, as even as can be."""
+    kept = min(kept, count)
+    return (2 * np.arange(kept) + 1) * count // (2 * kept)
 
 
 def read_corpus(path: str | os.PathLike[str]) -> Corpus:
@@ -171,28 +182,30 @@ def deal_domains(
     owns = _draw_owners(count, clients, domains_per_client, rng)
     windows: list[np.ndarray] = []
     owner: list[np.ndarray] = []
+    of: list[np.ndarray] = []
     for f, text in enumerate(corpus.texts):
         holders = rng.permutation(np.flatnonzero(owns[:, f]))
         train = text[: len(text) - round(_TEST_SHARE * len(text))]
-        stride = len(train) // len(holders)
-        size = bytes_per_client // domains_per_client or stride
-        if size > stride or size <= length:
-            raise InputError(
-                "partition.bytes_per_client",
-                bytes_per_client,
-                f"{corpus.names[f]} has {len(train)} bytes for {len(holders)} clients: give each "
-                f"{length + 1} to {stride} of it, have fewer clients, or a smaller data.length",
-            )
+        stride, size = _run_of(
+            corpus.names[f], len(train), len(holders), length, bytes_per_client, domains_per_client
+        )
         for place, holder in enumerate(holders):
             cut = _windows(train[place * stride : place * stride + size], length)
             windows.append(cut)
             owner.append(np.full(len(cut), holder))
+            of.append(np.full(len(cut), f, np.int32))
     ends = [text[len(text) - round(_TEST_SHARE * len(text)) :] for text in corpus.texts]
     test = [_windows(end, length) for end in ends]
+    if not any(map(len, test)):
+        longest = (
+            f"the test texts, last tenths of domains, have {max(map(len, ends))} bytes or fewer"
+        )
+        raise InputError("data.length", length, f"{longest}: choose a smaller one")
     everyone = np.concatenate(owner)
     return Dealt(
         train=np.concatenate(windows),
         parts=tuple(np.flatnonzero(everyone == c) for c in range(clients)),
+        train_domain=np.concatenate(of),
         test=np.concatenate(test),
         domain=np.repeat(np.arange(count), [len(rows) for rows in test]).astype(np.int32),
         owns=owns,
@@ -212,6 +225,26 @@ def check_domains(domains: int, clients: int, per_client: int) -> None:
         least = -(-domains // clients)
         remedy = f"{clients} clients leave some of the {domains} domains to nobody; give {least}"
         raise InputError(field, per_client, f"{remedy} or more, or more clients")
+
+
+def _run_of(
+    name: str, size: int, holders: int, length: int, bytes_per_client: int, domains_per_client: int
+) -> tuple[int, int]:
+    """How far apart the runs of a domain begin, and how long they are, in bytes.
+
+    Raises:
+      InputError: they would be too short, or more than there is.
+    """
+    stride = size // holders
+    run = bytes_per_client // domains_per_client or stride
+    if stride <= length:
+        found = f"{name} has {size} bytes for {holders} clients, not {length + 1} for each"
+        raise InputError("data.length", length, f"{found}: choose a smaller one, or fewer clients")
+    if run > stride or run <= length:
+        remedy = f"give each {length + 1} to {stride} of it, or have fewer clients"
+        found = f"{name} has {size} bytes for {holders} clients: {remedy}"
+        raise InputError("partition.bytes_per_client", bytes_per_client, found)
+    return stride, run
 
 
 def _draw_owners(

@@ -210,7 +210,7 @@ class _Judge:
         column = jnp.ones((valid.size, 1), jnp.float32)
         if task.labels is not None and classes:
             column = jax.nn.one_hot(task.labels(chunk.arrays), classes, dtype=jnp.float32)
-        self._column = column * valid[:, None]
+        self._column = column
 
     def by_class(self, outputs: PyTree) -> Tally:
         """(Y,) sums by class."""

@@ -60,6 +60,12 @@ EVALUATION = {
     "eval/personal_clients",
     "eval/server_accuracy",
     "eval/clients",
+    "eval/personal_accuracy_p10",
+    "eval/personal_loss",
+    "eval/global_loss",
+    "eval/server_loss",
+    "eval/assembled_accuracy",
+    "eval/assembled_loss",
 }
 
 

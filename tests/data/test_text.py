@@ -1,0 +1,163 @@
+"""Text as bytes, dealt out by domains."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexmoe_jax.data import Corpus, deal_domains, python_topics, read_corpus
+from flexmoe_jax.errors import InputError
+
+
+def corpus(*lengths: int) -> Corpus:
+    """Domain f counts up from 40 f, so that a byte says where it stood."""
+    texts = tuple((40 * f + np.arange(n) % 40).astype(np.uint8) for f, n in enumerate(lengths))
+    return Corpus(tuple(f"d{f}" for f in range(len(lengths))), texts)
+
+
+def test_runs_and_windows_worked_out_by_hand():
+    # Of 40 bytes the last 4 are for tests; two clients have 18 each of both domains.
+    dealt = deal_domains(corpus(40, 40), 2, 4, domains_per_client=2, seed=0)
+    # Windows of 5 begin every 4: at 0, 4, 8, 12; the one at 16 would end beyond the run.
+    assert dealt.train.shape == (16, 5)
+    starts = sorted(int(row[0]) for row in dealt.train)
+    assert starts == [0, 4, 8, 12, 18, 22, 26, 30, 40, 44, 48, 52, 58, 62, 66, 70]
+    assert all((np.diff(row.astype(int)) == 1).all() for row in dealt.train)
+    assert dealt.counts().tolist() == [[4, 4], [4, 4]]
+    assert dealt.owns.all()
+    # Four bytes are no window of five.
+    assert len(dealt.test) == 0
+    dealt = deal_domains(corpus(90, 50), 2, 4, domains_per_client=2, seed=0)
+    # The last 9 bytes of 90 begin at 81, the last 5 of 50 at 45.
+    assert [row[0] for row in dealt.test] == [1, 5, 40 + 5]
+    assert dealt.domain.tolist() == [0, 0, 1]
+
+
+def test_a_client_has_of_each_of_its_domains_what_the_domain_has_for_it():
+    # 180 and 90 bytes: 162 and 81 to train on, of which each of three clients has 54 and 27.
+    dealt = deal_domains(corpus(180, 90), 3, 4, domains_per_client=2, seed=1)
+    assert dealt.counts().tolist() == [[13, 6]] * 3
+    # The same of each, where clients are to have 40 bytes in all.
+    even = deal_domains(corpus(180, 90), 3, 4, domains_per_client=2, bytes_per_client=40, seed=1)
+    assert even.counts().tolist() == [[4, 4]] * 3
+
+
+def test_limits_keep_every_domain_of_a_client():
+    dealt = deal_domains(corpus(400, 400), 2, 4, domains_per_client=2, seed=0)
+    few = dealt.limited(8, 6)
+    assert few.counts().tolist() == [[2, 2], [2, 2]]
+    assert [len(part) for part in few.parts] == [4, 4]
+    assert np.bincount(few.domain).tolist() == [3, 3]
+    for kept, of in ((few.train, dealt.train), (few.test, dealt.test)):
+        assert {tuple(row) for row in kept} <= {tuple(row) for row in of}
+    whole = dealt.limited(0, 0)
+    assert whole.train is dealt.train
+    assert whole.test is dealt.test
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 6),
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.integers(1, 8),
+    st.integers(0, 3),
+)
+def test_domains_are_held_evenly_and_runs_are_disjoint(domains, clients, each, length, seed):
+    each = min(each, domains)
+    if clients * each < domains:
+        return
+    rng = np.random.default_rng(seed)
+    texts = tuple(rng.permutation(np.arange(256, dtype=np.uint8)).repeat(1) for _ in range(domains))
+    names = tuple(f"d{f}" for f in range(domains))
+    dealt = deal_domains(Corpus(names, texts), clients, length, domains_per_client=each, seed=seed)
+    held = dealt.owns.sum(axis=0)
+    assert (dealt.owns.sum(axis=1) == each).all()
+    assert held.max() - held.min() <= 1
+    assert sorted(np.concatenate(dealt.parts).tolist()) == list(range(len(dealt.train)))
+    assert (dealt.counts() > 0).tolist() == dealt.owns.tolist()
+    # Every byte of a domain is another one here: what is to be told is told once, by one client,
+    # and none of it is in the test text.
+    told: set[tuple[int, int]] = set()
+    for row, f in zip(dealt.train, dealt.train_domain, strict=True):
+        cells = {(int(f), int(byte)) for byte in row[1:]}
+        assert not cells & told
+        told |= cells
+    for row, f in zip(dealt.test, dealt.domain, strict=True):
+        assert not {(int(f), int(byte)) for byte in row} & told
+
+
+def test_folders_and_lines_of_clients(tmp_path):
+    (tmp_path / "b.txt").write_bytes("é\n".encode())
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "c.md").write_text("no text file")
+    read = read_corpus(tmp_path)
+    assert read.names == ("a", "b")
+    assert [bytes(text) for text in read.texts] == [b"one", "é\n".encode()]
+    lines = [{"client": 2, "text": "x"}, {"client": "1", "text": "y"}, {"client": 2, "text": "z"}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, lines)))
+    read = read_corpus(file)
+    assert read.names == ("1", "2")
+    assert [bytes(text) for text in read.texts] == [b"y\n", b"x\nz\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("", b"", "there is no such folder or file"),
+        ("x.txt", b"a text", "there is no such folder or file: name a folder"),
+        ("x.jsonl", b'{"client": 1}', "line 1 is no object with text and client"),
+        ("x.jsonl", b'\n{"client": 1, "text": 3}', "line 2 is no object"),
+        ("x.jsonl", b"[]", "line 1 is no object"),
+        ("x.jsonl", b"\xff", "is not UTF-8 text"),
+        ("x.jsonl", b"", "there is no text in it"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path, name, content, line):
+    place = tmp_path / (name or "missing")
+    if name:
+        place.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^data.dir=.*{line}"):
+        read_corpus(place)
+
+
+def test_folders_without_text_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"holds no \*\.txt file"):
+        read_corpus(tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"\xe9")
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (
+            {"domains_per_client": 3},
+            "partition.domains_per_client=3: give 1 to 2, the number of domains",
+        ),
+        (
+            {"clients": 1, "domains_per_client": 1},
+            "partition.domains_per_client=1: 1 clients leave some",
+        ),
+        ({"clients": 20}, "data.length=4: d0 has 81 bytes for 20 clients, not 5 for each"),
+        ({"bytes_per_client": 90}, "partition.bytes_per_client=90: d0 has 81 bytes for 2 clients"),
+        ({"bytes_per_client": 8}, "partition.bytes_per_client=8: d0 has .* give each 5 to 40"),
+    ],
+)
+def test_what_cannot_be_dealt_is_refused(options, line):
+    given_ = {"clients": 2, "length": 4, "domains_per_client": 2, "seed": 0} | options
+    with pytest.raises(InputError, match=f"^{line}"):
+        deal_domains(corpus(90, 90), **given_)
+
+
+def test_pythons_own_topics_need_no_file():
+    topics = python_topics()
+    assert len(topics.names) >= 20
+    assert all(len(text) >= 2000 for text in topics.texts)
