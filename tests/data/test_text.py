@@ -14,26 +14,25 @@ from flexmoe_jax.errors import InputError
 
 
 def corpus(*lengths: int) -> Corpus:
-    """Domain f counts up from 40 f, so that a byte says where it stood."""
-    texts = tuple((40 * f + np.arange(n) % 40).astype(np.uint8) for f, n in enumerate(lengths))
+    """Domain f counts up from 100 f, so that a byte says where it stood."""
+    texts = tuple((100 * f + np.arange(n) % 100).astype(np.uint8) for f, n in enumerate(lengths))
     return Corpus(tuple(f"d{f}" for f in range(len(lengths))), texts)
 
 
 def test_runs_and_windows_worked_out_by_hand():
-    # Of 40 bytes the last 4 are for tests; two clients have 18 each of both domains.
-    dealt = deal_domains(corpus(40, 40), 2, 4, domains_per_client=2, seed=0)
-    # Windows of 5 begin every 4: at 0, 4, 8, 12; the one at 16 would end beyond the run.
-    assert dealt.train.shape == (16, 5)
-    starts = sorted(int(row[0]) for row in dealt.train)
-    assert starts == [0, 4, 8, 12, 18, 22, 26, 30, 40, 44, 48, 52, 58, 62, 66, 70]
+    # Of 50 bytes the last 5 are for tests; two clients have 22 each of both domains.
+    dealt = deal_domains(corpus(50, 50), 2, 4, domains_per_client=2, seed=0)
+    # Windows of 5 begin every 4 bytes, as long as they end within the run.
+    starts = np.array([0, 4, 8, 12, 16, 22, 26, 30, 34, 38])
+    assert dealt.train.shape == (20, 5)
+    assert sorted(row[0] for row in dealt.train) == [*starts, *(100 + starts)]
     assert all((np.diff(row.astype(int)) == 1).all() for row in dealt.train)
-    assert dealt.counts().tolist() == [[4, 4], [4, 4]]
+    assert dealt.counts().tolist() == [[5, 5], [5, 5]]
     assert dealt.owns.all()
-    # Four bytes are no window of five.
-    assert len(dealt.test) == 0
+    assert [row[0] for row in dealt.test] == [45, 145]
+    # The last 9 bytes of 90 are two windows.
     dealt = deal_domains(corpus(90, 50), 2, 4, domains_per_client=2, seed=0)
-    # The last 9 bytes of 90 begin at 81, the last 5 of 50 at 45.
-    assert [row[0] for row in dealt.test] == [1, 5, 40 + 5]
+    assert [row[0] for row in dealt.test] == [81, 85, 145]
     assert dealt.domain.tolist() == [0, 0, 1]
 
 
@@ -155,6 +154,11 @@ def test_what_cannot_be_dealt_is_refused(options, line):
     given_ = {"clients": 2, "length": 4, "domains_per_client": 2, "seed": 0} | options
     with pytest.raises(InputError, match=f"^{line}"):
         deal_domains(corpus(90, 90), **given_)
+
+
+def test_texts_that_are_too_short_to_be_tested_on_are_refused():
+    with pytest.raises(InputError, match=r"^data.length=4: the test texts, .* 4 bytes or fewer"):
+        deal_domains(corpus(40, 40), 2, 4, domains_per_client=2, seed=0)
 
 
 def test_pythons_own_topics_need_no_file():
