@@ -33,7 +33,7 @@ OPTIONS = {
         "deficit_decay": 0.9,
     },
     "sparse": {"uplink": federated.Uplink(federated.make_compressor("top_k"), norm_limit=10.0)},
-    "private": {"uplink": federated.Uplink(clip=1.0, noise_multiplier=0.1)},
+    "private": {"uplink": federated.Uplink(clip=1.0, noise_multiplier=0.1, simulated_noise=True)},
     "robust": {"aggregator": partial(federated.trimmed_mean, trim=0.1)},
 }
 
