@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +20,10 @@ import pytest
 
 from flexmoe_jax import data
 
+# Whoever starts the tests in the background has these ignored, which the launchers under test
+# would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Unit tests compile far more than they compute; the launcher's tests run with all optimisations.
 jax.config.update("jax_disable_most_optimizations", True)
 # Nothing runs on more than one of them unless its mesh says so.
