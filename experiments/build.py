@@ -172,6 +172,7 @@ def make_policy(options: ConfigDict, load: str) -> assignment.Policy:
         diversity=options.diversity,
         movement=options.movement,
         exploration=options.exploration,
+        exploration_rounds=options.exploration_rounds,
         time_limit=options.time_limit,
     )
 

@@ -152,6 +152,7 @@ def get_config() -> ConfigDict:
     # Width of the noise on the fitness, drawn anew every round. Holders that stay would teach an
     # expert their few classes alone. 0, with local.balance 0 and private gates: as in the paper.
     config.assignment.exploration = 1.0
+    config.assignment.exploration_rounds = 0  # in which it falls to 0; 0 for never
     config.assignment.time_limit = 60.0  # seconds of a solver; then even loads; 0 for none
 
     config.fitness = ConfigDict()

@@ -57,6 +57,7 @@ def make_policy(
     diversity: float = 0.0,
     movement: float = 0.0,
     exploration: float = 0.0,
+    exploration_rounds: int = 0,
     time_limit: float = 60.0,
 ) -> NamedPolicy:
     """Makes the policy of that name.
@@ -79,6 +80,8 @@ def make_policy(
       exploration: width of the uniform noise, drawn anew every round, that is added to the fitness
         (`flex`): holders change even where the fitness does not, so every expert meets the data of
         many clients.
+      exploration_rounds: in which that width falls to 0 along a line, so that experts then stay
+        where they fit (`flex`); 0 for never.
       time_limit: seconds that a round's search for the optimum may take; 0 for no limit (`flex`).
         Where it is exceeded, or the solver fails, experts are dealt out evenly for that round, and
         the solution's status is `fallback: REASON`.
@@ -97,6 +100,7 @@ def make_policy(
         "diversity": diversity,
         "movement": movement,
         "exploration": exploration,
+        "exploration_rounds": exploration_rounds,
         "time_limit": time_limit,
     }
     for field, number in numbers.items():

@@ -89,6 +89,7 @@ def flex(
     diversity: float = 0.0,
     movement: float = 0.0,
     exploration: float = 0.0,
+    exploration_rounds: int = 0,
     time_limit: float = 60.0,
 ) -> Solution:
     """FLEX-MoE: greatest fitness with every expert's load close to what it is owed.
@@ -106,6 +107,8 @@ def flex(
     if movement:
         sent = True if request.held is None else ~request.held
         fitness = fitness - movement * sent
+    if exploration_rounds:
+        exploration *= 1 - min(request.round / exploration_rounds, 1)
     if exploration:
         fitness = fitness + exploration * _keys(request, request.round, _EXPLORATION)
     problem = Problem(

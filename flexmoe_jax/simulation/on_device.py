@@ -110,6 +110,7 @@ def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
         raise InputError("server.noise_multiplier", federation.admission.noise_multiplier, remedy)
     options = _flex_options(federation.policy)
     slack, exploration = options["slack"], options["exploration"]
+    falls_in = options["exploration_rounds"]
     size = per_round or clients
     block_size = resolve_block_size(setting.floor.block_size, size, setting.floor.devices)
     floor = setting.floor._replace(rows=size, block_size=block_size)
@@ -125,7 +126,8 @@ def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
         ties = jax.random.uniform(keys[1], ledger.fitness.shape, ledger.fitness.dtype)
         fitness = ledger.fitness + federation.fitness.optimism * untried + _TIE_NOISE * ties
         if exploration:
-            fitness += exploration * jax.random.uniform(keys[2], fitness.shape, fitness.dtype)
+            noise = jax.random.uniform(keys[2], fitness.shape, fitness.dtype)
+            fitness += exploration * _left(state.server.round, falls_in) * noise
         found = dual_assign(fitness[cohort], capacity, low, high, slots=floor.slots)
         steps = jnp.asarray(setting.steps)[cohort]
         plan = device_plan(cohort, found.assignment, found.load, steps, floor)
@@ -133,6 +135,13 @@ def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
         return state, DeviceReport(training, plan, low, high, found.value, found.bound)
 
     return run_round
+
+
+def _left(round_index: Array, rounds: int) -> Array:
+    """What is left of exploration that falls to 0 in so many rounds; 0 for never."""
+    if not rounds:
+        return jnp.ones((), jnp.float32)
+    return jnp.maximum(1.0 - round_index.astype(jnp.float32) / rounds, 0.0)
 
 
 def _flex_options(policy: Policy) -> Mapping[str, Any]:

@@ -151,8 +151,8 @@ def test_exploration_changes_holders_within_the_bounds() -> None:
     options = {"fitness": fitness, "capacity": np.full(16, 2), "clients": np.arange(16)}
     options |= {"deficit": None, "usage": None}
 
-    def assign(exploration: float, turn: int) -> np.ndarray:
-        policy = make_policy("flex", exploration=exploration)
+    def assign(exploration: float, turn: int, rounds: int = 0) -> np.ndarray:
+        policy = make_policy("flex", exploration=exploration, exploration_rounds=rounds)
         return policy(request(**options, round=turn)).assignment
 
     stays, moves = ([assign(width, turn) for turn in range(4)] for width in (0.0, 1.0))
@@ -163,6 +163,11 @@ def test_exploration_changes_holders_within_the_bounds() -> None:
         assert (held.sum(axis=0) == 4).all()
         assert held[np.arange(16), favourite].all()
     assert (assign(1.0, 2) == moves[2]).all()
+    # Half of 2 is left after 4 of 8 rounds, nothing from the eighth on.
+    assert (assign(2.0, 4, rounds=8) == assign(1.0, 4)).all()
+    assert (assign(1.0, 0, rounds=8) == moves[0]).all()
+    for turn in (8, 9, 100):
+        assert (assign(1.0, turn, rounds=8) == stays[0]).all()
 
 
 def test_flex_options_reach_the_problem() -> None:

@@ -215,14 +215,19 @@ def test_what_the_device_would_leave_out_is_refused(make_simulation):
 
 def test_exploration_moves_holders_on_the_device_too(make_simulation, clients):
     # Fitness stays what it was, and no load bound holds: without it, so would the holders.
-    flexible = make_simulation(
-        policy=make_policy("flex", slack=100.0, exploration=1.0), fitness=FitnessOptions(beta=1e-9)
-    )
-    key = jax.random.key(0)
-    state = flexible.init(key)
-    ledger = state.server.ledger
-    ranked = jax.random.permutation(key, ledger.fitness.size).reshape(ledger.fitness.shape)
-    server = state.server._replace(ledger=ledger._replace(fitness=ranked / 100.0))
-    run = jax.jit(run_on_device(flexible, 4))
-    plans = run(state._replace(server=server), clients)[1].plan.slots
-    assert len({row.tobytes() for row in np.asarray(plans)}) == 4
+    def holders(rounds: int) -> list[bytes]:
+        policy = make_policy("flex", slack=100.0, exploration=1.0, exploration_rounds=rounds)
+        flexible = make_simulation(policy=policy, fitness=FitnessOptions(beta=1e-9))
+        key = jax.random.key(0)
+        state = flexible.init(key)
+        ledger = state.server.ledger
+        ranked = jax.random.permutation(key, ledger.fitness.size).reshape(ledger.fitness.shape)
+        server = state.server._replace(ledger=ledger._replace(fitness=ranked / 100.0))
+        run = jax.jit(run_on_device(flexible, 4))
+        plans = run(state._replace(server=server), clients)[1].plan.slots
+        return [row.tobytes() for row in np.asarray(plans)]
+
+    assert len(set(holders(0))) == 4
+    first, second, third, fourth = holders(2)
+    assert len({first, second, third}) == 3
+    assert third == fourth
