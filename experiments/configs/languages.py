@@ -32,6 +32,9 @@ def get_config() -> ConfigDict:
     config.local.learning_rate = 0.003
     config.local.balance = 0.0
     config.fitness.score = "loss"
+    # Scores differ by hundredths: noise of a tenth decides at first, and experts settle by half-time.
+    config.assignment.exploration = 0.1
+    config.assignment.exploration_rounds = 40
     config.eval.every = 10
     config.eval.batch_size = 64
     config.data.test_limit = 800
