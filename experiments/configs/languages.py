@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.local.learning_rate = 0.003
     config.local.balance = 0.0
     config.fitness.score = "loss"
-    # Scores differ by hundredths: noise of a tenth decides at first, and experts settle by half-time.
+    # Scores differ by hundredths: noise of a tenth decides at first; by half-time experts settle.
     config.assignment.exploration = 0.1
     config.assignment.exploration_rounds = 40
     config.eval.every = 10

@@ -26,6 +26,9 @@ def get_config() -> ConfigDict:
     config.local.learning_rate = 0.003
     config.local.balance = 0.0
     config.fitness.score = "loss"
+    # As in languages.py: experts settle by half-time.
+    config.assignment.exploration = 0.1
+    config.assignment.exploration_rounds = 15
     config.eval.every = 5
     config.eval.batch_size = 64
     config.data.test_limit = 400
