@@ -22,7 +22,7 @@ from experiments.build import build
 from experiments.configs import digits, text
 from experiments.examples import load_examples
 from experiments.export import export, write_folder
-from experiments.portable import compiled, limits, make_portable, standalone
+from experiments.portable import compiled, limits, make_portable, run_config, standalone
 from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax import simulation
@@ -339,3 +339,16 @@ def test_without_the_extra_a_line_says_what_to_install(run, tmp_path, monkeypatc
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == missing else name)
     with pytest.raises(InputError, match=rf"^--to=.*: needs {missing}; .*flexmoe_jax\[export\]"):
         export(run, "assembled", tmp_path / "out")
+
+
+def test_data_may_have_moved_and_others_in_their_place_are_refused(run, tmp_path, monkeypatch):
+    there = Workdir(run).config() | {"data.name": "/once/here/mine.npz", "data.dir": "/once"}
+    monkeypatch.setattr(Workdir, "config", lambda self: dict(there))
+    assert run_config(Workdir(run), None).data.name == "/once/here/mine.npz"
+    moved = run_config(Workdir(run), "/now")
+    assert (moved.data.dir, moved.data.name) == ("/now", "mine.npz")
+    # As if the files held other examples than those that the run began with.
+    there |= {"data.name": "digits", "data.train_limit": 150}
+    with pytest.raises(InputError, match=r"data\.train_images|other data|holds"):
+        export(run, "assembled", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
