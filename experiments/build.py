@@ -23,6 +23,7 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.simulation import Network, Payload, Simulation, TestSet
 from flexmoe_jax.tasks import TASKS, Task
+from flexmoe_jax.types import Array
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Experiment:
       feed: the training examples of a cohort's clients, or of all clients.
       about: what is known of the clients, for whoever judges their models.
       test: the test set.
+      prepare: inputs as they lie there -> inputs as the model takes them.
       classes: names of the Y classes.
       label_counts: (C, Y) training examples of each client by class.
       capacity: (C,) k_c.
@@ -48,6 +50,7 @@ class Experiment:
     feed: data.Feed
     about: data.About
     test: TestSet
+    prepare: Callable[[Array], Array]
     classes: tuple[str, ...]
     label_counts: np.ndarray
     capacity: np.ndarray
@@ -111,6 +114,7 @@ def build(config: ConfigDict) -> Experiment:
         feed=make_feed(config.execution.data, clients, network.asked, mesh),
         about=simulation.replicate(clients.about, mesh),
         test=simulation.chunk_test_set(examples.test, config.eval.batch_size, mesh, examples.group),
+        prepare=examples.prepare,
         classes=examples.classes,
         label_counts=examples.counts,
         capacity=capacity,

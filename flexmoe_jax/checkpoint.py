@@ -44,7 +44,7 @@ class Restored(NamedTuple):
 
     Attributes:
       state: the newest that could be used, or None.
-      passed_over: one line on each newer checkpoint, which has been moved out of the way.
+      passed_over: one line on each newer checkpoint.
     """
 
     state: State | None
@@ -134,6 +134,23 @@ class Checkpoints:
         _wait_for_all("set aside")
         state = self._read(chosen, like) if chosen >= 0 else None
         return Restored(state, tuple(passed_over))
+
+    def newest(self, like: State) -> Restored:
+        """Reads the newest checkpoint that is whole, and leaves all where they are.
+
+        Args:
+          like: gives the structure, shapes, types and places of the arrays.
+
+        Raises:
+          InputError: it is of another model or another version of the code.
+        """
+        passed_over: list[str] = []
+        for step in reversed(self.rounds()):
+            fault = self._fault(step)
+            if fault is None:
+                return Restored(self._read(step, like), tuple(passed_over))
+            passed_over.append(f"the checkpoint of round {step} {fault}")
+        return Restored(None, tuple(passed_over))
 
     def close(self) -> None:
         """Ends orbax's threads, if it has any."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -115,14 +116,28 @@ class Federation:
 
     @cached_property
     def outputs(self) -> tuple[PyTree, dict[str, Routing]]:
-        """Shapes of the outputs for the sample, and of the routings."""
-        held = {
-            layer: jax.ShapeDtypeStruct((self.layout.experts,), bool)
-            for layer in self.layout.layers
-        }
-        found: tuple[PyTree, dict[str, Routing]] = jax.eval_shape(
-            self.model.apply, nn.meta.unbox(self.shapes), self.inputs, held
-        )
+        """Shapes of the outputs for the sample, and of the routings, with K slots.
+
+        Raises:
+          InputError: a model that does not run on them.
+        """
+        slots, parts = self.slots, self.layout.split(self.shapes)
+
+        def cut(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((slots, *stack.shape[1:]), stack.dtype)
+
+        experts, gate = jax.tree.map(cut, (parts.experts, parts.gate))
+        held = {layer: jax.ShapeDtypeStruct((slots,), bool) for layer in self.layout.layers}
+        try:
+            found: tuple[PyTree, dict[str, Routing]] = jax.eval_shape(
+                self.apply, parts._replace(experts=experts, gate=gate), self.inputs, held
+            )
+        except InputError:
+            raise
+        except Exception as error:  # A model can fail in any way.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            remedy = f"it must run on stacks of {slots} of its {self.layout.experts} experts"
+            raise InputError("model", reason[:300], remedy) from error
         return found
 
     def check(self, arrays: Mapping[str, Any]) -> None:
@@ -247,7 +262,12 @@ class Federation:
             raise InputError("label_share", f"{classes} classes", remedy)
 
     def _check_outputs(self) -> None:
-        """Refuses a model whose layers name other routings than parameters."""
+        """Refuses a model that cannot be trained, or names other routings than parameters."""
+        leaves = jax.tree.leaves(nn.meta.unbox(self.shapes))
+        for path, leaf in zip(self.layout.paths, leaves, strict=True):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                remedy = "a model is made of floating-point parameters alone"
+                raise InputError("model", f"{path} of {leaf.dtype}", remedy)
         _, routings = self.outputs
         if sorted(routings) != sorted(self.layout.layers):
             remedy = f"its parameters are marked for the layers {', '.join(self.layout.layers)}"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -80,6 +81,43 @@ def test_a_model_that_names_other_layers_than_its_parameters_is_refused(clients)
         InputError, match=r"model=routings of blend: .* marked for the layers mixtu"
     ):
         federate(clients).replace(model=model._replace(head=other_names))
+
+
+def functions(clients: data.ClientData, experts=(4, 3, 10), rules=None, run=None, **others):
+    """A model of plain functions, linear in images and experts, with its gate."""
+
+    def init(key, images):
+        return {"w": jnp.zeros(experts), "gate": jnp.zeros((4, 64)), **others}
+
+    def apply(params, images, held):
+        x = images.reshape(-1, 64) / 255
+        routing = models.route(x @ params["gate"].T, held["mixture"])
+        mixed = jnp.einsum("be,efy,bf->by", routing.combine, params["w"], x[:, :3])
+        return mixed, {"mixture": routing}
+
+    rules = rules or {"w": models.EXPERT, "gate": models.GATE}
+    return federate(clients).replace(model=models.from_functions(init, run or apply, rules))
+
+
+def test_foreign_models_that_cannot_be_dealt_out_are_refused(clients):
+    assert functions(clients).layout.experts == 4
+    with pytest.raises(InputError, match=r"^rules=moe/\*: matches none of gate, w"):
+        functions(clients, rules={"moe/*": models.EXPERT})
+    # Experts are the first axis of all that is theirs.
+    with pytest.raises(InputError, match=r"^model\.experts=.*w has 3: .*lead with them"):
+        functions(clients, experts=(3, 4, 10))
+    with pytest.raises(InputError, match=r"^model=seed of int32: .*floating-point"):
+        functions(clients, seed=jnp.zeros((), jnp.int32))
+
+    # A client holds two of the four.
+    def with_all_four(params, images, held):
+        x = images.reshape(-1, 64) / 255
+        logits = x @ params["gate"].T + jnp.arange(4.0)
+        routing = models.route(logits, held["mixture"])
+        return routing.combine @ params["w"][:, 0], {"mixture": routing}
+
+    with pytest.raises(InputError, match=r"^model=ValueError: .*stacks of 2 of its 4 experts"):
+        functions(clients, run=with_all_four)
 
 
 def test_a_variant_is_the_same_but_for_what_is_replaced(clients):

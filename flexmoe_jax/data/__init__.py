@@ -17,7 +17,7 @@ from flexmoe_jax.data.fingerprint import digest, fingerprint
 from flexmoe_jax.data.partition import PARTITIONS, check, partition, skewed
 from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, natural, shards
 from flexmoe_jax.data.sources import Dataset, load
-from flexmoe_jax.data.standardise import doubts, standardise
+from flexmoe_jax.data.standardise import Standardisation, doubts, standardise
 from flexmoe_jax.data.text import (
     TEXT,
     TOPICS,
@@ -41,6 +41,7 @@ __all__ = [
     "Dealt",
     "Feed",
     "Partitioner",
+    "Standardisation",
     "build_clients",
     "check",
     "client_numbers",

@@ -5,7 +5,7 @@ Axis legend: `M` examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -63,7 +63,24 @@ def moments(images: np.ndarray) -> Moments:
     return Moments(mean, np.where(deviation > _NOISE * np.abs(mean), deviation, 0.0))
 
 
-def standardise(images: np.ndarray) -> Callable[[Array], Array]:
+@dataclass(frozen=True, eq=False)
+class Standardisation:
+    """Examples (..., channels) to float32, by channel: (x - mean) · factor.
+
+    Attributes:
+      mean: (channels,) float32.
+      factor: (channels,) float32, one over the deviation; 0 for a channel that tells nothing.
+    """
+
+    mean: np.ndarray
+    factor: np.ndarray
+
+    def __call__(self, images: Array) -> Array:
+        """The examples, standardised."""
+        return (images.astype(jnp.float32) - self.mean) * self.factor
+
+
+def standardise(images: np.ndarray) -> Standardisation:
     """Maps images to float32 of mean 0 and deviation 1 per channel over all of these.
 
     A channel that is constant here tells nothing, so it becomes 0, whatever it is elsewhere.
@@ -73,14 +90,8 @@ def standardise(images: np.ndarray) -> Callable[[Array], Array]:
     """
     found = moments(images)
     varies = found.deviation > 0
-    mean = found.mean.astype(np.float32)
     scale = np.divide(1.0, found.deviation, out=np.zeros_like(found.mean), where=varies)
-    factor = scale.astype(np.float32)
-
-    def prepare(images: Array) -> Array:
-        return (images.astype(jnp.float32) - mean) * factor
-
-    return prepare
+    return Standardisation(found.mean.astype(np.float32), scale.astype(np.float32))
 
 
 def doubts(train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Models as Linen modules: backbones, the mixture-of-experts layer and a fast convolution."""
+"""Models as pure functions; backbones, the mixture-of-experts layer and a fast convolution."""
 
 from flexmoe_jax.models.backbones import (
     BACKBONES,
@@ -19,7 +19,7 @@ from flexmoe_jax.models.conv import (
     convolution,
 )
 from flexmoe_jax.models.dense import Dense
-from flexmoe_jax.models.model import Held, Model, Routings, from_linen
+from flexmoe_jax.models.model import Held, Model, Routings, from_functions, from_linen
 from flexmoe_jax.models.moe import (
     Classifier,
     Experts,
@@ -77,6 +77,7 @@ __all__ = [
     "convolution",
     "decoder",
     "expert_mlp",
+    "from_functions",
     "from_linen",
     "lay_out",
     "make_backbone",

@@ -12,7 +12,7 @@ import flax.linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.models.ownership import ROOT
+from flexmoe_jax.models.ownership import ROOT, mark_paths
 from flexmoe_jax.types import Array, Key, PyTree, Routing
 
 Held = Mapping[str, Array]
@@ -48,6 +48,26 @@ class Model(NamedTuple):
     def apply(self, params: PyTree, inputs: PyTree, held: Held) -> tuple[PyTree, Routings]:
         """The whole model."""
         return self.head(params, self.trunk(params, inputs), held)
+
+
+def from_functions(
+    init: Callable[[Key, PyTree], PyTree],
+    apply: Callable[[PyTree, PyTree, Held], tuple[PyTree, Routings]],
+    rules: Mapping[str, str],
+) -> Model:
+    """A model of any library as a model: plain functions, and who owns what by paths.
+
+    Args:
+      init: (key, inputs (B, ...)) -> parameters, any pytree of arrays.
+      apply: (parameters, inputs, held) -> (outputs, routings); see `Model`.
+      rules: which parameters are of experts and of gates; see `mark_paths`. All of these lead with
+        the expert axis.
+    """
+
+    def init_marked(key: Key, inputs: PyTree) -> PyTree:
+        return mark_paths(init(key, inputs), rules)
+
+    return Model(init_marked, lambda params, inputs: inputs, apply)
 
 
 def from_linen(module: nn.Module, *, trunk: str = "", head: str = "__call__") -> Model:

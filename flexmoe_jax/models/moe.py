@@ -7,6 +7,7 @@ that are filled. How examples reach experts is data (a `Routing`), not a branch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -168,13 +169,15 @@ class MoELayer(nn.Module):
     def __call__(self, x: Array) -> Array:
         """What the experts add to examples or tokens (..., D)."""
         flat = x.reshape(-1, x.shape[-1])
+        # Not by the length of a batch, which is unknown where a model is exported.
+        places = math.prod(x.shape[1:-1]) if self.whole else 1
         routed = x.mean(axis=tuple(range(1, x.ndim - 1))) if self.whole else x
         logits = self.gate(routed.reshape(-1, x.shape[-1]))
         held: Any = jnp.ones(logits.shape[-1:], bool)
         if self.has_variable("held", "mask"):
             held = self.get_variable("held", "mask")
         routing = route(logits, held, self.top_k)
-        combine = jnp.repeat(routing.combine.astype(x.dtype), len(flat) // len(logits), axis=0)
+        combine = jnp.repeat(routing.combine.astype(x.dtype), places, axis=0)
         mixed = jnp.einsum("be,bed->bd", combine, self.expert(flat))
         if self.shared_experts:
             mixed = mixed + self.shared_expert(flat).sum(axis=1)

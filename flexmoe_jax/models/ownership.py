@@ -72,7 +72,8 @@ def mark_paths(params: PyTree, rules: Mapping[str, str]) -> PyTree:
       rules: pattern of paths, as in a shell, to `EXPERT` or `GATE`: `{"*/moe/w_*": "expert"}`.
 
     Raises:
-      InputError: a rule that matches nothing, or names another part.
+      InputError: a rule that matches nothing, or names another part, or one parameter that rules
+        give to both.
     """
     paths, leaves, tree = _by_path(params)
     for pattern, part in rules.items():
@@ -82,8 +83,11 @@ def mark_paths(params: PyTree, rules: Mapping[str, str]) -> PyTree:
             raise InputError("rules", pattern, f"matches none of {', '.join(paths)}")
 
     def boxed(path: str, leaf: Any) -> Any:
-        part = next((part for p, part in rules.items() if fnmatchcase(path, p)), None)
-        return leaf if part is None else Marked(leaf, part)
+        parts = {part for pattern, part in rules.items() if fnmatchcase(path, pattern)}
+        if len(parts) > 1:
+            remedy = f"rules give it to {EXPERT} and to {GATE}; give narrower patterns"
+            raise InputError("rules", path, remedy)
+        return Marked(leaf, parts.pop()) if parts else leaf
 
     return tree.unflatten([boxed(*pair) for pair in zip(paths, leaves, strict=True)])
 
@@ -114,7 +118,8 @@ class Layout(NamedTuple):
 
     Attributes:
       experts: E; 1 for a model without MoE layers, which is then all of one expert.
-      layers: the L MoE layers, by the paths of their modules, in the order of these.
+      layers: the L MoE layers, by the paths of their modules, in the order of these. A layer is
+        the innermost module that has both experts and a gate: `mixture`, if that is the model.
       paths: of all leaves, in the tree's order.
       owner: of each leaf: a field of `Params`.
       layer: of each leaf: the MoE layer that it is of; empty for none.
@@ -168,13 +173,14 @@ def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:
         number of their experts.
     """
     marks = _marks(shapes)
+    modules = _layers(marks)
     paths, leaves, tree = _by_path(nn.meta.unbox(shapes))
     for start in ownership.private:
         if not any(f"{path}/".startswith(f"{start}/") for path in paths):
             tops = ", ".join(dict.fromkeys(path.split("/")[0] for path in paths))
             remedy = f"the model has no such part; its parts are {tops}"
             raise InputError("model.private", start, remedy)
-    if len({path.count("/") for path in marks if _layer_of(path) == ROOT}) > 1:
+    if {"", ROOT} <= set(modules.values()):
         remedy = "names the layer whose parts stand at the top; give the other layer another name"
         raise InputError("model", ROOT, remedy)
     counts = {
@@ -184,7 +190,8 @@ def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:
     }
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{path} has {count}" for path, count in counts.items())
-        raise InputError("model.experts", found, "give every MoE layer as many experts")
+        remedy = "give every MoE layer as many experts, and let all its parameters lead with them"
+        raise InputError("model.experts", found, remedy)
 
     def owner(path: str) -> str:
         if any(f"{path}/".startswith(f"{start}/") for start in ownership.private):
@@ -194,7 +201,7 @@ def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:
             return "shared"
         return "experts" if part == EXPERT or ownership.shared_gate else "gate"
 
-    layer = tuple(_layer_of(path) if path in marks else "" for path in paths)
+    layer = tuple((modules[path] or ROOT) if path in marks else "" for path in paths)
     return Layout(
         experts=next(iter(counts.values()), 1),
         layers=tuple(dict.fromkeys(name for name in layer if name)),
@@ -221,9 +228,28 @@ ROOT = "mixture"
 """Name of the MoE layer whose parts stand at the top of the model's tree."""
 
 
-def _layer_of(path: str) -> str:
-    """The module that a parameter's own module is in: `Block_0/MoELayer_0` of .../expert/w_in."""
-    return "/".join(path.split("/")[:-2]) or ROOT
+def _layers(marks: Mapping[str, str]) -> dict[str, str]:
+    """The MoE layer of each marked parameter: `blocks/0/moe` of `blocks/0/moe/experts/w_in`.
+
+    It is the innermost module around the parameter that has both experts and a gate, however deep
+    these lie in it; where there is none, the module around the parameter's own.
+    """
+    experts = [path for path, part in marks.items() if part == EXPERT]
+    with_experts = {module for expert in experts for module in _around(expert)}
+    gates = [_around(path) for path, part in marks.items() if part == GATE]
+    layers = {next((m for m in around if m in with_experts), None) for around in gates}
+
+    def layer(path: str) -> str:
+        around = _around(path)
+        return next((module for module in around if module in layers), around[:2][-1])
+
+    return {path: layer(path) for path in marks}
+
+
+def _around(path: str) -> list[str]:
+    """The modules that a parameter is in, innermost first: `a/b`, `a` and the model of `a/b/c`."""
+    names = path.split("/")
+    return ["/".join(names[:depth]) for depth in reversed(range(len(names)))]
 
 
 def _names(layer: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from flexmoe_jax.simulation.plan import (
     slots_assignment,
 )
 from flexmoe_jax.simulation.rounds import Simulation, run_round, simulate
+from flexmoe_jax.simulation.standalone import Standalone, assembled_model, client_model
 from flexmoe_jax.simulation.traffic import Payload, Traffic, payload, payloads, traffic, tree_bytes
 
 __all__ = [
@@ -32,12 +33,15 @@ __all__ = [
     "Network",
     "Payload",
     "Simulation",
+    "Standalone",
     "Tampering",
     "TestSet",
     "Traffic",
+    "assembled_model",
     "assignment_slots",
     "chunk_test_set",
     "client_mesh",
+    "client_model",
     "compile_ahead",
     "evaluate",
     "make_faults",

@@ -18,12 +18,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flexmoe_jax import client, server
+from flexmoe_jax import client
 from flexmoe_jax.data import About
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.simulation.blocks import AXIS, client_mesh, over_devices
-from flexmoe_jax.types import Array, Download, Evaluation, Own, Params, PyTree, State, Tally
+from flexmoe_jax.simulation.standalone import of_all, of_client, own_outputs
+from flexmoe_jax.types import Array, Evaluation, Own, Params, PyTree, State, Tally
 
 _SHARED = PartitionSpec(None, AXIS)
 
@@ -155,10 +156,7 @@ def _count(
             number: Array, own: Own, log_share: Array, owns: Array | None, counts: Array
         ) -> tuple:
             outputs = _predict(federation, state, own, features)
-            mine = outputs
-            adjust = federation.task.adjust
-            if adjust is not None and federation.prior:
-                mine = adjust(outputs, log_share)
+            mine = own_outputs(federation, outputs, log_share)
             personal = judge.by_class(mine)
             if chunk.group is not None:
                 theirs = chunk.group == number
@@ -259,8 +257,7 @@ class _Judge:
 
 def _predict(federation: Federation, state: State, own: Own, features: PyTree) -> PyTree:
     """Outputs of one client's model with its latest experts."""
-    down: Download = server.send(federation.desk, state.server, own.slots, jnp.zeros((), jnp.int32))
-    params, held = client.model_of(federation.site, own, down)
+    params, held = of_client(federation, state.server, own)
     return _outputs(federation, params, features, held)
 
 
@@ -280,8 +277,7 @@ def _assembled(
     """All experts and their gates in one model, where none of its parts stays with a client."""
     if not federation.assembles:
         return None
-    params = Params(state.server.shared, state.server.experts, {}, {})
-    held = {layer: jnp.ones(federation.layout.experts, bool) for layer in federation.layout.layers}
+    params, held = of_all(federation, state.server)
     return judge.all_rows(_outputs(federation, params, features, held))
 
 

@@ -49,12 +49,40 @@ def test_marks_by_paths():
     }
 
 
+FLAT = {"w": jnp.ones((4, 2)), "gate": jnp.ones((4, 2))}
+DEEP = {"experts": {"mlp": {"in": {"w": jnp.ones((4, 2))}}}, "router": {"gate": jnp.ones((4, 2))}}
+
+
+@pytest.mark.parametrize(
+    ("params", "layers"),
+    [
+        (FLAT, {"gate": "mixture", "w": "mixture"}),
+        ({"one": {"moe": DEEP}, "two": {"moe": FLAT, "bias": jnp.ones(2)}},
+         {"one/moe/experts/mlp/in/w": "one/moe", "one/moe/router/gate": "one/moe",
+          "two/bias": "", "two/moe/gate": "two/moe", "two/moe/w": "two/moe"}),
+        # One gate for the experts of two modules, and a layer of its own within one of them.
+        ({"gate": jnp.ones(4), "blocks": [{"w": jnp.ones(4), "moe": FLAT}, {"w": jnp.ones(4)}]},
+         {"blocks/0/moe/gate": "blocks/0/moe", "blocks/0/moe/w": "blocks/0/moe",
+          "blocks/0/w": "mixture", "blocks/1/w": "mixture", "gate": "mixture"}),
+        # Experts without a gate beside those that have one.
+        ({"fixed": {"experts": {"w": jnp.ones(4)}}, "moe": FLAT},
+         {"fixed/experts/w": "fixed", "moe/gate": "moe", "moe/w": "moe"}),
+    ],
+)  # fmt: skip
+def test_a_layer_is_the_innermost_module_with_experts_and_a_gate(params, layers):
+    layout = lay_out(mark_paths(params, {"*w": EXPERT, "*gate": GATE}))
+    assert dict(zip(layout.paths, layout.layer, strict=True)) == layers
+    assert set(layout.layers) == set(layers.values()) - {""}
+    chex.assert_trees_all_equal(layout.merge(layout.split(params)), params)
+
+
 @pytest.mark.parametrize(
     ("rules", "line"),
     [
         ({"*/moe/w": EXPERT}, r"rules=\*/moe/w: matches none of blocks/one/attend, "),
         ({"head": EXPERT}, "rules=head: matches none"),
         ({"head/w": "experts"}, "rules=experts: mark parameters as expert or gate"),
+        ({"*/moe/*": EXPERT, "*/w": GATE}, "rules=blocks/one/moe/mlp/w: .* to expert and to gate"),
     ],
 )
 def test_rules_that_mark_nothing_are_refused(rules, line):

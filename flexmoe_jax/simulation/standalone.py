@@ -1,0 +1,131 @@
+"""Models taken out of a federation: of one client, or of all experts together.
+
+Evaluation runs the same ones: a client's latest experts as the server has them, with its own gate
+and private parts, or all experts with the gate's rows that travel with them.
+
+Axis legend: `B` batch, `E` experts, `K` expert slots, `k` experts that a client holds, `Y` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexmoe_jax import client, server
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.federation import Federation
+from flexmoe_jax.types import Array, Own, Params, PyTree, Server, State
+
+Held = dict[str, Array]
+"""MoE layer to the slots or experts (K,) or (E,) bool that may be used."""
+
+
+class Standalone(NamedTuple):
+    """A model by itself: parameters, and a pure function of them.
+
+    Attributes:
+      params: by their paths in the model, as `backbone/Dense_0/kernel`; stacks (k, ...) hold the
+        experts below, in this order.
+      apply: (params, inputs (B, ...) as the task takes them from a batch) -> outputs.
+      experts: MoE layer to the numbers (k,) of its experts among the federation's E.
+      log_share: (Y,) logarithm of the client's label shares, which `apply` adds to its outputs;
+        None where it adds nothing.
+    """
+
+    params: dict[str, Array]
+    apply: Callable[[Mapping[str, Array], PyTree], PyTree]
+    experts: dict[str, tuple[int, ...]]
+    log_share: Array | None = None
+
+
+def client_model(
+    federation: Federation, state: State, number: int, label_share: Array | None = None
+) -> Standalone:
+    """The model of one client as evaluation runs it, with the experts that it holds and no others.
+
+    Args:
+      federation: all its choices.
+      state: of the federation.
+      number: of the client.
+      label_share: (Y,) the client's own, to predict its own examples as personal figures have it
+        (where `federation.prior` is on and examples have classes); None for outputs without.
+
+    Raises:
+      InputError: there is no such client, or it has not held any expert yet.
+    """
+    if not 0 <= number < federation.clients:
+        raise InputError("client", number, f"give 0 to {federation.clients - 1}")
+    own: Own = jax.tree.map(lambda leaf: leaf[number], state.clients)
+    slots = np.asarray(own.slots)
+    filled = slots < federation.layout.experts  # They come first.
+    if not filled.any():
+        raise InputError("client", number, "has not held any expert yet, so it has no model")
+    own = own._replace(slots=own.slots[:, : filled.sum(axis=1).max()])
+    log_share = None
+    if label_share is not None and federation.prior and federation.task.adjust is not None:
+        log_share = client.log_shares(label_share)
+    experts = {
+        layer: tuple(slots[group][filled[group]].tolist())
+        for layer, group in federation.group.items()
+    }
+    return _standalone(federation, *of_client(federation, state.server, own), experts, log_share)
+
+
+def assembled_model(federation: Federation, state: State) -> Standalone:
+    """All E experts and the gate's rows that travel with them as one model.
+
+    Raises:
+      InputError: parts of the model stay with their clients.
+    """
+    if not federation.assembles:
+        layout = federation.layout
+        owners = zip(layout.paths, layout.owner, strict=True)
+        parts = ", ".join(path for path, owner in owners if owner in ("gate", "private"))
+        remedy = f"parts that stay with their clients have no one value: {parts}"
+        raise InputError("model", "assembled", remedy)
+    every = tuple(range(federation.layout.experts))
+    experts = dict.fromkeys(federation.layout.layers, every)
+    return _standalone(federation, *of_all(federation, state.server), experts)
+
+
+def of_client(federation: Federation, begun: Server, own: Own) -> tuple[Params, Held]:
+    """A client's parameters with its latest experts, as the server has them, and its slots."""
+    down = server.send(federation.desk, begun, own.slots, jnp.zeros((), jnp.int32))
+    return client.model_of(federation.site, own, down)
+
+
+def of_all(federation: Federation, begun: Server) -> tuple[Params, Held]:
+    """The parameters of all experts together, where none stay with clients."""
+    every = jnp.ones(federation.layout.experts, bool)
+    held = dict.fromkeys(federation.layout.layers, every)
+    return Params(begun.shared, begun.experts, {}, {}), held
+
+
+def own_outputs(federation: Federation, outputs: PyTree, log_share: Array | None) -> PyTree:
+    """What a client predicts of its own examples, which it knows the label shares (Y,) of."""
+    adjust = federation.task.adjust
+    if adjust is None or log_share is None or not federation.prior:
+        return outputs
+    return adjust(outputs, log_share)
+
+
+def _standalone(
+    federation: Federation,
+    params: Params,
+    held: Held,
+    experts: dict[str, tuple[int, ...]],
+    log_share: Array | None = None,
+) -> Standalone:
+    layout, model = federation.layout, federation.model
+
+    def apply(params: Mapping[str, Array], inputs: PyTree) -> PyTree:
+        tree = layout.tree.unflatten([params[path] for path in layout.paths])
+        outputs, _ = model.apply(tree, inputs, held)
+        return own_outputs(federation, outputs, log_share)
+
+    leaves = layout.tree.flatten_up_to(layout.merge(params))
+    return Standalone(dict(zip(layout.paths, leaves, strict=True)), apply, experts, log_share)
