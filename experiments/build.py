@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from experiments.cli import nearest
 from experiments.edge import capacity_in_memory, check_model, make_devices, make_network
-from experiments.examples import Examples, load_examples
+from experiments.examples import Examples, load_examples, split_clients
 from experiments.fields import check_kinds, check_numbers, client_capacities, load_model_name
+from experiments.newcomers import Judge, make_judge, notes_on_newcomers
 from flexmoe_jax import assignment, client, data, edge, models, server, simulation
 from flexmoe_jax.edge import AVAILABILITIES, read_record, read_tiers
 from flexmoe_jax.errors import InputError
@@ -42,6 +43,7 @@ class Experiment:
       inputs: hashes of what it reads; see `inputs_of`.
       personal: what personal accuracy is measured on, in words.
       notes: sentences on what a user should know before trusting the figures.
+      newcomers: says of a state how they fare; None for none.
     """
 
     simulation: Simulation
@@ -56,6 +58,7 @@ class Experiment:
     inputs: Mapping[str, str]
     personal: str
     notes: tuple[str, ...]
+    newcomers: Judge | None
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -87,6 +90,8 @@ def build(config: ConfigDict) -> Experiment:
     if capacity is None:
         assert devices is not None
         capacity = capacity_in_memory(model, sample, devices, config, chosen["ownership"])
+    trained, coming = split_clients(config)
+    of_all, capacity = capacity, capacity[trained]
     sizes = np.asarray(clients.size)
     seen = local.examples(sizes)
     federation = Federation(
@@ -99,7 +104,8 @@ def build(config: ConfigDict) -> Experiment:
     )
     federation.check(clients.arrays)
     federation.check(examples.test)
-    network = make_network(config, devices, local.steps(sizes), seen)
+    network = make_network(config, devices, trained, local.steps(sizes), seen)
+    test = simulation.chunk_test_set(examples.test, config.eval.batch_size, mesh, examples.group)
     return Experiment(
         simulation=simulation.simulate(
             federation,
@@ -110,7 +116,7 @@ def build(config: ConfigDict) -> Experiment:
         ),
         feed=make_feed(config.execution.data, clients, network.asked, mesh),
         about=simulation.replicate(clients.about, mesh),
-        test=simulation.chunk_test_set(examples.test, config.eval.batch_size, mesh, examples.group),
+        test=test,
         classes=examples.classes,
         label_counts=examples.counts,
         capacity=capacity,
@@ -118,7 +124,12 @@ def build(config: ConfigDict) -> Experiment:
         payload=simulation.payloads(federation),
         inputs=inputs_of(config, examples),
         personal=examples.personal,
-        notes=examples.notes + notes_on_privacy(config.server),
+        notes=(
+            *examples.notes,
+            *notes_on_privacy(config.server),
+            *notes_on_newcomers(config, federation),
+        ),
+        newcomers=make_judge(config, federation, examples, of_all[coming], test, mesh),
     )
 
 

@@ -10,6 +10,7 @@ from flexmoe_jax.simulation.blocks import (
 )
 from flexmoe_jax.simulation.evaluate import TestSet, chunk_test_set, evaluate
 from flexmoe_jax.simulation.network import FAULTS, Faults, Network, make_faults
+from flexmoe_jax.simulation.newcomers import Newcomers, await_newcomers, probe
 from flexmoe_jax.simulation.on_device import DeviceReport, round_on_device, run_on_device
 from flexmoe_jax.simulation.plan import (
     Arrival,
@@ -21,7 +22,15 @@ from flexmoe_jax.simulation.plan import (
     slots_assignment,
 )
 from flexmoe_jax.simulation.rounds import Simulation, run_round, simulate
-from flexmoe_jax.simulation.traffic import Payload, Traffic, payload, payloads, traffic, tree_bytes
+from flexmoe_jax.simulation.traffic import (
+    Payload,
+    Traffic,
+    payload,
+    payloads,
+    probe_traffic,
+    traffic,
+    tree_bytes,
+)
 
 __all__ = [
     "FAULTS",
@@ -30,12 +39,14 @@ __all__ = [
     "Faults",
     "Floor",
     "Network",
+    "Newcomers",
     "Payload",
     "Simulation",
     "Tampering",
     "TestSet",
     "Traffic",
     "assignment_slots",
+    "await_newcomers",
     "chunk_test_set",
     "client_mesh",
     "compile_ahead",
@@ -46,6 +57,8 @@ __all__ = [
     "over_devices",
     "payload",
     "payloads",
+    "probe",
+    "probe_traffic",
     "replicate",
     "resolve_block_size",
     "round_on_device",
