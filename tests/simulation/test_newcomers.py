@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,10 @@ import optax
 import pytest
 
 from flexmoe_jax import simulation
-from flexmoe_jax.assignment import make_policy
+from flexmoe_jax.assignment import Solution, make_policy
 from flexmoe_jax.client import LocalTraining
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.federation import Federation
 from flexmoe_jax.metrics import newcomer_figures
 from flexmoe_jax.models import Ownership
 from flexmoe_jax.server import FitnessOptions, make_load_model, make_score
@@ -24,7 +27,7 @@ from flexmoe_jax.simulation import (
     slots_assignment,
     tree_bytes,
 )
-from flexmoe_jax.types import Params
+from flexmoe_jax.types import Own, Params, State
 from tests.conftest import CAPACITY
 from tests.simulation.conftest import DEEP, EXPERTS, MODULE, plain, prepare
 
@@ -53,48 +56,62 @@ def trained(simulated, clients, rounds=2):
     return state
 
 
+class Started(NamedTuple):
+    """A federation whose gates travel, as it is when newcomers come to it."""
+
+    federation: Federation
+    state: State
+    coming: simulation.Newcomers
+    owns: Own
+    fitness: np.ndarray
+    solutions: tuple[Solution, ...]
+
+
 @pytest.fixture(scope="module")
-def started(make_simulation, clients):
-    """A federation with gates that travel, and its state."""
+def started(make_simulation, clients, shown) -> Started:
     policy = make_policy("flex", exploration=2.0)
     simulated = make_simulation(
         ownership=Ownership(shared_gate=True), fitness=SCORE, policy=policy, prior=True
     )
-    return simulated.setting.federation, trained(simulated, clients)
-
-
-def test_a_probe_is_the_score_of_each_expert_held_alone(started, clients, shown):
-    federation, state = started
+    federation, state = simulated.setting.federation, trained(simulated, clients)
     coming = await_newcomers(federation, shown, CAPACITY[COMING])
     owns = coming.init(jax.random.key(0))
-    fitness = np.asarray(coming.probe(state.server, owns, shown))
-    assert fitness.shape == (1, 3, EXPERTS)
-    for c, number in enumerate(COMING):
-        rows = np.asarray(clients.index)[number, : clients.size[number]]
-        images, labels = clients.arrays["images"][rows], clients.arrays["labels"][rows]
-        for e in range(EXPERTS):
-            params = federation.layout.merge(
-                Params(state.server.shared, state.server.experts, {}, {})
-            )
-            only = {"mask": jnp.arange(EXPERTS) == e}
-            logits = MODULE.apply({"params": params, "held": only}, prepare(images))
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            assert fitness[0, c, e] == pytest.approx(float(jnp.exp(-loss)), rel=1e-4)
+    fitness = coming.probe(state.server, owns, shown)
+    return Started(
+        federation, state, coming, owns, np.asarray(fitness), coming.enrol(state, fitness)
+    )
+
+
+def test_a_probe_is_the_score_of_each_expert_held_alone(started, shown):
+    server = started.state.server
+    params = started.federation.layout.merge(Params(server.shared, server.experts, {}, {}))
+
+    @jax.jit
+    def losses(rows):
+        def alone(e):
+            variables = {"params": params, "held": {"mask": jnp.arange(EXPERTS) == e}}
+            logits = MODULE.apply(variables, prepare(shown.arrays["images"][rows]))
+            labels = shown.arrays["labels"][rows]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+        return jax.vmap(alone)(jnp.arange(EXPERTS))
+
+    expected = [
+        np.exp(-np.asarray(losses(rows))[:, :size].mean(axis=1))
+        for rows, size in zip(shown.index, np.asarray(shown.size), strict=True)
+    ]
+    assert np.allclose(started.fitness, [expected], rtol=1e-4)
 
 
 def test_newcomers_fare_as_clients_with_the_same_experts(started, shown, test):
-    federation, state = started
-    before = plain(state)
-    coming = await_newcomers(federation, shown, CAPACITY[COMING])
-    owns = coming.init(jax.random.key(0))
-    solutions = coming.enrol(state, coming.probe(state.server, owns, shown))
-    found = coming.evaluate(state.server, owns, solutions, test, shown.about)
+    federation, state, before = started.federation, started.state, plain(started.state)
+    coming, solutions = started.coming, started.solutions
+    found = coming.evaluate(state.server, started.owns, solutions, test, shown.about)
     # They hold what they have room for, and all experts' holders are as even as bounds ask for.
     held = solutions[0].assignment
     assert held.sum(axis=1).tolist() == CAPACITY[COMING].tolist()
     others = slots_assignment(np.asarray(state.clients.slots[:, 0]), EXPERTS)
-    total = held.sum(axis=0) + others.sum(axis=0)
-    assert np.ptp(total) <= 2
+    assert np.ptp(held.sum(axis=0) + others.sum(axis=0)) <= 2
     # Clients that trained, with gates that travel, would fare alike with these experts.
     given = state.clients.slots.at[COMING].set(
         simulation.assignment_slots(held[:, None], federation.slots)
@@ -116,41 +133,40 @@ def test_newcomers_fare_as_clients_with_the_same_experts(started, shown, test):
 
 def test_figures_are_of_those_with_something_of_their_own(started, shown, digits):
     """Newcomers with test examples of their own; the second has none."""
-    federation, state = started
     owner = np.where(np.arange(100) % 2, 0, 2)
     arrays = {"images": digits.test_images, "labels": digits.test_labels.astype(np.int32)}
-    coming = await_newcomers(federation, shown, CAPACITY[COMING])
-    owns = coming.init(jax.random.key(0))
-    solutions = coming.enrol(state, coming.probe(state.server, owns, shown))
-    chunks = chunk_test_set(arrays, 40, group=owner)
-    found = coming.evaluate(state.server, owns, solutions, chunks, shown.about)
+
+    def figures(group):
+        chunks = chunk_test_set(arrays, 40, group=group)
+        found = started.coming.evaluate(
+            started.state.server, started.owns, started.solutions, chunks, shown.about
+        )
+        return found, newcomer_figures(found)
+
+    found, of_two = figures(owner)
     assert found.personal_weight.tolist() == [50, 0, 50]
-    figures = newcomer_figures(found)
-    assert figures["eval/newcomer_clients"] == 2
+    assert of_two["eval/newcomer_clients"] == 2
     hits = np.asarray(found.personal.hits)
-    assert figures["eval/newcomer_accuracy"] == pytest.approx((hits[0] + hits[2]) / 100)
-    nobody = chunk_test_set(arrays, 40, group=np.full(100, -1))
-    none = coming.evaluate(state.server, owns, solutions, nobody, shown.about)
-    assert newcomer_figures(none) == {"eval/newcomer_clients": 0}
+    assert of_two["eval/newcomer_accuracy"] == pytest.approx((hits[0] + hits[2]) / 100)
+    assert figures(np.full(100, -1))[1] == {"eval/newcomer_clients": 0}
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_devices_change_nothing_beyond_rounding(started, shown, test, digits, devices):
-    federation, state = started
-    mesh, key = client_mesh(devices), jax.random.key(0)
+def test_devices_change_nothing_beyond_rounding(started, shown, test, digits):
+    where, federation = client_mesh(2), started.federation
     arrays = {"images": digits.test_images, "labels": digits.test_labels.astype(np.int32)}
-    results = []
-    for where in (client_mesh(1), mesh):
-        coming = await_newcomers(federation, shown, CAPACITY[COMING], mesh=where)
-        here, data = (simulation.replicate(x, where) for x in (state, shown))
-        owns = coming.init(key)
-        fitness = coming.probe(here.server, owns, data)
-        solutions = coming.enrol(here, fitness)
-        tests = chunk_test_set(arrays, 40, where)
-        found = coming.evaluate(here.server, owns, solutions, tests, data.about)
-        results.append((np.asarray(fitness), found.personal_accuracy))
-    assert np.allclose(results[0][0], results[1][0], atol=1e-5)
-    assert np.allclose(results[0][1], results[1][1])
+    coming = await_newcomers(federation, shown, CAPACITY[COMING], mesh=where)
+    server, data = (simulation.replicate(x, where) for x in (started.state.server, shown))
+    owns = coming.init(jax.random.key(0))
+    assert np.allclose(coming.probe(server, owns, data), started.fitness, atol=1e-5)
+    shared = chunk_test_set(arrays, 40, where)
+    found = [
+        together.evaluate(of, own, started.solutions, tests, known.about).personal_accuracy
+        for together, of, own, tests, known in (
+            (coming, server, owns, shared, data),
+            (started.coming, started.state.server, started.owns, test, shown),
+        )
+    ]
+    assert np.allclose(*found)
 
 
 def test_layers_assigned_one_by_one_are_probed_in_changing_company(make_simulation, clients):
@@ -210,8 +226,8 @@ def test_experts_that_stay_with_their_clients_are_tried_together(make_simulation
         await_newcomers(federation, shown, np.full(3, 1))
 
 
-def test_what_cannot_be_is_refused(started, make_simulation, shown, clients):
-    federation, _ = started
+def test_what_cannot_be_is_refused(started, shown, clients):
+    federation = started.federation
     for capacity, line in (
         ([1, 2], r"capacity=\[1, 2\]: give a whole number for each of the 3 newcomers"),
         ([1, 2, 5], "capacity=5: give 0 to 4"),
@@ -224,9 +240,7 @@ def test_what_cannot_be_is_refused(started, make_simulation, shown, clients):
 
 
 def test_a_probe_downloads_everything_once(started):
-    federation, state = started
-    found = probe_traffic(federation, 2)
-    server = state.server
+    found, server = probe_traffic(started.federation, 2), started.state.server
     assert found.down.tolist() == [tree_bytes((server.shared, server.experts))] * 2
     # Three numbers of four bytes for each expert.
     assert found.up.tolist() == [EXPERTS * 12] * 2
