@@ -82,24 +82,21 @@ def build(config: ConfigDict) -> Experiment:
     examples = load_examples(config)
     clients = examples.clients
     sample: dict[str, Any] = {n: np.asarray(x[:2]) for n, x in clients.arrays.items()}
-    if local.augment is not None and np.ndim(sample.get("images", 0)) != 4:
-        remedy = "the examples are not images of (height, width, channels); say none"
-        raise InputError("local.augment", config.local.augment, remedy)
+    check_augmentation(local, config.local.augment, sample)
     model = prepare_model(examples)
     check_model(model, task, sample, config.model.backbone)
     if capacity is None:
         assert devices is not None
         capacity = capacity_in_memory(model, sample, devices, config, chosen["ownership"])
     trained, coming = split_clients(config)
-    of_all, capacity = capacity, capacity[trained]
     sizes = np.asarray(clients.size)
     seen = local.examples(sizes)
     federation = Federation(
         model=model,
         sample=sample,
-        capacity=capacity,
+        capacity=capacity[trained],
         task=task,
-        load=server.make_load_model(load, seen, capacity, config.model.top_k),
+        load=server.make_load_model(load, seen, capacity[trained], config.model.top_k),
         **chosen,
     )
     federation.check(clients.arrays)
@@ -119,17 +116,13 @@ def build(config: ConfigDict) -> Experiment:
         test=test,
         classes=examples.classes,
         label_counts=examples.counts,
-        capacity=capacity,
+        capacity=federation.capacity,
         network=network,
         payload=simulation.payloads(federation),
         inputs=inputs_of(config, examples),
         personal=examples.personal,
-        notes=(
-            *examples.notes,
-            *notes_on_privacy(config.server),
-            *notes_on_newcomers(config, federation),
-        ),
-        newcomers=make_judge(config, federation, examples, of_all[coming], test, mesh),
+        notes=notes_of(config, examples, federation),
+        newcomers=make_judge(config, federation, examples, capacity[coming], test, mesh),
     )
 
 
@@ -338,6 +331,15 @@ def inputs_of(config: ConfigDict, examples: Examples) -> dict[str, str]:
     return found
 
 
+def notes_of(config: ConfigDict, examples: Examples, federation: Federation) -> tuple[str, ...]:
+    """What a user should know before trusting the figures."""
+    return (
+        *examples.notes,
+        *notes_on_privacy(config.server),
+        *notes_on_newcomers(config, federation),
+    )
+
+
 def notes_on_privacy(options: ConfigDict) -> tuple[str, ...]:
     """What a user should know of the noise before trusting its ε."""
     if not options.noise_multiplier or options.noise != "simulated":
@@ -424,6 +426,13 @@ def augmentation(name: str) -> client.Augment | None:
         return None
     change = data.AUGMENTATIONS[name]
     return lambda batch, bits: {**batch, "images": change(batch["images"], bits)}
+
+
+def check_augmentation(local: client.LocalTraining, name: str, sample: Mapping[str, Any]) -> None:
+    """Refuses to change at random what are no images."""
+    if local.augment is not None and np.ndim(sample.get("images", 0)) != 4:
+        remedy = "the examples are not images of (height, width, channels); say none"
+        raise InputError("local.augment", name, remedy)
 
 
 def local_optimizer(options: ConfigDict) -> optax.GradientTransformation:
