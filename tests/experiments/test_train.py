@@ -130,7 +130,9 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_the_arrays_agree_with_the_metrics(finished):
     workdir, _ = finished
     arrays = np.load(workdir / "arrays.npz")
-    assert arrays["label_counts"].sum() == 300
+    # Of the 300 examples the two newcomers have some.
+    assert len(arrays["label_counts"]) == 6
+    assert 200 < arrays["label_counts"].sum() < 300
     assert np.allclose(
         arrays["usage"].sum(axis=0), np.sum([r["load/usage"] for r in rows(workdir)], 0)
     )
