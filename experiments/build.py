@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from experiments.cli import nearest
 from experiments.edge import capacity_in_memory, check_model, make_devices, make_network
-from experiments.examples import Examples, load_examples
+from experiments.examples import Examples, load_examples, split_clients
 from experiments.fields import check_kinds, check_numbers, client_capacities, load_model_name
+from experiments.newcomers import Judge, make_judge, notes_on_newcomers
 from flexmoe_jax import assignment, client, data, edge, models, server, simulation
 from flexmoe_jax.edge import AVAILABILITIES, read_record, read_tiers
 from flexmoe_jax.errors import InputError
@@ -44,6 +45,7 @@ class Experiment:
       inputs: hashes of what it reads; see `inputs_of`.
       personal: what personal accuracy is measured on, in words.
       notes: sentences on what a user should know before trusting the figures.
+      newcomers: says of a state how they fare; None for none.
     """
 
     simulation: Simulation
@@ -59,6 +61,7 @@ class Experiment:
     inputs: Mapping[str, str]
     personal: str
     notes: tuple[str, ...]
+    newcomers: Judge | None
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -82,27 +85,27 @@ def build(config: ConfigDict) -> Experiment:
     examples = load_examples(config)
     clients = examples.clients
     sample: dict[str, Any] = {n: np.asarray(x[:2]) for n, x in clients.arrays.items()}
-    if local.augment is not None and np.ndim(sample.get("images", 0)) != 4:
-        remedy = "the examples are not images of (height, width, channels); say none"
-        raise InputError("local.augment", config.local.augment, remedy)
+    check_augmentation(local, config.local.augment, sample)
     model = prepare_model(examples)
     check_model(model, task, sample, config.model.backbone)
     if capacity is None:
         assert devices is not None
         capacity = capacity_in_memory(model, sample, devices, config, chosen["ownership"])
+    trained, coming = split_clients(config)
     sizes = np.asarray(clients.size)
     seen = local.examples(sizes)
     federation = Federation(
         model=model,
         sample=sample,
-        capacity=capacity,
+        capacity=capacity[trained],
         task=task,
-        load=server.make_load_model(load, seen, capacity, config.model.top_k),
+        load=server.make_load_model(load, seen, capacity[trained], config.model.top_k),
         **chosen,
     )
     federation.check(clients.arrays)
     federation.check(examples.test)
-    network = make_network(config, devices, local.steps(sizes), seen)
+    network = make_network(config, devices, trained, local.steps(sizes), seen)
+    test = simulation.chunk_test_set(examples.test, config.eval.batch_size, mesh, examples.group)
     return Experiment(
         simulation=simulation.simulate(
             federation,
@@ -113,16 +116,17 @@ def build(config: ConfigDict) -> Experiment:
         ),
         feed=make_feed(config.execution.data, clients, network.asked, mesh),
         about=simulation.replicate(clients.about, mesh),
-        test=simulation.chunk_test_set(examples.test, config.eval.batch_size, mesh, examples.group),
+        test=test,
         prepare=examples.prepare,
         classes=examples.classes,
         label_counts=examples.counts,
-        capacity=capacity,
+        capacity=federation.capacity,
         network=network,
         payload=simulation.payloads(federation),
         inputs=inputs_of(config, examples),
         personal=examples.personal,
-        notes=examples.notes + notes_on_privacy(config.server),
+        notes=notes_of(config, examples, federation),
+        newcomers=make_judge(config, federation, examples, capacity[coming], test, mesh),
     )
 
 
@@ -332,6 +336,15 @@ def inputs_of(config: ConfigDict, examples: Examples) -> dict[str, str]:
     return found
 
 
+def notes_of(config: ConfigDict, examples: Examples, federation: Federation) -> tuple[str, ...]:
+    """What a user should know before trusting the figures."""
+    return (
+        *examples.notes,
+        *notes_on_privacy(config.server),
+        *notes_on_newcomers(config, federation),
+    )
+
+
 def notes_on_privacy(options: ConfigDict) -> tuple[str, ...]:
     """What a user should know of the noise before trusting its ε."""
     if not options.noise_multiplier or options.noise != "simulated":
@@ -418,6 +431,13 @@ def augmentation(name: str) -> client.Augment | None:
         return None
     change = data.AUGMENTATIONS[name]
     return lambda batch, bits: {**batch, "images": change(batch["images"], bits)}
+
+
+def check_augmentation(local: client.LocalTraining, name: str, sample: Mapping[str, Any]) -> None:
+    """Refuses to change at random what are no images."""
+    if local.augment is not None and np.ndim(sample.get("images", 0)) != 4:
+        remedy = "the examples are not images of (height, width, channels); say none"
+        raise InputError("local.augment", name, remedy)
 
 
 def local_optimizer(options: ConfigDict) -> optax.GradientTransformation:

@@ -114,10 +114,27 @@ def make_devices(options: ConfigDict, clients: int, seed: int) -> edge.Devices |
     return None
 
 
+def _among(availability: edge.Availability, clients: np.ndarray) -> edge.Availability:
+    """The same of some clients alone."""
+    return lambda round_index: availability(round_index)[clients]
+
+
 def make_network(
-    config: ConfigDict, devices: edge.Devices | None, steps: np.ndarray, examples: np.ndarray
+    config: ConfigDict,
+    devices: edge.Devices | None,
+    clients: np.ndarray,
+    steps: np.ndarray,
+    examples: np.ndarray,
 ) -> simulation.Network:
-    """Who takes part in a round, and what arrives."""
+    """Who takes part in a round, and what arrives.
+
+    Args:
+      config: of the run.
+      devices: of all clients, newcomers included; None for none.
+      clients: (C,) numbers among them of those who train.
+      steps: (C,) local steps of each of these in a round.
+      examples: (C,) examples that each trains on in a round, counted once a step.
+    """
     options = config.edge
     if config.clients.sampling not in ("uniform", "examples"):
         raise InputError(
@@ -131,15 +148,18 @@ def make_network(
     availability = None
     if options.availability != "always":
         share = np.ones(config.clients.count) if devices is None else devices.availability
-        availability = edge.make_availability(
+        of_all = edge.make_availability(
             options.availability,
             share=share,
             mean_on_rounds=options.mean_on_rounds,
             seed=config.seed,
         )
+        availability = _among(of_all, clients)
+    if devices is not None:
+        devices = edge.Devices(devices.names, *(of_each[clients] for of_each in devices[1:]))
     return simulation.Network(
-        clients=config.clients.count,
-        per_round=config.clients.per_round or config.clients.count,
+        clients=len(clients),
+        per_round=config.clients.per_round or len(clients),
         steps=steps,
         examples=examples,
         seed=config.seed,

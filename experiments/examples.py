@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,24 @@ COMMON_EXAMPLES = "common test set, weighted to each client's label shares"
 
 
 @dataclass(frozen=True)
+class Newcomers:
+    """Clients that are kept out of training; on the host.
+
+    Attributes:
+      clients: their training examples, of which they are to show a few.
+      group: as in `Examples`, with the newcomers' numbers among themselves.
+    """
+
+    clients: data.ClientData
+    group: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class Examples:
     """What is learnt from, and tested on; on the host.
 
     Attributes:
-      clients: training examples, and whose they are.
+      clients: training examples, and whose they are; without newcomers, as all below.
       test: named test examples, leaves (M, ...).
       group: (M,) int, the group that each of these is of (see `data.About`); None for none.
       classes: names of the Y classes, or of the F domains of text.
@@ -33,6 +46,7 @@ class Examples:
       hashes: of what was read, by name.
       personal: what personal figures are measured on, in words.
       notes: sentences on what a user should know before trusting the figures.
+      newcomers: clients that are kept out of training; None for none.
     """
 
     clients: data.ClientData
@@ -44,6 +58,7 @@ class Examples:
     hashes: Mapping[str, str]
     personal: str
     notes: tuple[str, ...] = ()
+    newcomers: Newcomers | None = None
 
 
 def load_examples(config: ConfigDict) -> Examples:
@@ -52,6 +67,10 @@ def load_examples(config: ConfigDict) -> Examples:
     Raises:
       InputError: naming the field, the value and the remedy.
     """
+    return _apart(_of_everybody(config), config)
+
+
+def _of_everybody(config: ConfigDict) -> Examples:
     text = config.data.name in (data.TEXT, data.TOPICS)
     if text != (config.task.name == "next_token"):
         remedy = "text takes next_token" if text else f"is learnt from text: data.name={data.TEXT}"
@@ -66,14 +85,18 @@ def load_examples(config: ConfigDict) -> Examples:
 
 def _images(config: ConfigDict) -> Examples:
     dataset, parts = load_partitioned(config)
-    owner = test_owner(dataset, config.partition.name)
+    owner, trained = test_owner(dataset, config.partition.name), dataset.train_images
+    if config.clients.newcomers:
+        # Nothing of theirs is known before they come, their pixels' mean and deviation included.
+        numbers, _ = split_clients(config)
+        trained = trained[np.sort(np.concatenate([parts[c] for c in numbers]))]
     return Examples(
         clients=data.build_clients(dataset, parts, place=np.asarray),
         test={"images": dataset.test_images, "labels": dataset.test_labels.astype(np.int32)},
         group=owner,
         classes=dataset.classes,
         counts=data.label_counts(dataset.train_labels, parts, dataset.num_classes),
-        prepare=data.standardise(dataset.train_images),
+        prepare=data.standardise(trained),
         hashes=data.fingerprint(dataset),
         personal=OWN_EXAMPLES if owner is not None else COMMON_EXAMPLES,
         notes=notes_on(dataset, config.partition.name),
@@ -107,6 +130,33 @@ def _text(config: ConfigDict) -> Examples:
         prepare=lambda tokens: tokens,
         hashes={name: data.digest(array) for name, array in arrays.items()},
         personal=OWN_DOMAINS,
+    )
+
+
+def split_clients(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the clients that train, and of the newcomers; both rising."""
+    return data.draw_newcomers(config.clients.count, config.clients.newcomers, config.seed)
+
+
+def _apart(examples: Examples, config: ConfigDict) -> Examples:
+    """Newcomers apart from the clients that train; both are numbered anew."""
+    trained, coming = split_clients(config)
+    if not coming.size:
+        return examples
+
+    def group_of(numbers: np.ndarray) -> np.ndarray | None:
+        if examples.group is None or examples.clients.owns is not None:
+            return examples.group
+        place = np.full(config.clients.count + 1, -1, np.int32)  # The last for test rows of nobody.
+        place[numbers] = np.arange(len(numbers))
+        return place[examples.group]
+
+    return replace(
+        examples,
+        clients=examples.clients.of(trained),
+        group=group_of(trained),
+        counts=examples.counts[trained],
+        newcomers=Newcomers(examples.clients.of(coming), group_of(coming)),
     )
 
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments.cli import flat_fields, nearest
 from experiments.configs import base
+from flexmoe_jax.data import draw_newcomers
 from flexmoe_jax.errors import InputError
 
 # JAX counts in 32 bits.
@@ -70,6 +71,7 @@ def check_numbers(config: ConfigDict) -> None:
     not_negative = (
         "seed",
         "clients.per_round",
+        "clients.newcomers",
         "partition.bytes_per_client",
         "execution.client_block_size",
         "execution.devices",
@@ -126,12 +128,14 @@ def check_numbers(config: ConfigDict) -> None:
         if not abs(_value(config, field)) <= _GREATEST_FITNESS:
             remedy = f"choose a number of at most {_GREATEST_FITNESS:g}, either side of 0"
             raise InputError(field, _value(config, field), remedy)
-    if config.clients.per_round > config.clients.count:
-        raise InputError(
-            "clients.per_round",
-            config.clients.per_round,
-            f"choose at most clients.count={config.clients.count}, or 0 for all",
-        )
+    draw_newcomers(config.clients.count, config.clients.newcomers, config.seed)
+    training = config.clients.count - config.clients.newcomers
+    if config.clients.per_round > training:
+        those = f"{training}, those of clients.count={config.clients.count} that are no newcomers"
+        if not config.clients.newcomers:
+            those = f"clients.count={training}"
+        remedy = f"choose at most {those}, or 0 for all"
+        raise InputError("clients.per_round", config.clients.per_round, remedy)
     if config.model.top_k > config.model.experts:
         raise InputError(
             "model.top_k",

@@ -70,6 +70,11 @@ def read_history(path: Path, most_rounds: object = None) -> History:
     return History(ordered, unread=len(found) - read, repeated=read - len(by_round))
 
 
+def fell_back(status: str) -> bool:
+    """Whether an assignment of this status was dealt out, since no solver answered in time."""
+    return status.startswith("fallback")
+
+
 def missing_rounds(rows: Sequence[Metrics], last: int) -> int:
     """How many of the rounds 1 to `last` are not among the rows."""
     return last - sum(row["round"] <= last for row in rows)

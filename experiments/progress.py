@@ -14,13 +14,14 @@ from experiments.reporting.quantities import LOSS_UNITS, UNNAMED, is_loss
 from flexmoe_jax.errors import printable
 
 
-def columns(task: str) -> tuple[tuple[str, str, str], ...]:
+def columns(task: str, newcomers: bool = False) -> tuple[tuple[str, str, str], ...]:
     """Heading, key in metrics.jsonl and format of each; accuracies alone tell of classes."""
     measure = "accuracy" if task == "classification" else "loss"
+    judged = ("personal", "global", "server", *(["newcomer"] if newcomers else []))
     return (
         ("round", "round", "{:d}"),
         ("loss", "train/loss", "{:.3f}"),
-        *((word, f"eval/{word}_{measure}", "{:.3f}") for word in ("personal", "global", "server")),
+        *((word, f"eval/{word}_{measure}", "{:.3f}") for word in judged),
         ("assigned CV", "load/assigned_cv_cumulative", "{:.3f}"),
         ("used CV", "load/usage_cv_cumulative", "{:.3f}"),
         ("s/round", "time/round_seconds", "{:.2f}"),
@@ -35,13 +36,19 @@ class ProgressDisplay:
       done: rounds completed before this start.
       quiet: shows nothing, as in all processes of a run but one.
       task: what is learnt; decides which figures are shown, and in what losses are told.
+      newcomers: whether some clients are kept out of training, who then have a column.
     """
 
     def __init__(
-        self, rounds: int, done: int, quiet: bool = False, task: str = "classification"
+        self,
+        rounds: int,
+        done: int,
+        quiet: bool = False,
+        task: str = "classification",
+        newcomers: bool = False,
     ) -> None:
         """Prepares the display; nothing is shown yet."""
-        self._columns, self._unit = columns(task), LOSS_UNITS.get(task, UNNAMED)
+        self._columns, self._unit = columns(task, newcomers), LOSS_UNITS.get(task, UNNAMED)
         self._in_losses = task != "classification"
         self._console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._progress = Progress(

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 import flexmoe_jax
 from experiments.build import Experiment, build
 from experiments.devices import require_same_inputs
-from experiments.history import Metrics, missing_rounds
+from experiments.history import Metrics, fell_back, missing_rounds
 from experiments.progress import ProgressDisplay
 from experiments.tensorboard import TensorBoard
 from experiments.workdir import Workdir
@@ -94,7 +94,13 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     done = int(state.server.round)
     lost = workdir.keep_rounds(done)
     status = "finished"
-    display = ProgressDisplay(config.rounds, done, quiet=not workdir.writes, task=config.task.name)
+    display = ProgressDisplay(
+        config.rounds,
+        done,
+        quiet=not workdir.writes,
+        task=config.task.name,
+        newcomers=config.clients.newcomers > 0,
+    )
     with display:
         begins = _where_it_begins(done, config.rounds, restored)
         for line in (*notes, *restored.passed_over, *lost, *begins):
@@ -206,7 +212,10 @@ def run_rounds(
         if not last:
             assigned = assign(state, cohort)
         # Only now is the evaluation waited for.
-        yield state, existing(metrics | (evaluation_figures(evaluation) if evaluation else {}))
+        if evaluation is not None:
+            metrics |= evaluation_figures(evaluation)
+            metrics |= {} if experiment.newcomers is None else experiment.newcomers(state)
+        yield state, existing(metrics)
 
 
 def existing(metrics: Metrics) -> Metrics:
@@ -259,7 +268,7 @@ def round_metrics(
 
 def worst(solutions: Sequence[Solution]) -> Solution:
     """Of the solutions for several layers the one with the largest gap, or that fell back."""
-    return max(solutions, key=lambda one: (one.status.startswith("fallback"), one.gap))
+    return max(solutions, key=lambda one: (fell_back(one.status), one.gap))
 
 
 def imbalance(load: np.ndarray) -> float:
@@ -274,8 +283,10 @@ def remarks(metrics: Metrics, told: set[str]) -> Iterator[str]:
       metrics: of the round.
       told: what was said before; grows.
     """
-    if metrics["assignment/status"].startswith("fallback"):
+    if fell_back(metrics["assignment/status"]):
         yield metrics["assignment/status"]
+    if fell_back(status := metrics.get("assignment/newcomer_status", "")):
+        yield f"newcomers: {status}"
     why = refusals(metrics)
     if why and why not in told:
         told.add(why)

@@ -189,6 +189,12 @@ class Federation:
         return not ({"gate", "private"} & set(self.layout.owner))
 
     @property
+    def keeps_experts(self) -> bool:
+        """Whether experts stay with their clients, which then hold all of them."""
+        owners = zip(self.layout.layer, self.layout.owner, strict=True)
+        return any(layer and owner == "private" for layer, owner in owners)
+
+    @property
     def site(self) -> Site:
         """What a client runs with."""
         return Site(

@@ -26,8 +26,7 @@ def evaluation_figures(evaluation: Evaluation) -> dict[str, float | int]:
     `eval/personal_accuracy_p10`: the client at the tenth percentile, so that nobody is left behind.
     """
     result: Evaluation = jax.device_get(evaluation)
-    counted = result.evaluated
-    own = counted & (np.asarray(result.personal_weight) > 0)
+    counted, own = np.asarray(result.evaluated), _on_their_own(result)
     found: dict[str, float | int] = {
         "eval/clients": int(counted.sum()),
         "eval/personal_clients": int(own.sum()),
@@ -49,3 +48,23 @@ def evaluation_figures(evaluation: Evaluation) -> dict[str, float | int]:
         }
         found |= {key: float(value) for key, value in figures.items() if not np.isnan(value)}
     return found
+
+
+def newcomer_figures(evaluation: Evaluation) -> dict[str, float | int]:
+    """How clients fare that have not trained, each on what is its own, as `personal` figures are.
+
+    `eval/newcomer_clients` says over how many the means are; those over nobody are left out.
+    """
+    result: Evaluation = jax.device_get(evaluation)
+    own = _on_their_own(result)
+    found: dict[str, float | int] = {"eval/newcomer_clients": int(own.sum())}
+    if own.any() and result.personal.hits is not None:
+        found["eval/newcomer_accuracy"] = float(result.personal_accuracy[own].mean())
+    if own.any():
+        found["eval/newcomer_loss"] = float(result.personal_loss[own].mean())
+    return found
+
+
+def _on_their_own(result: Evaluation) -> np.ndarray:
+    """(C,) bool, clients with a model, and with something of their own to measure it on."""
+    return np.asarray(result.evaluated) & (np.asarray(result.personal_weight) > 0)

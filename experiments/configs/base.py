@@ -47,7 +47,9 @@ def get_config() -> ConfigDict:
 
     config.clients = ConfigDict()
     config.clients.count = 20  # C
-    config.clients.per_round = 0  # P; 0 for all
+    # Of these, kept out of training: drawn, then probed, given experts and tested at evaluations.
+    config.clients.newcomers = 0
+    config.clients.per_round = 0  # P; 0 for all that train
     config.clients.sampling = "uniform"  # uniform | examples: in proportion to what clients have
     # k_c: a number (2), a range ("1-4") or a list ([1, 2, 4]), dealt out evenly, at random; or
     # "memory": as many as each client's device has room for (needs edge.mix).

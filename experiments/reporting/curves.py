@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.reporting import ink
-from experiments.reporting.ink import AMBER, ASSIGNED, GREEN, INK, PINK, USED, Picture
+from experiments.reporting.ink import AMBER, ASSIGNED, GREEN, INK, PINK, SKY, USED, Picture
 from experiments.reporting.panels import HEIGHT, Dash, Line, Panel, draw_panels
 from experiments.reporting.quantities import (
     byte_unit,
@@ -31,12 +31,14 @@ ACCURACIES = (
     ("eval/global_accuracy", "global", PINK),
 )
 ASSEMBLED = ("eval/assembled_accuracy", "assembled", AMBER)
+NEWCOMERS = ("eval/newcomer_accuracy", "newcomers", SKY)
 LOSSES = (
     ("eval/personal_loss", "personal", GREEN),
     ("eval/server_loss", "server", INK),
     ("eval/global_loss", "global", PINK),
 )
 ASSEMBLED_LOSS = ("eval/assembled_loss", "assembled", AMBER)
+NEWCOMERS_LOSS = ("eval/newcomer_loss", "newcomers", SKY)
 BALANCES = (
     ("load/assigned_cv", "assigned", ASSIGNED),
     ("load/usage_cv", "used", USED),
@@ -75,7 +77,7 @@ def run_pictures(run: Run) -> list[Picture]:
 
 
 def _accuracy(run: Run) -> Picture | None:
-    shown = (*ACCURACIES, ASSEMBLED)
+    shown = (*ACCURACIES, ASSEMBLED, NEWCOMERS)
     evaluated = run.final("eval/clients")
     who = f" The last evaluation counted {counted(evaluated, 'client')}." if evaluated else ""
     return draw_panels(
@@ -89,7 +91,7 @@ def _accuracy(run: Run) -> Picture | None:
 
 def _loss(run: Run) -> Picture | None:
     x, y = run.series("train/loss")
-    shown = (*LOSSES, ASSEMBLED_LOSS)
+    shown = (*LOSSES, ASSEMBLED_LOSS, NEWCOMERS_LOSS)
     tested = _finals(run, shown)
     below = ", below over the test set" if tested else ""
     unit = run.loss_unit
@@ -128,10 +130,13 @@ def _on_what(run: Run) -> str:
     with_prior = run.config.get("eval.prior") and run.task == "classification"
     prior = ", whose label shares it adds to what it predicts" if with_prior else ""
     one = " assembled: all experts in one model, which no client holds;"
+    new = ""
+    if newcomers := run.final("eval/newcomer_clients"):
+        new = f"; newcomers: {counted(newcomers, 'client')} without training, each on its own"
     return (
         f"Personal: each client on what is its own{prior}; global: each client on the whole test "
         f"set;{one if run.series(ASSEMBLED[0])[0].size else ''} server: all clients' joint "
-        "prediction."
+        f"prediction{new}."
     )
 
 

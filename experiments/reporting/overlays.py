@@ -10,6 +10,8 @@ from experiments.reporting.curves import (
     ACCURACIES,
     BALANCES,
     LOSSES,
+    NEWCOMERS,
+    NEWCOMERS_LOSS,
     SIMULATED,
     calm,
     pens,
@@ -60,16 +62,16 @@ def overlay_pictures(runs: Sequence[Run]) -> list[Picture]:
             "Accuracy",
             [
                 panel(key, f"{word.capitalize()} accuracy, %", "percent")
-                for key, word, _ in ACCURACIES
+                for key, word, _ in (*ACCURACIES, NEWCOMERS)
             ],
-            f"{letters}; higher is better, and all three panels share one scale.",
+            f"{letters}; higher is better, and all panels share one scale.",
             shared=True,
         ),
         draw_panels(
             "test-loss",
             "Test loss",
-            [loss(key, f"{word.capitalize()} loss") for key, word, _ in LOSSES],
-            f"{letters}; lower is better, and all three panels share one scale.",
+            [loss(key, f"{word.capitalize()} loss") for key, word, _ in (*LOSSES, NEWCOMERS_LOSS)],
+            f"{letters}; lower is better, and all panels share one scale.",
             shared=True,
         ),
         draw_panels(

@@ -16,11 +16,15 @@ HEADLINE = (
     ("eval/personal_accuracy", "Personal accuracy"),
     ("eval/global_accuracy", "Global accuracy"),
     ("eval/server_accuracy", "Server accuracy"),
+    ("eval/newcomer_accuracy", "Newcomers' accuracy"),
     ("eval/personal_loss", "Personal loss"),
+    ("eval/newcomer_loss", "Newcomers' loss"),
     ("load/assigned_cv_cumulative", "Assigned load CV, cumulative"),
     ("load/usage_cv_cumulative", "Used load CV, cumulative"),
 )
 COMPARED = (*HEADLINE, ("train/loss", "Training loss"))
+# Columns that are there where a run has them.
+FURTHER = {"eval/newcomer_accuracy", "eval/newcomer_loss"}
 # Fields that say in a line what a run is, with the words around their values.
 SETTING = (
     ("data.name", "{}"),
@@ -88,13 +92,19 @@ def legend(names: Sequence[str], drawn: Sequence[Pen], linked: bool = True) -> s
 
 def comparison(runs: Sequence[Run], names: Sequence[str], letters: Sequence[str]) -> str:
     """One row a run with its final values, the best of each column bold."""
-    columns = [[run.final(key) for run in runs] for key, _ in COMPARED]
-    leaders = [_leader(key, values) for (key, _), values in zip(COMPARED, columns, strict=True)]
+    finals = {key: [run.final(key) for run in runs] for key, _ in COMPARED}
+    compared = [
+        (key, words)
+        for key, words in COMPARED
+        if key not in FURTHER or any(value is not None for value in finals[key])
+    ]
+    columns = [finals[key] for key, _ in compared]
+    leaders = [_leader(key, values) for (key, _), values in zip(compared, columns, strict=True)]
     rows = []
     for i, run in enumerate(runs):
         cells = [
             (show(key, column[i], run.loss_unit), column[i] is not None and column[i] == leader)
-            for (key, _), column, leader in zip(COMPARED, columns, leaders, strict=True)
+            for (key, _), column, leader in zip(compared, columns, leaders, strict=True)
         ]
         total, seconds = _traffic(run), run.seconds()
         best = run.best("eval/personal_accuracy")
@@ -109,7 +119,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str], letters: Sequence[str]
             f'<tr><th scope="row"><span class="letter">{letters[i]}</span> {escape(names[i])}'
             f"{'' if run.status == 'finished' else chip(run)}</th>{row}</tr>"
         )
-    titles = [words for _, words in COMPARED]
+    titles = [words for _, words in compared]
     titles.insert(1, "Personal, best")
     titles += ["Bytes sent", "Wall time", "Rounds"]
     head = '<th scope="col">Run</th>' + "".join(

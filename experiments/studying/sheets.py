@@ -25,12 +25,17 @@ ACCURACY = {
     "mean/final": "mean of the three",
 }
 # Columns that are there where a run has them; those of older versions do not.
-FURTHER = {"personal/p10": "personal, tenth percentile", "assembled/final": "assembled"}
+FURTHER = {
+    "personal/p10": "personal, tenth percentile",
+    "assembled/final": "assembled",
+    "newcomer/final": "newcomers",
+}
 LOSS = {
     "personal_loss/final": "personal",
     "global_loss/final": "global",
     "server_loss/final": "server",
     "assembled_loss/final": "assembled",
+    "newcomer_loss/final": "newcomers",
 }
 BALANCE = {
     "assigned/round": "assigned CV",
@@ -65,6 +70,8 @@ def accuracy_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Shee
     """Accuracies of all rows, in percent."""
     further = _known(rows, FURTHER)
     one = "; assembled: all experts in one model" if "assembled/final" in further else ""
+    if "newcomer/final" in further:
+        one += "; newcomers: clients that took no part in training, on what is their own"
     return _sheet(
         f"{title}: accuracy",
         rows,

@@ -30,6 +30,7 @@ def load_bounds(
     slack: float = 0.1,
     load_weight: float | FloatArray = 1.0,
     share: FloatArray | None = None,
+    load: FloatArray | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     """Least and greatest load of each expert in this round.
 
@@ -39,6 +40,9 @@ def load_bounds(
     room for the multiples just below and above the target. Bounds so made can be met unless
     deficits pile up on fewer experts than clients must hold; `solve` then lets them give way.
 
+    Where others put load on the experts meanwhile, shares and slack are of all load, and the bounds
+    those of what the cohort adds: an expert beyond its bounds gets no more than must be.
+
     Args:
       capacity: [P] experts that each client holds.
       deficit: [E] load owed from earlier rounds, as `update_deficit` keeps it.
@@ -46,6 +50,7 @@ def load_bounds(
       load_weight: load of a holder on its expert: a scalar, [P] or [P, E].
       share: [E] part of the load that each expert is meant to get (any positive scale); by
         default all get the same.
+      load: [E] load that others than the cohort put on each expert; None for none.
 
     Returns:
       `load_min` and `load_max`, each [E], in units of `load_weight`.
@@ -61,15 +66,22 @@ def load_bounds(
     parts = normalise_share(share, experts)
     weight = np.asarray(load_weight, np.float64)
     rows = weight.mean(axis=1) if weight.ndim == 2 else weight
-    fair = parts * float(np.sum(rows * capacity))
+    given = float(np.sum(rows * capacity))
+    there = np.zeros(experts) if load is None else np.asarray(load, np.float64)
+    fair = parts * (given + float(there.sum()))
     holders = capacity > 0
     reachable = (
         weight[holders].sum(axis=0)
         if weight.ndim == 2
         else np.full(experts, np.sum(np.broadcast_to(weight, capacity.shape), where=holders))
     )
-    target = _shift_into(fair + deficit, reachable, fair.sum())
-    low, high = target - slack * fair, target + slack * fair
+    lacking = fair - there
+    middle = lacking + deficit
+    target = _shift_into(middle, reachable, lacking.sum())
+    # Slack of the cohort's own load is small; that of all would let experts be overfull.
+    around = target if load is None else middle
+    low = np.minimum(around - slack * fair, target)
+    high = np.maximum(around + slack * fair, target)
     grid = _common_weight(weight)
     if grid:
         low = np.minimum(_ceil(low / grid), _floor(target / grid)) * grid

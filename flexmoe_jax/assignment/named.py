@@ -42,6 +42,16 @@ class NamedPolicy:
         """Asks the policy, whatever the order of the cohort."""
         return _in_order(partial(POLICIES[self.name], **self.options), request)
 
+    def settled(self) -> NamedPolicy:
+        """The same for clients that join beside others, and are to use what they get.
+
+        Without noise on the fitness, which is there so that holders change, and without a least
+        number of holders, which the others are.
+        """
+        unsettling = {"exploration", "holders_min"} & self.options.keys()
+        options = {**self.options, **dict.fromkeys(unsettling, 0)}
+        return replace(self, options=MappingProxyType(options))
+
 
 def make_policy(
     name: str,

@@ -58,6 +58,8 @@ class Request:
       descriptor: [P, F] what kind of data each client has, or None.
       held: [P, E] bool, experts that a client has already and would not have to be sent; None for
         none.
+      load: [E] load that others than these clients put on the experts, and which bounds are to even
+        out as well; None for none.
     """
 
     fitness: FloatArray
@@ -71,6 +73,7 @@ class Request:
     held_rounds: IntArray | None = None
     descriptor: FloatArray | None = None
     held: BoolArray | None = None
+    load: FloatArray | None = None
 
 
 Policy = Callable[[Request], Solution]
@@ -101,7 +104,12 @@ def flex(
     experts = request.fitness.shape[1]
     deficit = np.zeros(experts) if request.deficit is None else request.deficit
     low, high = load_bounds(
-        request.capacity, deficit, slack=slack, load_weight=request.load_weight, share=share
+        request.capacity,
+        deficit,
+        slack=slack,
+        load_weight=request.load_weight,
+        share=share,
+        load=request.load,
     )
     fitness = np.asarray(request.fitness, np.float64)
     if movement:
@@ -135,7 +143,8 @@ def flex(
             time_limit=time_limit,
         )
     except SolverError as error:
-        held = _deal(request, problem, deficit)
+        owed = deficit if request.load is None else deficit - request.load
+        held = _deal(request, problem, owed)
         # Of any assignment, whatever bounds, floors or prices.
         bound = float(np.sum(problem.fitness, where=take_top(problem.fitness, problem.capacity)))
         dealt = make_solution(problem, held, bound, 0.0)

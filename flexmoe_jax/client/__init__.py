@@ -3,6 +3,7 @@
 from flexmoe_jax.client.client import (
     Site,
     all_finite,
+    appraise,
     log_shares,
     model_of,
     receive,
@@ -43,6 +44,7 @@ __all__ = [
     "Site",
     "Trained",
     "all_finite",
+    "appraise",
     "balance_loss",
     "decode",
     "draw_batches",

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.client.codec import Codec, decode, encode
-from flexmoe_jax.client.training import Batches, Learner, train
+from flexmoe_jax.client.training import Batches, Known, Learner, objective, take_batch, train
 from flexmoe_jax.tasks import Batch
-from flexmoe_jax.types import Array, Download, Own, Params, PyTree, Upload
+from flexmoe_jax.types import Array, Download, Feedback, Own, Params, PyTree, Upload
 
 # What every class has at least of a client's label shares, so that none is impossible.
 _SMOOTHING = 1e-3
@@ -140,6 +140,33 @@ def train_and_answer(
         examples=done.examples,
     )
     return settle(own, after, ~idle), upload
+
+
+def appraise(
+    site: Site,
+    own: Own,
+    down: Download,
+    arrays: Batch,
+    rows: Array,
+    log_share: Array | None = None,
+) -> Feedback:
+    """What a client says of the experts that it was sent, from a batch and without training.
+
+    Args:
+      site: of the client.
+      own: what it owns.
+      down: what the server sent.
+      arrays: named examples.
+      rows: (B,) int32 rows of them, -1 for none.
+      log_share: (Y,) as in `train_and_answer`.
+
+    Returns:
+      (L, K) sums per slot, as of a step of training before anything was learnt in it.
+    """
+    params, held = model_of(site, own, down)
+    known = Known(arrays, held, log_share if site.learner.local.prior else None)
+    _, seen = objective(site.learner, known, params, *take_batch(arrays, rows))
+    return seen.feedback
 
 
 def all_finite(tree: PyTree) -> Array:

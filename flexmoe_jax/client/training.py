@@ -262,9 +262,7 @@ def _step(
     learner: Learner, known: Known, round_index: Array, state: Trained, chosen: Batches
 ) -> Trained:
     local = learner.local
-    valid = (chosen.rows >= 0).astype(jnp.float32)
-    rows = jnp.maximum(chosen.rows, 0)
-    batch: Batch = {n: x.at[rows].get(mode="promise_in_bounds") for n, x in known.arrays.items()}
+    batch, valid = take_batch(known.arrays, chosen.rows)
     if local.augment is not None:
         assert chosen.bits is not None
         batch = local.augment(batch, chosen.bits)
@@ -283,6 +281,12 @@ def _step(
     )
 
 
+def take_batch(arrays: Batch, rows: Array) -> tuple[Batch, Array]:
+    """The rows (B,) of named examples, -1 for none, and 1.0 for each that is one."""
+    valid, there = (rows >= 0).astype(jnp.float32), jnp.maximum(rows, 0)
+    return {n: x.at[there].get(mode="promise_in_bounds") for n, x in arrays.items()}, valid
+
+
 class Seen(NamedTuple):
     """Sums over the units of a batch: feedback (L, K), loss () and units ()."""
 
@@ -295,10 +299,10 @@ def _gradient(
     learner: Learner, params: Params, batch: Batch, valid: Array, known: Known
 ) -> tuple[PyTree, Seen]:
     """Gradient of the batch's mean loss, a tile of its examples at a time."""
-    objective = partial(_objective, learner, known)
-    take = jax.grad(objective, has_aux=True)
+    loss = partial(objective, learner, known)
+    take = jax.grad(loss, has_aux=True)
     first = jax.tree.map(lambda x: x[:1], (batch, valid))
-    tiles = learner.local.tiles(partial(largest_array, objective, params, *first))
+    tiles = learner.local.tiles(partial(largest_array, loss, params, *first))
     if tiles == 1:
         return take(params, batch, valid)
     cut = jax.tree.map(lambda x: x.reshape(tiles, -1, *x.shape[1:]), (batch, valid))
@@ -317,9 +321,10 @@ def _gradient(
     return lax.scan(add, nothing, cut)[0]
 
 
-def _objective(
+def objective(
     learner: Learner, known: Known, params: Params, batch: Batch, valid: Array
 ) -> tuple[Array, Seen]:
+    """What a client's steps make small on a batch, of whose rows (B,) some are padding."""
     task, local, held = learner.task, learner.local, known.held
     outputs, routings = learner.apply(params, task.inputs(batch), held)
     if known.log_share is not None and task.adjust is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -53,6 +54,39 @@ class ClientData:
         """What is known of the clients."""
         return About(self.label_share, self.owns)
 
+    def of(self, numbers: np.ndarray) -> ClientData:
+        """The data of some clients (c,), in this order; the arrays stay whole."""
+        size = self.size[numbers]
+        return ClientData(
+            arrays=self.arrays,
+            index=self.index[numbers, : _round_up(int(size.max()))],
+            size=size,
+            label_share=self.label_share[numbers],
+            owns=None if self.owns is None else self.owns[numbers],
+        )
+
+    def few(self, most: int, seed: int) -> ClientData:
+        """At most so many examples of each client, drawn, in arrays of their own; on the host.
+
+        What is known of the clients stays that of all their examples.
+        """
+        sizes = np.asarray(self.size)
+        drawn = [
+            np.asarray(self.index)[c, np.random.default_rng([seed, _FEW, c]).permutation(size)]
+            for c, size in enumerate(sizes)
+        ]
+        rows = [part[:most] for part in drawn]
+        ends = np.cumsum([0, *map(len, rows)])
+        taken = np.concatenate(rows)
+        parts = [np.arange(*pair) for pair in pairwise(ends)]
+        arrays = {name: np.asarray(x)[taken] for name, x in self.arrays.items()}
+        return join(arrays, parts, place=np.asarray).replace(  # type: ignore[attr-defined]
+            label_share=self.label_share, owns=self.owns
+        )
+
+
+# Names of draws from a seed: who is a newcomer, and a few examples of each client.
+_NEWCOMERS, _FEW = 0x4E3C, 0xFE3
 
 Feed = Callable[[np.ndarray], ClientData]
 """A round's cohort (P,) -> data in which at least its clients' examples are."""
@@ -151,6 +185,27 @@ def _round_up(size: int) -> int:
     """The next number of four binary digits and zeros, at most an eighth above."""
     grain = 1 << max(int(size).bit_length() - 4, 0)
     return -(-int(size) // grain) * grain
+
+
+def draw_newcomers(clients: int, newcomers: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws who is kept out of training, to come when it is over.
+
+    Args:
+      clients: C, newcomers included.
+      newcomers: how many of them.
+      seed: of the draw.
+
+    Returns:
+      Numbers of those who train, and of the newcomers, both rising.
+
+    Raises:
+      InputError: below 0, or nobody is left to train.
+    """
+    if not 0 <= newcomers < clients:
+        remedy = f"choose 0 to {clients - 1}: of {clients} clients at least one must train"
+        raise InputError("clients.newcomers", newcomers, remedy)
+    drawn = np.random.default_rng([seed, _NEWCOMERS]).permutation(clients)
+    return np.sort(drawn[newcomers:]), np.sort(drawn[:newcomers])
 
 
 def label_counts(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: int) -> np.ndarray:

@@ -12,7 +12,14 @@ from flexmoe_jax.server.aggregate import (
     private,
     trimmed_mean,
 )
-from flexmoe_jax.server.assign import Assign, check_solution, make_assign
+from flexmoe_jax.server.assign import (
+    Assign,
+    Newcomers,
+    check_solution,
+    enrol,
+    load_of,
+    make_assign,
+)
 from flexmoe_jax.server.fitness import (
     FitnessOptions,
     accuracy_score,
@@ -35,6 +42,7 @@ __all__ = [
     "Due",
     "FitnessOptions",
     "LoadModel",
+    "Newcomers",
     "Sums",
     "Verdict",
     "accuracy_score",
@@ -43,10 +51,12 @@ __all__ = [
     "close",
     "collect",
     "draw_secret",
+    "enrol",
     "epsilon",
     "geometric_median",
     "init",
     "learn_norms",
+    "load_of",
     "loss_score",
     "make_assign",
     "make_load_model",

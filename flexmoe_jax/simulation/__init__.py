@@ -10,6 +10,7 @@ from flexmoe_jax.simulation.blocks import (
 )
 from flexmoe_jax.simulation.evaluate import TestSet, chunk_test_set, evaluate
 from flexmoe_jax.simulation.network import FAULTS, Faults, Network, make_faults
+from flexmoe_jax.simulation.newcomers import Newcomers, await_newcomers, probe
 from flexmoe_jax.simulation.on_device import DeviceReport, round_on_device, run_on_device
 from flexmoe_jax.simulation.plan import (
     Arrival,
@@ -22,7 +23,15 @@ from flexmoe_jax.simulation.plan import (
 )
 from flexmoe_jax.simulation.rounds import Simulation, run_round, simulate
 from flexmoe_jax.simulation.standalone import Standalone, assembled_model, client_model
-from flexmoe_jax.simulation.traffic import Payload, Traffic, payload, payloads, traffic, tree_bytes
+from flexmoe_jax.simulation.traffic import (
+    Payload,
+    Traffic,
+    payload,
+    payloads,
+    probe_traffic,
+    traffic,
+    tree_bytes,
+)
 
 __all__ = [
     "FAULTS",
@@ -31,6 +40,7 @@ __all__ = [
     "Faults",
     "Floor",
     "Network",
+    "Newcomers",
     "Payload",
     "Simulation",
     "Standalone",
@@ -39,6 +49,7 @@ __all__ = [
     "Traffic",
     "assembled_model",
     "assignment_slots",
+    "await_newcomers",
     "chunk_test_set",
     "client_mesh",
     "client_model",
@@ -50,6 +61,8 @@ __all__ = [
     "over_devices",
     "payload",
     "payloads",
+    "probe",
+    "probe_traffic",
     "replicate",
     "resolve_block_size",
     "round_on_device",

@@ -43,6 +43,7 @@ from flexmoe_jax.types import (
     Evaluation,
     Key,
     Own,
+    Params,
     Plan,
     PyTree,
     RoundReport,
@@ -151,10 +152,17 @@ def simulate(
 
 def init(federation: Federation, key: Key) -> State:
     """The state before the first round, (C,) clients with gates and private parts of their own."""
+    params, owns = init_owns(federation, key, jnp.arange(federation.clients, dtype=jnp.int32))
+    begun = server.init(federation.desk, key, params.shared, params.experts, federation.clients)
+    return State(begun, owns)
+
+
+def init_owns(federation: Federation, key: Key, numbers: Array) -> tuple[Params, Own]:
+    """The model as it is drawn, and what clients with these numbers (C,) own at the start."""
     inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), federation.inputs)
     model_key, gate_key = jax.random.split(key)
     params = federation.layout.split(federation.model.init(model_key, inputs))
-    clients, slots = federation.clients, federation.slots
+    slots = federation.slots
 
     def own(number: Array) -> Own:
         drawn = federation.model.init(jax.random.fold_in(gate_key, number), inputs)
@@ -165,8 +173,7 @@ def init(federation: Federation, key: Key) -> State:
             residual=client.init_residual(federation.codec, params.shared, params.experts, slots),
         )
 
-    begun = server.init(federation.desk, key, params.shared, params.experts, clients)
-    return State(begun, jax.vmap(own)(jnp.arange(clients, dtype=jnp.int32)))
+    return params, jax.vmap(own)(numbers)
 
 
 def _plan(

@@ -100,6 +100,17 @@ def traffic(
     )
 
 
+def probe_traffic(federation: Federation, clients: int) -> Traffic:
+    """What travels when so many newcomers are probed: ψ and all experts there, feedback back.
+
+    Whatever they are then assigned they have by then.
+    """
+    sizes, experts = payloads(federation), federation.layout.experts
+    everything = np.ones((clients, federation.groups, experts), bool)
+    feedback = experts * len(federation.layout.layers) * _FEEDBACK_BYTES
+    return traffic(everything, sizes)._replace(up=np.full(clients, feedback, np.int64))
+
+
 def tree_bytes(tree: PyTree) -> int:
     """Bytes that the leaves of a pytree hold."""
     leaves: list[Any] = jax.tree.leaves(tree)

@@ -222,6 +222,34 @@ def test_bounds_follow_the_deficit_by_hand() -> None:
     np.testing.assert_allclose([low, high], [[22.5, 22.5], [27.5, 27.5]])
 
 
+def test_bounds_even_out_the_load_of_others_by_hand() -> None:
+    # 10 holders there and 2 clients of 3 that come: 4 each, so 2, 4, 0 and 0 are lacking; expert 1
+    # can get no more than 2, and the two that are left over go to those that lack least.
+    there = np.array([2.0, 0.0, 4.0, 4.0])
+    low, high = load_bounds(np.full(2, 3), np.zeros(4), slack=0.0, load=there)
+    assert (low[:2].tolist(), high[:2].tolist()) == ([2, 2], [2, 2])
+    assert (low[2:] <= 1).all()
+    assert (high[2:] >= 1).all()
+    # Slack is of the sum: one newcomer is free where 48 holders are even within 10 % of 12.25.
+    low, high = load_bounds(np.ones(1, int), np.zeros(4), slack=0.1, load=np.full(4, 12.0))
+    assert (low.tolist(), high.tolist()) == ([0] * 4, [1] * 4)
+    nobody = load_bounds(np.full(4, 2), np.zeros(4), load=np.zeros(4))
+    assert np.array_equal(nobody, load_bounds(np.full(4, 2), np.zeros(4)))
+
+
+def test_who_settles_gets_the_fittest_experts_that_others_leave_room_for() -> None:
+    fitness = np.tile([0.9, 0.8, 0.7, 0.6], (2, 1))
+    come = Request(fitness, np.full(2, 2), np.array([8, 9]), 5, 0, load=np.full(4, 20.0))
+    restless = make_policy("flex", exploration=5.0, holders_min=1)
+    chosen = [restless(replace(come, round=t)).assignment for t in range(9)]
+    assert len({one.tobytes() for one in chosen}) > 1
+    assert restless.settled()(come).assignment.tolist() == [[True, True, False, False]] * 2
+    # Where the first expert is as full as the bounds allow, they do without it.
+    full = replace(come, load=np.array([24.0, 20.0, 18.0, 18.0]))
+    assert not restless.settled()(full).assignment[:, 0].any()
+    assert make_policy("random").settled() == make_policy("random")
+
+
 @given(st.integers(0, 2**32 - 1), st.floats(0, 2))
 @settings(max_examples=200, deadline=None)
 def test_bounds_of_counts_can_be_met(seed: int, slack: float) -> None:

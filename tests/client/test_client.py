@@ -16,6 +16,7 @@ from flexmoe_jax.client import (
     Learner,
     LocalTraining,
     Site,
+    appraise,
     decode,
     init_residual,
     log_shares,
@@ -97,6 +98,17 @@ def test_a_clients_model_is_what_it_was_sent_and_the_gate_rows_of_that():
     assert params.gate["a"]["kernel"][0] == 5
     assert params.shared is START.shared
     assert params.private is START.private
+
+
+def test_what_a_client_says_of_experts_by_hand():
+    usage, correct, loss = appraise(make_site(), owned(), down(0), EXAMPLES, BATCHES.rows[0])
+    assert (usage.tolist(), correct.tolist()) == ([[10, 0]], [[6, 0]])
+    assert np.allclose(loss, [[9, 0]])
+    # Of rows 0, 1 and 9, the first two are right; the rest is padding.
+    rows = jnp.array([0, 1, 9, *[-1] * 7])
+    usage, correct, loss = appraise(make_site(), owned(), down(0), EXAMPLES, rows)
+    assert (usage.tolist(), correct.tolist()) == ([[3, 0]], [[2, 0]])
+    assert np.allclose(loss, [[2.7, 0]])
 
 
 def test_an_answer_by_hand():

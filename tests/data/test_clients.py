@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoe_jax.data import Dataset, build_clients, feed_cohorts, label_counts
+from flexmoe_jax.data import (
+    Dataset,
+    build_clients,
+    draw_newcomers,
+    feed_cohorts,
+    label_counts,
+)
 from flexmoe_jax.errors import InputError
 
 
@@ -97,3 +103,45 @@ def test_dataset_knows_its_shape(dataset: Dataset) -> None:
     assert dataset.image_shape == (2, 2, 1)
     assert dataset.num_owners == 0
     assert dataclasses.replace(dataset, train_clients=np.array([9, 4, 9, 9, 4])).num_owners == 2
+
+
+@given(st.integers(1, 40), st.integers(0, 39), st.integers(0, 9))
+def test_newcomers_are_drawn_and_all_others_train(clients: int, newcomers: int, seed: int) -> None:
+    if newcomers >= clients:
+        with pytest.raises(InputError, match=rf"clients.newcomers={newcomers}: choose 0 to"):
+            draw_newcomers(clients, newcomers, seed)
+        return
+    trained, coming = draw_newcomers(clients, newcomers, seed)
+    assert len(coming) == newcomers
+    assert sorted([*trained, *coming]) == list(range(clients))
+    assert (np.diff(trained) > 0).all()
+    assert (np.diff(coming) > 0).all()
+    again = draw_newcomers(clients, newcomers, seed)
+    assert np.array_equal(again[1], coming)
+
+
+def test_the_newcomers_differ_with_the_seed() -> None:
+    assert len({tuple(draw_newcomers(30, 3, seed)[1]) for seed in range(9)}) > 5
+
+
+def test_some_clients_and_a_few_of_their_examples(dataset: Dataset) -> None:
+    parts = [np.array([1, 2, 4, 0, 3]), np.array([3]), np.array([0, 2])]
+    clients = build_clients(dataset, parts, place=np.asarray)
+    some = clients.of(np.array([1, 2]))
+    assert some.index.tolist() == [[3, 0], [0, 2]]
+    assert some.arrays is clients.arrays
+    assert some.label_share.tolist() == clients.label_share[[1, 2]].tolist()
+
+    few = clients.few(2, seed=0)
+    assert few.size.tolist() == [2, 1, 2]
+    assert len(few.arrays["labels"]) == 5
+    for part, rows, size in zip(parts, few.index, few.size, strict=True):
+        found = few.arrays["images"][rows[:size]]
+        assert len(np.unique(found, axis=0)) == size
+        assert all(
+            (dataset.train_images[part] == image).all(axis=(1, 2, 3)).any() for image in found
+        )
+    # What is known of a client is that of all its examples.
+    assert few.label_share is clients.label_share
+    drawn = {clients.few(2, seed).arrays["images"][:2].tobytes() for seed in range(9)}
+    assert len(drawn) > 1

@@ -36,6 +36,15 @@ def test_a_number_serves_all():
         ({"clients.capacity": [1, 2.5]}, "clients.capacity=[1, 2.5]: give a number"),
         ({"clients.capacity": True}, "clients.capacity=True: give a number"),
         ({"clients.per_round": 21}, "clients.per_round=21: choose at most clients.count=20"),
+        (
+            {"clients.newcomers": 5, "clients.per_round": 16},
+            "clients.per_round=16: choose at most 15, those of clients.count=20 that are no",
+        ),
+        (
+            {"clients.newcomers": 20},
+            "clients.newcomers=20: choose 0 to 19: of 20 clients at least one must train",
+        ),
+        ({"clients.newcomers": -1}, "clients.newcomers=-1: choose 0 or more"),
         ({"clients.count": 0}, "clients.count=0: choose 1 or more"),
         ({"clients.count": 1500}, "clients.count=1500"),
         ({"partition.name": "dirichlett"}, "partition.name=dirichlett: did you mean dirichlet?"),

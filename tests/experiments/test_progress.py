@@ -19,6 +19,14 @@ ROUND = {
 }
 
 
+def test_newcomers_have_a_column(capsys):
+    with ProgressDisplay(2, 0, newcomers=True) as display:
+        display.update({**ROUND, "eval/newcomer_accuracy": 0.125})
+    heads, shown = capsys.readouterr().out.splitlines()
+    assert heads.split()[4:6] == ["server", "newcomer"]
+    assert " ".join(shown.split()) == "1 2.079 0.250 - - 0.125 0.500 - 1.50"
+
+
 @pytest.mark.parametrize(
     ("task", "said", "row"),
     [

@@ -8,23 +8,28 @@ Axes: `C` clients, `E` experts, `M` examples, `Y` classes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import scipy.optimize
 from ml_collections import ConfigDict
 
+from experiments.build import build
 from experiments.configs import base
 from experiments.edge import make_devices
-from experiments.examples import load_partitioned
+from experiments.examples import load_partitioned, split_clients
 from experiments.fields import client_capacities
 from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax.data import Dataset
+from flexmoe_jax.simulation.rounds import init_owns
 
 ROUNDS = 3
 Tree = dict[str, Any]
@@ -43,8 +48,10 @@ COMMON = {
 }
 RUNS: dict[str, dict[str, object]] = {
     # Clients with rules and test examples of their own; gates of their own; no noise in the
-    # fitness, so that the assignment can be solved anew.
+    # fitness, so that the assignment can be solved anew. Two more are newcomers.
     "natural": {
+        "clients.count": 10,
+        "clients.newcomers": 2,
         "partition.name": "natural",
         "clients.capacity": 2,
         "model.gate": "private",
@@ -61,6 +68,8 @@ RUNS: dict[str, dict[str, object]] = {
         "eval.prior": False,
     },
     "faulty": {
+        "clients.count": 10,
+        "clients.newcomers": 2,
         "data.test_limit": 8,
         "partition.name": "k_class",
         "partition.classes_per_client": 2,
@@ -75,13 +84,13 @@ RUNS: dict[str, dict[str, object]] = {
 
 
 def write_hospitals(path: Path) -> None:
-    """Eight clients, whose labels are shifted by who they are; the last has no test examples."""
+    """Ten clients, whose labels are shifted by who they are; the last has no test examples."""
     rng = np.random.default_rng(0)
-    owner, truth = np.arange(480) % 8, rng.integers(0, 4, 480)
-    images = (rng.normal(size=(480, 6)) + 3 * np.eye(4, 6)[truth]).astype(np.float32)
+    owner, truth = np.arange(600) % 10, rng.integers(0, 4, 600)
+    images = (rng.normal(size=(600, 6)) + 3 * np.eye(4, 6)[truth]).astype(np.float32)
     labels = (truth + owner) % 4
-    test = (np.arange(480) >= 400) & (owner != 7)
-    train = np.arange(480) < 400
+    test = (np.arange(600) >= 500) & (owner != 9)
+    train = np.arange(600) < 500
     np.savez(
         path,
         train_images=images[train],
@@ -94,13 +103,22 @@ def write_hospitals(path: Path) -> None:
 
 
 class Ran(NamedTuple):
-    """A run as it lies on disk; of states what the one MoE layer has, by name."""
+    """A run as it lies on disk; of states what the one MoE layer has, by name.
+
+    Clients that train are numbered from 0, and newcomers after them.
+    """
 
     config: ConfigDict
     rows: list[dict[str, Any]]
     states: list[Tree]
     dataset: Dataset
     parts: tuple[np.ndarray, ...]
+    numbers: np.ndarray  # of these among all, as the data set has them
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Training images of the clients that train."""
+        return self.dataset.train_images[np.concatenate(self.parts[:8])]
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -116,7 +134,10 @@ def ran(request, tmp_path_factory) -> Ran:
     reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     found = [reader.restore(folder / "run" / "checkpoints" / str(t + 1)) for t in range(ROUNDS)]
     reader.close()
-    return Ran(config, workdir.read(), list(map(opened, found)), *load_partitioned(config))
+    dataset, parts = load_partitioned(config)
+    numbers = np.concatenate(split_clients(config))
+    ordered = tuple(parts[number] for number in numbers)
+    return Ran(config, workdir.read(), list(map(opened, found)), dataset, ordered, numbers)
 
 
 def opened(state: Tree) -> Tree:
@@ -132,7 +153,7 @@ def opened(state: Tree) -> Tree:
 
 def standard(ran: Ran, images: np.ndarray) -> np.ndarray:
     """(M, D) float64, each channel with the mean and deviation of all training examples."""
-    known = ran.dataset.train_images.astype(np.float64)
+    known = ran.seen.astype(np.float64)
     axes = tuple(range(known.ndim - 1))
     deviation = known.std(axes)
     scaled = (images - known.mean(axes)) / np.where(deviation > 0, deviation, np.inf)
@@ -206,7 +227,7 @@ def personal(ran: Ran, client: int, logits: np.ndarray) -> tuple[float, float] |
         logits = logits + np.log((share + 1e-3) / (1 + len(share) * 1e-3))
     judged = judge(ran, softmax(logits))
     if ran.dataset.test_clients is not None:
-        mine = ran.dataset.test_clients == client
+        mine = ran.dataset.test_clients == ran.numbers[client]
         return (judged.hit[mine].mean(), judged.loss[mine].mean()) if mine.any() else None
     there = [y for y in np.flatnonzero(share) if (labels == y).any()]
     if not there:
@@ -252,12 +273,87 @@ def test_accuracies_and_losses(ran: Ran) -> None:
     for row, state in zip(ran.rows, ran.states, strict=True):
         evaluated = row["round"] % ran.config.eval.every == 0 or row["round"] == ROUNDS
         expected = evaluation(ran, state) if evaluated else {}
-        found = {key: row[key] for key in row if key.startswith("eval/")}
+        found = {
+            key: row[key]
+            for key in row
+            if key.startswith("eval/") and not key.startswith("eval/newcomer")
+        }
         losses = {key for key in expected if key.endswith("_loss")}
         assert {key for key in found if key.endswith("_loss")} == losses
         for key in losses:
             assert found.pop(key) == pytest.approx(expected.pop(key), rel=1e-4), key
         assert found == pytest.approx(expected)
+
+
+def probed(ran: Ran, state: Tree, client: int) -> np.ndarray:
+    """(E,) score of each expert, held alone, on all of a client's examples."""
+    images, labels = ran.dataset.train_images[ran.parts[client]], ran.dataset.train_labels
+    experts, right = ran.config.model.experts, np.arange(len(images))
+    gate = {"kernel": np.zeros((experts, 16)), "bias": np.zeros(experts)}
+    found = []
+    for e in range(experts):
+        logits = compute(ran, state, np.arange(experts) == e, gate, images).logits
+        hit = logits.argmax(axis=1) == labels[ran.parts[client]]
+        loss = -np.log(softmax(logits)[right, labels[ran.parts[client]]])
+        loss_counts = ran.config.fitness.score == "loss"
+        found.append(np.exp(-loss.mean()) if loss_counts else hit.mean())
+    return np.array(found)
+
+
+def enrolled(ran: Ran, state: Tree, fitness: np.ndarray) -> np.ndarray:
+    """(2, E) bool: the best pair of choices, of all that keep the holders of experts even."""
+    experts, capacity = ran.config.model.experts, ran.config.clients.capacity
+    if ran.config.assignment.policy == "greedy":
+        assert np.ptp(np.sort(fitness, axis=1)[:, -2:], axis=1).all()
+        return np.argsort(np.argsort(-fitness, axis=1), axis=1) < capacity
+    there = holders(ran, state).sum(axis=0)
+    fair, slack = 10 * capacity / experts, ran.config.assignment.slack
+    low = min(np.ceil(fair - slack * fair), np.floor(fair))
+    high = max(np.floor(fair + slack * fair), np.ceil(fair))
+    assert there.max() <= high  # so that the bounds are those of the sum
+    chosen = [
+        np.isin(np.arange(experts), pair)
+        for pair in itertools.combinations(range(experts), capacity)
+    ]
+    allowed = [
+        both
+        for both in map(np.stack, itertools.product(chosen, chosen))
+        if ((low <= there + both.sum(axis=0)) & (there + both.sum(axis=0) <= high)).all()
+    ]
+    return max(allowed, key=lambda both: fitness[both].sum())
+
+
+def test_newcomers(ran: Ran) -> None:
+    """Who has not trained, with experts chosen by what each says of its own examples."""
+    keys = {key for row in ran.rows for key in row if "newcomer" in key}
+    if not ran.config.clients.newcomers:
+        assert not keys
+        return
+    coming = (8, 9)
+    # Gates of their own are as they were drawn, which is nowhere on disk.
+    federation = build(ran.config).simulation.setting.federation
+    key = jax.random.key(ran.config.seed)
+    _, owns = init_owns(federation, key, jnp.array(coming, jnp.int32))
+    for row, state in zip(ran.rows, ran.states, strict=True):
+        held = enrolled(ran, state, np.array([probed(ran, state, c) for c in coming]))
+        found = []
+        for c, experts in zip(coming, held, strict=True):
+            gate = state["experts"].get("gate") or {
+                name: np.asarray(leaf[c - 8])
+                for name, leaf in owns.gates["mixture"]["gate"].items()
+            }
+            logits = compute(ran, state, experts, gate, ran.dataset.test_images).logits
+            found.append(personal(ran, c, logits))
+        figures = [each for each in found if each is not None]
+        assert row["eval/newcomer_clients"] == len(figures)
+        accuracy, loss = np.mean(figures, axis=0)
+        assert row["eval/newcomer_accuracy"] == pytest.approx(accuracy)
+        assert row["eval/newcomer_loss"] == pytest.approx(loss, rel=1e-4)
+        assert row["assignment/newcomer_status"] == "optimal"
+        parts = [leaves(state["shared"]), leaves(state["experts"])]
+        whole = sum(leaf.nbytes for part in parts for leaf in part)
+        assert row["comm/newcomer_bytes_down"] == 2 * whole
+        assert row["comm/newcomer_bytes_up"] == 2 * ran.config.model.experts * 12
 
 
 def variation(load: np.ndarray) -> float:
@@ -271,7 +367,7 @@ def holders(ran: Ran, state: Tree) -> np.ndarray:
 
 def test_training_load_and_clients(ran: Ran) -> None:
     """From the second round on, whose models before it are known."""
-    sizes = np.array([len(part) for part in ran.parts])
+    sizes = np.array([len(part) for part in ran.parts[:8]])
     images, labels = ran.dataset.train_images, ran.dataset.train_labels
     for row, before, after in zip(ran.rows[1:], ran.states, ran.states[1:], strict=False):
         # Those who took part hold what the assignment gave them; who trained, delivered as well.
@@ -345,12 +441,15 @@ def test_bytes_and_time(ran: Ran) -> None:
         assert row["comm/bytes_down"] == down_each[asked].sum()
         assert row["comm/bytes_up"] == up_each[delivered].sum()
         assert row["comm/bytes_cached"] == (there[asked] * whole[1]).sum()
-        sizes = np.array([len(part) for part in ran.parts])
+        sizes = np.array([len(part) for part in ran.parts[:8]])
         speed = row["time/train_examples_per_second"]
         assert speed * row["time/round_seconds"] == pytest.approx(sizes[trained].sum())
         assert 0 <= row["assignment/solve_seconds"] <= row["time/round_seconds"]
-        if devices := make_devices(ran.config.edge, 8, ran.config.seed):
-            needed = down_each / devices.down + sizes / devices.speed + up_each / devices.up
+        if devices := make_devices(ran.config.edge, 10, ran.config.seed):
+            down, speed, up = (
+                x[ran.numbers[:8]] for x in (devices.down, devices.speed, devices.up)
+            )
+            needed = down_each / down + sizes / speed + up_each / up
             assert row["time/simulated_seconds"] == pytest.approx(needed[asked].max())
 
 
@@ -410,6 +509,8 @@ COUNTED = {
         for figure in ("accuracy", "loss")
     ),
     *("eval/clients", "eval/personal_clients", "eval/personal_accuracy_p10"),
+    *(f"eval/newcomer_{figure}" for figure in ("accuracy", "loss", "clients")),
+    *("assignment/newcomer_status", "comm/newcomer_bytes_down", "comm/newcomer_bytes_up"),
     *("time/round_seconds", "time/train_examples_per_second", "time/simulated_seconds"),
     "time/run_seconds",
 }

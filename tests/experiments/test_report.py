@@ -335,6 +335,31 @@ def test_arrays_that_do_not_fit_each_other(tmp_path: Path) -> None:
     assert "fitness has shape (4, 2), which does not fit (C, E)" in read.notes[0]
 
 
+def test_newcomers_stand_beside_the_clients_that_train(tmp_path: Path) -> None:
+    new = {
+        "eval/newcomer_accuracy": 0.625,
+        "eval/newcomer_loss": 1.5,
+        "eval/newcomer_clients": 3,
+        "comm/newcomer_bytes_down": 4_000_000,
+        "assignment/newcomer_status": "optimal",
+    }
+    runs = [make_workdir(tmp_path / name) for name in ("with", "without")]
+    lines = [json.dumps(record(t, **new)) + "\n" for t in range(1, T + 1)]
+    (runs[0] / "metrics.jsonl").write_text("".join(lines))
+    page = Page(write_report(runs[:1]))
+    assert "Newcomers' accuracy 62.5 % best 62.5 %, round 1" in page.text
+    assert "newcomers: 3 clients without training, each on its own." in page.text
+    assert "Sent to newcomers, to probe them 4 MB" in page.text
+    assert ">newcomers</text>" in svg_of(page.images[0])
+    # A column, and a panel, where one of the runs has them.
+    both = Page(write_report(runs))
+    assert both.source.count('<th scope="col" class="n">Newcomers\' accuracy</th>') == 1
+    assert ">Newcomers accuracy, %</text>" in svg_of(both.images[0])
+    alone = Page(write_report([runs[1]]))
+    assert "Newcomers" not in alone.text
+    assert "ewcomers<" not in svg_of(alone.images[0])
+
+
 def test_several_runs_are_compared(tmp_path: Path) -> None:
     policies = ("flex", "greedy", "random")
     runs = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,9 +162,20 @@ def test_what_people_read(folder):
     assert "| 6.0 ± 0.0 (2 of 3) | 90.0 ± 0.0 (2 of 3) | 30.0 ± 0.0 |" in text
     assert f"{MINUS}7.0 ± 17.4" in text
     assert "simulated" not in text
+    assert "newcomers" not in text
     unreached = write_tables(folder, target=0.9)[0].read_text()
     assert f"| {NOTHING} (0 of 3) |" in unreached
     assert "rounds to 90 %" in unreached
+
+
+def test_newcomers_have_a_column_where_a_run_has_them(folder):
+    extra = {"eval/newcomer_accuracy": 0.5, "eval/newcomer_loss": 2.0}
+    shutil.rmtree(folder / "digits/iid/flex/seed_0")
+    write_run(folder / "digits/iid/flex/seed_0", [0.5, 0.65, 0.7], **extra)
+    text = write_tables(folder)[0].read_text()
+    assert "newcomers: clients that took no part in training" in text
+    assert float(table(folder)["flex", "newcomer/final"]["mean"]) == 0.5
+    assert float(table(folder)["flex", "newcomer_loss/final"]["mean"]) == 2.0
 
 
 def test_an_unfinished_study_says_what_is_missing(tmp_path):

@@ -1,0 +1,97 @@
+"""How clients fare that a run keeps out of training: probed, given experts and tested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from experiments.examples import Examples
+from experiments.fields import load_model_name
+from experiments.history import Metrics, fell_back
+from flexmoe_jax import server, simulation
+from flexmoe_jax.federation import Federation
+from flexmoe_jax.metrics import newcomer_figures
+from flexmoe_jax.simulation import TestSet
+from flexmoe_jax.types import Own, State
+
+Judge = Callable[[State], Metrics]
+"""State of a federation -> the figures of its newcomers."""
+
+# A few batches of a client's: enough to tell experts apart by what they make of the same examples.
+_BATCHES = 4
+
+
+def make_judge(
+    config: ConfigDict,
+    federation: Federation,
+    examples: Examples,
+    capacity: np.ndarray,
+    test: TestSet,
+    mesh: Mesh,
+) -> Judge | None:
+    """What says how newcomers fare; None where there are none.
+
+    Args:
+      config: of the run.
+      federation: of the clients that train.
+      examples: of them, and of the newcomers.
+      capacity: (n,) k_c of the newcomers.
+      test: the test set of the clients that train.
+      mesh: the devices.
+    """
+    coming = examples.newcomers
+    if coming is None:
+        return None
+    few = coming.clients.few(_BATCHES * config.local.batch_size, config.seed)
+    them = simulation.await_newcomers(
+        federation,
+        few,
+        capacity,
+        load=server.make_load_model(
+            load_model_name(config.assignment.load, config.clients.capacity),
+            federation.local.examples(np.asarray(coming.clients.size)),
+            capacity,
+            config.model.top_k,
+        ),
+        mesh=mesh,
+    )
+    shown = simulation.replicate(few, mesh)
+    if coming.group is not None:
+        numbers = {"row": np.arange(len(coming.group))}
+        cut = simulation.chunk_test_set(numbers, config.eval.batch_size, mesh, coming.group)
+        test = test._replace(group=cut.group)
+    traffic = simulation.probe_traffic(federation, len(capacity))
+
+    @cache
+    def owned() -> Own:
+        return them.init(jax.random.key(config.seed))
+
+    def judge(state: State) -> Metrics:
+        fitness = them.probe(state.server, owned(), shown)
+        solutions = them.enrol(state, fitness)
+        evaluation = them.evaluate(state.server, owned(), solutions, test, shown.about)
+        return {
+            **newcomer_figures(evaluation),
+            "assignment/newcomer_status": max((s.status for s in solutions), key=fell_back),
+            "comm/newcomer_bytes_down": int(traffic.down.sum()),
+            "comm/newcomer_bytes_up": int(traffic.up.sum()),
+        }
+
+    return judge
+
+
+def notes_on_newcomers(config: ConfigDict, federation: Federation) -> tuple[str, ...]:
+    """What a user should know of newcomers before trusting their figures."""
+    kept = {"gate": "gates", "private": "private parts"}.items()
+    untrained = [words for owner, words in kept if owner in federation.layout.owner]
+    if not config.clients.newcomers or not untrained:
+        return ()
+    return (
+        f"newcomers have {' and '.join(untrained)} of their own as they were drawn, since such "
+        "never leave the clients that trained theirs",
+    )

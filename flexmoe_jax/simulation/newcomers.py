@@ -1,0 +1,229 @@
+"""Clients that come when others have trained: probed, assigned experts, and judged before they do.
+
+    coming = await_newcomers(federation, data, capacity)
+    owns = coming.init(key)
+    fitness = coming.probe(state.server, owns, data)
+    evaluation = coming.evaluate(state.server, owns, coming.enrol(state, fitness), test, data.about)
+
+Nothing of this changes the federation's state.
+
+Axis legend: `n` newcomers, `E` experts, `K` expert slots, `G` groups of MoE layers, `L` MoE layers,
+`S` batches, `B` batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flexmoe_jax import client, server
+from flexmoe_jax.assignment import Solution
+from flexmoe_jax.data import About, ClientData
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.federation import Federation
+from flexmoe_jax.models import check_capacity
+from flexmoe_jax.simulation.blocks import (
+    client_mesh,
+    over_blocks,
+    over_devices,
+    replicate,
+    resolve_block_size,
+    take_rows,
+)
+from flexmoe_jax.simulation.evaluate import TestSet, evaluate
+from flexmoe_jax.simulation.plan import Floor, assignment_slots, slots_assignment
+from flexmoe_jax.simulation.rounds import init_owns
+from flexmoe_jax.tasks import Batch
+from flexmoe_jax.types import Array, Evaluation, Feedback, Key, Own, Server, State
+
+
+class Newcomers(NamedTuple):
+    """What becomes of newcomers, as functions of a federation's state.
+
+    Attributes:
+      init: key of the run -> Own, leaves (n, ...): what they own, as it is drawn. Jitted.
+      probe: (Server, Own, ClientData) -> (G, n, E) fitness of all experts on all their examples.
+        Jitted.
+      enrol: (State, fitness) -> a Solution for each group of MoE layers. Runs on the host.
+      evaluate: (Server, Own, solutions, TestSet, About) -> Evaluation of the newcomers, without all
+        experts in one model, which is not about them.
+    """
+
+    init: Callable[[Key], Own]
+    probe: Callable[[Server, Own, ClientData], Array]
+    enrol: Callable[[State, Array], tuple[Solution, ...]]
+    evaluate: Callable[[Server, Own, tuple[Solution, ...], TestSet, About], Evaluation]
+
+
+def await_newcomers(
+    federation: Federation,
+    data: ClientData,
+    capacity: np.ndarray,
+    *,
+    load: server.LoadModel | None = None,
+    mesh: Mesh | None = None,
+) -> Newcomers:
+    """Builds what becomes of newcomers of a federation.
+
+    Args:
+      federation: that they come to.
+      data: a few examples of each, to be probed with (see `ClientData.few`).
+      capacity: (n,) int k_c of each.
+      load: what they weigh, by their place among the newcomers; None where all clients weigh 1.
+      mesh: the devices, as for `simulate`.
+
+    Raises:
+      InputError: a capacity out of range or none for each newcomer, examples that the task cannot
+        take, or nothing said of what newcomers weigh.
+    """
+    capacity = np.asarray(capacity, np.int64)
+    experts, newcomers = federation.layout.experts, len(data.size)
+    if capacity.shape != (newcomers,):
+        remedy = f"give a whole number for each of the {newcomers} newcomers"
+        raise InputError("capacity", capacity.tolist(), remedy)
+    federation.check(data.arrays)
+    if capacity.min() < 0 or capacity.max() > experts:
+        worst = capacity.min() if capacity.min() < 0 else capacity.max()
+        raise InputError("capacity", worst, f"give 0 to {experts}, the number of experts")
+    check_capacity(federation.layout, capacity.tolist())
+    if load is None and not federation.desk.load.equal:
+        raise InputError("load", None, "say what newcomers weigh: the federation's clients differ")
+    load = load or server.make_load_model("clients", capacity, capacity)
+    mesh = mesh or client_mesh(1)
+    jitted = partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    judge = jitted(partial(_evaluate, federation, mesh))
+    slots = max(int(capacity.max()), 1)
+    descriptor = np.asarray(data.label_share) if data.label_share.shape[1] else None
+
+    def enrol(state: State, fitness: Array) -> tuple[Solution, ...]:
+        held = slots_assignment(np.asarray(state.clients.slots), experts)
+        known = server.Newcomers(np.asarray(fitness), capacity, load, descriptor)
+        return server.enrol(
+            federation.desk, federation.policy, state.server, held, known, federation.seed
+        )
+
+    def evaluate_them(
+        begun: Server, owns: Own, solutions: tuple[Solution, ...], test: TestSet, about: About
+    ) -> Evaluation:
+        assignment = np.stack([solution.assignment for solution in solutions], axis=1)
+        given: Any = assignment_slots(assignment, slots)
+        # Solvers with a time limit need not end alike on every host: the first one's answer holds.
+        if jax.process_count() > 1:
+            given = multihost_utils.broadcast_one_to_all(given)
+        found: Evaluation = judge(begun, owns, replicate(given, mesh), test, about)
+        return found
+
+    return Newcomers(
+        init=jitted(partial(_init, federation, newcomers)),
+        probe=jitted(partial(_probe_all, federation, mesh)),
+        enrol=enrol,
+        evaluate=evaluate_them,
+    )
+
+
+def _init(federation: Federation, newcomers: int, key: Key) -> Own:
+    """What newcomers own: numbered after the clients that train, so that their draws are others."""
+    numbers = federation.clients + jnp.arange(newcomers, dtype=jnp.int32)
+    return init_owns(federation, key, numbers)[1]
+
+
+def _evaluate(
+    federation: Federation,
+    mesh: Mesh,
+    begun: Server,
+    owns: Own,
+    slots: Array,
+    test: TestSet,
+    about: About,
+) -> Evaluation:
+    state = State(begun, owns._replace(slots=slots))
+    return evaluate(federation, mesh, state, test, about)._replace(assembled=None)
+
+
+def _probe_all(
+    federation: Federation, mesh: Mesh, begun: Server, owns: Own, data: ClientData
+) -> Array:
+    """(G, n, E) fitness of all experts on all examples of all newcomers."""
+    newcomers, padded = data.index.shape
+    size = resolve_block_size(0, newcomers, mesh.size)
+    room = Floor(newcomers, 1, newcomers, size, mesh.size).padded
+    log_share = None
+    if federation.local.prior and data.label_share.shape[1]:
+        log_share = client.log_shares(data.label_share)
+    batch = federation.local.batch_size
+    steps = -(-padded // batch)
+    place = jnp.arange(steps * batch)
+    rows = data.index[:, place.clip(max=padded - 1)]
+    rows = jnp.where(place < data.size[:, None], rows, -1).reshape(newcomers, steps, batch)
+    each = take_rows((owns, rows, log_share), jnp.arange(room))
+
+    def probe_share(each: tuple, known: tuple) -> tuple[None, Array]:
+        begun, arrays = known
+
+        def visit(one: tuple[Own, Array, Array | None]) -> tuple[tuple[()], Array]:
+            own, rows, log_share = one
+            return (), probe(federation, begun, own, arrays, rows, log_share)
+
+        _, fitness = over_blocks(visit, lambda total, _: total, (), each, size)
+        return None, fitness
+
+    known = begun, data.arrays
+    _, fitness = over_devices(probe_share, each, known, mesh, merge=lambda total, _: total)
+    return jnp.moveaxis(fitness[:newcomers], 1, 0)
+
+
+def probe(
+    federation: Federation,
+    begun: Server,
+    own: Own,
+    arrays: Batch,
+    rows: Array,
+    log_share: Array | None = None,
+) -> Array:
+    """Fitness of all experts on one client's batches: its score of each, held alone.
+
+    One expert at a time is sent, whatever the client has room for, and nothing is trained. Where
+    every group of MoE layers is assigned by itself, all groups hold one expert each, in other
+    company from batch to batch. Experts that stay with their clients are tried together.
+
+    Args:
+      federation: all its choices.
+      begun: the server as it is.
+      own: of the client.
+      arrays: named examples.
+      rows: (S, B) int32 rows of them, -1 for none.
+      log_share: (Y,) logarithm of the client's label shares; None for none.
+
+    Returns:
+      (G, E) as Q; the initial value where nothing reached an expert.
+    """
+    desk, site, experts = federation.desk, federation.site, federation.layout.experts
+    groups = jnp.arange(desk.groups, dtype=jnp.int32)[:, None]
+    numbers = jnp.arange(experts, dtype=jnp.int32)
+    tried = numbers[None] if federation.keeps_experts else numbers[:, None]  # (trials, K)
+
+    def try_batch(total: Feedback, batch: tuple[Array, Array]) -> tuple[Feedback, None]:
+        turn, rows = batch
+        moved = jnp.zeros_like(groups) if federation.keeps_experts else turn * groups
+        slots = (tried[:, None, :] + moved) % experts  # (trials, G, K)
+
+        def try_out(slots: Array) -> Feedback:
+            down = server.send(desk, begun, slots, jnp.zeros((), jnp.int32))
+            return client.appraise(site, own, down, arrays, rows, log_share)
+
+        # What does not depend on the expert is computed once for all trials.
+        said = jax.tree.map(desk.by_group, jax.vmap(try_out)(slots))
+        return jax.tree.map(lambda t, x: t + desk.of_experts(slots, x), total, said), None
+
+    nothing = jnp.zeros((desk.groups, experts), jnp.float32)
+    turns = jnp.arange(len(rows), dtype=jnp.int32)
+    said, _ = lax.scan(try_batch, Feedback(nothing, nothing, nothing), (turns, rows))
+    return jnp.where(said.usage > 0, desk.fitness.score(said), desk.fitness.initial)
