@@ -1,0 +1,106 @@
+"""All options, in the order of a config, and their table: docs/options.md.
+
+    python -m experiments.options > docs/options.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flexmoe_jax.options import (
+    Admission,
+    Aggregation,
+    AssignmentOptions,
+    ClientsOptions,
+    DataOptions,
+    EdgeOptions,
+    EvalOptions,
+    ExecutionOptions,
+    FaultsOptions,
+    FitnessOptions,
+    LocalLoss,
+    LocalSteps,
+    LocalWork,
+    ModelOptions,
+    Options,
+    PartitionOptions,
+    TaskOptions,
+    UploadOptions,
+    option,
+)
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """The run."""
+
+    seed: int = option(0, "of all that is drawn", least=0)
+    rounds: int = option(40, "T", least=1)
+
+
+@dataclass(frozen=True)
+class CheckpointOptions(Options, section="checkpoint"):
+    """What a run goes on from."""
+
+    every: int = option(10, "rounds; the last round is always saved", least=1)
+    keep: int = option(2, "how many stay", least=1)
+
+
+@dataclass(frozen=True)
+class DisplayOptions(Options):
+    """What else is written."""
+
+    tensorboard: bool = option(
+        False, "whether event files are, in WORKDIR/tensorboard (extra: tensorboard)"
+    )
+
+
+RECORDS: tuple[type[Options], ...] = (
+    RunOptions,
+    DataOptions,
+    TaskOptions,
+    PartitionOptions,
+    ClientsOptions,
+    ModelOptions,
+    LocalWork,
+    LocalSteps,
+    LocalLoss,
+    Aggregation,
+    Admission,
+    UploadOptions,
+    EdgeOptions,
+    FaultsOptions,
+    AssignmentOptions,
+    FitnessOptions,
+    ExecutionOptions,
+    EvalOptions,
+    CheckpointOptions,
+    DisplayOptions,
+)
+"""Records of all options; those of one section stand together."""
+
+
+def describe() -> Iterator[str]:
+    """The lines of a Markdown table of each record."""
+    yield "# Options"
+    yield ""
+    yield "Every field of a config, made by `python -m experiments.options > docs/options.md` from the"
+    yield "records in `flexmoe_jax/options/` and `experiments/options.py`. Any of them can be set on the"
+    yield "command line, as `--config.local.learning_rate=0.05`; in the library a record takes them by"
+    yield "the last part of their name."
+    for record in RECORDS:
+        yield from ("", f"## {_summary(record)} (`{record.__name__}`)", "")
+        yield from ("| field | default | choose | meaning |", "| --- | --- | --- | --- |")
+        for name, rule in record.rules().items():
+            default = "" if rule.default in (None, "") else f"`{rule.default}`"
+            cells = (f"`{record.field(name)}`", default, rule.range, rule.meaning)
+            yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _summary(record: type[Options]) -> str:
+    return (record.__doc__ or "").splitlines()[0].split(";")[0].rstrip(".")
+
+
+if __name__ == "__main__":
+    print("\n".join(describe()))

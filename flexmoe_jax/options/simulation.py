@@ -1,0 +1,47 @@
+"""How many clients there are, and what goes wrong with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.record import Options, option
+
+
+@dataclass(frozen=True)
+class ClientsOptions(Options, section="clients"):
+    """The clients."""
+
+    # More would not fit into any memory, or would take it long to find out.
+    count: int = option(20, "C", least=1, most=10_000_000)
+    per_round: int = option(0, "P; 0 for all", least=0)
+    sampling: str = option(
+        "uniform",
+        "of a round's cohort; examples: in proportion to what clients have",
+        choices=("uniform", "examples"),
+    )
+    capacity: object = option(
+        "1-4",
+        "k_c: a number (2), a range (1-4) or a list ([1, 2, 4]), dealt out evenly, at random; or "
+        "memory: as many as each client's device has room for (needs edge.mix)",
+        kind=object,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses what does not fit, and more clients in a round than there are."""
+        super().__post_init__()
+        if self.per_round > self.count:
+            remedy = f"choose at most clients.count={self.count}, or 0 for all"
+            raise InputError("clients.per_round", self.per_round, remedy)
+
+
+@dataclass(frozen=True)
+class FaultsOptions(Options, section="faults"):
+    """Clients whose every update is wrong."""
+
+    share: float = option(0.0, "of the clients", least=0, most=1)
+    kind: str = option(
+        "nan",
+        "nan; flip: turned around; scale: 1000 times too long; noise: added, 10 times as long",
+        choices=("nan", "flip", "scale", "noise"),
+    )
