@@ -34,7 +34,9 @@ def check_fields(config: ConfigDict) -> None:
     given = flat_fields(config)
     known = [record.field(name) for record in RECORDS for name in record.rules()]
     for field in given.keys() - set(known):
-        raise InputError(field, given[field], f"no such field; did you mean {nearest(field, known)}?")
+        raise InputError(
+            field, given[field], f"no such field; did you mean {nearest(field, known)}?"
+        )
     for record in RECORDS:
         record.read(given)
     aggregation = Aggregation.read(given)

@@ -1,11 +1,10 @@
 """All options, in the order of a config, and their table: docs/options.md.
 
-    python -m experiments.options > docs/options.md
+python -m experiments.options > docs/options.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flexmoe_jax.options import (
@@ -36,7 +35,7 @@ class RunOptions(Options):
     """The run."""
 
     seed: int = option(0, "of all that is drawn", least=0)
-    rounds: int = option(40, "T", least=1)
+    rounds: int = option(40, "how many", least=1)
 
 
 @dataclass(frozen=True)
@@ -81,21 +80,27 @@ RECORDS: tuple[type[Options], ...] = (
 """Records of all options; those of one section stand together."""
 
 
-def describe() -> Iterator[str]:
-    """The lines of a Markdown table of each record."""
-    yield "# Options"
-    yield ""
-    yield "Every field of a config, made by `python -m experiments.options > docs/options.md` from the"
-    yield "records in `flexmoe_jax/options/` and `experiments/options.py`. Any of them can be set on the"
-    yield "command line, as `--config.local.learning_rate=0.05`; in the library a record takes them by"
-    yield "the last part of their name."
+_HEAD = """# Options
+
+Every field of a config, with its default, written by `python -m experiments.options` from the
+records in `flexmoe_jax/options/` and `experiments/options.py`. Any can be set on the command line,
+as `--config.local.learning_rate=0.05`; in the library a record takes it by the last part of its
+name.
+"""
+
+
+def describe() -> str:
+    """A Markdown table of each record."""
+    lines = [_HEAD]
     for record in RECORDS:
-        yield from ("", f"## {_summary(record)} (`{record.__name__}`)", "")
-        yield from ("| field | default | choose | meaning |", "| --- | --- | --- | --- |")
+        lines += [f"## {_summary(record)} (`{record.__name__}`)", ""]
+        lines += ["| field | default | values | meaning |", "| --- | --- | --- | --- |"]
         for name, rule in record.rules().items():
             default = "" if rule.default in (None, "") else f"`{rule.default}`"
-            cells = (f"`{record.field(name)}`", default, rule.range, rule.meaning)
-            yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+            cells = [f"`{record.field(name)}`", default, rule.range, rule.meaning]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _summary(record: type[Options]) -> str:
@@ -103,4 +108,4 @@ def _summary(record: type[Options]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(describe()))
+    print(describe(), end="")

@@ -1,7 +1,8 @@
 """Every field that a training config has, with a default that works.
 
-Not an experiment: the files beside this one are. docs/options.md lists the fields. Any can be set on
-the command line, as `--config.local.learning_rate=0.05`; unknown fields and wrong types are refused.
+Not an experiment: the files beside this one are. docs/options.md lists the fields, made from the
+records in `flexmoe_jax/options/`. Any can be set on the command line, as
+`--config.local.learning_rate=0.05`; unknown fields and wrong types are refused.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from flexmoe_jax.data.text import (
     python_topics,
     read_corpus,
 )
+from flexmoe_jax.options.data import DataOptions, PartitionOptions
 
 __all__ = [
     "AUGMENTATIONS",
@@ -37,9 +38,11 @@ __all__ = [
     "Augmentation",
     "ClientData",
     "Corpus",
+    "DataOptions",
     "Dataset",
     "Dealt",
     "Feed",
+    "PartitionOptions",
     "Partitioner",
     "build_clients",
     "check",

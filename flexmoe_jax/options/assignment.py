@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from flexmoe_jax.options.record import Options, option
 
+LOAD_MODELS = ("clients", "samples", "usage")
+
 
 @dataclass(frozen=True)
 class AssignmentOptions(Options, section="assignment"):
@@ -24,7 +26,7 @@ class AssignmentOptions(Options, section="assignment"):
         "auto",
         "what load is: clients (holders), samples or usage (that holders train on, or are foreseen "
         "to send the expert); or auto: clients where capacities are equal, usage where they differ",
-        choices=("auto", "clients", "samples", "usage"),
+        choices=("auto", *LOAD_MODELS),
     )
     slack: float = option(
         0.1, "δ: by how much of the mean load an expert's load may miss it", least=0

@@ -20,7 +20,9 @@ class LocalWork(Options, section="local"):
 class LocalSteps(Options, section="local"):
     """How it steps."""
 
-    optimizer: str = option("sgd", "of the client, started anew each round", choices=("sgd", "adam"))
+    optimizer: str = option(
+        "sgd", "of the client, started anew each round", choices=("sgd", "adam")
+    )
     learning_rate: float = option(0.1, "of that optimizer", above=0)
     expert_rate: float = option(
         1.0, "factor on it for experts and gate, whose gradients are small", above=0
@@ -58,9 +60,7 @@ class LocalLoss(Options, section="local"):
 class UploadOptions(Options, section="upload"):
     """How updates travel."""
 
-    compression: str = option(
-        "none", "of updates", choices=("none", "bfloat16", "int8", "top_k")
-    )
+    compression: str = option("none", "of updates", choices=("none", "bfloat16", "int8", "top_k"))
     kept: float = option(0.1, "of top_k: part of the entries sent", above=0, most=1)
     error_feedback: bool = option(
         True,

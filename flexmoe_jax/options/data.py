@@ -49,9 +49,7 @@ class PartitionOptions(Options, section="partition"):
         0.0, "spread of client sizes on top of any partition; 0 for none", least=0
     )
     min_per_client: int = option(10, "examples", least=1)
-    domains_per_client: int = option(
-        2, "of domains: texts that each client has a run of", least=1
-    )
+    domains_per_client: int = option(2, "of domains: texts that each client has a run of", least=1)
     bytes_per_client: int = option(
         0,
         "of domains: of all its texts together; 0 to divide every text among its clients",

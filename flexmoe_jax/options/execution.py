@@ -12,9 +12,7 @@ class ExecutionOptions(Options, section="execution"):
     """Devices and memory; nothing here changes results beyond rounding."""
 
     devices: int = option(0, "that share a round; 0 for all (on CPU: one a core)", least=0)
-    client_block_size: int = option(
-        0, "clients side by side on a device; 0 for automatic", least=0
-    )
+    client_block_size: int = option(0, "clients side by side on a device; 0 for automatic", least=0)
     data: str = option(
         "auto",
         "where training examples stay: device; host, from where a cohort's are sent while the "

@@ -47,7 +47,8 @@ class ModelOptions(Options, section="model"):
         choices=("shared", "private"),
     )
     private: str = option(
-        "", "parts of the model that stay with their clients, as head,backbone/local; empty for none"
+        "",
+        "parts of the model that stay with their clients, as head,backbone/local; empty for none",
     )
     local_backbone: bool = option(
         False, "whether a second backbone, of the client's own, is mixed in (pFedMoE)"

@@ -13,8 +13,8 @@ class ClientsOptions(Options, section="clients"):
     """The clients."""
 
     # More would not fit into any memory, or would take it long to find out.
-    count: int = option(20, "C", least=1, most=10_000_000)
-    per_round: int = option(0, "P; 0 for all", least=0)
+    count: int = option(20, "C, how many", least=1, most=10_000_000)
+    per_round: int = option(0, "P, those of a round; 0 for all", least=0)
     sampling: str = option(
         "uniform",
         "of a round's cohort; examples: in proportion to what clients have",
