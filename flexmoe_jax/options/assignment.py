@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from flexmoe_jax.options.record import Options, option
 
+# More overflows somewhere in sums over many clients.
+_LARGEST = 1e100
 LOAD_MODELS = ("clients", "samples", "usage")
 
 
@@ -29,7 +31,7 @@ class AssignmentOptions(Options, section="assignment"):
         choices=("auto", *LOAD_MODELS),
     )
     slack: float = option(
-        0.1, "δ: by how much of the mean load an expert's load may miss it", least=0
+        0.1, "δ: by how much of the mean load an expert's load may miss it", least=0, most=_LARGEST
     )
     deficit_decay: float = option(
         1.0, "1 never forgets what an expert was owed, 0 always does", least=0, most=1
@@ -38,13 +40,13 @@ class AssignmentOptions(Options, section="assignment"):
     backend: str = option("HIGHS", "CVXPY solver of relaxations, of those installed")
     holders_min: int = option(0, "least holders of every expert", least=0)
     balance: float = option(
-        0.0, "price of the squared distance of loads from their target", least=0
+        0.0, "price of the squared distance of loads from their target", least=0, most=_LARGEST
     )
     diversity: float = option(
-        0.0, "price of holders whose label mix differs from all clients'", least=0
+        0.0, "price of holders whose label mix differs from all clients'", least=0, most=_LARGEST
     )
     movement: float = option(
-        0.0, "price of sending an expert to a client that does not have it", least=0
+        0.0, "price of sending an expert to a client that does not have it", least=0, most=_LARGEST
     )
     exploration: float = option(
         1.0,
@@ -52,5 +54,8 @@ class AssignmentOptions(Options, section="assignment"):
         "an expert their few classes alone; 0, with local.balance 0 and private gates, is the "
         "paper's",
         least=0,
+        most=_LARGEST,
     )
-    time_limit: float = option(60.0, "seconds of a solver; then even loads; 0 for none", least=0)
+    time_limit: float = option(
+        60.0, "seconds of a solver; then even loads; 0 for none", least=0, most=_LARGEST
+    )

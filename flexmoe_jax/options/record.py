@@ -69,6 +69,8 @@ class Rule(NamedTuple):
             return f"{self.least} to {self.most}"
         if self.kind is int:
             return f"{self.least} or more"
+        if self.least is not None and self.least == -(self.most or 0) != 0:
+            return f"a number of at most {self.most:g}, either side of 0"
         low = f"[{self.least:g}" if self.least is not None else f"({self.above or 0:g}"
         high = f"{self.most:g}]" if self.most is not None else f"{self.below or 0:g})"
         if self.most is not None or self.below is not None:
