@@ -148,7 +148,7 @@ def test_training_sees_augmented_images(clients, start):
     given_in_batches, given_before, as_they_are = (
         fit(start, local, arrays, clients.index[0], 20)
         for local, arrays in (
-            (plain._replace(augment=negative), clients.arrays),
+            (replace(plain, augment=negative), clients.arrays),
             (plain, before),
             (plain, clients.arrays),
         )
