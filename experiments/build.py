@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,24 @@ from ml_collections import ConfigDict
 from experiments.cli import nearest
 from experiments.edge import capacity_in_memory, check_model, make_devices, make_network
 from experiments.examples import Examples, load_examples, split_clients
-from experiments.fields import check_kinds, check_numbers, client_capacities, load_model_name
+from experiments.fields import check_fields, client_capacities, load_model_name, read
 from experiments.newcomers import Judge, make_judge, notes_on_newcomers
 from flexmoe_jax import assignment, client, data, edge, models, server, simulation
 from flexmoe_jax.edge import AVAILABILITIES, read_record, read_tiers
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
+from flexmoe_jax.options import (
+    Admission,
+    Aggregation,
+    AssignmentOptions,
+    EdgeOptions,
+    FitnessOptions,
+    LocalLoss,
+    LocalSteps,
+    LocalWork,
+    ModelOptions,
+    UploadOptions,
+)
 from flexmoe_jax.simulation import Network, Payload, Simulation, TestSet
 from flexmoe_jax.tasks import TASKS, Task
 from flexmoe_jax.types import Array
@@ -70,15 +82,14 @@ def build(config: ConfigDict) -> Experiment:
     Raises:
       InputError: naming the field, the value and the remedy.
     """
-    check_kinds(config)
-    check_numbers(config)
+    check_fields(config)
     # All that can be refused without the data comes first.
     task = make_task(config.task.name)
-    load = make_load(config)
+    load = load_model_name(config.assignment.load, config.clients.capacity)
     chosen = choices(config, load)
     local: client.LocalTraining = chosen["local"]
     prepare_model = model_maker(config)
-    devices = make_devices(config.edge, config.clients.count, config.seed)
+    devices = make_devices(read(EdgeOptions, config), config.clients.count, config.seed)
     capacity = given_capacity(config, devices)
     mesh = simulation.client_mesh(config.execution.devices)
 
@@ -133,14 +144,14 @@ def build(config: ConfigDict) -> Experiment:
 def choices(config: ConfigDict, load: str) -> dict[str, Any]:
     """What a federation does that does not depend on its data, as fields of `Federation`."""
     return {
-        "policy": make_policy(config.assignment, load),
+        "policy": make_policy(read(AssignmentOptions, config), load),
         "local": local_training(config),
-        "ownership": make_ownership(config.model),
-        "codec": make_codec(config.upload),
-        "admission": make_admission(config.server),
-        "aggregator": make_aggregator(config.server),
-        "optimizer": server_optimizer(config.server),
-        "fitness": make_fitness(config.fitness),
+        "ownership": make_ownership(read(ModelOptions, config)),
+        "codec": make_codec(read(UploadOptions, config)),
+        "admission": read(Admission, config),
+        "aggregator": make_aggregator(read(Aggregation, config)),
+        "optimizer": _optimizer(read(Aggregation, config)),
+        "fitness": read(FitnessOptions, config),
         "deficit_decay": config.assignment.deficit_decay,
         "seed": config.seed,
         "prior": config.eval.prior,
@@ -157,45 +168,19 @@ def make_task(name: str) -> Task:
     return TASKS[name]()
 
 
-def make_load(config: ConfigDict) -> str:
-    """The name of the load model."""
-    load = load_model_name(config.assignment.load, config.clients.capacity)
-    if load not in server.LOAD_MODELS:
-        choices = ", ".join(("auto", *server.LOAD_MODELS))
-        raise InputError("assignment.load", load, f"choose one of {choices}")
-    return load
-
-
-def make_policy(options: ConfigDict, load: str) -> assignment.Policy:
+def make_policy(options: AssignmentOptions, load: str) -> assignment.Policy:
     """Who holds which expert."""
-    return assignment.make_policy(
-        options.policy,
-        slack=options.slack,
-        solver=options.solver,
-        rounding=options.rounding,
-        backend=options.backend,
-        weighted=load != "clients",
-        holders_min=options.holders_min,
-        balance=options.balance,
-        diversity=options.diversity,
-        movement=options.movement,
-        exploration=options.exploration,
-        exploration_rounds=options.exploration_rounds,
-        time_limit=options.time_limit,
-    )
-
-
-def make_fitness(options: ConfigDict) -> server.FitnessOptions:
-    """How the fitness is learnt."""
-    score = server.make_score(options.score, options.alpha)
-    return server.FitnessOptions(score, options.beta, options.initial, options.optimism)
+    given = asdict(options)
+    for name in ("policy", "layers", "load", "deficit_decay"):
+        del given[name]
+    return assignment.make_policy(options.policy, weighted=load != "clients", **given)
 
 
 def model_maker(config: ConfigDict) -> Callable[[Examples], models.Model]:
     """Checks the model's fields, and returns what makes the model once the data are known."""
-    options = config.model
+    options = read(ModelOptions, config)
     if options.backbone == "transformer":
-        return partial(_decoder, config)
+        return partial(_decoder, options, config.data.length)
     backbone = models.make_backbone(
         options.backbone,
         widths=options.widths or (),
@@ -210,7 +195,7 @@ def model_maker(config: ConfigDict) -> Callable[[Examples], models.Model]:
     return partial(_classifier, options, backbone)
 
 
-def _with_stages(backbone: nn.Module, options: ConfigDict) -> nn.Module:
+def _with_stages(backbone: nn.Module, options: ModelOptions) -> nn.Module:
     """A ResNet with a MoE layer after some of its stages."""
     stages = [part.strip() for part in options.moe_stages.split(",")]
     if not isinstance(backbone, models.ResNet) or not set(stages) <= {"1", "2", "3"}:
@@ -232,7 +217,7 @@ def _within(backbone: nn.Module, examples: Examples) -> models.Model:
     return models.from_linen(module).after(examples.prepare)
 
 
-def _classifier(options: ConfigDict, backbone: nn.Module, examples: Examples) -> models.Model:
+def _classifier(options: ModelOptions, backbone: nn.Module, examples: Examples) -> models.Model:
     module = models.MoEClassifier(
         backbone=backbone,
         classes=len(examples.classes),
@@ -244,8 +229,7 @@ def _classifier(options: ConfigDict, backbone: nn.Module, examples: Examples) ->
     return models.classifier(module).after(examples.prepare)
 
 
-def _decoder(config: ConfigDict, examples: Examples) -> models.Model:
-    options = config.model
+def _decoder(options: ModelOptions, length: int, examples: Examples) -> models.Model:
     module = models.Transformer(
         experts=options.experts,
         depth=options.depth or models.Transformer.depth,
@@ -256,7 +240,7 @@ def _decoder(config: ConfigDict, examples: Examples) -> models.Model:
         top_k=options.top_k,
         shared_experts=options.shared_experts,
         positions=options.positions,
-        length=config.data.length,
+        length=length,
     )
     return models.decoder(module).after(examples.prepare)
 
@@ -276,15 +260,11 @@ def given_capacity(config: ConfigDict, devices: edge.Devices | None) -> np.ndarr
 
 def local_training(config: ConfigDict) -> client.LocalTraining:
     """How clients train."""
-    options = config.local
+    options = read(LocalSteps, config)
     return client.LocalTraining(
-        optimizer=local_optimizer(options),
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        max_steps=options.max_steps,
-        balance=options.balance,
-        z=options.z,
-        prior=options.prior,
+        local_optimizer(options),
+        **asdict(read(LocalWork, config)),
+        **asdict(read(LocalLoss, config)),
         tile=config.execution.tile,
         decay=make_decay(options.decay, config.rounds),
         augment=augmentation(options.augment),
@@ -295,16 +275,11 @@ def make_feed(where: str, clients: data.ClientData, most: int, mesh: Mesh) -> da
     """Training examples that stay on the devices, or are sent there cohort by cohort.
 
     Args:
-      where: "device", "host", or "auto": on the device unless they took more than half its memory.
+      where: see `ExecutionOptions.data`.
       clients: their examples, on the host.
       most: clients of the largest cohort.
       mesh: the devices.
-
-    Raises:
-      InputError: for another word.
     """
-    if where not in ("auto", "device", "host"):
-        raise InputError("execution.data", where, "choose one of auto, device, host")
     # None where a device does not say: a CPU.
     memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     too_large = memory and simulation.tree_bytes(clients.arrays) > memory / 2
@@ -340,14 +315,14 @@ def notes_of(config: ConfigDict, examples: Examples, federation: Federation) -> 
     """What a user should know before trusting the figures."""
     return (
         *examples.notes,
-        *notes_on_privacy(config.server),
+        *notes_on_privacy(read(Admission, config)),
         *notes_on_newcomers(config, federation),
     )
 
 
-def notes_on_privacy(options: ConfigDict) -> tuple[str, ...]:
+def notes_on_privacy(options: Admission) -> tuple[str, ...]:
     """What a user should know of the noise before trusting its ε."""
-    if not options.noise_multiplier or options.noise != "simulated":
+    if not (options.private and options.simulated_noise):
         return ()
     return (
         "server.noise=simulated: whoever knows this config can draw the noise again, so it keeps "
@@ -355,57 +330,26 @@ def notes_on_privacy(options: ConfigDict) -> tuple[str, ...]:
     )
 
 
-def make_ownership(options: ConfigDict) -> models.Ownership:
+def make_ownership(options: ModelOptions) -> models.Ownership:
     """Which parts of the model are averaged, and which stay with their clients."""
-    if options.gate not in ("private", "shared"):
-        raise InputError("model.gate", options.gate, "choose one of private, shared")
     private = tuple(part.strip() for part in options.private.split(",") if part.strip())
     return models.Ownership(private, options.gate == "shared")
 
 
-def make_codec(options: ConfigDict) -> client.Codec:
+def make_codec(options: UploadOptions) -> client.Codec:
     """How updates travel."""
     compressor = client.make_compressor(options.compression, options.kept)
     return client.Codec(compressor, options.error_feedback)
 
 
-def make_admission(options: ConfigDict) -> server.Admission:
-    """Which updates the server lets in."""
-    if options.noise_multiplier and not options.clip:
-        remedy = "cut the updates too: without server.clip no noise makes them private"
-        raise InputError("server.noise_multiplier", options.noise_multiplier, remedy)
-    if not (options.norm_factor == 0 or 1 <= options.norm_factor < float("inf")):
-        remedy = "choose 0 for none, or 1 or more"
-        raise InputError("server.norm_factor", options.norm_factor, remedy)
-    if options.noise not in ("secret", "simulated"):
-        raise InputError("server.noise", options.noise, "choose one of secret, simulated")
-    return server.Admission(
-        quarantine=options.quarantine,
-        norm_factor=options.norm_factor,
-        norm_limit=options.norm_limit,
-        clip=options.clip,
-        noise_multiplier=options.noise_multiplier,
-        simulated_noise=options.noise == "simulated",
-    )
-
-
-def make_aggregator(options: ConfigDict) -> server.Aggregator | None:
+def make_aggregator(options: Aggregation) -> server.Aggregator | None:
     """How the server makes one update of many; None for the weighted mean."""
-    if not 0 <= options.trim <= 0.5:
-        raise InputError("server.trim", options.trim, "choose a number in [0, 0.5]")
     aggregators: dict[str, server.Aggregator | None] = {
         "mean": None,
         "median": server.trimmed_mean(0.5),
         "trimmed_mean": server.trimmed_mean(options.trim),
         "geometric_median": server.geometric_median(),
     }
-    if options.aggregator not in aggregators:
-        near, all_of_them = nearest(options.aggregator, aggregators), ", ".join(aggregators)
-        remedy = f"did you mean {near}? choose one of {all_of_them}"
-        raise InputError("server.aggregator", options.aggregator, remedy)
-    if options.noise_multiplier and options.aggregator != "mean":
-        remedy = "its noise is reckoned for the mean: choose mean, or no noise_multiplier"
-        raise InputError("server.aggregator", options.aggregator, remedy)
     return aggregators[options.aggregator]
 
 
@@ -416,8 +360,6 @@ def make_decay(name: str, rounds: int) -> optax.Schedule | None:
         "linear": optax.linear_schedule(1.0, 0.0, rounds),
         "cosine": optax.cosine_decay_schedule(1.0, rounds),
     }
-    if name not in decays:
-        raise InputError("local.decay", name, f"choose one of {', '.join(decays)}")
     return decays[name]
 
 
@@ -440,33 +382,18 @@ def check_augmentation(local: client.LocalTraining, name: str, sample: Mapping[s
         raise InputError("local.augment", name, remedy)
 
 
-def local_optimizer(options: ConfigDict) -> optax.GradientTransformation:
+def local_optimizer(options: LocalSteps) -> optax.GradientTransformation:
     """The clients' optimiser."""
-    optimizer = _optimizer("local.optimizer", options)
     steps = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
     if options.proximal:
         steps.append(client.proximal(options.proximal))
-    steps.append(optimizer)
+    steps.append(_optimizer(options))
     if options.expert_rate != 1:
         steps.append(client.scale_experts(options.expert_rate))
     return optax.chain(*steps)
 
 
-def server_optimizer(options: ConfigDict) -> optax.GradientTransformation:
-    """The server's optimiser of the mean update."""
-    return _optimizer("server.optimizer", options)
-
-
-def _optimizer(field: str, options: ConfigDict) -> optax.GradientTransformation:
-    optimizers: dict[str, Callable[[], optax.GradientTransformation]] = {
-        "sgd": lambda: optax.sgd(options.learning_rate, options.momentum or None),
-        "adam": lambda: optax.adam(options.learning_rate),
-    }
-    if options.optimizer not in optimizers:
-        raise InputError(
-            field,
-            options.optimizer,
-            f"did you mean {nearest(options.optimizer, optimizers)}? "
-            f"choose one of {', '.join(optimizers)}",
-        )
-    return optimizers[options.optimizer]()
+def _optimizer(options: LocalSteps | Aggregation) -> optax.GradientTransformation:
+    if options.optimizer == "adam":
+        return optax.adam(options.learning_rate)
+    return optax.sgd(options.learning_rate, options.momentum or None)

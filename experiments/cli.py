@@ -15,6 +15,7 @@ from ml_collections import config_dict, config_flags
 from experiments.endings import tolerate_lost_output
 from experiments.source import call_in_file
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options import KINDS
 
 
 def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -145,14 +146,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _refuse(_explained(_words, error))
 
 
-_KINDS: dict[type, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    tuple: 'a tuple, as "(32, 64)"',
-}
-
-
 def _explained(words: Sequence[str], error: Exception) -> str:
     """The line on what is wrong with a command line."""
     cause = error.__cause__ or error.__context__
@@ -189,7 +182,7 @@ def _of_overrides(
         return ""
     if match[1] in groups:
         return f"{flag}.{match[1]}={match[2]}: is a group of fields: set one of them"
-    kind = _KINDS.get(type(fields[match[1]]))
+    kind = KINDS.get(type(fields[match[1]]))
     return f"{flag}.{match[1]}={match[2]}: give {kind}" if kind else ""
 
 

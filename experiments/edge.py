@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.fields import read
 from flexmoe_jax import edge, models, simulation
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options import EdgeOptions, FaultsOptions
 from flexmoe_jax.tasks import Batch, Task
 from flexmoe_jax.types import Array, Params, PyTree
 
@@ -103,7 +105,7 @@ def _activations(model: models.Model, layout: models.Layout, params: Params, bat
     return simulation.tree_bytes(jax.eval_shape(outputs, params, batch))
 
 
-def make_devices(options: ConfigDict, clients: int, seed: int) -> edge.Devices | None:
+def make_devices(options: EdgeOptions, clients: int, seed: int) -> edge.Devices | None:
     """The clients' devices; None if the config names no mix of them."""
     tiers = edge.read_tiers(options.tiers) if options.tiers else edge.TIERS
     if options.mix:
@@ -135,13 +137,7 @@ def make_network(
       steps: (C,) local steps of each of these in a round.
       examples: (C,) examples that each trains on in a round, counted once a step.
     """
-    options = config.edge
-    if config.clients.sampling not in ("uniform", "examples"):
-        raise InputError(
-            "clients.sampling", config.clients.sampling, "choose one of uniform, examples"
-        )
-    if options.late not in edge.LATE:
-        raise InputError("edge.late", options.late, f"choose one of {', '.join(edge.LATE)}")
+    options = read(EdgeOptions, config)
     if options.availability in ("independent", "markov") and devices is None:
         remedy = "devices say how often they are there: say which there are, in edge.mix"
         raise InputError("edge.availability", options.availability, remedy)
@@ -163,13 +159,9 @@ def make_network(
         steps=steps,
         examples=examples,
         seed=config.seed,
-        over_select=options.over_select,
         weighted=config.clients.sampling == "examples",
         availability=availability,
         devices=devices,
-        deadline=options.deadline or float("inf"),
-        late=options.late,
-        dropout_before=options.dropout_before,
-        dropout_during=options.dropout_during,
-        faults=simulation.make_faults(config.faults.kind, config.faults.share),
+        edge=options,
+        faults=simulation.make_faults(read(FaultsOptions, config)),
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.fields import read
 from flexmoe_jax import data
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array
@@ -162,40 +162,20 @@ def _apart(examples: Examples, config: ConfigDict) -> Examples:
 
 def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray, ...]]:
     """Loads a data set of images and gives every training example to a client."""
-    options: dict[str, Any] = {
-        "classes_per_client": config.partition.classes_per_client,
-        "alpha": config.partition.alpha,
-        "shards_per_client": config.partition.shards_per_client,
-        "quantity_skew": config.partition.quantity_skew,
-        "min_per_client": config.partition.min_per_client,
-    }
+    options, clients = read(data.PartitionOptions, config), config.clients.count
 
     def accept(classes: int, examples: int, owners: int) -> None:
         data.check(
-            config.partition.name,
-            num_clients=config.clients.count,
+            options,
+            num_clients=clients,
             num_classes=classes,
             num_examples=examples,
             num_owners=owners,
-            **options,
         )
 
-    dataset = data.load(
-        config.data.name,
-        data_dir=config.data.dir or None,
-        train_limit=config.data.train_limit,
-        test_limit=config.data.test_limit,
-        image_size=config.data.image_size,
-        download=config.data.download,
-        accept=accept,
-    )
+    dataset = data.load(read(data.DataOptions, config), accept=accept)
     parts = data.partition(
-        config.partition.name,
-        dataset.train_labels,
-        config.clients.count,
-        seed=config.seed,
-        owner=dataset.train_clients,
-        **options,
+        options, dataset.train_labels, clients, seed=config.seed, owner=dataset.train_clients
     )
     return dataset, parts
 

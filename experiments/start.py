@@ -26,7 +26,7 @@ from experiments.cli import (
     user_path,
 )
 from experiments.endings import Wish, end_with_input, library_errors_to_parent
-from experiments.fields import check_kinds, check_numbers
+from experiments.fields import check_fields
 from experiments.muster import muster
 from experiments.program import Program, advice, asked, find_program
 from flexmoe_jax.errors import InputError, printable
@@ -64,8 +64,7 @@ def main(argv: list[str]) -> int:
     """
     refuse_words(argv)
     config = read_config("config")
-    check_kinds(config)
-    check_numbers(config)
+    check_fields(config)
     if not _WORKDIR.value:
         raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/digits")
     folder = user_path("--workdir", _WORKDIR.value)

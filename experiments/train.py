@@ -76,15 +76,8 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     tensorboard = TensorBoard(
         workdir.path / "tensorboard" if config.tensorboard and workdir.writes else None
     )
-    simulation = compile_ahead(
-        experiment.simulation,
-        experiment.feed(experiment.network.cohort(0)),
-        experiment.test,
-        experiment.network.asked,
-        noise=bool(experiment.network.faults.noise),
-    )
-    experiment = replace(experiment, simulation=simulation)
-    state = simulation.init(jax.random.key(config.seed))
+    experiment = compiled(experiment)
+    state = experiment.simulation.init(jax.random.key(config.seed))
 
     workdir.open(config, experiment.inputs)
     checkpoints = Checkpoints(workdir.path / "checkpoints", config.checkpoint.keep)
@@ -139,6 +132,19 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
         }
     )
     return status
+
+
+def compiled(experiment: Experiment) -> Experiment:
+    """The experiment with its programs compiled, all at once."""
+    network = experiment.network
+    simulation = compile_ahead(
+        experiment.simulation,
+        experiment.feed(network.cohort(0)),
+        experiment.test,
+        network.asked,
+        noise=bool(network.faults.noise),
+    )
+    return replace(experiment, simulation=simulation)
 
 
 def _where_it_begins(done: int, rounds: int, restored: Restored) -> list[str]:

@@ -21,6 +21,8 @@ from flexmoe_jax.assignment import Policy
 from flexmoe_jax.client import Codec, Learner, LocalTraining, Site
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.models import FLEX_MOE, Layout, Model, Ownership, check_capacity, lay_out
+from flexmoe_jax.options.assignment import AssignmentOptions
+from flexmoe_jax.options.execution import EvalOptions
 from flexmoe_jax.server import (
     Admission,
     Aggregator,
@@ -32,9 +34,6 @@ from flexmoe_jax.server import (
     private,
 )
 from flexmoe_jax.types import Array, Params, PyTree, Routing
-
-LAYERS = ("same", "each")
-"""Whether an expert is a column through all MoE layers, or every layer is assigned by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,22 +73,21 @@ class Federation:
     local: LocalTraining
     task: tasks.Task = field(default_factory=tasks.classification)
     ownership: Ownership = FLEX_MOE
-    layers: str = "same"
+    layers: str = AssignmentOptions.layers
     codec: Codec = field(default_factory=Codec)
     admission: Admission = field(default_factory=Admission)
     aggregator: Aggregator | None = None
     optimizer: optax.GradientTransformation = field(default_factory=lambda: optax.sgd(1.0))
     fitness: FitnessOptions = field(default_factory=FitnessOptions)
     load: LoadModel | None = None
-    deficit_decay: float = 1.0
+    deficit_decay: float = AssignmentOptions.deficit_decay
     share: np.ndarray | None = None
     seed: int = 0
-    prior: bool = True
+    prior: bool = EvalOptions.prior
 
     def __post_init__(self) -> None:
         """Refuses what does not fit together."""
-        if self.layers not in LAYERS:
-            raise InputError("assignment.layers", self.layers, f"choose one of {', '.join(LAYERS)}")
+        AssignmentOptions.check(layers=self.layers, deficit_decay=self.deficit_decay)
         given = np.asarray(self.capacity)
         if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer) or not given.size:
             raise InputError("capacity", self.capacity, "give whole numbers, one a client: (C,)")

@@ -35,7 +35,7 @@ hypothesis.settings.load_profile("default")
 @pytest.fixture(scope="session")
 def digits() -> data.Dataset:
     """300 real digits for training, all 10 classes."""
-    return data.load("digits", train_limit=300, test_limit=100)
+    return data.load(data.DataOptions("digits", train_limit=300, test_limit=100))
 
 
 CAPACITY = np.array([1, 3, 2, 1, 2, 3, 1])
@@ -45,5 +45,6 @@ CAPACITY = np.array([1, 3, 2, 1, 2, 3, 1])
 @pytest.fixture(scope="session")
 def clients(digits: data.Dataset) -> data.ClientData:
     """The digits, dealt out unevenly to seven clients."""
-    parts = data.partition("dirichlet", digits.train_labels, len(CAPACITY), seed=0, alpha=0.3)
+    options = data.PartitionOptions("dirichlet", alpha=0.3, min_per_client=1)
+    parts = data.partition(options, digits.train_labels, len(CAPACITY), seed=0)
     return data.build_clients(digits, parts)

@@ -12,7 +12,7 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.server import Admission, mean, trimmed_mean
 
-LOCAL = LocalTraining(optax.sgd(0.1))
+LOCAL = LocalTraining(optax.sgd(0.1), balance=0.0)
 
 
 def federate(clients: data.ClientData, classes: int = 10, **choices) -> Federation:

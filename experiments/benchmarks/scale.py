@@ -49,7 +49,7 @@ def measure(clients: int, experts: int, per_round: int) -> Figures:
     """Times rounds of clients that each own 50 of scikit-learn's digits, drawn at random."""
     mesh = simulation.client_mesh()
     rng = np.random.default_rng(0)
-    dataset = data.load("digits")
+    dataset = data.load(data.DataOptions("digits"))
     owned = rng.integers(0, len(dataset.train_labels), (clients, _EXAMPLES))
     client_data = data.build_clients(dataset, list(owned), place=np.asarray)
     federation = make_federation(
@@ -57,7 +57,7 @@ def measure(clients: int, experts: int, per_round: int) -> Figures:
         client_data,
         rng.integers(1, 5, clients),
         prepare=data.standardise(dataset.train_images),
-        local=client.LocalTraining(optax.sgd(0.1), batch_size=_BATCH),
+        local=client.LocalTraining(optax.sgd(0.1), batch_size=_BATCH, balance=0.0),
         experts=experts,
     )
     simulated = simulation.simulate(federation, client_data, mesh=mesh)

@@ -127,14 +127,14 @@ class Rounds:
 
 def make_rounds(workload: Workload, mesh: Mesh) -> Rounds:
     """Rounds as the framework runs them."""
-    local = client.LocalTraining(optax.sgd(LEARNING_RATE), batch_size=workload.batch)
+    local = client.LocalTraining(optax.sgd(LEARNING_RATE), batch_size=workload.batch, balance=0.0)
     return _make_rounds(workload, mesh, local, models.conv_auto, block_size=0)
 
 
 def make_naive_rounds(workload: Workload) -> Rounds:
     """The same rounds as `vmap` over all clients on one device, with XLA's own convolution."""
     local = client.LocalTraining(
-        optax.sgd(LEARNING_RATE), batch_size=workload.batch, tile=workload.batch
+        optax.sgd(LEARNING_RATE), batch_size=workload.batch, balance=0.0, tile=workload.batch
     )
     mesh = simulation.client_mesh(1)
     return _make_rounds(workload, mesh, local, models.conv_lax, block_size=workload.clients)

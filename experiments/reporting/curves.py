@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.reporting import ink
 from experiments.reporting.ink import AMBER, ASSIGNED, GREEN, INK, PINK, SKY, USED, Picture
-from experiments.reporting.panels import HEIGHT, Dash, Line, Panel, draw_panels
+from experiments.reporting.panels import HEIGHT, Dash, Grid, Line, Panel, draw_panels
 from experiments.reporting.quantities import (
     byte_unit,
     count,
@@ -107,9 +107,7 @@ def _loss(run: Run) -> Picture | None:
         ],
         "Mean over the units (pictures, or tokens) that the round's clients trained on"
         f"{below}; lower is better{smoothing_remark([run])}.",
-        columns=1,
-        height=SMALL if tested else HEIGHT,
-        wide=False,
+        Grid(columns=1, height=SMALL if tested else HEIGHT, wide=False),
         alt=f"last value {show('train/loss', run.final('train/loss'), unit)}"
         + (f"; on the test set {tested}" if tested else ""),
     )
@@ -157,7 +155,7 @@ def _balance(run: Run) -> Picture | None:
         "Coefficient of variation (standard deviation over mean) across experts: 0 is perfectly "
         f"even; assigned counts an expert's {assigned_unit(run)}, "
         f"used the {run.units} that gates sent it{smoothing_remark([run])}.",
-        shared=True,
+        Grid(shared=True),
         alt="; ".join(f"{word} {show(key, run.final(key))}" for key, word, _ in BALANCES[2:]),
     )
 
@@ -176,7 +174,7 @@ def _traffic(run: Run) -> Picture | None:
         [Panel(f"Bytes sent, cumulative, {unit}", lines, "positive")],
         "Everything sent so far between server and clients, over all clients; a steeper line is "
         f"a costlier round. Both ways together: {size(sum(totals))}.",
-        height=2 * SMALL,
+        Grid(height=2 * SMALL),
         alt=f"{size(sum(totals))} in all",
     )
 
@@ -234,9 +232,7 @@ def _cost(run: Run) -> Picture | None:
         "Time spent on the assignment, its distance from the best possible value (0 is optimal), "
         "wall time of a round and training speed, these without the first round, which compiles"
         f"{smoothing_remark([run])}." + (f" Solver: {said}." if said else ""),
-        columns=2,
-        height=SMALL,
-        wide=False,
+        Grid(columns=2, height=SMALL, wide=False),
         alt=said or "no solver status recorded",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -121,6 +122,21 @@ def _load(run: Run, key: str, order: Numbers, title: str, colour: str, unit: str
     )
 
 
+def _per_client(axes: Axes, name: str, values: np.ndarray, colour: str) -> None:
+    """A strip of numbers, one a client, in the columns of the map above."""
+    axes.set_title(f"{name.capitalize()} per client", pad=4)
+    if len(values) <= 4 * EACH_CLIENT:
+        places = np.arange(len(values))
+        axes.bar(places, values, 1.0, color=colour, edgecolor="white", linewidth=0.8)
+    else:
+        axes.stairs(values, np.arange(len(values) + 1) - 0.5, fill=True, color=colour, linewidth=0)
+    axes.set_xlim(-0.5, len(values) - 0.5)
+    axes.set_ylim(0, 1.08 * max(values.max(), 1))
+    axes.set_yticks([0, values.max()], ["0", count(values.max())])
+    axes.spines["left"].set_visible(False)
+    axes.set_xticks([])
+
+
 def _labels(run: Run, order: Order) -> Picture | None:
     counts = run.arrays.get("label_counts")
     capacity = run.arrays.get("capacity")
@@ -150,24 +166,7 @@ def _labels(run: Run, order: Order) -> Picture | None:
         below = axes
         for i, (name, values, colour) in enumerate(strips):
             below = ink.axes_at(figure, LEFT, top + i * (strip + between), INNER, strip)
-            below.set_title(f"{name.capitalize()} per client", pad=4)
-            if len(values) <= 4 * EACH_CLIENT:
-                below.bar(
-                    np.arange(len(values)),
-                    values,
-                    1.0,
-                    color=colour,
-                    edgecolor="white",
-                    linewidth=0.8,
-                )
-            else:
-                edges = np.arange(len(values) + 1) - 0.5
-                below.stairs(values, edges, fill=True, color=colour, linewidth=0)
-            below.set_xlim(-0.5, len(values) - 0.5)
-            below.set_ylim(0, 1.08 * max(values.max(), 1))
-            below.set_yticks([0, values.max()], ["0", count(values.max())])
-            below.spines["left"].set_visible(False)
-            below.set_xticks([])
+            _per_client(below, name, values, colour)
         client_axis(below, order, classes, each)
 
     held = ""

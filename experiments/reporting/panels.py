@@ -56,15 +56,29 @@ class Panel:
     ticks: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Grid:
+    """How panels stand beside each other.
+
+    Attributes:
+      columns: panels in a row; all of them unless given.
+      shared: one y scale for all panels.
+      height: of a row, inches.
+      wide: whether they take the whole width; several panels do unless told otherwise.
+    """
+
+    columns: int | None = None
+    shared: bool = False
+    height: float = HEIGHT
+    wide: bool | None = None
+
+
 def draw_panels(
     name: str,
     title: str,
     panels: Sequence[Panel],
     caption: str,
-    columns: int | None = None,
-    shared: bool = False,
-    height: float = HEIGHT,
-    wide: bool | None = None,
+    grid: Grid = Grid(),
     alt: str = "",
 ) -> Picture | None:
     """Panels on a grid, or None where not one of them has a finite point.
@@ -74,18 +88,15 @@ def draw_panels(
       title: heading of the picture.
       panels: what to draw, row by row; empty ones are left out.
       caption: how to read it.
-      columns: panels in a row; all of them unless given.
-      shared: one y scale for all panels.
-      height: of a row, inches.
-      wide: whether it takes the whole width; several panels do unless told otherwise.
+      grid: how they stand.
       alt: what to add to the alternative text.
     """
     filled = [replace(p, lines=[ln for ln in p.lines if _drawable(ln)]) for p in panels]
     filled = [p for p in filled if p.lines]
     if not filled:
         return None
-    wide = len(panels) > 1 if wide is None else wide
-    across = min(columns or len(filled), len(filled))
+    wide, height = len(panels) > 1 if grid.wide is None else grid.wide, grid.height
+    across = min(grid.columns or len(filled), len(filled))
     down = -(-len(filled) // across)
     width = FULL if wide else HALF
     cell = width / across
@@ -104,7 +115,7 @@ def draw_panels(
             )
             _paint_panel(axes, panel)
             drawn.append(axes)
-        if shared:
+        if grid.shared:
             limits = [axes.get_ylim() for axes in drawn]
             for axes in drawn:
                 axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))

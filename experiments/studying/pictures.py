@@ -12,7 +12,16 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from experiments.reporting import ink
 from experiments.reporting.curves import ACCURACIES, LOSSES, Pen
 from experiments.reporting.ink import ASSIGNED, INK, MUTED, RULE, USED, Picture
-from experiments.reporting.panels import FULL, HALF, HEIGHT, ROUND_STEPS, Line, Panel, draw_panels
+from experiments.reporting.panels import (
+    FULL,
+    HALF,
+    HEIGHT,
+    ROUND_STEPS,
+    Grid,
+    Line,
+    Panel,
+    draw_panels,
+)
 from experiments.reporting.quantities import MINUS, LossUnit
 from experiments.reporting.runs import Floats, Run
 from experiments.studying.rows import Row
@@ -50,8 +59,7 @@ def curves(
             title,
             panels,
             f"{read} {side} is better; one scale for all.",
-            shared=True,
-            height=height,
+            Grid(shared=True, height=height),
         )
         for title, panels, side in better
     ]
@@ -97,8 +105,7 @@ def along_axis(
         panels,
         "Final accuracy, lettered as in the list of methods: the mean over seeds, and a stroke "
         "from the lowest seed to the highest. Higher is better; one scale for all.",
-        shared=True,
-        height=max(HEIGHT, 0.9 + ink.LABEL_GAP * len(rows)),
+        Grid(shared=True, height=max(HEIGHT, 0.9 + ink.LABEL_GAP * len(rows))),
     )
 
 

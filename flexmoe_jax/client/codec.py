@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.client import UploadOptions
 from flexmoe_jax.types import Array, PyTree
 
 
@@ -38,10 +38,10 @@ class Compressor(NamedTuple):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sent))
 
 
-COMPRESSIONS = ("none", "bfloat16", "int8", "top_k")
+COMPRESSIONS = UploadOptions.rules()["compression"].choices
 
 
-def make_compressor(name: str, kept: float = 0.1) -> Compressor:
+def make_compressor(name: str, kept: float = UploadOptions.kept) -> Compressor:
     """Looks a compressor up by name.
 
     `none`: as it is. `bfloat16`: rounded to 8 bits of precision. `int8`: 255 even steps between
@@ -55,8 +55,7 @@ def make_compressor(name: str, kept: float = 0.1) -> Compressor:
     Raises:
       InputError: another name, or a part out of range.
     """
-    if not 0 < kept <= 1:
-        raise InputError("upload.kept", kept, "choose a number in (0, 1]")
+    UploadOptions.check(compression=name, kept=kept)
 
     def encode_int8(x: Array) -> PyTree:
         step = jnp.abs(x).max() / 127
@@ -84,8 +83,6 @@ def make_compressor(name: str, kept: float = 0.1) -> Compressor:
         "int8": Compressor(encode_int8, decode_int8),
         "top_k": Compressor(encode_top_k, decode_top_k),
     }
-    if name not in compressors:
-        raise InputError("upload.compression", name, f"choose one of {', '.join(COMPRESSIONS)}")
     return compressors[name]
 
 
@@ -94,12 +91,11 @@ class Codec(NamedTuple):
 
     Attributes:
       compressor: of the updates.
-      error_feedback: whether what compression loses is added to the client's next update (Seide et
-        al. 2014; Karimireddy et al. 2019, arXiv 1901.09847).
+      error_feedback: see `UploadOptions`.
     """
 
-    compressor: Compressor = make_compressor("none")
-    error_feedback: bool = True
+    compressor: Compressor = make_compressor(UploadOptions.compression)
+    error_feedback: bool = UploadOptions.error_feedback
 
     @property
     def keeps(self) -> bool:

@@ -10,6 +10,7 @@ expert slots, `L` MoE layers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +23,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from flexmoe_jax.client.losses import balance_loss, router_z_loss
 from flexmoe_jax.client.units import fractions, weights_of
+from flexmoe_jax.options.client import LocalLoss, LocalWork
+from flexmoe_jax.options.execution import ExecutionOptions
 from flexmoe_jax.tasks import Batch, Task
 from flexmoe_jax.types import Array, Download, Feedback, Key, Params, PyTree, Routing
 
@@ -41,34 +44,22 @@ Augment = Callable[[Batch, Array], Batch]
 _CACHED, _WHOLE = 5 * 2**18, 12
 
 
-class LocalTraining(NamedTuple):
-    """How a client trains.
+@dataclass(frozen=True)
+class LocalTraining(LocalWork, LocalLoss):
+    """How a client trains; see the two records for the other options.
 
     Attributes:
       optimizer: optax transform over a client's `Params`, started anew each round.
-      epochs: passes over the client's examples in a round.
-      batch_size: B.
-      max_steps: cap on the local steps of a round; 0 for none.
-      balance: weight of the Switch-style balance loss over the experts held.
-      z: weight of the router z-loss.
       tile: examples whose gradient is taken at once, to stay in cache; the batch's gradient is the
         sum over its tiles. 0 for automatic: on CPU, for batches above 12, as many as fit by the
         largest array that the model makes of one; the batch elsewhere. With a balance loss it is
         always the batch, over which that loss is defined.
-      prior: τ, the loss is taken of outputs adjusted by τ times the logarithm of the client's label
-        shares (balanced softmax: Menon et al. 2007.07314; FedRoD, 2107.00778); 0 for none.
       decay: number of the round -> factor on every step of it, as optax's schedules; None for 1.
       augment: random change of every batch; None for none.
     """
 
     optimizer: optax.GradientTransformation
-    epochs: int = 1
-    batch_size: int = 32
-    max_steps: int = 0
-    balance: float = 0.0
-    z: float = 0.0
-    tile: int = 0
-    prior: float = 0.0
+    tile: int = ExecutionOptions.tile
     decay: optax.Schedule | None = None
     augment: Augment | None = None
 

@@ -28,6 +28,7 @@ from flexmoe_jax.data.text import (
     python_topics,
     read_corpus,
 )
+from flexmoe_jax.options.data import DataOptions, PartitionOptions
 
 __all__ = [
     "AUGMENTATIONS",
@@ -38,9 +39,11 @@ __all__ = [
     "Augmentation",
     "ClientData",
     "Corpus",
+    "DataOptions",
     "Dataset",
     "Dealt",
     "Feed",
+    "PartitionOptions",
     "Partitioner",
     "Standardisation",
     "build_clients",

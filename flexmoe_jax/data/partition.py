@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from flexmoe_jax.data.partitioners import (
     shards,
 )
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.data import PartitionOptions
 
 PARTITIONS: dict[str, Callable[..., Partitioner]] = {
     "iid": iid,
@@ -30,34 +32,25 @@ PARTITIONS: dict[str, Callable[..., Partitioner]] = {
     "shards": shards,
     "natural": natural,
 }
-"""Factories by the name that `partition.name` takes; each takes the options that it names."""
+"""Factories by the name that `partition.name` takes; each takes the options that it names, of those
+of `PartitionOptions`, and `owner`."""
 
 
 def partition(
-    name: str,
+    options: PartitionOptions,
     labels: np.ndarray,
     num_clients: int,
     *,
     seed: int,
-    classes_per_client: int = 0,
-    alpha: float = 0.5,
-    shards_per_client: int = 2,
-    quantity_skew: float = 0.0,
-    min_per_client: int = 1,
     owner: np.ndarray | None = None,
 ) -> tuple[np.ndarray, ...]:
     """Gives every example to exactly one client.
 
     Args:
-      name: one of `PARTITIONS`.
+      options: name, one of `PARTITIONS`, and what that takes.
       labels: (M,) int.
       num_clients: C.
       seed: the same seed gives the same parts.
-      classes_per_client: classes that each client sees; of `k_class`.
-      alpha: concentration; of `dirichlet`.
-      shards_per_client: shards that each client gets; of `shards`.
-      quantity_skew: spread q of the client sizes on top of the partition, see `skewed`; 0 is off.
-      min_per_client: examples that each client has at least.
       owner: (M,) int, id of each example's owner in the data set; of `natural`.
 
     Returns:
@@ -68,67 +61,51 @@ def partition(
     """
     labels = np.asarray(labels)
     check(
-        name,
+        options,
         num_clients=num_clients,
         num_classes=len(np.unique(labels)),
         num_examples=len(labels),
         num_owners=0 if owner is None else len(np.unique(owner)),
-        classes_per_client=classes_per_client,
-        alpha=alpha,
-        shards_per_client=shards_per_client,
-        quantity_skew=quantity_skew,
-        min_per_client=min_per_client,
     )
-    partitioner = _make(name, classes_per_client, alpha, shards_per_client, min_per_client, owner)
-    if quantity_skew > 0:
-        partitioner = skewed(partitioner, quantity_skew, min_per_client=min_per_client)
+    partitioner, least = _make(options, owner), options.min_per_client
+    if options.quantity_skew > 0:
+        partitioner = skewed(partitioner, options.quantity_skew, min_per_client=least)
     return tuple(partitioner(labels, num_clients, np.random.default_rng([seed, 0])))
 
 
 def check(
-    name: str,
+    options: PartitionOptions,
     *,
     num_clients: int,
     num_classes: int,
     num_examples: int,
     num_owners: int = 0,
-    classes_per_client: int = 0,
-    alpha: float = 0.5,
-    shards_per_client: int = 2,
-    quantity_skew: float = 0.0,
-    min_per_client: int = 1,
 ) -> None:
     """Refuses what `partition` would refuse, knowing only how large the data set is.
 
     Options that the named partition does not use are not looked at.
 
     Args:
-      name: as for `partition`, and so are the options.
+      options: as for `partition`.
       num_clients: C.
       num_classes: Y.
       num_examples: M.
       num_owners: clients that own the examples in the data set, 0 if it does not say; of `natural`.
-      classes_per_client: of `k_class`.
-      alpha: of `dirichlet`.
-      shards_per_client: of `shards`.
-      quantity_skew: of any.
-      min_per_client: of any.
 
     Raises:
       InputError: naming the field, the value and the remedy.
     """
-    _make(name, classes_per_client, alpha, shards_per_client, min_per_client)
-    _check_skew(quantity_skew)
-    if name == "natural":
+    _make(options)
+    if options.name == "natural":
         check_natural(num_owners, num_clients)
-        if quantity_skew:
+        if options.quantity_skew:
             remedy = "natural clients keep what they own; set it to 0"
-            raise InputError("partition.quantity_skew", quantity_skew, remedy)
-    check_clients(num_clients, num_examples, min_per_client)
-    if name == "k_class":
-        check_k_class(classes_per_client, num_clients, num_classes, num_examples)
-    if name == "shards":
-        check_shards(shards_per_client, num_clients, num_examples)
+            raise InputError("partition.quantity_skew", options.quantity_skew, remedy)
+    check_clients(num_clients, num_examples, options.min_per_client)
+    if options.name == "k_class":
+        check_k_class(options.classes_per_client, num_clients, num_classes, num_examples)
+    if options.name == "shards":
+        check_shards(options.shards_per_client, num_clients, num_examples)
 
 
 def skewed(
@@ -150,7 +127,7 @@ def skewed(
     Returns:
       The skewed partitioner.
     """
-    _check_skew(quantity_skew)
+    PartitionOptions.check(quantity_skew=quantity_skew)
 
     def partitioner_with_skew(
         labels: np.ndarray, num_clients: int, rng: np.random.Generator
@@ -167,34 +144,13 @@ def skewed(
     return partitioner_with_skew
 
 
-def _make(
-    name: str,
-    classes_per_client: int,
-    alpha: float,
-    shards_per_client: int,
-    min_per_client: int,
-    owner: np.ndarray | None = None,
-) -> Partitioner:
+def _make(options: PartitionOptions, owner: np.ndarray | None = None) -> Partitioner:
     """Calls the named factory with those of the options that it takes."""
-    if name not in PARTITIONS:
-        near = difflib.get_close_matches(name, PARTITIONS, n=1, cutoff=0.5)
+    if options.name not in PARTITIONS:
+        near = difflib.get_close_matches(options.name, PARTITIONS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError("partition.name", name, f"{hint}choose one of {', '.join(PARTITIONS)}")
-    options = {
-        "classes_per_client": classes_per_client,
-        "alpha": alpha,
-        "shards_per_client": shards_per_client,
-        "min_per_client": min_per_client,
-        "owner": owner,
-    }
-    factory = PARTITIONS[name]
+        remedy = f"{hint}choose one of {', '.join(PARTITIONS)}"
+        raise InputError("partition.name", options.name, remedy)
+    factory, given = PARTITIONS[options.name], {**asdict(options), "owner": owner}
     taken = inspect.signature(factory).parameters
-    return factory(**{option: value for option, value in options.items() if option in taken})
-
-
-def _check_skew(quantity_skew: float) -> None:
-    """Refuses a spread that is not one."""
-    if not (quantity_skew >= 0 and np.isfinite(quantity_skew)):
-        raise InputError(
-            "partition.quantity_skew", quantity_skew, "give a finite number, 0 or more"
-        )
+    return factory(**{option: value for option, value in given.items() if option in taken})

@@ -20,6 +20,7 @@ from flexmoe_jax.data.ownership import (
     parts_of,
 )
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.data import PartitionOptions
 
 # Shares of this concentration are equal to eight digits; the sum of much larger ones overflows.
 _EVEN = 1e15
@@ -56,8 +57,7 @@ def k_class(classes_per_client: int, *, min_per_client: int = 1) -> Partitioner:
     Returns:
       The partitioner. It raises InputError where no such split exists.
     """
-    if classes_per_client < 1:
-        raise InputError("partition.classes_per_client", classes_per_client, "give at least 1")
+    PartitionOptions.check(classes_per_client=classes_per_client)
 
     def partitioner(
         labels: np.ndarray, num_clients: int, rng: np.random.Generator
@@ -101,8 +101,7 @@ def dirichlet(alpha: float, *, min_per_client: int = 1) -> Partitioner:
     Returns:
       The partitioner.
     """
-    if not (alpha > 0 and np.isfinite(alpha)):
-        raise InputError("partition.alpha", alpha, "give a finite number above 0")
+    PartitionOptions.check(alpha=alpha)
 
     def partitioner(
         labels: np.ndarray, num_clients: int, rng: np.random.Generator
@@ -134,8 +133,7 @@ def shards(shards_per_client: int, *, min_per_client: int = 1) -> Partitioner:
     Returns:
       The partitioner.
     """
-    if shards_per_client < 1:
-        raise InputError("partition.shards_per_client", shards_per_client, "give at least 1")
+    PartitionOptions.check(shards_per_client=shards_per_client)
 
     def partitioner(
         labels: np.ndarray, num_clients: int, rng: np.random.Generator
@@ -190,8 +188,7 @@ def natural(owner: np.ndarray | None, *, min_per_client: int = 1) -> Partitioner
 
 def check_clients(num_clients: int, num_examples: int, min_per_client: int) -> None:
     """Refuses a number of clients that the examples cannot serve."""
-    if min_per_client < 1:
-        raise InputError("partition.min_per_client", min_per_client, "give at least 1")
+    PartitionOptions.check(min_per_client=min_per_client)
     if num_clients < 1:
         raise InputError("clients.count", num_clients, "give at least 1")
     if num_clients * min_per_client > num_examples:

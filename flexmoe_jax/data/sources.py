@@ -15,6 +15,7 @@ from flexmoe_jax.data import decode, layout, npz_source, tfds_source
 from flexmoe_jax.data.apportion import apportion
 from flexmoe_jax.data.cache import Arrays, cached, default_folder
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.data import DataOptions
 
 _DIGITS_TEST_SHARE = 0.2
 _DIGITS_SPLIT_SEED = 0
@@ -81,13 +82,8 @@ class Dataset:
 
 
 def load(
-    name: str,
+    options: DataOptions,
     *,
-    data_dir: str | os.PathLike[str] | None = None,
-    train_limit: int = 0,
-    test_limit: int = 0,
-    image_size: int = 0,
-    download: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     accept: Callable[[int, int, int], None] = lambda classes, examples, owners: None,
@@ -102,15 +98,10 @@ def load(
     loads read the pixels back from the cache.
 
     Args:
-      name: `digits`, `path/to/file.npz`, or `name[/config][:version]`.
-      data_dir: folder of prepared data sets; TFDS's default (`$TFDS_DATA_DIR`, else
-        `~/tensorflow_datasets`) when empty. A relative path of an `.npz` file begins there, or in
-        the current folder when empty.
-      train_limit: keep that many training examples, drawn with the class shares kept; 0 keeps all.
-      test_limit: the same for the test examples.
-      image_size: resize every image to a square of that side in pixels; 0 keeps the data set's own
-        size, or 32 when its images vary in size.
-      download: fetch and prepare a data set that is not there. Nothing is downloaded otherwise.
+      options: which, as `digits`, `path/to/file.npz` or `name[/config][:version]`; where it is;
+        and how much of it. An empty folder is TFDS's default (`$TFDS_DATA_DIR`, else
+        `~/tensorflow_datasets`), or for an `.npz` file the current one. Nothing is downloaded
+        unless the options say so.
       cache_dir: folder of the decoded pixels; `$XDG_CACHE_HOME/flexmoe_jax`, else
         `~/.cache/flexmoe_jax`, when empty.
       seed: of the examples that the limits keep.
@@ -122,28 +113,23 @@ def load(
       The data set.
 
     Raises:
-      InputError: for a data set that is missing or unfit, or a negative limit or size.
+      InputError: for a data set that is missing or unfit.
     """
-    for field, value in (
-        ("data.train_limit", train_limit),
-        ("data.test_limit", test_limit),
-        ("data.image_size", image_size),
-    ):
-        if value < 0:
-            raise InputError(field, value, "give 0 or more; 0 keeps what the data set has")
+    name = options.name
 
     def accept_prepared(classes: int, examples: int) -> None:
-        accept(classes, min(train_limit or examples, examples), 0)
+        accept(classes, min(options.train_limit or examples, examples), 0)
 
     if name == layout.EMBEDDED:
-        whole = _digits(image_size, cache_dir)
+        whole = _digits(options.image_size, cache_dir)
     elif name.endswith(npz_source.SUFFIX):
-        arrays, unread = npz_source.read(name, image_size, data_dir)
+        arrays, unread = npz_source.read(name, options.image_size, options.dir)
         whole = _dataset(name, arrays, unread)
     else:
-        whole = _prepared(name, data_dir, image_size, download, cache_dir, accept_prepared)
-    train = stratified_sample(whole.train_labels, train_limit, np.random.default_rng([seed, 0]))
-    test = stratified_sample(whole.test_labels, test_limit, np.random.default_rng([seed, 1]))
+        whole = _prepared(options, cache_dir, accept_prepared)
+    one, two = (np.random.default_rng([seed, stream]) for stream in (0, 1))
+    train = stratified_sample(whole.train_labels, options.train_limit, one)
+    test = stratified_sample(whole.test_labels, options.test_limit, two)
     dataset = dataclasses.replace(
         whole,
         train_images=whole.train_images[train],
@@ -212,18 +198,16 @@ def _digits(image_size: int, cache_dir: str | os.PathLike[str] | None) -> Datase
 
 
 def _prepared(
-    name: str,
-    data_dir: str | os.PathLike[str] | None,
-    image_size: int,
-    download: bool,
+    options: DataOptions,
     cache_dir: str | os.PathLike[str] | None,
     accept: Callable[[int, int], None],
 ) -> Dataset:
     """A data set in TFDS's format, from the cache when it holds these very files decoded."""
+    name, image_size = options.name, options.image_size
     reference = layout.parse(name)
-    folder = layout.data_folder(data_dir)
+    folder = layout.data_folder(options.dir)
     found = layout.find(folder, reference)
-    if found is None and download:
+    if found is None and options.download:
         tfds_source.download(name, folder)
         found = layout.find(folder, reference)
     if found is None:

@@ -16,11 +16,10 @@ from flexmoe_jax.edge.capacity import experts_in_memory
 from flexmoe_jax.edge.devices import Devices, deal_devices, parse_mix
 from flexmoe_jax.edge.dropouts import draw_dropouts
 from flexmoe_jax.edge.profiles import TIERS, Profile, check_profile, read_tiers
-from flexmoe_jax.edge.timing import LATE, Attempt, Outcome, attempt, run_attempt
+from flexmoe_jax.edge.timing import Attempt, Outcome, attempt, run_attempt
 
 __all__ = [
     "AVAILABILITIES",
-    "LATE",
     "TIERS",
     "Attempt",
     "Availability",

@@ -17,6 +17,7 @@ import numpy as np
 
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.npz import read_npy
+from flexmoe_jax.options.edge import EdgeOptions
 from flexmoe_jax.reading import read_text, require_memory
 
 Availability = Callable[[int], np.ndarray]
@@ -71,9 +72,7 @@ def markov(share: np.ndarray, mean_on_rounds: float, seed: int) -> Availability:
       InputError: a share outside [0, 1], or a stay below 1.
     """
     share = _check_share(share)
-    if not (np.isfinite(mean_on_rounds) and mean_on_rounds >= 1):
-        remedy = "give a number of rounds, at least 1"
-        raise InputError("edge.mean_on_rounds", mean_on_rounds, remedy)
+    EdgeOptions.check(mean_on_rounds=mean_on_rounds)
     turnover = np.minimum(share / mean_on_rounds, 1 - share)
     leave = np.divide(turnover, share, out=np.zeros_like(share), where=share > 0)
     come = np.divide(turnover, 1 - share, out=np.zeros_like(share), where=share < 1)

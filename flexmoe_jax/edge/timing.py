@@ -13,9 +13,7 @@ import numpy as np
 
 from flexmoe_jax.edge.devices import Devices
 from flexmoe_jax.errors import InputError
-
-LATE = ("drop", "partial")
-"""What becomes of clients that the deadline finds at work."""
+from flexmoe_jax.options.edge import EdgeOptions
 
 
 class Attempt(NamedTuple):
@@ -117,8 +115,7 @@ def run_attempt(
     Raises:
       InputError: an unknown `late`, or a number out of range.
     """
-    if late not in LATE:
-        raise InputError("edge.late", late, f"give one of {', '.join(LATE)}")
+    EdgeOptions.check(late=late)
     if wanted < 1:
         raise InputError("edge.wanted", wanted, "give at least 1")
     if not deadline > 0:

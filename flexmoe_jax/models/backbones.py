@@ -19,6 +19,7 @@ from jax import lax
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.conv import Conv, Convolution, conv_auto
 from flexmoe_jax.models.dense import Dense
+from flexmoe_jax.options.models import ModelOptions, check_widths
 from flexmoe_jax.types import Array
 
 
@@ -293,8 +294,8 @@ def make_backbone(
     name: str,
     *,
     widths: Sequence[int] = (),
-    depth: int = 0,
-    groups: int = 0,
+    depth: int = ModelOptions.depth,
+    groups: int = ModelOptions.groups,
     conv: Convolution = conv_auto,
 ) -> nn.Module:
     """Builds a backbone by name.
@@ -316,6 +317,5 @@ def make_backbone(
         near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0)
         remedy = f"did you mean {near[0]}? choose one of {', '.join(BACKBONES)}"
         raise InputError("model.backbone", name, remedy)
-    if any(width < 1 for width in widths):
-        raise InputError("model.widths", tuple(widths), "choose widths of 1 or more")
+    check_widths(tuple(widths))
     return BACKBONES[name](widths, depth, groups, conv)

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.dense import kernel_gradient
 from flexmoe_jax.models.winograd import winograd_3x3
+from flexmoe_jax.options.models import ModelOptions
 from flexmoe_jax.types import Array
 
 Padding = Literal["SAME", "VALID"]
@@ -232,8 +232,7 @@ def convolution(name: str) -> Convolution:
     Raises:
       InputError: if the name is not in `CONVOLUTIONS`.
     """
-    if name not in CONVOLUTIONS:
-        raise InputError("model.conv", name, f"choose one of {', '.join(CONVOLUTIONS)}")
+    ModelOptions.check(conv=name)
     return CONVOLUTIONS[name]
 
 

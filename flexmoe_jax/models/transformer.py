@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.model import Model, from_linen
 from flexmoe_jax.models.moe import MoELayer
+from flexmoe_jax.options.models import ModelOptions
 from flexmoe_jax.types import Array
-
-POSITIONS = ("rotary", "learnt")
 
 
 class Attention(nn.Module):
@@ -116,13 +115,13 @@ class Transformer(nn.Module):
     experts: int
     depth: int = 2
     width: int = 96
-    heads: int = 4
-    hidden: int = 128
-    every: int = 1
-    top_k: int = 1
-    shared_experts: int = 0
+    heads: int = ModelOptions.heads
+    hidden: int = ModelOptions.hidden
+    every: int = ModelOptions.moe_every
+    top_k: int = ModelOptions.top_k
+    shared_experts: int = ModelOptions.shared_experts
     vocabulary: int = 256
-    positions: str = "rotary"
+    positions: str = ModelOptions.positions
     length: int = 512
 
     def setup(self) -> None:
@@ -131,10 +130,7 @@ class Transformer(nn.Module):
         Raises:
           InputError: naming the field.
         """
-        if self.positions not in POSITIONS:
-            raise InputError(
-                "model.positions", self.positions, f"choose one of {', '.join(POSITIONS)}"
-            )
+        ModelOptions.check(positions=self.positions)
         if self.width % (2 * self.heads):
             remedy = f"choose a divisor of half of model.width={self.width}"
             raise InputError("model.heads", self.heads, remedy)

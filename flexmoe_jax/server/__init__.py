@@ -1,6 +1,8 @@
 """What runs on the server: it assigns, sends, admits, aggregates, learns, and closes the round."""
 
-from flexmoe_jax.server.admit import Admission, Verdict, admit
+from flexmoe_jax.options.assignment import LOAD_MODELS
+from flexmoe_jax.options.server import Admission, FitnessOptions
+from flexmoe_jax.server.admit import Verdict, admit
 from flexmoe_jax.server.aggregate import (
     Aggregator,
     Arrived,
@@ -21,13 +23,12 @@ from flexmoe_jax.server.assign import (
     make_assign,
 )
 from flexmoe_jax.server.fitness import (
-    FitnessOptions,
     accuracy_score,
     loss_score,
     make_score,
     update_fitness,
 )
-from flexmoe_jax.server.load import LOAD_MODELS, LoadModel, make_load_model
+from flexmoe_jax.server.load import LoadModel, make_load_model
 from flexmoe_jax.server.privacy import draw_secret, epsilon, noise_key
 from flexmoe_jax.server.quarantine import learn_norms, norm_limits, too_late
 from flexmoe_jax.server.server import Desk, close, init, send, without

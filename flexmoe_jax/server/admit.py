@@ -10,44 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flexmoe_jax.options.server import Admission
 from flexmoe_jax.server.aggregate import Arrived
 from flexmoe_jax.server.quarantine import part_norms
 from flexmoe_jax.types import Array, Feedback, Upload
-
-
-class Admission(NamedTuple):
-    """Which updates are let in, and how they count.
-
-    Attributes:
-      quarantine: whether an update is refused that is not all numbers, or too long by one of the
-        two limits below.
-      norm_factor: how many times the median of lately an update may be long, ψ and experts each by
-        itself (see `quarantine`); 0 for any length. Under `noise_multiplier` it does not count: a
-        limit learnt from clients would tell of them.
-      norm_limit: greatest L2 norm of an update (ψ and all experts used together); 0 for none.
-      clip: L2 norm to which longer updates are cut; 0 for none. An update that is not all numbers
-        cannot be cut, and is refused, quarantine or not.
-      noise_multiplier: deviation of the server's noise over `clip` (see `privacy`), under which
-        every client weighs the same; 0 for none.
-      simulated_noise: whether that noise comes from the run's key, and not from a secret.
-    """
-
-    quarantine: bool = True
-    norm_factor: float = 10.0
-    norm_limit: float = 0.0
-    clip: float = 0.0
-    noise_multiplier: float = 0.0
-    simulated_noise: bool = False
-
-    @property
-    def compares(self) -> bool:
-        """Whether updates are judged by what others' were like."""
-        return bool(self.quarantine and self.norm_factor and not self.noise_multiplier)
-
-    @property
-    def private(self) -> bool:
-        """Whether noise makes the sums private, so that all clients weigh the same."""
-        return bool(self.noise_multiplier)
 
 
 class Verdict(NamedTuple):

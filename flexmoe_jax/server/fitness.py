@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import chex
 import jax.numpy as jnp
 
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.server import FitnessOptions
 from flexmoe_jax.types import Array, Feedback
 
 Score = Callable[[Feedback], Array]
@@ -34,34 +33,11 @@ def _usage(feedback: Feedback) -> Array:
     return jnp.where(feedback.usage > 0, feedback.usage, 1.0)
 
 
-def make_score(name: str, alpha: float = 1.0) -> Score:
-    """Looks a score up by name: `accuracy` or `loss`.
-
-    Raises:
-      InputError: if the name is neither, or alpha is not positive.
-    """
-    scores = {"accuracy": accuracy_score, "loss": loss_score(alpha)}
-    if name not in scores:
-        raise InputError("fitness.score", name, f"choose one of {', '.join(scores)}")
-    if not alpha > 0:
-        raise InputError("fitness.alpha", alpha, "choose a number above 0")
-    return scores[name]
-
-
-class FitnessOptions(NamedTuple):
-    """How the fitness is learnt; the start value and the optimism are our choices, not the paper's.
-
-    Attributes:
-      score: of a pair, from its feedback.
-      beta: β in (0, 1], weight of the newest score.
-      initial: start value of Q; at 1, the best score, no tried pair beats an untried one.
-      optimism: added to Q, for the assignment alone, for pairs that have never been tried.
-    """
-
-    score: Score = accuracy_score
-    beta: float = 0.5
-    initial: float = 1.0
-    optimism: float = 0.0
+def make_score(options: FitnessOptions) -> Score:
+    """The score that the options name, or bring along."""
+    if callable(options.score):
+        return options.score
+    return {"accuracy": accuracy_score, "loss": loss_score(options.alpha)}[options.score]
 
 
 def update_fitness(
@@ -83,5 +59,5 @@ def update_fitness(
     chex.assert_equal_shape([slots, *feedback])
     rows = clients[:, None]
     held = fitness.at[rows, slots].get(mode="fill", fill_value=0.0)  # (P, K)
-    learnt = (1 - options.beta) * held + options.beta * options.score(feedback)
+    learnt = (1 - options.beta) * held + options.beta * make_score(options)(feedback)
     return fitness.at[rows, slots].set(jnp.where(feedback.usage > 0, learnt, held), mode="drop")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.assignment import LOAD_MODELS
 from flexmoe_jax.types import Array
 
 
@@ -27,9 +28,6 @@ class LoadModel(NamedTuple):
     weigh: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray | float]
     settle: Callable[[Array, Array, Array], Array]
     equal: bool = False
-
-
-LOAD_MODELS = ("clients", "samples", "usage")
 
 
 def make_load_model(

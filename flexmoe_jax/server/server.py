@@ -14,9 +14,11 @@ import numpy as np
 import optax
 
 from flexmoe_jax.assignment import update_deficit
-from flexmoe_jax.server.admit import Admission, Verdict
+from flexmoe_jax.options.assignment import AssignmentOptions
+from flexmoe_jax.options.server import Admission, FitnessOptions
+from flexmoe_jax.server.admit import Verdict
 from flexmoe_jax.server.aggregate import Sums
-from flexmoe_jax.server.fitness import FitnessOptions, update_fitness
+from flexmoe_jax.server.fitness import update_fitness
 from flexmoe_jax.server.load import LoadModel
 from flexmoe_jax.server.quarantine import init_norms
 from flexmoe_jax.types import Array, Download, Feedback, Key, Ledger, Plan, PyTree, Server
@@ -42,7 +44,7 @@ class Desk(NamedTuple):
     admission: Admission
     fitness: FitnessOptions
     load: LoadModel
-    deficit_decay: float = 1.0
+    deficit_decay: float = AssignmentOptions.deficit_decay
     share: np.ndarray | None = None
 
     @property

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from flexmoe_jax.edge import Availability, Devices, Outcome, attempt, draw_dropouts, run_attempt
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.edge import EdgeOptions
+from flexmoe_jax.options.simulation import FaultsOptions
 from flexmoe_jax.simulation.plan import Arrival, sample_cohort
 from flexmoe_jax.simulation.traffic import Traffic
 
@@ -29,7 +30,7 @@ class Faults(NamedTuple):
       noise: L2 norm of the Gaussian noise added to each update, over the update's own.
     """
 
-    share: float = 0.0
+    share: float = FaultsOptions.share
     factor: float = float("nan")
     noise: float = 0.0
 
@@ -43,15 +44,10 @@ class Network(NamedTuple):
       steps: (C,) local steps of each client in a round.
       examples: (C,) examples that each trains on in a round, counted once a step.
       seed: of all draws.
-      over_select: how many times P clients are asked, at least 1; a round ends with the P-th
-        delivery.
       weighted: clients are drawn in proportion to `examples`, in place of uniformly.
       availability: who can be reached; None for everybody.
       devices: of the clients; None to leave time out.
-      deadline: seconds after which a round ends; `inf` for none.
-      late: what becomes of clients at work then: `drop` or `partial`.
-      dropout_before: probability that a client is gone before its download.
-      dropout_during: probability that its work never arrives.
+      edge: over-selection, deadline and dropouts.
       faults: clients whose updates are tampered with.
     """
 
@@ -60,20 +56,16 @@ class Network(NamedTuple):
     steps: np.ndarray
     examples: np.ndarray
     seed: int
-    over_select: float = 1.0
     weighted: bool = False
     availability: Availability | None = None
     devices: Devices | None = None
-    deadline: float = float("inf")
-    late: str = "drop"
-    dropout_before: float = 0.0
-    dropout_during: float = 0.0
+    edge: EdgeOptions = EdgeOptions()
     faults: Faults = Faults()
 
     @property
     def asked(self) -> int:
         """Most clients that a round asks."""
-        return min(self.clients, int(np.ceil(self.per_round * self.over_select - 1e-9)))
+        return min(self.clients, int(np.ceil(self.per_round * self.edge.over_select - 1e-9)))
 
     def cohort(self, round_index: int) -> np.ndarray:
         """Draws the clients that a round asks, (P,) ids in rising order; fewer if few are there."""
@@ -109,10 +101,10 @@ class Network(NamedTuple):
                 examples=self.examples[cohort],
             ),
             wanted=self.per_round,
-            deadline=self.deadline,
-            late=self.late,
-            dropped_before=draw(self.dropout_before, stage="before"),
-            dropped_during=draw(self.dropout_during, stage="during"),
+            deadline=self.edge.deadline or float("inf"),
+            late=self.edge.late,
+            dropped_before=draw(self.edge.dropout_before, stage="before"),
+            dropped_during=draw(self.edge.dropout_during, stage="during"),
         )
         # A client that had no time for a single step has nothing to deliver.
         whole = np.floor(outcome.work * self.steps[cohort] + 1e-9) > 0
@@ -148,14 +140,6 @@ FAULTS = {
 """What becomes of the updates of faulty clients, by name."""
 
 
-def make_faults(kind: str, share: float) -> Faults:
-    """Looks the kind of faults up by name, of `FAULTS`.
-
-    Raises:
-      InputError: another name, or a share outside [0, 1].
-    """
-    if kind not in FAULTS:
-        raise InputError("faults.kind", kind, f"choose one of {', '.join(FAULTS)}")
-    if not 0 <= share <= 1:
-        raise InputError("faults.share", share, "choose a number in [0, 1]")
-    return FAULTS[kind]._replace(share=share)
+def make_faults(options: FaultsOptions) -> Faults:
+    """The faults of that kind, of that share of clients."""
+    return FAULTS[options.kind]._replace(share=options.share)

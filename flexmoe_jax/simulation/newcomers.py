@@ -226,4 +226,4 @@ def probe(
     nothing = jnp.zeros((desk.groups, experts), jnp.float32)
     turns = jnp.arange(len(rows), dtype=jnp.int32)
     said, _ = lax.scan(try_batch, Feedback(nothing, nothing, nothing), (turns, rows))
-    return jnp.where(said.usage > 0, desk.fitness.score(said), desk.fitness.initial)
+    return jnp.where(said.usage > 0, server.make_score(desk.fitness)(said), desk.fitness.initial)

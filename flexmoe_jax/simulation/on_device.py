@@ -106,7 +106,7 @@ def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
     if federation.groups > 1:
         raise InputError("assignment.layers", federation.layers, "on the device give same")
     if federation.admission.private and not federation.admission.simulated_noise:
-        remedy = "on the device no secret can be drawn: set simulated_noise"
+        remedy = "on the device no secret can be drawn: give noise=simulated"
         raise InputError("server.noise_multiplier", federation.admission.noise_multiplier, remedy)
     options = _flex_options(federation.policy)
     slack, exploration = options["slack"], options["exploration"]

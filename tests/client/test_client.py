@@ -72,7 +72,9 @@ def make_site(codec=None, change=CHANGE, used=(True, False), **options) -> Site:
         adjust=None,
         check=lambda arrays, outputs: None,
     )
-    learner = Learner(apply, task, LocalTraining(optax.sgd(1.0), batch_size=10), ("a",))
+    learner = Learner(
+        apply, task, LocalTraining(optax.sgd(1.0), balance=0.0, batch_size=10), ("a",)
+    )
     return Site(learner, codec or Codec(), {"a": 0}, E, **options)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,9 @@ def change(start: Params, done: Trained) -> tuple:
 
 @given(st.integers(1, 500), st.integers(1, 7), st.integers(1, 64), st.integers(0, 20))
 def test_steps_cover_every_epoch(size, epochs, batch, cap):
-    local = LocalTraining(optax.sgd(0.1), epochs, batch, max_steps=cap)
+    local = LocalTraining(
+        optax.sgd(0.1), balance=0.0, epochs=epochs, batch_size=batch, max_steps=cap
+    )
     steps = int(local.steps(jnp.asarray(size)))
     whole = epochs * int(np.ceil(size / batch))
     assert steps == (min(whole, cap) if cap else whole)
@@ -65,7 +69,7 @@ def test_steps_cover_every_epoch(size, epochs, batch, cap):
     ("size", "padding", "epochs", "batch_size"), [(1, 0, 1, 1), (7, 5, 3, 4), (12, 3, 2, 6)]
 )
 def test_batches_hold_every_example_once_an_epoch(size, padding, epochs, batch_size):
-    local = LocalTraining(optax.sgd(0.1), epochs, batch_size)
+    local = LocalTraining(optax.sgd(0.1), balance=0.0, epochs=epochs, batch_size=batch_size)
     rows = np.arange(100, 100 + size + padding)
     batches = np.asarray(draw_batches(local, jax.random.key(0), jnp.asarray(rows), size).rows)
     assert batches.shape == (local.steps(np.asarray(size + padding)), batch_size)
@@ -82,7 +86,7 @@ def test_batches_hold_every_example_once_an_epoch(size, padding, epochs, batch_s
 @pytest.mark.parametrize("max_steps", [0, 1, 3, 5])
 def test_examples_are_those_that_batches_hold(max_steps):
     # 7 examples in batches of 4: every second step is 3, not 4.
-    local = LocalTraining(optax.sgd(0.1), epochs=3, batch_size=4, max_steps=max_steps)
+    local = LocalTraining(optax.sgd(0.1), balance=0.0, epochs=3, batch_size=4, max_steps=max_steps)
     size = np.asarray(7)
     batches = np.asarray(draw_batches(local, jax.random.key(0), jnp.arange(9), jnp.asarray(7)).rows)
     steps = int(local.steps(size))
@@ -92,7 +96,11 @@ def test_examples_are_those_that_batches_hold(max_steps):
 def test_steps_shrink_from_round_to_round(clients, start):
     # One step of plain SGD: in round 3 of 4, a quarter of what it is in round 0.
     local = LocalTraining(
-        optax.sgd(0.1), max_steps=1, batch_size=8, decay=optax.linear_schedule(1.0, 0.0, 4)
+        optax.sgd(0.1),
+        balance=0.0,
+        max_steps=1,
+        batch_size=8,
+        decay=optax.linear_schedule(1.0, 0.0, 4),
     )
     first, last = (
         change(start, fit(start, local, clients.arrays, clients.index[0], 20, number=number))[0]
@@ -107,8 +115,10 @@ def test_any_schedule_scales_the_steps(clients, start):
     halved, whole = (
         change(start, fit(start, local, clients.arrays, clients.index[0], 20))
         for local in (
-            LocalTraining(optax.sgd(0.1), max_steps=1, decay=optax.constant_schedule(0.5)),
-            LocalTraining(optax.sgd(0.1), max_steps=1),
+            LocalTraining(
+                optax.sgd(0.1), balance=0.0, max_steps=1, decay=optax.constant_schedule(0.5)
+            ),
+            LocalTraining(optax.sgd(0.1), balance=0.0, max_steps=1),
         )
     )
     chex.assert_trees_all_close(halved, jax.tree.map(lambda x: 0.5 * x, whole), atol=1e-7)
@@ -120,7 +130,7 @@ def test_a_prior_is_added_to_what_the_loss_is_taken_of(clients, start):
     logits, _ = jax.jit(apply)(start, batch["images"], {"mixture": jnp.ones(2, bool)})
     data = clients.arrays, clients.index[0], clients.size[0]
     for tau in (0.0, 2.0):
-        local = LocalTraining(optax.sgd(0.0), batch_size=8, prior=tau)
+        local = LocalTraining(optax.sgd(0.0), balance=0.0, batch_size=8, prior=tau)
         done = fit(start, local, *data, log_share=log_share)
         adjusted = logits + tau * log_share
         expected = optax.softmax_cross_entropy_with_integer_labels(adjusted, batch["labels"])
@@ -133,12 +143,12 @@ def test_training_sees_augmented_images(clients, start):
         assert bits.shape == batch["images"].shape[:1]
         return batch | {"images": 255 - batch["images"]}
 
-    plain = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=8)
+    plain = LocalTraining(optax.sgd(0.1), balance=0.0, epochs=2, batch_size=8)
     before = clients.arrays | {"images": 255 - clients.arrays["images"]}
     given_in_batches, given_before, as_they_are = (
         fit(start, local, arrays, clients.index[0], 20)
         for local, arrays in (
-            (plain._replace(augment=negative), clients.arrays),
+            (replace(plain, augment=negative), clients.arrays),
             (plain, before),
             (plain, clients.arrays),
         )
@@ -148,10 +158,10 @@ def test_training_sees_augmented_images(clients, start):
 
 
 def test_bits_are_drawn_for_augmentation_alone_and_padding_moves_none():
-    local = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=4)
+    local = LocalTraining(optax.sgd(0.1), balance=0.0, epochs=2, batch_size=4)
     rows = jnp.arange(12)
     assert draw_batches(local, jax.random.key(0), rows, jnp.asarray(7)).bits is None
-    local = local._replace(augment=lambda batch, bits: batch | {"x": flip(batch["x"], bits)})
+    local = replace(local, augment=lambda batch, bits: batch | {"x": flip(batch["x"], bits)})
     short, long = (draw_batches(local, jax.random.key(0), r, 7).bits for r in (rows[:7], rows))
     assert (short == long[: len(short)]).all()
     assert len(np.unique(short)) == short.size
@@ -162,7 +172,7 @@ def own_rows(clients, number=0, most=None):
 
 
 def test_every_example_counts_once_an_epoch(clients, start):
-    local = LocalTraining(optax.sgd(0.0), epochs=3, batch_size=8)
+    local = LocalTraining(optax.sgd(0.0), balance=0.0, epochs=3, batch_size=8)
     size = int(clients.size[0])
     done = fit(start, local, clients.arrays, clients.index[0], size)
     assert done.examples == done.units == 3 * size
@@ -184,7 +194,7 @@ def test_every_example_counts_once_an_epoch(clients, start):
 
 def test_padding_never_trains(clients, start):
     # The same 11 examples, once with the padding full of other images, once with zeros.
-    local = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=4)
+    local = LocalTraining(optax.sgd(0.1), balance=0.0, epochs=2, batch_size=4)
     rows = own_rows(clients, most=11)
     padded = np.concatenate([rows, np.full(13, 200)]).astype(np.int32)
     zeros = np.concatenate([rows, np.zeros(13)]).astype(np.int32)
@@ -206,7 +216,7 @@ def test_an_empty_slot_neither_moves_nor_reports(clients, start):
 
 
 def test_training_lowers_the_loss(clients, start):
-    local = LocalTraining(optax.sgd(0.3), epochs=12, batch_size=8)
+    local = LocalTraining(optax.sgd(0.3), balance=0.0, epochs=12, batch_size=8)
     done = fit(start, local, clients.arrays, clients.index[0], clients.size[0])
     batch = {name: x[own_rows(clients)] for name, x in clients.arrays.items()}
 
@@ -221,7 +231,9 @@ def test_training_lowers_the_loss(clients, start):
 def test_tiles_change_nothing_beyond_rounding(clients, start):
     runs = []
     for tile in (12, 4, 3):
-        local = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=12, z=0.1, tile=tile)
+        local = LocalTraining(
+            optax.sgd(0.1), balance=0.0, epochs=2, batch_size=12, z=0.1, tile=tile
+        )
         # 20 examples: the last batch of each epoch is part padding, and so are its tiles.
         runs.append(fit(start, local, clients.arrays, clients.index[0], 20))
     for other in runs[1:]:
@@ -230,11 +242,11 @@ def test_tiles_change_nothing_beyond_rounding(clients, start):
 
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_tiles_are_equal_and_no_larger_than_asked_for(batch, most):
-    local = LocalTraining(optax.sgd(0.1), batch_size=batch, tile=most)
+    local = LocalTraining(optax.sgd(0.1), balance=0.0, batch_size=batch, tile=most)
     tiles = local.tiles(lambda: 0)
     assert batch % tiles == 0
     assert batch // tiles <= most
-    assert local._replace(balance=0.1).tiles(lambda: 0) == 1
+    assert replace(local, balance=0.1).tiles(lambda: 0) == 1
 
 
 @pytest.mark.parametrize(
@@ -242,7 +254,7 @@ def test_tiles_are_equal_and_no_larger_than_asked_for(batch, most):
     [(16, 1, 16), (16, 0.25, 4), (16, 0.01, 1), (64, 0.25, 16), (12, 1, 1), (15, 0.25, 3)],
 )
 def test_automatic_tiles_fit_into_a_cache(batch, megabytes, tiles):
-    local = LocalTraining(optax.sgd(0.1), batch_size=batch)
+    local = LocalTraining(optax.sgd(0.1), balance=0.0, batch_size=batch)
     assert local.tiles(lambda: int(megabytes * 2**20)) == tiles
 
 
@@ -279,7 +291,9 @@ def test_steps_of_experts_and_gates_alone_are_scaled():
 
 def test_a_strong_pull_keeps_a_client_near_the_server(clients, start):
     def distance(*before):
-        local = LocalTraining(optax.chain(*before, optax.sgd(0.1)), epochs=2, batch_size=8)
+        local = LocalTraining(
+            optax.chain(*before, optax.sgd(0.1)), balance=0.0, epochs=2, batch_size=8
+        )
         done = fit(start, local, clients.arrays, clients.index[0], clients.size[0])
         return float(optax.tree.norm(change(start, done)))
 

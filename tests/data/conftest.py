@@ -9,7 +9,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flexmoe_jax import data
+
 Examples = list[tuple[np.ndarray, int]]
+
+
+def load(name: str, *, data_dir: str | Path = "", **given: Any) -> data.Dataset:
+    """Loads a data set; options are given by name, beside the other arguments."""
+    options = {key: given.pop(key) for key in data.DataOptions.rules() if key in given}
+    return data.load(data.DataOptions(name, dir=str(data_dir), **options), **given)
+
+
+def dealing(name: str, given: dict[str, Any]) -> data.PartitionOptions:
+    """Takes the options of a partition out of what is given by name."""
+    options = {key: given.pop(key) for key in data.PartitionOptions.rules() if key in given}
+    return data.PartitionOptions(name, **{"min_per_client": 1} | options)
+
+
+def partition(name: str, labels: np.ndarray, num_clients: int, **given: Any) -> Any:
+    """Divides examples; options are given by name, beside the other arguments."""
+    return data.partition(dealing(name, given), labels, num_clients, **given)
+
+
+def check(name: str, **given: Any) -> None:
+    """Checks a partition, in the same way."""
+    data.check(dealing(name, given), **given)
 
 
 def png(image: np.ndarray) -> io.BytesIO:

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flexmoe_jax.data import Dataset, digest, fingerprint, load
+from flexmoe_jax.data import Dataset, digest, fingerprint
+from tests.data.conftest import load
 
 
 def dataset(**changes: object) -> Dataset:

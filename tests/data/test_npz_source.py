@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from flexmoe_jax import reading
-from flexmoe_jax.data import client_numbers, load, partition
+from flexmoe_jax.data import client_numbers
 from flexmoe_jax.errors import InputError
+from tests.data.conftest import load, partition
 
 Save = Callable[..., str]
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from flexmoe_jax.data import PARTITIONS, Partitioner, check, partition, skewed
+from flexmoe_jax.data import PARTITIONS, Partitioner, skewed
 from flexmoe_jax.data.clients import label_counts
 from flexmoe_jax.errors import InputError
+from tests.data.conftest import check, partition
 
 
 @st.composite

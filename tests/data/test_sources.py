@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexmoe_jax.data import load, sources, tfds_source
+from flexmoe_jax.data import sources, tfds_source
 from flexmoe_jax.errors import InputError
+from tests.data.conftest import load
 
 Write = Callable[..., Path]
 Make = Callable[..., list[tuple[np.ndarray, int]]]

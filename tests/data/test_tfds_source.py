@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexmoe_jax.data import load, tfds_source
+from flexmoe_jax.data import tfds_source
 from flexmoe_jax.errors import InputError
+from tests.data.conftest import load
 
 Write = Callable[..., Path]
 Make = Callable[..., list[tuple[np.ndarray, int]]]

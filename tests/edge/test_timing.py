@@ -167,7 +167,7 @@ def test_partial_work_is_what_the_deadline_leaves(request: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"late": "wait"}, "edge.late=wait: give one of drop, partial"),
+        ({"late": "wait"}, "edge.late=wait: choose one of drop, partial"),
         ({"wanted": 0}, "edge.wanted=0: give at least 1"),
         ({"deadline": 0.0}, "edge.deadline=0.0: give seconds above 0 (inf for none)"),
         ({"deadline": np.nan}, "edge.deadline=nan: give seconds above 0 (inf for none)"),

@@ -20,6 +20,7 @@ from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax import models
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options import LocalSteps
 from flexmoe_jax.tasks import classification
 from flexmoe_jax.types import Array, Params
 
@@ -187,8 +188,7 @@ def test_the_default_is_flex_as_studies_have_it():
 
 
 def test_experts_step_further_than_the_rest():
-    options = base.get_config().local
-    options.expert_rate = 4.0
+    options = LocalSteps(expert_rate=4.0)
     part = {"w": jnp.zeros(1)}
     params = Params(shared=part, experts=part, gate=part, private=part)
     transform = local_optimizer(options)

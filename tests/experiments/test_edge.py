@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.build import build, make_admission, make_aggregator, make_codec
+from experiments.build import build, make_aggregator, make_codec
 from experiments.configs import digits, emnist_digits
 from experiments.edge import capacity_in_memory
+from experiments.fields import read
 from experiments.train import DivergedError, check_health, train
 from experiments.workdir import Workdir
 from flexmoe_jax import models, server, simulation
 from flexmoe_jax.edge import TIERS
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options import Aggregation, UploadOptions
 from flexmoe_jax.simulation.network import instant_devices
 from flexmoe_jax.types import RoundReport
 
@@ -225,8 +227,8 @@ def test_compression_and_robust_means_reach_the_algorithm():
     assert compressed.payload[0].shared_down == plain.payload[0].shared_down
     assert compressed.payload[0].shared_up < 0.26 * plain.payload[0].shared_up
     assert compressed.payload[0].expert_up < 0.26 * plain.payload[0].expert_up
-    assert make_admission(config.server).clip == 5.0
-    assert not make_codec(config.upload).compressor.lossless
+    assert read(server.Admission, config).clip == 5.0
+    assert not make_codec(read(UploadOptions, config)).compressor.lossless
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_compression_and_robust_means_reach_the_algorithm():
     [("mean", 13), ("median", 2), ("trimmed_mean", 3.125), ("geometric_median", 2)],
 )
 def test_the_aggregator_is_the_one_that_is_named(name, centre):
-    options = configure(server__aggregator=name, server__trim=0.1).server
+    options = Aggregation(aggregator=name, trim=0.1)
     aggregator = make_aggregator(options) or server.mean()
     values = jnp.array([1.0, 1, 2, 2, 2, 2, 2, 2, 12, 104])
     arrived = server.Arrived({"w": values}, {}, {}, jnp.ones(10), {})

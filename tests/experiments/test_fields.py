@@ -69,7 +69,7 @@ def test_a_number_serves_all():
         ({"fitness.initial": 1e300}, "fitness.initial=1e+300: choose a number of at most 1e+30"),
         ({"fitness.optimism": -1e31}, "fitness.optimism=-1e+31: choose a number of at most 1e+30"),
         ({"fitness.alpha": float("inf")}, "fitness.alpha=inf"),
-        ({"assignment.exploration": 1e200}, "assignment.exploration=1e+200: give a number from"),
+        ({"assignment.exploration": 1e200}, "assignment.exploration=1e+200: choose a number in"),
         (
             {"assignment.backend": "SCS", "assignment.diversity": 1.0},
             "assignment.backend=SCS: too inexact",

@@ -56,7 +56,7 @@ def test_only_held_pairs_with_feedback_change(usage, clients, beta):
     slots = np.array([[0, 1], [2, 4], [3, 4]], np.int32)  # 4 = E: empty
     cohort = np.array(clients[:3], np.int32)
     fitness = jnp.full((5, 4), 2.0)  # above any score, so that every learnt pair changes
-    options = FitnessOptions(accuracy_score, beta)
+    options = FitnessOptions(accuracy_score, beta=beta)
     seen = feedback(usage, 0 * usage, usage)
     new = np.asarray(update_fitness(fitness, cohort, slots, seen, options))
     expected = np.zeros((5, 4), bool)
@@ -69,6 +69,14 @@ def test_only_held_pairs_with_feedback_change(usage, clients, beta):
 
 def test_unknown_score_is_refused():
     with pytest.raises(InputError, match=r"fitness\.score=entropy: choose one of accuracy, loss"):
-        make_score("entropy")
+        FitnessOptions("entropy")
     with pytest.raises(InputError, match=r"fitness\.alpha=0"):
-        make_score("loss", alpha=0.0)
+        FitnessOptions("loss", alpha=0.0)
+
+
+def test_a_score_is_named_or_ones_own():
+    assert {make_score(FitnessOptions(name)) for name in ("accuracy", accuracy_score)} == {
+        accuracy_score
+    }
+    seen = feedback([[8]], [[6]], [[4.0]])
+    assert make_score(FitnessOptions("loss", alpha=2.0))(seen)[0, 0] == pytest.approx(np.exp(-1))

@@ -47,7 +47,7 @@ def make_simulation(clients: data.ClientData) -> Callable[..., simulation.Simula
             "model": models.classifier(MODULE).after(prepare),
             "capacity": CAPACITY,
             "policy": make_policy("random"),
-            "local": client.LocalTraining(optax.sgd(0.1), epochs=2, batch_size=8),
+            "local": client.LocalTraining(optax.sgd(0.1), epochs=2, batch_size=8, balance=0.0),
             "prior": False,
         }
         federation = Federation(sample=sample, **(settings | choices))

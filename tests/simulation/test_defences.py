@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import chex
 import jax
@@ -119,7 +120,7 @@ def test_without_faults_nobody_is_refused_and_limits_change_nothing(make_simulat
 def test_noise_depends_on_seed_round_and_client_alone(make_simulation, clients):
     """Clients that stand still send nothing but their noise, of so many times nothing."""
     loud, quiet = np.where(EVERYBODY == 2, 1e3, 0.0), np.zeros(7)
-    short = LocalTraining(optax.sgd(1e-3), batch_size=8, max_steps=1)
+    short = LocalTraining(optax.sgd(1e-3), balance=0.0, batch_size=8, max_steps=1)
     simulateds = [
         make_simulation(admission=Admission(quarantine=False), block_size=size, local=short)
         for size in (1, 3)
@@ -198,7 +199,10 @@ def test_a_model_that_is_no_number_shows_in_the_report(make_simulation, clients)
         ({}, np.inf, False),
         # What its client alone keeps counts, too.
         (
-            {"local": LocalTraining(optax.sgd(1e30), batch_size=8), "optimizer": optax.sgd(0.0)},
+            {
+                "local": LocalTraining(optax.sgd(1e30), balance=0.0, batch_size=8),
+                "optimizer": optax.sgd(0.0),
+            },
             1.0,
             False,
         ),
@@ -212,7 +216,7 @@ def test_runs_on_the_device_say_in_which_round_a_model_ended(make_simulation, cl
     simulated = make_simulation(
         policy=make_policy("flex"),
         admission=Admission(quarantine=False),
-        local=LocalTraining(optax.sgd(1e30), batch_size=8),
+        local=LocalTraining(optax.sgd(1e30), balance=0.0, batch_size=8),
     )
     _, reports = jax.jit(run_on_device(simulated, 3))(simulated.init(jax.random.key(0)), clients)
     assert reports.training.finite.tolist() == [False] * 3
@@ -224,7 +228,7 @@ def test_secret_noise_has_no_place_on_the_device(make_simulation, clients):
     simulated = make_simulation(policy=make_policy("flex"), admission=private)
     with pytest.raises(InputError, match=r"server\.noise_multiplier=1\.0: on the device no secret"):
         run_on_device(simulated, 1)
-    known = private._replace(simulated_noise=True)
+    known = replace(private, noise="simulated")
     simulated = make_simulation(policy=make_policy("flex"), admission=known)
     state = simulated.init(jax.random.key(0))
     state, _ = jax.jit(run_on_device(simulated, 1))(state, clients)

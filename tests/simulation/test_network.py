@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from flexmoe_jax.edge import Devices
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options import EdgeOptions, FaultsOptions
 from flexmoe_jax.simulation import Faults, Network, Traffic, make_faults
 
 STEPS, EXAMPLES = np.array([4, 4, 2, 8]), np.array([40, 40, 20, 80])
@@ -37,20 +38,20 @@ def test_times_by_hand():
     network = make_network(devices=DEVICES)
     assert network.play(np.arange(4), TRAFFIC, 0)[1].seconds == 110
     # With 34 s for all, the last has 4 s of 80 to train in: 0.4 of its 8 steps, which is none.
-    network = make_network(devices=DEVICES, deadline=34.0, late="partial")
+    network = make_network(devices=DEVICES, edge=EdgeOptions(deadline=34.0, late="partial"))
     arrival, outcome = network.play(np.arange(4), TRAFFIC, 0)
     assert arrival.work.tolist() == [1, 1, 1, 0]
     assert outcome.delivered.tolist() == [True, True, True, False]
     assert outcome.seconds == 34
     # With 70 s it has 40: half of its steps.
-    network = make_network(devices=DEVICES, deadline=70.0, late="partial")
+    network = make_network(devices=DEVICES, edge=EdgeOptions(deadline=70.0, late="partial"))
     arrival, outcome = network.play(np.arange(4), TRAFFIC, 0)
     assert arrival.work.tolist() == [1, 1, 1, 0.5]
     assert outcome.seconds == 70
 
 
 def test_over_selection_ends_with_the_last_one_wanted():
-    network = make_network(devices=DEVICES, over_select=1.9)._replace(per_round=2)
+    network = make_network(devices=DEVICES, edge=EdgeOptions(over_select=1.9))._replace(per_round=2)
     assert network.asked == 4
     arrival, outcome = network.play(network.cohort(0), TRAFFIC, 0)
     # Clients 2 (5 s) and 0 (7 s, before 1 by its number).
@@ -85,13 +86,13 @@ def test_faulty_clients_are_the_same_all_along():
     for t in range(3):
         arrival, _ = network.play(np.arange(4), TRAFFIC, t)
         assert np.array_equal(arrival.tamper, np.where(network.faulty(), -1.0, 1.0))
-    assert np.isnan(make_faults("nan", 0.1).factor)
+    assert np.isnan(make_faults(FaultsOptions(0.1, "nan")).factor)
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
-    [(("lie", 0.1), "faults.kind=lie: choose one of"), (("nan", 1.5), "faults.share=1.5")],
+    [((0.1, "lie"), "faults.kind=lie: choose one of"), ((1.5, "nan"), "faults.share=1.5")],
 )
 def test_bad_faults_are_refused(arguments, line):
     with pytest.raises(InputError, match=line):
-        make_faults(*arguments)
+        FaultsOptions(*arguments)

@@ -15,7 +15,6 @@ from flexmoe_jax.server import (
     FitnessOptions,
     geometric_median,
     make_load_model,
-    make_score,
     trimmed_mean,
 )
 from flexmoe_jax.simulation import chunk_test_set, run_on_device
@@ -35,7 +34,7 @@ OPTIONS = {
             augment=crop_flip_images,
             decay=optax.linear_schedule(1.0, 0.0, 5),
         ),
-        "fitness": FitnessOptions(make_score("loss", 1.0)),
+        "fitness": FitnessOptions("loss"),
         "optimizer": optax.adam(0.1),
         "ownership": models.Ownership(("head",), shared_gate=True),
         "codec": Codec(make_compressor("int8")),
@@ -45,14 +44,14 @@ OPTIONS = {
         "prior": True,
     },
     "sparse": {"codec": Codec(make_compressor("top_k")), "admission": Admission(norm_limit=10.0)},
-    "private": {"admission": Admission(clip=1.0, noise_multiplier=0.1, simulated_noise=True)},
+    "private": {"admission": Admission(clip=1.0, noise_multiplier=0.1, noise="simulated")},
     "trimmed": {"aggregator": trimmed_mean(0.1)},
     "geometric": {"aggregator": geometric_median()},
     "layer by layer": {
         "model": DEEP,
         "layers": "each",
         "ownership": models.Ownership(shared_gate=True),
-        "local": LocalTraining(optax.sgd(0.1), batch_size=16, tile=4),
+        "local": LocalTraining(optax.sgd(0.1), batch_size=16, balance=0.0, tile=4),
     },
 }
 

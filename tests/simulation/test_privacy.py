@@ -74,7 +74,7 @@ def test_the_secret_is_new_in_every_plan_and_decides_the_noise(make_simulation, 
 
 
 def test_simulated_noise_is_the_same_every_time_and_needs_no_secret(make_simulation, clients):
-    simulated_noise = Admission(clip=1.0, noise_multiplier=1.0, simulated_noise=True)
+    simulated_noise = Admission(clip=1.0, noise_multiplier=1.0, noise="simulated")
     simulated = make_simulation(admission=simulated_noise)
     kernels = []
     for _ in range(2):

@@ -25,7 +25,9 @@ def crop_flip_images(batch, bits):
 
 
 # Training that draws random numbers wherever it can.
-RANDOM = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=8, augment=crop_flip_images)
+RANDOM = LocalTraining(
+    optax.sgd(0.1), balance=0.0, epochs=2, batch_size=8, augment=crop_flip_images
+)
 
 
 def run(simulated, data, rounds=3, per_round=7, seed=0):
@@ -156,7 +158,7 @@ def test_who_sat_out_is_untouched(simulated, clients):
 
 def test_fitness_is_the_training_accuracy_of_each_pair(make_simulation, clients):
     """By a plain loop: with a learning rate of 0 a client's model is the one it started with."""
-    still = LocalTraining(optax.sgd(0.0), epochs=1, batch_size=8)
+    still = LocalTraining(optax.sgd(0.0), balance=0.0, epochs=1, batch_size=8)
     simulated = make_simulation(local=still, fitness=FitnessOptions(beta=0.5, initial=0.2))
     layout = simulated.setting.federation.layout
     start = plain(simulated.init(jax.random.key(0)))
@@ -242,7 +244,7 @@ def test_half_the_server_step_moves_half_as_far(make_simulation, simulated, clie
 
 
 def test_a_diverging_client_shows_in_the_report(make_simulation, simulated, clients):
-    diverging = LocalTraining(optax.sgd(1e30), batch_size=8)
+    diverging = LocalTraining(optax.sgd(1e30), balance=0.0, batch_size=8)
     careless = make_simulation(local=diverging, admission=Admission(quarantine=False))
     _, reports = run(careless, clients, rounds=1)
     assert not np.isfinite(reports[0][2].loss).all()

@@ -1,0 +1,37 @@
+"""Where rounds are computed, and how often they are judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexmoe_jax.options.record import Options, option
+
+
+@dataclass(frozen=True)
+class ExecutionOptions(Options, section="execution"):
+    """Devices and memory; nothing here changes results beyond rounding."""
+
+    devices: int = option(0, "that share a round; 0 for all (on CPU: one a core)", least=0)
+    client_block_size: int = option(0, "clients side by side on a device; 0 for automatic", least=0)
+    data: str = option(
+        "auto",
+        "where training examples stay: device; host, from where a cohort's are sent while the "
+        "round before it computes; or auto: device, unless they took more than half of its memory",
+        choices=("auto", "device", "host"),
+    )
+    tile: int = option(
+        0, "examples whose gradient is taken at once, to stay in cache; 0 for automatic", least=0
+    )
+
+
+@dataclass(frozen=True)
+class EvalOptions(Options, section="eval"):
+    """Evaluation."""
+
+    every: int = option(1, "rounds; the last round is always evaluated", least=1)
+    batch_size: int = option(500, "test examples at once", least=1)
+    prior: bool = option(
+        True,
+        "whether a client adds the log of its label shares to its logits: for personal figures, "
+        "and no others",
+    )

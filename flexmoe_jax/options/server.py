@@ -1,0 +1,108 @@
+"""What the server lets in, what it makes of it, and how it learns the fitness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.record import Options, option
+
+
+@dataclass(frozen=True)
+class Aggregation(Options, section="server"):
+    """How one update is made of many, and applied."""
+
+    optimizer: str = option("sgd", "applied to the mean update", choices=("sgd", "adam"))
+    learning_rate: float = option(1.0, "of that optimizer", above=0)
+    momentum: float = option(0.0, "of sgd", least=0)
+    aggregator: str = option(
+        "mean",
+        "of updates; trimmed_mean and median by coordinate (docs/edge.md)",
+        choices=("mean", "median", "trimmed_mean", "geometric_median"),
+    )
+    trim: float = option(
+        0.1, "of trimmed_mean: part of the updates left out at either end", least=0, most=0.5
+    )
+
+
+@dataclass(frozen=True)
+class Admission(Options, section="server"):
+    """Which updates are let in, and how they count.
+
+    An update that is not all numbers cannot be cut to `clip`, and is then refused, quarantine or
+    not. Under `noise_multiplier` every client weighs the same, and `norm_factor` does not count: a
+    limit learnt from clients would tell of them.
+    """
+
+    quarantine: bool = option(
+        True, "whether updates are refused that are not all numbers, or too long"
+    )
+    norm_factor: float = option(
+        10.0,
+        "how many times as long as the median of lately an update may be, for its steps; 0 for "
+        "any length",
+        least=0,
+    )
+    norm_limit: float = option(0.0, "greatest L2 norm of an update; 0 for no limit", least=0)
+    clip: float = option(0.0, "L2 norm to which updates are cut; 0 for none", least=0)
+    noise_multiplier: float = option(
+        0.0, "of differential privacy: deviation of the noise over clip; 0 for none", least=0
+    )
+    noise: str = option(
+        "secret",
+        "where that noise comes from: the system's entropy, kept nowhere, or (simulated) the run's "
+        "seed: the same every time, and private from nobody who knows the config",
+        choices=("secret", "simulated"),
+    )
+    delta: float = option(1e-5, "δ of the guarantee that is reported", above=0, below=1)
+
+    def __post_init__(self) -> None:
+        """Refuses what does not fit, and noise on updates of any length."""
+        super().__post_init__()
+        if 0 < self.norm_factor < 1:
+            remedy = "choose 0 for none, or 1 or more"
+            raise InputError("server.norm_factor", self.norm_factor, remedy)
+        if self.noise_multiplier and not self.clip:
+            remedy = "cut the updates too: without server.clip no noise makes them private"
+            raise InputError("server.noise_multiplier", self.noise_multiplier, remedy)
+
+    @property
+    def compares(self) -> bool:
+        """Whether updates are judged by what others' were like."""
+        return bool(self.quarantine and self.norm_factor and not self.noise_multiplier)
+
+    @property
+    def private(self) -> bool:
+        """Whether noise makes the sums private, so that all clients weigh the same."""
+        return bool(self.noise_multiplier)
+
+    @property
+    def simulated_noise(self) -> bool:
+        """Whether that noise comes from the run's key, and not from a secret."""
+        return self.noise == "simulated"
+
+
+@dataclass(frozen=True)
+class FitnessOptions(Options, section="fitness"):
+    """How the fitness is learnt; the start value and the optimism are ours, not the paper's."""
+
+    score: str | Callable[..., Any] = option(
+        "accuracy",
+        "of a pair, from its feedback; in the library also a `server.Score` of your own",
+        choices=("accuracy", "loss"),
+        own=True,
+    )
+    alpha: float = option(1.0, "α of the loss score exp(-α l)", above=0)
+    beta: float = option(0.5, "β: weight of the newest score", above=0, most=1)
+    # Q is kept in single precision, and scores are at most 1.
+    initial: float = option(
+        1.0, "start value of Q: at 1 no tried pair beats an untried one", least=-1e30, most=1e30
+    )
+    optimism: float = option(
+        0.0,
+        "added to Q, for the assignment alone, for pairs that were never tried",
+        least=-1e30,
+        most=1e30,
+    )
