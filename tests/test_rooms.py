@@ -73,7 +73,7 @@ def test_a_room_imports_what_it_may(room: str) -> None:
         assert not beyond, f"{file.relative_to(PACKAGE)} imports {sorted(beyond)}"
 
 
-@pytest.mark.parametrize("room", rooms().keys() - {"options"})
+@pytest.mark.parametrize("room", sorted(rooms().keys() - {"options"}))
 def test_a_room_takes_its_own_options_and_those_of_rooms_that_it_imports(room: str) -> None:
     for file in rooms()[room]:
         taken = {name.split(".")[1] for name in modules(file) if name.startswith("options.")}

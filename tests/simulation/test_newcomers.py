@@ -18,7 +18,7 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.metrics import newcomer_figures
 from flexmoe_jax.models import Ownership
-from flexmoe_jax.server import FitnessOptions, make_load_model, make_score
+from flexmoe_jax.server import FitnessOptions, make_load_model
 from flexmoe_jax.simulation import (
     await_newcomers,
     chunk_test_set,
@@ -32,7 +32,7 @@ from tests.conftest import CAPACITY
 from tests.simulation.conftest import DEEP, EXPERTS, MODULE, plain, prepare
 
 COMING = np.array([1, 3, 4])  # of the seven clients' examples, shown again by others
-SCORE = FitnessOptions(score=make_score("loss"), initial=0.25)
+SCORE = FitnessOptions(score="loss", initial=0.25)
 LOCAL = LocalTraining(optax.sgd(0.1), epochs=2, batch_size=8)
 
 

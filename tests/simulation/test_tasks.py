@@ -15,7 +15,7 @@ from flexmoe_jax.client import LocalTraining
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.metrics import evaluation_figures
-from flexmoe_jax.server import FitnessOptions, make_score
+from flexmoe_jax.server import FitnessOptions
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(480, 5)).astype(np.float32)
@@ -47,7 +47,7 @@ def federated(task, arrays, outputs, rounds=8):
         policy=make_policy("flex"),
         local=LocalTraining(optax.adam(0.02), epochs=2, batch_size=10),
         task=task,
-        fitness=FitnessOptions(make_score("loss")),
+        fitness=FitnessOptions("loss"),
     )
     simulated = simulation.simulate(federation, clients)
     state, everybody = simulated.init(jax.random.key(0)), np.arange(8)
