@@ -22,7 +22,8 @@ from flexmoe_jax.errors import InputError
 ROOT = Path(__file__).parents[2]
 SMALL = (
     "--config.rounds=4",
-    "--config.clients.count=6",
+    "--config.clients.count=8",
+    "--config.clients.newcomers=2",
     "--config.clients.per_round=4",
     "--config.clients.capacity=1-3",
     "--config.model.backbone=mlp",
@@ -66,6 +67,10 @@ EVALUATION = {
     "eval/server_loss",
     "eval/assembled_accuracy",
     "eval/assembled_loss",
+    *(f"eval/newcomer_{figure}" for figure in ("accuracy", "loss", "clients")),
+    "assignment/newcomer_status",
+    "comm/newcomer_bytes_down",
+    "comm/newcomer_bytes_up",
 }
 
 
@@ -125,7 +130,9 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_the_arrays_agree_with_the_metrics(finished):
     workdir, _ = finished
     arrays = np.load(workdir / "arrays.npz")
-    assert arrays["label_counts"].sum() == 300
+    # Of the 300 examples the two newcomers have some.
+    assert len(arrays["label_counts"]) == 6
+    assert 200 < arrays["label_counts"].sum() < 300
     assert np.allclose(
         arrays["usage"].sum(axis=0), np.sum([r["load/usage"] for r in rows(workdir)], 0)
     )
