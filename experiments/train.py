@@ -87,15 +87,8 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     done = int(state.server.round)
     lost = workdir.keep_rounds(done)
     status = "finished"
-    display = ProgressDisplay(
-        config.rounds,
-        done,
-        quiet=not workdir.writes,
-        task=config.task.name,
-        newcomers=config.clients.newcomers > 0,
-    )
-    with display:
-        begins = _where_it_begins(done, config.rounds, restored)
+    begins = _where_it_begins(done, config.rounds, restored)
+    with _display(config, done, quiet=not workdir.writes) as display:
         for line in (*notes, *restored.passed_over, *lost, *begins):
             display.say(line)
         rounds, told = run_rounds(config, experiment, state, done), set[str]()
@@ -145,6 +138,16 @@ def compiled(experiment: Experiment) -> Experiment:
         noise=bool(network.faults.noise),
     )
     return replace(experiment, simulation=simulation)
+
+
+def _display(config: ConfigDict, done: int, quiet: bool) -> ProgressDisplay:
+    return ProgressDisplay(
+        config.rounds,
+        done,
+        quiet=quiet,
+        task=config.task.name,
+        newcomers=config.clients.newcomers > 0,
+    )
 
 
 def _where_it_begins(done: int, rounds: int, restored: Restored) -> list[str]:

@@ -219,7 +219,6 @@ def _mend_by_paths(worth: Array, unit: Array, low: Array, high: Array, held: Arr
     the bounds can be met, so the loop ends with every bound met or with none left to mend.
     """
     experts = worth.shape[1]
-    nodes = jnp.arange(experts)
     slip = _SLIP * unit
 
     def ends(held: Array) -> tuple[Array, Array]:
@@ -231,7 +230,7 @@ def _mend_by_paths(worth: Array, unit: Array, low: Array, high: Array, held: Arr
             loss = jnp.where(possible, worth[:, e][:, None] - worth, jnp.inf)
             return loss.min(axis=0), loss.argmin(axis=0)
 
-        return jax.lax.map(row, nodes)
+        return jax.lax.map(row, jnp.arange(experts))
 
     def relax(_: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         distance, before, cost = state
@@ -272,7 +271,7 @@ def _mend_by_paths(worth: Array, unit: Array, low: Array, high: Array, held: Arr
             return (before[node] >= 0) & (steps < experts)
 
         found = jnp.isfinite(reachable[last])
-        start = (held, jnp.where(found, last, nodes[gives.argmax()]), jnp.array(0))
+        start = (held, jnp.where(found, last, gives.argmax()), jnp.array(0))
         walked, _, _ = jax.lax.while_loop(on_the_way, back, start)
         return jnp.where(found, walked, held), found
 

@@ -111,14 +111,9 @@ def flex(
         share=share,
         load=request.load,
     )
-    fitness = np.asarray(request.fitness, np.float64)
-    if movement:
-        sent = True if request.held is None else ~request.held
-        fitness = fitness - movement * sent
     if exploration_rounds:
         exploration *= 1 - min(request.round / exploration_rounds, 1)
-    if exploration:
-        fitness = fitness + exploration * _keys(request, request.round, _EXPLORATION)
+    fitness = _worth(request, movement, exploration)
     problem = Problem(
         fitness,
         request.capacity,
@@ -143,15 +138,30 @@ def flex(
             time_limit=time_limit,
         )
     except SolverError as error:
-        owed = deficit if request.load is None else deficit - request.load
-        held = _deal(request, problem, owed)
-        # Of any assignment, whatever bounds, floors or prices.
-        bound = float(np.sum(problem.fitness, where=take_top(problem.fitness, problem.capacity)))
-        dealt = make_solution(problem, held, bound, 0.0)
-        return replace(dealt, status=f"fallback: {error}")
+        return replace(_even(request, problem, deficit), status=f"fallback: {error}")
     # The noise only adds fitness, so the bound holds for the true problem, too. The gap stays that
     # of the noisy one: what noise adds and nobody could win is no loss.
     return replace(found, value=objective(problem, found.assignment))
+
+
+def _even(request: Request, problem: Problem, deficit: FloatArray) -> Solution:
+    """What is dealt out where no optimum is found."""
+    owed = deficit if request.load is None else deficit - request.load
+    held = _deal(request, problem, owed)
+    # Of any assignment, whatever bounds, floors or prices.
+    bound = float(np.sum(problem.fitness, where=take_top(problem.fitness, problem.capacity)))
+    return make_solution(problem, held, bound, 0.0)
+
+
+def _worth(request: Request, movement: float, exploration: float) -> FloatArray:
+    """Fitness less the price of what must be sent, and with noise so that holders change."""
+    worth = np.asarray(request.fitness, np.float64)
+    if movement:
+        sent = True if request.held is None else ~request.held
+        worth = worth - movement * sent
+    if exploration:
+        worth = worth + exploration * _keys(request, request.round, _EXPLORATION)
+    return worth
 
 
 def _tie_noise(fitness: FloatArray) -> float:

@@ -189,8 +189,7 @@ def _newton(
             mix = xp.clip(mix + shift, -share, share)
         return Prices(load + move, mix), t
 
-    prices, _ = _scan(step, (start, threshold), temperatures)
-    return prices
+    return _scan(step, (start, threshold), temperatures)[0]
 
 
 def _thresholds(reduced: Array, capacity: Array, slots: int) -> Array:

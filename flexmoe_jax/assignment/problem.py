@@ -82,18 +82,7 @@ class Problem:
         """Checks every field and stores it as an array."""
         fitness = _fitness(self.fitness)
         clients, experts = fitness.shape
-        load_min = _per_expert("load_min", self.load_min, experts)
-        load_max = _per_expert("load_max", self.load_max, experts)
-        if np.isnan(load_min).any() or np.isposinf(load_min).any():
-            raise InputError("load_min", load_min.max(), "give numbers below infinity")
-        if np.isnan(load_max).any() or np.isneginf(load_max).any():
-            raise InputError("load_max", load_max.min(), "give numbers above minus infinity")
-        if (load_min > load_max).any():
-            worst = int(np.argmax(load_min > load_max))
-            pair = (float(load_min[worst]), float(load_max[worst]))
-            raise InputError(
-                "load_min, load_max", pair, f"expert {worst}: load_min must not exceed load_max"
-            )
+        load_min, load_max = _bounds(self.load_min, self.load_max, experts)
         load_weight = _floats("load_weight", self.load_weight)
         if load_weight.shape not in ((), (clients,), (clients, experts)):
             raise InputError(
@@ -280,6 +269,23 @@ def _require_finite_sums(problem: Problem) -> None:
 
 def _largest(values: float | FloatArray) -> float:
     return float(np.max(np.abs(values), initial=0.0))
+
+
+def _bounds(least: object, most: object, experts: int) -> tuple[FloatArray, FloatArray]:
+    """Bounds of each expert's load, least and greatest."""
+    load_min = _per_expert("load_min", least, experts)
+    load_max = _per_expert("load_max", most, experts)
+    if np.isnan(load_min).any() or np.isposinf(load_min).any():
+        raise InputError("load_min", load_min.max(), "give numbers below infinity")
+    if np.isnan(load_max).any() or np.isneginf(load_max).any():
+        raise InputError("load_max", load_max.min(), "give numbers above minus infinity")
+    if (load_min > load_max).any():
+        worst = int(np.argmax(load_min > load_max))
+        pair = (float(load_min[worst]), float(load_max[worst]))
+        raise InputError(
+            "load_min, load_max", pair, f"expert {worst}: load_min must not exceed load_max"
+        )
+    return load_min, load_max
 
 
 def _per_expert(field: str, value: object, experts: int) -> FloatArray:

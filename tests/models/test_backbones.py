@@ -64,7 +64,7 @@ def test_both_convolutions_give_the_same_network():
         ("renset", {}, r"model\.backbone=renset: did you mean resnet\?"),
         ("resnet", {"depth": 9}, r"model\.depth=9: choose 6n\+2"),
         ("convnet", {"groups": 5}, r"model\.groups=5: choose a divisor"),
-        ("mlp", {"widths": (0,)}, r"model\.widths=\(0,\): choose widths of 1 or more"),
+        ("mlp", {"widths": (0,)}, r"model\.widths=\(0,\): choose whole numbers of 1 or more"),
     ],
 )
 def test_bad_options_are_refused(name, options, line):
