@@ -4,7 +4,7 @@
         --workdir=runs/domains
 
 FOLDER holds a UTF-8 text file for each language (see `experiments/configs/languages.py`). On one
-core a run takes a quarter of an hour.
+core a run takes five minutes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from experiments.studying.study import Axis, Study
 RIVALS: Axis = {
     "flex": {},
     "random": {"assignment.policy": "random"},
-    "greedy": {"assignment.policy": "greedy"},
     "fedavg": METHODS["fedavg"],
 }
 
