@@ -120,7 +120,11 @@ def _text(config: ConfigDict) -> Examples:
         bytes_per_client=options.bytes_per_client,
         seed=config.seed,
     ).limited(config.data.train_limit, config.data.test_limit)
-    arrays = {"train": dealt.train, "test": dealt.test, "domains": dealt.owns}
+    read = {
+        "domains": np.asarray(corpus.names),
+        "bytes": np.asarray([len(text) for text in corpus.texts], np.int64),
+        "texts": np.concatenate(corpus.texts),
+    }
     return Examples(
         clients=data.join({"tokens": dealt.train}, dealt.parts, None, dealt.owns, np.asarray),
         test={"tokens": dealt.test},
@@ -128,7 +132,7 @@ def _text(config: ConfigDict) -> Examples:
         classes=corpus.names,
         counts=dealt.counts(),
         prepare=lambda tokens: tokens,
-        hashes={name: data.digest(array) for name, array in arrays.items()},
+        hashes={name: data.digest(array) for name, array in read.items()},
         personal=OWN_DOMAINS,
     )
 

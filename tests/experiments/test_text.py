@@ -79,6 +79,23 @@ def test_clients_learn_texts_of_their_own(folder, tmp_path):
     assert "bits a byte" in page.text
 
 
+def test_hashes_are_of_what_is_read_and_not_of_how_it_is_dealt_out(folder):
+    config = config_of(folder)
+    first = load_examples(config).hashes
+    config.seed = 1
+    assert load_examples(config).hashes == first
+    texts = {name: (folder / f"{name}.txt").read_text() for name in WORDS}
+    moved = texts["one"][-1] + texts["two"]
+    changes = (
+        {"one": "x" + texts["one"][1:]},  # one byte
+        {"one": texts["one"][:-1], "two": moved},  # the same bytes, cut elsewhere
+    )
+    for change in changes:
+        for name, words in {**texts, **change}.items():
+            (folder / f"{name}.txt").write_text(words)
+        assert load_examples(config).hashes != first
+
+
 def test_pythons_own_topics_are_dealt_out():
     config = text.get_config()
     examples = load_examples(config)
