@@ -208,6 +208,7 @@ def _with_stages(backbone: nn.Module, options: ModelOptions) -> nn.Module:
         options.top_k,
         options.shared_experts,
         whole=True,
+        with_router=options.router,
     )
     return backbone.clone(mixture=mixture, stages=tuple(map(int, stages)))
 
@@ -225,6 +226,7 @@ def _classifier(options: ModelOptions, backbone: nn.Module, examples: Examples) 
         hidden=options.hidden,
         top_k=options.top_k,
         shared_experts=options.shared_experts,
+        with_router=options.router,
     )
     return models.classifier(module).after(examples.prepare)
 
@@ -239,6 +241,7 @@ def _decoder(options: ModelOptions, length: int, examples: Examples) -> models.M
         every=options.moe_every,
         top_k=options.top_k,
         shared_experts=options.shared_experts,
+        router=options.router,
         positions=options.positions,
         length=length,
     )

@@ -96,6 +96,9 @@ class Federation:
             worst = given.min() if given.min() < 0 else given.max()
             raise InputError("capacity", worst, f"give 0 to {experts}, the number of experts")
         check_capacity(self.layout, given.tolist())
+        if self.fitness.affinity and self.admission.private:
+            remedy = "what it keeps of single updates is not private: give 0"
+            raise InputError("fitness.affinity", self.fitness.affinity, remedy)
         self._check_outputs()
 
     def replace(self, **changes: Any) -> Federation:

@@ -26,12 +26,14 @@ class Routing(NamedTuple):
       probability: (..., E) softmax over the held experts; exactly 0 for the others.
       selected: (..., E) bool, the `top_k` most probable held experts.
       combine: (..., E) weight of each expert in the layer's output.
+      router: (..., E) logits of the layer's router over all experts, held or not; None without one.
     """
 
     logits: Array
     probability: Array
     selected: Array
     combine: Array
+    router: Array | None = None
 
 
 class Params(NamedTuple):
@@ -131,6 +133,8 @@ class Ledger(NamedTuple):
       deficit: (G, E) load that each expert was owed and did not get.
       norms: (4, W) how long updates were lately (see `server.quarantine`); () where they are not
         judged by that.
+      profile: (C, F) how each client's updates differ from others' (see `server.affinity`); ()
+        where nobody asks.
     """
 
     fitness: Array
@@ -140,6 +144,7 @@ class Ledger(NamedTuple):
     load: Array
     deficit: Array
     norms: PyTree
+    profile: PyTree
 
 
 class Server(NamedTuple):

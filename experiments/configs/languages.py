@@ -30,11 +30,12 @@ def get_config() -> ConfigDict:
     config.local.max_steps = 10
     config.local.optimizer = "adam"
     config.local.learning_rate = 0.003
-    config.local.balance = 0.0
+    config.model.router = True
+    config.local.balance = 0.02
     config.fitness.score = "loss"
-    # Scores differ by hundredths: noise of a tenth decides at first; by half-time experts settle.
-    config.assignment.exploration = 0.1
-    config.assignment.exploration_rounds = 40
+    # Who should share an expert is told by clients' updates, so that chance need not try it out.
+    config.fitness.affinity = 1.0
+    config.assignment.exploration = 0.0
     config.eval.every = 10
     config.eval.batch_size = 64
     config.data.test_limit = 800

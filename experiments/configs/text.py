@@ -24,11 +24,12 @@ def get_config() -> ConfigDict:
     config.local.max_steps = 10
     config.local.optimizer = "adam"
     config.local.learning_rate = 0.003
-    config.local.balance = 0.0
+    config.model.router = True
+    config.local.balance = 0.02
     config.fitness.score = "loss"
-    # As in languages.py: experts settle by half-time.
-    config.assignment.exploration = 0.1
-    config.assignment.exploration_rounds = 15
+    # As in languages.py.
+    config.fitness.affinity = 1.0
+    config.assignment.exploration = 0.0
     config.eval.every = 5
     config.eval.batch_size = 64
     config.data.test_limit = 400

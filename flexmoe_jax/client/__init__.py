@@ -20,7 +20,7 @@ from flexmoe_jax.client.codec import (
     init_residual,
     make_compressor,
 )
-from flexmoe_jax.client.losses import balance_loss, router_z_loss
+from flexmoe_jax.client.losses import balance_loss, router_loss, router_z_loss
 from flexmoe_jax.client.training import (
     Augment,
     Batches,
@@ -55,6 +55,7 @@ __all__ = [
     "model_of",
     "proximal",
     "receive",
+    "router_loss",
     "router_z_loss",
     "scale_experts",
     "select",

@@ -42,3 +42,20 @@ def router_z_loss(routing: Routing, held: Array, valid: Array) -> Array:
     """
     log_z = jax.nn.logsumexp(routing.logits, axis=-1, where=held)
     return jnp.dot(jnp.where(held.any(), log_z, 0.0) ** 2, valid) / jnp.maximum(valid.sum(), 1.0)
+
+
+def router_loss(routing: Routing, valid: Array, slots: Array) -> Array:
+    """Cross-entropy of the router, over all E experts, with where the client's own gate sends.
+
+    Args:
+      routing: of a batch, with the router's logits (B, E).
+      valid: (B,) 1.0 for examples that count, 0.0 for padding.
+      slots: (K,) int32 the experts that the client holds.
+
+    Returns:
+      (): the loss, of which only the router learns.
+    """
+    assert routing.router is not None
+    log_p = jax.nn.log_softmax(routing.router)[:, slots.clip(max=routing.router.shape[-1] - 1)]
+    chosen = routing.selected / jnp.maximum(routing.selected.sum(axis=-1, keepdims=True), 1)
+    return -jnp.dot((chosen * log_p).sum(axis=-1), valid) / jnp.maximum(valid.sum(), 1.0)

@@ -21,7 +21,7 @@ import optax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from flexmoe_jax.client.losses import balance_loss, router_z_loss
+from flexmoe_jax.client.losses import balance_loss, router_loss, router_z_loss
 from flexmoe_jax.client.units import fractions, weights_of
 from flexmoe_jax.options.client import LocalLoss, LocalWork
 from flexmoe_jax.options.execution import ExecutionOptions
@@ -228,7 +228,9 @@ def train(
       down: what the server sent: how many steps, and in which round.
       log_share: (Y,) logarithm of the client's label shares, which never leaves it; None for none.
     """
-    known = Known(arrays, held, log_share if learner.local.prior else None)
+    groups = down.slots.shape[0]
+    slots = {x: down.slots[min(i, groups - 1)] for i, x in enumerate(learner.layers)}
+    known = Known(arrays, held, log_share if learner.local.prior else None, slots)
     zeros = jnp.zeros((len(learner.layers), down.slots.shape[-1]), jnp.float32)
     nothing = jnp.zeros((), jnp.float32)
     optimizer = learner.local.optimizer.init(start)
@@ -247,6 +249,7 @@ class Known(NamedTuple):
     arrays: Batch
     held: Held
     log_share: Array | None
+    slots: Held | None = None
 
 
 def _step(
@@ -330,6 +333,9 @@ def objective(
             loss += local.balance * balance_loss(routing, held[name], counted)
         if local.z:
             loss += local.z * router_z_loss(routing, held[name], counted)
+    for name in learner.layers:
+        if routings[name].router is not None and known.slots is not None:
+            loss += router_loss(*_flat(routings[name], weight), known.slots[name])
     hits = None if task.hits is None else task.hits(outputs, batch).astype(jnp.float32)
     each = [_feedback(routings[name].selected, losses, hits, weight) for name in learner.layers]
     none = jnp.zeros((0, 1), jnp.float32)

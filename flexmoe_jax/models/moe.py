@@ -106,16 +106,18 @@ class Gate(nn.Module):
 
     Attributes:
       count: E, when the parameters are made.
+      part: the mark of its parameters; empty for one that everybody shares.
     """
 
     count: int
+    part: str = GATE
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps (B, D) to logits (B, count), in single precision."""
         small, count = nn.initializers.normal(0.02), _stacked(self, "kernel", self.count)
-        kernel = _param(self, "kernel", small, GATE, (count, x.shape[-1]))
-        bias = _param(self, "bias", nn.initializers.zeros, GATE, (count,))
+        kernel = _param(self, "kernel", small, self.part, (count, x.shape[-1]))
+        bias = _param(self, "bias", nn.initializers.zeros, self.part, (count,))
         return jnp.einsum("bd,ed->be", x.astype(jnp.float32), kernel) + bias
 
 
@@ -152,6 +154,8 @@ class MoELayer(nn.Module):
         gate (DeepSeekMoE, arXiv 2401.06066).
       whole: whether all of an example goes the same way, by the mean of its features: all pixels of
         a picture.
+      with_router: whether the layer also has a gate over all E experts that everybody shares, which
+        learns where each client's own gate sends what; with it all experts make one model.
     """
 
     experts: int
@@ -159,12 +163,15 @@ class MoELayer(nn.Module):
     top_k: int = 1
     shared_experts: int = 0
     whole: bool = False
+    with_router: bool = False
 
     def setup(self) -> None:
         """Names the parts of the parameter tree."""
         self.expert = Experts(self.experts, self.hidden)
         self.shared_expert = Experts(self.shared_experts, self.hidden, part="")
         self.gate = Gate(self.experts)
+        if self.with_router:
+            self.router = Gate(self.experts, part="")
 
     def __call__(self, x: Array) -> Array:
         """What the experts add to examples or tokens (..., D)."""
@@ -172,11 +179,14 @@ class MoELayer(nn.Module):
         # Not by the length of a batch, which is unknown where a model is exported.
         places = math.prod(x.shape[1:-1]) if self.whole else 1
         routed = x.mean(axis=tuple(range(1, x.ndim - 1))) if self.whole else x
-        logits = self.gate(routed.reshape(-1, x.shape[-1]))
+        into_gate = routed.reshape(-1, x.shape[-1])
+        logits = self.gate(into_gate)
         held: Any = jnp.ones(logits.shape[-1:], bool)
         if self.has_variable("held", "mask"):
             held = self.get_variable("held", "mask")
         routing = route(logits, held, self.top_k)
+        if self.with_router:
+            routing = routing._replace(router=self.router(lax.stop_gradient(into_gate)))
         combine = jnp.repeat(routing.combine.astype(x.dtype), places, axis=0)
         mixed = jnp.einsum("be,bed->bd", combine, self.expert(flat))
         if self.shared_experts:
@@ -215,6 +225,7 @@ class MoEClassifier(nn.Module):
       hidden: H of each expert.
       top_k: experts per example.
       shared_experts: beside those E; see `MoELayer`.
+      with_router: see `MoELayer`.
     """
 
     backbone: nn.Module
@@ -223,10 +234,17 @@ class MoEClassifier(nn.Module):
     hidden: int = 128
     top_k: int = 1
     shared_experts: int = 0
+    with_router: bool = False
 
     def setup(self) -> None:
         """Names the parts of the parameter tree: the layer's stand beside the backbone and head."""
-        self.layer = MoELayer(self.experts, self.hidden, self.top_k, self.shared_experts)
+        self.layer = MoELayer(
+            self.experts,
+            self.hidden,
+            self.top_k,
+            self.shared_experts,
+            with_router=self.with_router,
+        )
         nn.share_scope(self, self.layer)
         self.head = Dense(self.classes)
 

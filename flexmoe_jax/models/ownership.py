@@ -160,6 +160,16 @@ class Layout(NamedTuple):
                 flat[path] = leaf
         return self.tree.unflatten([flat[tuple(path.split("/"))] for path in self.paths])
 
+    def assembled(self, params: Params) -> Params:
+        """All experts in one model, whose gates are the routers where layers have them."""
+        leaves = dict(zip(self.paths, self.tree.flatten_up_to(self.merge(params)), strict=True))
+
+        def chosen(path: str) -> Any:
+            names = ("router" if name == "gate" else name for name in path.split("/"))
+            return leaves.get("/".join(names), leaves[path])
+
+        return self.split(self.tree.unflatten([chosen(path) for path in self.paths]))
+
 
 def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:
     """Finds out who owns what of a model.

@@ -107,6 +107,7 @@ class Transformer(nn.Module):
       every: experts stand in every n-th block, the last one first.
       top_k: experts per token.
       shared_experts: beside those E; see `MoELayer`.
+      router: see `MoELayer`.
       vocabulary: V.
       positions: `rotary`, or `learnt` for up to `length` tokens.
       length: S, at the most, where positions are learnt.
@@ -120,6 +121,7 @@ class Transformer(nn.Module):
     every: int = ModelOptions.moe_every
     top_k: int = ModelOptions.top_k
     shared_experts: int = ModelOptions.shared_experts
+    router: bool = ModelOptions.router
     vocabulary: int = 256
     positions: str = ModelOptions.positions
     length: int = 512
@@ -144,7 +146,14 @@ class Transformer(nn.Module):
 
     def _layer(self, block: int) -> nn.Module:
         if self.experts and (self.depth - 1 - block) % self.every == 0:
-            return MoELayer(self.experts, self.hidden, self.top_k, self.shared_experts, parent=None)
+            return MoELayer(
+                self.experts,
+                self.hidden,
+                self.top_k,
+                self.shared_experts,
+                with_router=self.router,
+                parent=None,
+            )
         return MLPLayer(self.hidden, parent=None)
 
     def embed(self, tokens: Array) -> Array:

@@ -46,6 +46,11 @@ class ModelOptions(Options, section="model"):
         "whether a gate's row travels with its expert, or stays with its client",
         choices=("shared", "private"),
     )
+    router: bool = option(
+        False,
+        "whether a gate over all experts, which everybody shares, is learnt beside clients' own: "
+        "the one that the assembled model goes by",
+    )
     private: str = option(
         "",
         "parts of the model that stay with their clients, as head,backbone/local; empty for none",

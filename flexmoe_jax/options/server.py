@@ -106,3 +106,24 @@ class FitnessOptions(Options, section="fitness"):
         least=-1e30,
         most=1e30,
     )
+    affinity: float = option(
+        0.0,
+        "worth of an expert that serves clients whose updates are like the client's own, which "
+        "tells sooner than any score who should share an expert; 0 for none",
+        least=0,
+        most=1e30,
+    )
+    profile: str = option(
+        "updates",
+        "what tells who is alike: clients' updates; or what is known of them beforehand (given), "
+        "which no server knows: domains or rules, or else label shares",
+        choices=("updates", "given"),
+    )
+    sketch: int = option(
+        512, "numbers kept of each client's updates to tell that", least=16, most=2**16
+    )
+
+    @property
+    def sketched(self) -> int:
+        """F, numbers that are kept of an update: 0 where nobody asks."""
+        return self.sketch if self.affinity and self.profile == "updates" else 0

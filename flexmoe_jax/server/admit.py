@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.options.server import Admission
+from flexmoe_jax.server import affinity
 from flexmoe_jax.server.aggregate import Arrived
 from flexmoe_jax.server.quarantine import part_norms
 from flexmoe_jax.types import Array, Feedback, Upload
@@ -28,6 +29,7 @@ class Verdict(NamedTuple):
       loss: () mean training loss, the same.
       units: () units trained on, the same.
       examples: () examples trained on, the same.
+      sketch: (F,) of Δψ, the same; F is 0 where none is kept.
     """
 
     accepted: Array
@@ -37,6 +39,7 @@ class Verdict(NamedTuple):
     loss: Array
     units: Array
     examples: Array
+    sketch: Array
 
 
 def admit(
@@ -45,6 +48,7 @@ def admit(
     slots: dict[str, Array],
     steps: Array,
     limits: Array | None,
+    sketched: int = 0,
 ) -> tuple[Arrived, Verdict]:
     """Judges one answer.
 
@@ -54,6 +58,7 @@ def admit(
       slots: by MoE layer (K,) int32 the experts that its client was sent.
       steps: () int32 the local steps that the server asked for.
       limits: (2,) greatest lengths of the two parts that others' updates allow; None for none.
+      sketched: F, numbers that are kept of ψ's part.
 
     Returns:
       The update as it counts, with nothing in it if it was refused, and the verdict.
@@ -78,7 +83,8 @@ def admit(
     if admission.private:
         weight, usage = jax.tree.map(jnp.ones_like, (weight, usage))
     lengths = jnp.where(idle | ~jnp.isfinite(norms), 0.0, norms / reach)
-    verdict = Verdict(accepted, refused, lengths, feedback, loss, units, examples)
+    sketch = affinity.sketch(shared, sketched)
+    verdict = Verdict(accepted, refused, lengths, feedback, loss, units, examples, sketch)
     of_sent = {layer: slots[layer] for layer in experts}
     return Arrived(shared, experts, of_sent, weight, usage), verdict
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from flexmoe_jax.assignment import NamedPolicy, Policy, Request, Solution
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.server.affinity import affinity
 from flexmoe_jax.server.load import LoadModel
 from flexmoe_jax.server.server import Desk
 from flexmoe_jax.types import Server
@@ -32,6 +33,7 @@ def make_assign(
     capacity: np.ndarray,
     descriptor: np.ndarray | None,
     seed: int,
+    profile: np.ndarray | None = None,
 ) -> Assign:
     """Builds the server's assignment.
 
@@ -41,18 +43,24 @@ def make_assign(
       capacity: (C,) k_c.
       descriptor: (C, F) what kind of data each client has, or None.
       seed: of the policy's ties and draws.
+      profile: (C, F) what is known of clients beforehand, for `affinity`; None for what their
+        updates tell.
     """
 
     def assign(server: Server, cohort: np.ndarray) -> tuple[Solution, ...]:
         books = jax.device_get(server.ledger._replace(norms=()))
         found = []
+        like = np.zeros(books.usage.shape)
+        if desk.fitness.affinity:
+            known = books.profile if profile is None else profile
+            like = desk.fitness.affinity * affinity(known, books.usage, capacity, seed)
         for g in range(desk.groups):
             fitness, usage, rounds, fresh = (
                 table[g][cohort]
                 for table in (books.fitness, books.usage, books.held_rounds, books.fresh)
             )
             request = Request(
-                fitness=fitness + desk.fitness.optimism * (rounds == 0),
+                fitness=fitness + desk.fitness.optimism * (rounds == 0) + like[g][cohort],
                 capacity=capacity[cohort],
                 clients=cohort,
                 round=int(server.round),

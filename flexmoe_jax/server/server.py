@@ -17,6 +17,7 @@ from flexmoe_jax.assignment import update_deficit
 from flexmoe_jax.options.assignment import AssignmentOptions
 from flexmoe_jax.options.server import Admission, FitnessOptions
 from flexmoe_jax.server.admit import Verdict
+from flexmoe_jax.server.affinity import learn_profile
 from flexmoe_jax.server.aggregate import Sums
 from flexmoe_jax.server.fitness import update_fitness
 from flexmoe_jax.server.load import LoadModel
@@ -78,6 +79,7 @@ def init(desk: Desk, key: Key, shared: PyTree, experts: PyTree, clients: int) ->
         load=jnp.zeros((desk.groups, desk.experts), jnp.float32),
         deficit=jnp.zeros((desk.groups, desk.experts), jnp.float32),
         norms=init_norms() if desk.admission.compares else (),
+        profile=jnp.zeros((clients, desk.fitness.sketched)) if desk.fitness.sketched else (),
     )
     optimizer = (
         desk.optimizer.init(shared),
@@ -185,8 +187,12 @@ def _keep_books(desk: Desk, ledger: Ledger, sums: Sums, verdicts: Verdict, plan:
                 deficit=update_deficit(
                     ledger.deficit[g], given, share=desk.share, decay=desk.deficit_decay
                 ).astype(jnp.float32),
-                norms=ledger.norms,
+                norms=(),
+                profile=(),
             )
         )
-    stacked: Ledger = jax.tree.map(lambda *x: jnp.stack(x), *(b._replace(norms=()) for b in books))
-    return stacked._replace(norms=ledger.norms)
+    stacked: Ledger = jax.tree.map(lambda *x: jnp.stack(x), *books)
+    profile = ledger.profile
+    if desk.fitness.sketched:
+        profile = learn_profile(profile, plan.clients, verdicts.sketch, verdicts.accepted)
+    return stacked._replace(norms=ledger.norms, profile=profile)

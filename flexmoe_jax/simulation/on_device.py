@@ -103,6 +103,9 @@ def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
         raise InputError("per_round", per_round, f"give 0 (all) to {clients}")
     if not federation.desk.load.equal:
         raise InputError("assignment.load", "weighted", "on the device give the load model clients")
+    if federation.fitness.affinity:
+        remedy = "not on the device: give 0"
+        raise InputError("fitness.affinity", federation.fitness.affinity, remedy)
     if federation.groups > 1:
         raise InputError("assignment.layers", federation.layers, "on the device give same")
     if federation.admission.private and not federation.admission.simulated_noise:
@@ -116,7 +119,7 @@ def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
     floor = setting.floor._replace(rows=size, block_size=block_size)
 
     def run_round(state: State, data: ClientData) -> tuple[State, DeviceReport]:
-        ledger = jax.tree.map(lambda x: x[0], state.server.ledger._replace(norms=()))
+        ledger = jax.tree.map(lambda x: x[0], state.server.ledger._replace(norms=(), profile=()))
         round_key = jax.random.fold_in(state.server.key, state.server.round)
         keys = jax.random.split(jax.random.fold_in(round_key, _PLANNING), 3)
         cohort = draw_cohort(keys[0], clients, size)

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flexmoe_jax import client, server
 from flexmoe_jax.assignment import Solution
 from flexmoe_jax.data import About, ClientData
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.simulation.blocks import (
     client_mesh,
@@ -138,6 +139,7 @@ def simulate(
         np.asarray(federation.capacity, np.int64),
         np.asarray(data.label_share) if data.label_share.shape[1] else None,
         federation.seed,
+        _given_profile(federation, data),
     )
     jitted = partial(jax.jit, out_shardings=everywhere)
     return Simulation(
@@ -148,6 +150,22 @@ def simulate(
         evaluate=jitted(partial(evaluate, federation, mesh)),
         setting=Setting(floor, np.asarray(federation.capacity, np.int64), steps, federation),
     )
+
+
+def _given_profile(federation: Federation, data: ClientData) -> np.ndarray | None:
+    """(C, F) what is known of clients beforehand, less its mean; None where updates are to tell.
+
+    Raises:
+      InputError: nothing is known of them.
+    """
+    if not federation.fitness.affinity or federation.fitness.profile != "given":
+        return None
+    known = np.asarray(data.label_share if data.owns is None else data.owns, np.float64)
+    if not known.shape[1]:
+        remedy = "nothing is known of clients beforehand: give updates"
+        raise InputError("fitness.profile", "given", remedy)
+    share = known / np.maximum(known.sum(axis=1, keepdims=True), 1e-12)
+    return np.asarray(share - share.mean(axis=0))
 
 
 def init(federation: Federation, key: Key) -> State:
@@ -313,7 +331,9 @@ def _train_cohort(
             )
             arrived = _deliver(site, upload, down, row)
             slots = {layer: row.slots[group] for layer, group in site.group.items()}
-            update, verdict = server.admit(desk.admission, arrived, slots, row.steps, limits)
+            update, verdict = server.admit(
+                desk.admission, arrived, slots, row.steps, limits, desk.fitness.sketched
+            )
             return update, (client.settle(own, after, verdict.accepted), verdict)
 
         zero = aggregator.zero(begun.shared, begun.experts, len(plan.clients), floor.slots)

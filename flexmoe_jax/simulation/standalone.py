@@ -102,7 +102,7 @@ def of_all(federation: Federation, begun: Server) -> tuple[Params, Held]:
     """The parameters of all experts together, where none stay with clients."""
     every = jnp.ones(federation.layout.experts, bool)
     held = dict.fromkeys(federation.layout.layers, every)
-    return Params(begun.shared, begun.experts, {}, {}), held
+    return federation.layout.assembled(Params(begun.shared, begun.experts, {}, {})), held
 
 
 def own_outputs(federation: Federation, outputs: PyTree, log_share: Array | None) -> PyTree:

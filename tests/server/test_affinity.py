@@ -1,0 +1,121 @@
+"""Affinity: who is alike is told by updates, and experts go to those who are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexmoe_jax.server.affinity import affinity, learn_profile, sketch
+
+
+def mixed_profiles(
+    rng: np.random.Generator, clients: int, kinds: int, held: int, noise: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(C, F) profiles of clients with `held` kinds of data each, and which these are (C, kinds)."""
+    deck = np.concatenate([rng.permutation(kinds) for _ in range(clients * held // kinds + 1)])
+    owns = np.zeros((clients, kinds), bool)
+    for c in range(clients):
+        fresh = [k for k in dict.fromkeys(deck) if not owns[c, k]][:held]
+        owns[c, fresh] = True
+        for k in fresh:
+            deck = np.delete(deck, np.flatnonzero(deck == k)[0])
+    of_kind = rng.normal(size=(kinds, 64))
+    profiles = owns @ of_kind / held
+    return profiles - profiles.mean(axis=0) + noise * rng.normal(size=(clients, 64)), owns
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_clients_of_a_kind_are_given_an_expert_of_their_own(held: int) -> None:
+    rng = np.random.default_rng(3)
+    profiles, owns = mixed_profiles(rng, 24, 6, held, noise=0.05)
+    like = affinity(profiles, np.zeros((1, 24, 6)), np.full(24, held), seed=0)[0]
+    top = np.argsort(-like, axis=1)[:, :held]
+    chosen = np.zeros_like(owns)
+    np.put_along_axis(chosen, top, values=True, axis=1)
+    # Each kind's clients, and no others, have one expert in common.
+    assert {tuple(column) for column in chosen.T} == {tuple(column) for column in owns.T}
+    assert like.max() > 0.5
+
+
+def test_profiles_without_structure_count_for_nothing() -> None:
+    rng = np.random.default_rng(0)
+    like = affinity(rng.normal(size=(60, 64)), np.zeros((1, 60, 8)), np.full(60, 2), seed=0)
+    assert like.max() < 0.05
+
+
+def test_an_expert_keeps_the_clients_that_have_used_it() -> None:
+    rng = np.random.default_rng(1)
+    profiles, owns = mixed_profiles(rng, 24, 6, 2, noise=0.05)
+    usage = np.stack([owns, owns[:, ::-1]]) * 100.0
+    like = affinity(profiles, usage, np.full(24, 2), seed=5)
+    np.testing.assert_array_equal(like[0] > 0.3, owns)
+    np.testing.assert_array_equal(like[1] > 0.3, owns[:, ::-1])
+
+
+def test_nothing_is_said_of_clients_that_are_not_known_or_hold_nothing() -> None:
+    rng = np.random.default_rng(2)
+    profiles, _ = mixed_profiles(rng, 24, 6, 2, noise=0.05)
+    profiles[3] = 0
+    capacity = np.full(24, 2)
+    capacity[4] = 0
+    like = affinity(profiles, np.zeros((1, 24, 6)), capacity, seed=0)[0]
+    assert not like[3:5].any()
+    assert (like.max(axis=1) > 0.3).sum() == 22
+
+
+def test_fewer_known_clients_than_experts_tell_nothing() -> None:
+    profiles = np.zeros((24, 64))
+    profiles[:5] = np.eye(5, 64)
+    assert not affinity(profiles, np.zeros((1, 24, 6)), np.full(24, 2), seed=0).any()
+
+
+def test_clients_with_more_room_take_part_in_more_centres() -> None:
+    rng = np.random.default_rng(4)
+    profiles, _ = mixed_profiles(rng, 30, 6, 1, noise=0.02)
+    capacity = np.where(np.arange(30) % 2, 1, 3)
+    like = affinity(profiles, np.zeros((1, 30, 6)), capacity, seed=0)[0]
+    assert like.shape == (30, 6)
+    assert ((like >= 0) & (like <= 1)).all()
+    assert (like.sum(axis=1) <= capacity + 1e-9).all()
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31), factor=st.floats(1e-3, 1e3))
+def test_profiles_may_be_of_any_length(seed: int, factor: float) -> None:
+    rng = np.random.default_rng(seed)
+    profiles, _ = mixed_profiles(rng, 12, 3, 1, noise=0.1)
+    usage, room = rng.random((1, 12, 4)), np.ones(12, np.int64)
+    np.testing.assert_allclose(
+        affinity(factor * profiles, usage, room, seed=0),
+        affinity(profiles, usage, room, seed=0),
+        atol=1e-6,
+    )
+
+
+def test_a_sketch_keeps_angles_between_updates() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 40_000)).astype(np.float32)
+    cosine = lambda a, b: float(a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b))  # noqa: E731
+    for share in (0.0, 0.5, 1.0):
+        mixed = share * one + (1 - share) * other
+        kept = [sketch({"a": jnp.asarray(x)}, 2048) for x in (one, mixed)]
+        assert cosine(*kept) == pytest.approx(cosine(jnp.asarray(one), jnp.asarray(mixed)), abs=0.1)
+
+
+def test_every_array_of_an_update_is_heard() -> None:
+    loud, quiet = jnp.ones(100) * 1e6, jnp.arange(30.0)
+    both = sketch({"a": loud, "b": quiet}, 16)
+    np.testing.assert_allclose(both, sketch({"a": loud * 1e-6, "b": quiet * 7}, 16), rtol=1e-5)
+    assert sketch({"a": loud}, 0).shape == (0,)
+    assert not sketch({"a": jnp.zeros(5)}, 16).any()
+
+
+def test_a_profile_adds_up_what_differs_from_the_cohort() -> None:
+    sketches = jnp.array([[4.0, 0.0], [0.0, 0.0], [50.0, 9.0], [7.0, 7.0]])
+    clients = jnp.array([2, 0, 1, 3])  # 3 is padding.
+    accepted = jnp.array([True, True, False, False])
+    learnt = jax.jit(learn_profile)(jnp.ones((3, 2)), clients, sketches, accepted)
+    # The mean of those let in is (2, 0): one lies a length of 1 to either side.
+    np.testing.assert_allclose(learnt, [[0, 1], [1, 1], [2, 1]])
