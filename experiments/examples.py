@@ -16,6 +16,7 @@ from flexmoe_jax.types import Array
 # What personal figures are measured on.
 OWN_EXAMPLES = "clients' own test examples"
 OWN_DOMAINS = "test text of each client's own domains"
+OWN_RULES = "test examples of each client's own rules and classes"
 COMMON_EXAMPLES = "common test set, weighted to each client's label shares"
 
 
@@ -72,6 +73,9 @@ def load_examples(config: ConfigDict) -> Examples:
 
 def _of_everybody(config: ConfigDict) -> Examples:
     text = config.data.name in (data.TEXT, data.TOPICS)
+    if text and config.partition.rule != "none":
+        remedy = "rules are of labelled pictures: choose none"
+        raise InputError("partition.rule", config.partition.rule, remedy)
     if text != (config.task.name == "next_token"):
         remedy = "text takes next_token" if text else f"is learnt from text: data.name={data.TEXT}"
         raise InputError("task.name", config.task.name, remedy)
@@ -84,22 +88,31 @@ def _of_everybody(config: ConfigDict) -> Examples:
 
 
 def _images(config: ConfigDict) -> Examples:
-    dataset, parts = load_partitioned(config)
-    owner, trained = test_owner(dataset, config.partition.name), dataset.train_images
+    read_as, parts = load_partitioned(config)
+    dataset, owns, notes = read_as, None, notes_on(read_as, config.partition.name)
+    owner, personal = test_owner(dataset, config.partition.name), COMMON_EXAMPLES
+    if owner is not None:
+        personal = OWN_EXAMPLES
+    if config.partition.rule != "none":
+        options = read(data.PartitionOptions, config)
+        dataset, owner, owns, ceiling = data.follow_rules(options, read_as, parts, config.seed)
+        personal, notes = OWN_RULES, (*notes, *notes_on_rules(config.partition.rule, ceiling))
+    trained = dataset.train_images
     if config.clients.newcomers:
         # Nothing of theirs is known before they come, their pixels' mean and deviation included.
         numbers, _ = split_clients(config)
         trained = trained[np.sort(np.concatenate([parts[c] for c in numbers]))]
+    clients = data.build_clients(dataset, parts, place=np.asarray)
     return Examples(
-        clients=data.build_clients(dataset, parts, place=np.asarray),
+        clients=clients.replace(owns=owns),  # type: ignore[attr-defined]
         test={"images": dataset.test_images, "labels": dataset.test_labels.astype(np.int32)},
         group=owner,
         classes=dataset.classes,
         counts=data.label_counts(dataset.train_labels, parts, dataset.num_classes),
         prepare=data.standardise(trained),
-        hashes=data.fingerprint(dataset),
-        personal=OWN_EXAMPLES if owner is not None else COMMON_EXAMPLES,
-        notes=notes_on(dataset, config.partition.name),
+        hashes=data.fingerprint(read_as),
+        personal=personal,
+        notes=notes,
     )
 
 
@@ -134,6 +147,17 @@ def _text(config: ConfigDict) -> Examples:
         prepare=lambda tokens: tokens,
         hashes={name: data.digest(array) for name, array in read.items()},
         personal=OWN_DOMAINS,
+    )
+
+
+def notes_on_rules(name: str, ceiling: float) -> tuple[str, ...]:
+    """Says what no model can do that is the same for all clients."""
+    if ceiling == 1:
+        return ()
+    return (
+        f"partition.rule={name}: the same picture has another label under every rule, so that a "
+        "model that knows the picture alone is right on at most "
+        f"{100 * ceiling:.1f} % of the common test set",
     )
 
 

@@ -1,4 +1,4 @@
-"""Where clients differ in what is true of the same input: each has texts of some of eight languages.
+"""Where clients differ in what is true of the same input: texts in some of eight languages each.
 
     python -m experiments.sweep --study=experiments/studies/domains.py --data_dir=FOLDER \
         --workdir=runs/domains

@@ -17,6 +17,7 @@ from flexmoe_jax.data.clients import (
 from flexmoe_jax.data.fingerprint import digest, fingerprint
 from flexmoe_jax.data.partition import PARTITIONS, check, partition, skewed
 from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, natural, shards
+from flexmoe_jax.data.rules import Ruled, follow_rules
 from flexmoe_jax.data.sources import Dataset, load
 from flexmoe_jax.data.standardise import Standardisation, doubts, standardise
 from flexmoe_jax.data.text import (
@@ -45,6 +46,7 @@ __all__ = [
     "Feed",
     "PartitionOptions",
     "Partitioner",
+    "Ruled",
     "Standardisation",
     "build_clients",
     "check",
@@ -59,6 +61,7 @@ __all__ = [
     "feed_cohorts",
     "fingerprint",
     "flip",
+    "follow_rules",
     "iid",
     "join",
     "k_class",

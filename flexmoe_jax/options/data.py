@@ -49,6 +49,13 @@ class PartitionOptions(Options, section="partition"):
         0.0, "spread of client sizes on top of any partition; 0 for none", least=0
     )
     min_per_client: int = option(10, "examples", least=1)
+    rule: str = option(
+        "none",
+        "what differs between clients in the same picture, on top of any partition: how it is "
+        "turned (by 0 to 270 degrees), or what it is called (one of four permutations of labels)",
+        choices=("none", "turned", "relabelled"),
+    )
+    rules_per_client: int = option(1, "of four, that a client's examples follow", least=1, most=4)
     domains_per_client: int = option(2, "of domains: texts that each client has a run of", least=1)
     bytes_per_client: int = option(
         0,

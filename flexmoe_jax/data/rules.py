@@ -1,0 +1,145 @@
+"""Rules of clients' own: what is true of the same picture differs from client to client.
+
+Partitions make clients differ in which examples they have, and no more; here they differ in what a
+picture looks like (`turned`) or is called (`relabelled`), so that no one model can be right for
+all. Every rule is followed by as many clients as any other, up to one, and by as many test examples
+of each class.
+
+Axis legend: `C` clients, `M` examples, `R` rules, `Y` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from flexmoe_jax.data.sources import Dataset
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.data import PartitionOptions
+
+RULES = 4
+"""R: pictures turned by 0, 90, 180 or 270 degrees, or labels by one of as many permutations."""
+
+# Name of a draw from a seed.
+_DRAW = 0x2175
+
+
+class Ruled(NamedTuple):
+    """A data set whose examples follow rules.
+
+    Attributes:
+      dataset: changed by the rules.
+      group: (M,) int32 of the test examples: rule · Y + class.
+      owns: (C, R · Y) bool, the groups that each client trains on, and whose test examples are its
+        own.
+      ceiling: the greatest accuracy on the test set that one model can reach which is the same for
+        all clients; 1 where pictures show their rule.
+    """
+
+    dataset: Dataset
+    group: np.ndarray
+    owns: np.ndarray
+    ceiling: float
+
+
+def follow_rules(
+    options: PartitionOptions, dataset: Dataset, parts: Sequence[np.ndarray], seed: int
+) -> Ruled:
+    """Gives clients rules, and changes their examples, and the test examples, by them.
+
+    Args:
+      options: which rules, and how many a client follows.
+      dataset: as it was read.
+      parts: for each of the C clients its training examples, increasing.
+      seed: the same seed gives the same rules.
+
+    Raises:
+      InputError: pictures that cannot be turned, or fewer classes than rules.
+    """
+    _check(options, dataset)
+    rng = np.random.default_rng([seed, _DRAW])
+    of_clients = deal_rules(len(parts), options.rules_per_client, rng)
+    train = np.zeros(len(dataset.train_labels), np.int32)
+    for part, followed in zip(parts, of_clients, strict=True):
+        train[rng.permutation(part)] = np.resize(followed, len(part))
+    test = np.empty(len(dataset.test_labels), np.int32)
+    for label in np.unique(dataset.test_labels):
+        rows = rng.permutation(np.flatnonzero(dataset.test_labels == label))
+        test[rows] = np.arange(len(rows)) % RULES
+    order = rng.permutation(dataset.num_classes)
+    if options.rule == "turned":
+        changed = replace(
+            dataset,
+            train_images=turn(dataset.train_images, train),
+            test_images=turn(dataset.test_images, test),
+        )
+    else:
+        changed = replace(
+            dataset,
+            train_labels=relabel(dataset.train_labels, train, order),
+            test_labels=relabel(dataset.test_labels, test, order),
+        )
+    classes = dataset.num_classes
+    owns = np.zeros((len(parts), RULES * classes), bool)
+    for own, part in zip(owns, parts, strict=True):
+        own[train[part] * classes + changed.train_labels[part]] = True
+    ceiling = 1.0
+    if options.rule == "relabelled":
+        ceiling = _agreement(dataset.test_labels, changed.test_labels)
+    group = (test * classes + changed.test_labels).astype(np.int32)
+    return Ruled(changed, group, owns, ceiling)
+
+
+def deal_rules(clients: int, per_client: int, rng: np.random.Generator) -> np.ndarray:
+    """(C, per_client) int: different rules for each client, each rule as often up to one."""
+    count, dealt = np.zeros(RULES, int), np.empty((clients, per_client), int)
+    for client in rng.permutation(clients):
+        dealt[client] = np.lexsort((rng.random(RULES), count))[:per_client]
+        count[dealt[client]] += 1
+    return dealt
+
+
+def turn(images: np.ndarray, rule: np.ndarray) -> np.ndarray:
+    """Images (M, side, side, ...), each turned by its rule (M,) times 90 degrees."""
+    turned = images.copy()
+    for times in range(1, RULES):
+        chosen = rule == times
+        turned[chosen] = np.rot90(images[chosen], times, axes=(1, 2))
+    return turned
+
+
+def relabel(labels: np.ndarray, rule: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Labels (M,), each moved on by its rule (M,) along an order (Y,) of the classes.
+
+    Two rules never agree on a label.
+    """
+    place = np.argsort(order)
+    moved = order[(place[labels] + rule) % len(order)]
+    return np.asarray(moved, labels.dtype)
+
+
+def _agreement(before: np.ndarray, after: np.ndarray) -> float:
+    """Part of the labels after that the best function of those before can tell."""
+    pairs = np.stack([before, after])
+    kinds, count = np.unique(pairs, axis=1, return_counts=True)
+    most = [count[kinds[0] == label].max() for label in np.unique(before)]
+    return float(np.sum(most) / len(before))
+
+
+def _check(options: PartitionOptions, dataset: Dataset) -> None:
+    name, shape = options.rule, dataset.image_shape
+    if options.rules_per_client > RULES:
+        remedy = f"there are {RULES} rules: choose 1 to {RULES}"
+        raise InputError("partition.rules_per_client", options.rules_per_client, remedy)
+    if options.name == "natural":
+        remedy = "natural clients' examples are what they are: choose none, or another partition"
+        raise InputError("partition.rule", name, remedy)
+    if name == "turned" and not (len(shape) == 3 and shape[0] == shape[1]):
+        remedy = f"examples of shape {shape} are no square pictures"
+        raise InputError("partition.rule", name, remedy)
+    if name == "relabelled" and dataset.num_classes < RULES:
+        remedy = f"{RULES} rules need as many classes, and there are {dataset.num_classes}"
+        raise InputError("partition.rule", name, remedy)
