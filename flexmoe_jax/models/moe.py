@@ -52,6 +52,13 @@ def route(logits: Array, held: Array, top_k: int = 1) -> Routing:
     return Routing(logits, probability, selected, combine)
 
 
+def mean_so_far(x: Array) -> Array:
+    """Of tokens (B, S, D) the mean of each and all before it, brought to a mean square of 1."""
+    count = jnp.arange(1, x.shape[1] + 1, dtype=x.dtype)
+    mean = jnp.einsum("st,btd->bsd", jnp.tri(x.shape[1], dtype=x.dtype) / count[:, None], x)
+    return mean * lax.rsqrt((mean**2).mean(axis=-1, keepdims=True) + 1e-6)
+
+
 def expert_mlp(experts: PyTree, x: Array) -> Array:
     """Applies every stacked expert D→H→D to every example.
 
@@ -154,6 +161,8 @@ class MoELayer(nn.Module):
         gate (DeepSeekMoE, arXiv 2401.06066).
       whole: whether all of an example goes the same way, by the mean of its features: all pixels of
         a picture.
+      context: of tokens (B, S, D), whether gates see each token together with the mean of all up to
+        it: what a text is of shows in many tokens, and hardly in one.
       with_router: whether the layer also has a gate over all E experts that everybody shares, which
         learns where each client's own gate sends what; with it all experts make one model.
     """
@@ -163,6 +172,7 @@ class MoELayer(nn.Module):
     top_k: int = 1
     shared_experts: int = 0
     whole: bool = False
+    context: bool = False
     with_router: bool = False
 
     def setup(self) -> None:
@@ -179,6 +189,8 @@ class MoELayer(nn.Module):
         # Not by the length of a batch, which is unknown where a model is exported.
         places = math.prod(x.shape[1:-1]) if self.whole else 1
         routed = x.mean(axis=tuple(range(1, x.ndim - 1))) if self.whole else x
+        if self.context:
+            routed = x + mean_so_far(x)
         into_gate = routed.reshape(-1, x.shape[-1])
         logits = self.gate(into_gate)
         held: Any = jnp.ones(logits.shape[-1:], bool)

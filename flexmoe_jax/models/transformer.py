@@ -151,6 +151,7 @@ class Transformer(nn.Module):
                 self.hidden,
                 self.top_k,
                 self.shared_experts,
+                context=True,
                 with_router=self.router,
                 parent=None,
             )

@@ -24,6 +24,7 @@ from flexmoe_jax.models import (
     lay_out,
     route,
 )
+from flexmoe_jax.models.moe import mean_so_far
 from flexmoe_jax.types import PyTree
 
 IMAGES = jnp.ones((1, 2, 2, 1))
@@ -193,3 +194,20 @@ def test_a_personal_mixture_by_hand():
     weight = jax.nn.softmax(logits)
     expected = weight[:, :1] * shared + weight[:, 1:] * local
     assert jnp.allclose(model.apply(variables, x), expected, atol=1e-6)
+
+
+def test_gates_see_the_mean_so_far_by_hand():
+    x = jnp.array([[[3.0, 0.0], [1.0, 4.0], [-1.0, 2.0]]])
+    # Means (3, 0), (2, 2), (1, 2); mean squares 4.5, 4, 2.5.
+    expected = [[3 / 4.5**0.5, 0], [1, 1], [1 / 2.5**0.5, 2 / 2.5**0.5]]
+    np.testing.assert_allclose(mean_so_far(x)[0], expected, rtol=1e-5)
+
+
+def test_a_gate_with_context_does_not_look_ahead():
+    layer = MoELayer(3, hidden=4, context=True)
+    x = jax.random.normal(jax.random.key(0), (1, 6, 5))
+    params = layer.init(jax.random.key(1), x)["params"]
+    run = lambda x: layer.apply({"params": params}, x, mutable=["routing"])  # noqa: E731
+    later = x.at[:, 4:].add(1.0)
+    for before, after in zip(jax.tree.leaves(run(x)), jax.tree.leaves(run(later)), strict=True):
+        np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-6)
