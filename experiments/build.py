@@ -171,9 +171,7 @@ def make_task(name: str) -> Task:
 def make_policy(options: AssignmentOptions, load: str) -> assignment.Policy:
     """Who holds which expert."""
     given = asdict(options)
-    for name in ("policy", "layers", "load", "deficit_decay"):
-        del given[name]
-    return assignment.make_policy(options.policy, weighted=load != "clients", **given)
+    return assignment.make_policy(given.pop("policy"), weighted=load != "clients", **given)
 
 
 def model_maker(config: ConfigDict) -> Callable[[Examples], models.Model]:

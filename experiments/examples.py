@@ -72,14 +72,15 @@ def load_examples(config: ConfigDict) -> Examples:
 
 
 def _of_everybody(config: ConfigDict) -> Examples:
-    text = config.data.name in (data.TEXT, data.TOPICS)
-    if text and config.partition.rule != "none":
+    name, told = config.data.name, config.task.name == "next_token"
+    if told and data.is_pictures(name):
+        raise InputError("task.name", "next_token", f"is learnt from text: data.name={data.TEXT}")
+    if name in (data.TEXT, data.TOPICS) and not told:
+        raise InputError("task.name", config.task.name, "text takes next_token")
+    if told and config.partition.rule != "none":
         remedy = "rules are of labelled pictures: choose none"
         raise InputError("partition.rule", config.partition.rule, remedy)
-    if text != (config.task.name == "next_token"):
-        remedy = "text takes next_token" if text else f"is learnt from text: data.name={data.TEXT}"
-        raise InputError("task.name", config.task.name, remedy)
-    if text:
+    if told:
         return _text(config)
     if config.partition.name == "domains":
         remedy = f"deals out text (data.name={data.TEXT}); choose another"
@@ -117,11 +118,7 @@ def _images(config: ConfigDict) -> Examples:
 
 
 def _text(config: ConfigDict) -> Examples:
-    topics, options = config.data.name == data.TOPICS, config.partition
-    if not topics and not config.data.dir:
-        remedy = "name a folder of *.txt files, one a domain, or a .jsonl file"
-        raise InputError("data.dir", config.data.dir, remedy)
-    corpus = data.python_topics() if topics else data.read_corpus(config.data.dir)
+    corpus, options = data.load_corpus(read(data.DataOptions, config)), config.partition
     if options.name != "domains":
         remedy = "text is dealt out by domains: set partition.name=domains"
         raise InputError("partition.name", options.name, remedy)
@@ -133,10 +130,11 @@ def _text(config: ConfigDict) -> Examples:
         bytes_per_client=options.bytes_per_client,
         seed=config.seed,
     ).limited(config.data.train_limit, config.data.test_limit)
-    read = {
+    texts = (*corpus.texts, *corpus.tests)
+    known = {
         "domains": np.asarray(corpus.names),
-        "bytes": np.asarray([len(text) for text in corpus.texts], np.int64),
-        "texts": np.concatenate(corpus.texts),
+        "bytes": np.asarray([len(text) for text in texts], np.int64),
+        "texts": np.concatenate(texts),
     }
     return Examples(
         clients=data.join({"tokens": dealt.train}, dealt.parts, None, dealt.owns, np.asarray),
@@ -145,7 +143,7 @@ def _text(config: ConfigDict) -> Examples:
         classes=corpus.names,
         counts=dealt.counts(),
         prepare=lambda tokens: tokens,
-        hashes={name: data.digest(array) for name, array in read.items()},
+        hashes={name: data.digest(array) for name, array in known.items()},
         personal=OWN_DOMAINS,
     )
 

@@ -33,6 +33,7 @@ from flexmoe_jax.assignment.problem import (
 )
 from flexmoe_jax.assignment.solution import Solution, make_solution
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.assignment import AssignmentOptions
 
 # Noise that breaks ties between clients fairly, and the clients that are enough to tell what it is
 # a part of.
@@ -79,26 +80,24 @@ class Request:
 Policy = Callable[[Request], Solution]
 
 
+PLAIN = AssignmentOptions(exploration=0.0)
+"""Options of `flex` where none are given: those of a config, but without noise on the fitness.
+
+A policy that is called by itself answers by the fitness alone, as the paper's does; the noise is
+for rounds of training, whose experts are to meet the data of many clients."""
+
+
 def flex(
-    request: Request,
-    *,
-    slack: float = 0.1,
-    solver: str = "auto",
-    rounding: str = "repair",
-    backend: str = "HIGHS",
-    share: FloatArray | None = None,
-    holders_min: int = 0,
-    balance: float = 0.0,
-    diversity: float = 0.0,
-    movement: float = 0.0,
-    exploration: float = 0.0,
-    exploration_rounds: int = 0,
-    time_limit: float = 60.0,
+    request: Request, *, options: AssignmentOptions = PLAIN, share: FloatArray | None = None
 ) -> Solution:
     """FLEX-MoE: greatest fitness with every expert's load close to what it is owed.
 
-    The arguments are those of `make_policy`.
+    Args:
+      request: what is known of the round.
+      options: of the assignment.
+      share: [E] part of the load meant for each expert; default: the same for all.
     """
+    diversity, exploration = options.diversity, options.exploration
     if diversity and request.descriptor is None:
         raise InputError("assignment.diversity", diversity, "needs a descriptor of the clients")
     experts = request.fitness.shape[1]
@@ -106,24 +105,24 @@ def flex(
     low, high = load_bounds(
         request.capacity,
         deficit,
-        slack=slack,
+        slack=options.slack,
         load_weight=request.load_weight,
         share=share,
         load=request.load,
     )
-    if exploration_rounds:
-        exploration *= 1 - min(request.round / exploration_rounds, 1)
-    fitness = _worth(request, movement, exploration)
+    if options.exploration_rounds:
+        exploration *= 1 - min(request.round / options.exploration_rounds, 1)
+    fitness = _worth(request, options.movement, exploration)
     problem = Problem(
         fitness,
         request.capacity,
         low,
         high,
         request.load_weight,
-        holders_min=holders_min,
+        holders_min=options.holders_min,
         # Where the load is meant to go: the middle of the bounds.
         target=0.5 * (low + high),
-        balance=balance,
+        balance=options.balance,
         descriptor=request.descriptor,
         diversity=diversity,
     )
@@ -131,11 +130,11 @@ def flex(
     try:
         found = solve(
             replace(problem, fitness=fitness + noise),
-            solver,
-            rounding,
+            options.solver,
+            options.rounding,
             seed=request.seed,
-            backend=backend,
-            time_limit=time_limit,
+            backend=options.backend,
+            time_limit=options.time_limit,
         )
     except SolverError as error:
         return replace(_even(request, problem, deficit), status=f"fallback: {error}")

@@ -21,7 +21,7 @@ Axis legend: `C` clients, `E` experts, `F` numbers that describe a client, `K` e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,7 +77,7 @@ def ascend_prices(
     for most, warm, cold, steps in _STAGES:
         part = slice(None, None, max(1, min(most, clients // _SAMPLE)))
         scale = xp.sum(weight[part].mean(axis=1) * capacity[part]) / total
-        prices = _newton(
+        sample = _Sample(
             worth[part],
             capacity[part],
             low * scale,
@@ -85,10 +85,9 @@ def ascend_prices(
             weight[part],
             descriptor[part],
             share,
-            slots,
-            prices,
-            np.geomspace(warm, cold, steps).astype(dtype),
         )
+        temperatures = np.geomspace(warm, cold, steps).astype(dtype)
+        prices = _newton(sample, slots, prices, temperatures)
     # Below the last temperature a price is noise, and nil is the one that leaves bounds free.
     load = xp.where(xp.abs(prices.load) > _FINE, prices.load, 0.0)
     return Prices(load * span / unit, prices.mix * span)
@@ -129,19 +128,31 @@ def _consistent(
     return low, high
 
 
-def _newton(
-    worth: Array,
-    capacity: Array,
-    low: Array,
-    high: Array,
-    weight: Array,
-    descriptor: Array,
-    share: Array,
-    slots: int | None,
-    start: Prices,
-    temperatures: Array,
-) -> Prices:
+class _Sample(NamedTuple):
+    """What the dual of some of the clients is made of, in units near 1.
+
+    Attributes:
+      worth: [C, E] fitness.
+      capacity: [C].
+      low: [E] least load, scaled to these clients.
+      high: [E] the most.
+      weight: [C, E] load of each holder.
+      descriptor: [C, F].
+      share: most that a price of the mix can be.
+    """
+
+    worth: Array
+    capacity: Array
+    low: Array
+    high: Array
+    weight: Array
+    descriptor: Array
+    share: Array
+
+
+def _newton(sample: _Sample, slots: int | None, start: Prices, temperatures: Array) -> Prices:
     """One Newton step on the smoothed dual for each temperature in turn."""
+    worth, capacity, low, high, weight, descriptor, share = sample
     xp = worth.__array_namespace__()
     experts = worth.shape[1]
     # Clients with nothing to choose have no threshold; they only add a constant load.

@@ -18,7 +18,7 @@ from flexmoe_jax.data.fingerprint import digest, fingerprint
 from flexmoe_jax.data.partition import PARTITIONS, check, partition, skewed
 from flexmoe_jax.data.partitioners import Partitioner, dirichlet, iid, k_class, natural, shards
 from flexmoe_jax.data.rules import Ruled, follow_rules
-from flexmoe_jax.data.sources import Dataset, load
+from flexmoe_jax.data.sources import Dataset, is_pictures, load, load_corpus
 from flexmoe_jax.data.standardise import Standardisation, doubts, standardise
 from flexmoe_jax.data.text import (
     TEXT,
@@ -63,10 +63,12 @@ __all__ = [
     "flip",
     "follow_rules",
     "iid",
+    "is_pictures",
     "join",
     "k_class",
     "label_counts",
     "load",
+    "load_corpus",
     "natural",
     "partition",
     "python_topics",

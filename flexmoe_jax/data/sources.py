@@ -1,4 +1,4 @@
-"""Data sets as arrays in the host's memory: the embedded digits, one's own arrays, and TFDS's."""
+"""Data sets in the host's memory: embedded digits, arrays and texts of one's own, and TFDS's."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from flexmoe_jax.data import decode, layout, npz_source, tfds_source
 from flexmoe_jax.data.apportion import apportion
 from flexmoe_jax.data.cache import Arrays, cached, default_folder
+from flexmoe_jax.data.text import TEXT, TOPICS, Corpus, corpus_of, python_topics, read_corpus
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.data import DataOptions
 
@@ -143,6 +144,31 @@ def load(
     return dataset
 
 
+def is_pictures(name: str) -> bool:
+    """Whether `data.name` tells by itself that there is no text in it."""
+    return name == layout.EMBEDDED or name.endswith(npz_source.SUFFIX)
+
+
+def load_corpus(options: DataOptions) -> Corpus:
+    """Loads texts.
+
+    `python_topics` is the help text of the Python installation, a topic a domain; `text` a folder
+    or `.jsonl` file (see `read_corpus`). Any other name is a TFDS data set with a text feature
+    (`tiny_shakespeare`, `ag_news_subset`), whose domains are the values of the feature
+    `options.domain` (its class label, if none is named), and whose test texts those of its own test
+    split.
+
+    Raises:
+      InputError: for texts that are missing or unfit.
+    """
+    if options.name == TOPICS:
+        return python_topics()
+    if options.name == TEXT:
+        return read_corpus(options.dir)
+    folder = _prepared_folder(options)
+    return corpus_of(*tfds_source.read_text(options.name, folder, options.domain), folder)
+
+
 def stratified_sample(
     labels: np.ndarray, limit: int, rng: np.random.Generator
 ) -> np.ndarray | slice:
@@ -204,15 +230,7 @@ def _prepared(
 ) -> Dataset:
     """A data set in TFDS's format, from the cache when it holds these very files decoded."""
     name, image_size = options.name, options.image_size
-    reference = layout.parse(name)
-    folder = layout.data_folder(options.dir)
-    found = layout.find(folder, reference)
-    if found is None and options.download:
-        tfds_source.download(name, folder)
-        found = layout.find(folder, reference)
-    if found is None:
-        raise layout.missing(name, reference, folder)
-    version_folder = found.resolve()
+    reference, version_folder = layout.parse(name), _prepared_folder(options)
     # One file a copy of the data, so that a changed copy takes the old one's place.
     place = hashlib.sha256(f"{version_folder}|{image_size}".encode()).hexdigest()[:16]
     stem = "-".join(filter(None, [reference.base, reference.config, version_folder.name, place]))
@@ -222,6 +240,23 @@ def _prepared(
         lambda: tfds_source.read(name, version_folder, image_size, accept),
     )
     return _dataset(name, arrays)
+
+
+def _prepared_folder(options: DataOptions) -> Path:
+    """The folder of one version of a TFDS data set, downloaded if the options say so.
+
+    Raises:
+      InputError: it is not there.
+    """
+    name, folder = options.name, layout.data_folder(options.dir)
+    reference = layout.parse(name)
+    found = layout.find(folder, reference)
+    if found is None and options.download:
+        tfds_source.download(name, folder)
+        found = layout.find(folder, reference)
+    if found is None:
+        raise layout.missing(name, reference, folder)
+    return found.resolve()
 
 
 def _dataset(name: str, arrays: Arrays, notes: tuple[str, ...] = ()) -> Dataset:

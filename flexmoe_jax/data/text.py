@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from flexmoe_jax.data.apportion import fill
 from flexmoe_jax.errors import InputError
 
 TEXT, TOPICS = "text", "python_topics"
-"""Names that `data.name` takes: a folder or file of one's own, and Python's own help texts."""
+"""Names beside TFDS's that `data.name` takes: texts of one's own, and Python's own help texts."""
 
 # Bytes of a topic that is worth being a domain.
 _SHORTEST = 2_000
@@ -35,10 +35,21 @@ class Corpus(NamedTuple):
     Attributes:
       names: of the F domains: languages, authors, clients.
       texts: (bytes,) uint8 of each.
+      tests: the same of their test texts, where these are texts of their own; empty where they are
+        the last tenths of `texts`.
     """
 
     names: tuple[str, ...]
     texts: tuple[np.ndarray, ...]
+    tests: tuple[np.ndarray, ...] = ()
+
+    def apart(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """What is trained on and what is tested on, of each domain."""
+        if self.tests:
+            return self.texts, self.tests
+        ends = [len(text) - round(_TEST_SHARE * len(text)) for text in self.texts]
+        cut = list(zip(self.texts, ends, strict=True))
+        return tuple(text[:end] for text, end in cut), tuple(text[end:] for text, end in cut)
 
 
 class Dealt(NamedTuple):
@@ -100,15 +111,17 @@ def read_corpus(path: str | os.PathLike[str]) -> Corpus:
     Raises:
       InputError: no such folder or file, no text in it, or what is no UTF-8.
     """
+    remedy = "name a folder of *.txt files, one a domain, or a .jsonl file with text and client"
+    if not os.fspath(path):
+        raise InputError("data.dir", path, remedy)
     place = Path(os.path.expanduser(path))
     if place.is_dir():
         files = sorted(file for file in place.glob("*.txt") if file.is_file())
         if not files:
             raise InputError("data.dir", place, "the folder holds no *.txt file: one a domain")
-        return _corpus({file.stem: _utf8(file, file.read_bytes()) for file in files}, place)
+        return corpus_of({file.stem: _utf8(file, file.read_bytes()) for file in files}, {}, place)
     if place.suffix == ".jsonl" and place.is_file():
-        return _corpus(_by_client(place), place)
-    remedy = "name a folder of *.txt files, or a .jsonl file of objects with text and client"
+        return corpus_of(_by_client(place), {}, place)
     raise InputError("data.dir", place, f"there is no such folder or file: {remedy}")
 
 
@@ -117,14 +130,33 @@ def python_topics() -> Corpus:
     from pydoc_data.topics import topics
 
     texts = {name: text.encode() for name, text in topics.items() if len(text) >= _SHORTEST}
-    return _corpus(texts, Path("pydoc_data"))
+    return corpus_of(texts, {}, Path("pydoc_data"))
 
 
-def _corpus(texts: Mapping[str, bytes], place: Path) -> Corpus:
+def corpus_of(texts: Mapping[str, bytes], tests: Mapping[str, bytes], place: Path) -> Corpus:
+    """Texts by their domains' names, without those that are blank.
+
+    Args:
+      texts: of the domains.
+      tests: their test texts; none where these are to be the last tenths of `texts`.
+      place: where they are from, for messages.
+
+    Raises:
+      InputError: there is no text, or a test text of a domain without one to train on.
+    """
     kept = {name: text for name, text in sorted(texts.items()) if text.strip()}
     if not kept:
         raise InputError("data.dir", place, "there is no text in it")
-    return Corpus(tuple(kept), tuple(np.frombuffer(text, np.uint8) for text in kept.values()))
+    strange = sorted(tests.keys() - kept.keys())
+    if strange:
+        found = f"{place} has test texts of {strange[0]}, and none of it to train on"
+        raise InputError("data.domain", strange[0], f"{found}: choose another feature")
+    ends = [tests.get(name, b"") for name in kept] if tests else []
+    return Corpus(tuple(kept), *(_bytes(of) for of in (kept.values(), ends)))
+
+
+def _bytes(texts: Iterable[bytes]) -> tuple[np.ndarray, ...]:
+    return tuple(np.frombuffer(text, np.uint8) for text in texts)
 
 
 def _utf8(file: Path, content: bytes) -> bytes:
@@ -161,7 +193,8 @@ def deal_domains(
     """Gives every client some domains, and of each a run of its own.
 
     Domains are held by equally many clients (±1), and a domain's runs are disjoint. The last tenth
-    of every domain is its test text; a client's own test text is that of its domains.
+    of every domain is its test text, unless it has one of its own; a client's own test text is that
+    of its domains.
 
     Args:
       corpus: the texts.
@@ -183,9 +216,9 @@ def deal_domains(
     windows: list[np.ndarray] = []
     owner: list[np.ndarray] = []
     of: list[np.ndarray] = []
-    for f, text in enumerate(corpus.texts):
+    texts, ends = corpus.apart()
+    for f, train in enumerate(texts):
         holders = rng.permutation(np.flatnonzero(owns[:, f]))
-        train = text[: len(text) - round(_TEST_SHARE * len(text))]
         stride, size = _run_of(
             corpus.names[f], len(train), len(holders), length, bytes_per_client, domains_per_client
         )
@@ -194,12 +227,9 @@ def deal_domains(
             windows.append(cut)
             owner.append(np.full(len(cut), holder))
             of.append(np.full(len(cut), f, np.int32))
-    ends = [text[len(text) - round(_TEST_SHARE * len(text)) :] for text in corpus.texts]
     test = [_windows(end, length) for end in ends]
     if not any(map(len, test)):
-        longest = (
-            f"the test texts, last tenths of domains, have {max(map(len, ends))} bytes or fewer"
-        )
+        longest = f"the longest of the domains' test texts has {max(map(len, ends))} bytes"
         raise InputError("data.length", length, f"{longest}: choose a smaller one")
     everyone = np.concatenate(owner)
     return Dealt(

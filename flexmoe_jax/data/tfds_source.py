@@ -1,4 +1,4 @@
-"""Reads image classification data sets in TFDS's format, without TensorFlow."""
+"""Reads images with labels, and text, in TFDS's format, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from flexmoe_jax.data import decode, layout
 from flexmoe_jax.data.cache import Arrays
 from flexmoe_jax.data.tfds_metadata import check_metadata
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.reading import UnreadableError
+from flexmoe_jax.reading import UnreadableError, require_memory
 
 DEFAULT_IMAGE_SIZE = 32  # pixels a side, for data sets whose images vary in size
 _TEST_SPLITS = ("test", "validation")  # in order of preference
 _READ_AT_ONCE = 4096  # records
+
+Texts = dict[str, bytes]
 
 
 class _Columns(NamedTuple):
@@ -100,6 +102,52 @@ def read(
         "test_labels": test[1],
         "classes": np.array(classes),
     }
+
+
+class _Text(NamedTuple):
+    """Which features of an example of text are read.
+
+    Attributes:
+      text: key of the text feature.
+      domain: key of the feature whose value is the domain of a text; empty where all are of one.
+      names: of the domain feature's values, where these are numbers of a class.
+    """
+
+    text: str
+    domain: str
+    names: tuple[str, ...]
+
+
+def read_text(name: str, version_folder: Path, domain: str) -> tuple[Texts, Texts]:
+    """Reads the texts of a prepared data set.
+
+    Args:
+      name: the data set as the user called it, for messages.
+      version_folder: the folder of one prepared version.
+      domain: key of the feature whose values are the domains; empty for the class label where there
+        is one, else all text is one domain. Texts without a label (-1) are left out.
+
+    Returns:
+      Texts by domain, a line break after each: of the split `train`, and of `test`, or of
+      `validation` where that is missing; none where both are.
+
+    Raises:
+      InputError: for a data set that has no text, domain feature or train split, or that is
+        damaged.
+    """
+    with _quiet(), _refusing_damage(name, version_folder):
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(version_folder)
+        columns = _text_columns(name, builder.info, domain)
+        train = _read_texts(name, builder, "train", columns)
+        if not train:
+            has = ", ".join(builder.info.splits)
+            remedy = f"it has no text in a train split (it has {has}); choose another data set"
+            raise InputError("data.name", name, remedy)
+        tests = (_read_texts(name, builder, split, columns) for split in _TEST_SPLITS)
+        test = next((found for found in tests if found), {})
+    return train, test
 
 
 def download(name: str, folder: Path) -> None:
@@ -183,6 +231,60 @@ def _columns(name: str, info: Any, image_size: int) -> _Columns:
     )
 
 
+def _text_columns(name: str, info: Any, domain: str) -> _Text:
+    """Finds the text, and what tells its domain, in the metadata."""
+    import tensorflow_datasets as tfds
+
+    known = isinstance(info.features, tfds.features.FeaturesDict)
+    features = dict(sorted(info.features.items())) if known else {}
+    kinds = {key: one for key, one in features.items() if one.shape == ()}
+    texts = [key for key, one in kinds.items() if isinstance(one, tfds.features.Text)]
+    labels = [key for key, one in kinds.items() if isinstance(one, tfds.features.ClassLabel)]
+    telling = [
+        key for key, one in kinds.items() if key in texts or np.issubdtype(one.np_dtype, np.integer)
+    ]
+    if domain and domain not in telling:
+        remedy = f"{name} has no such feature; choose one of {', '.join(telling)}"
+        raise InputError("data.domain", domain, remedy)
+    candidates = [key for key in texts if key != domain]
+    chosen = [key for key in (*(info.supervised_keys or ()), "text") if key in candidates]
+    if len(candidates) > 1:
+        candidates = chosen[:1]
+    if not candidates:
+        remedy = f"next_token needs one text; its texts are {texts}; choose another data set"
+        raise InputError("data.name", name, remedy)
+    of = domain or (labels[0] if len(labels) == 1 else "")
+    return _Text(candidates[0], of, tuple(features[of].names or ()) if of in labels else ())
+
+
+def _read_texts(name: str, builder: Any, split: str, columns: _Text) -> Texts:
+    """Returns a split's texts by domain; none where it has none."""
+    if split not in builder.info.splits:
+        return {}
+    records = _records(name, builder, split)
+    require_memory(sum(Path(path).stat().st_size for path in builder.info.splits[split].filepaths))
+    found: dict[str, list[bytes]] = {}
+    for feature in _features(records):
+        domain = _domain(feature, columns)
+        if domain is not None:
+            text = feature[columns.text].bytes_list.value[0]
+            found.setdefault(domain, []).append(text + b"\n")
+    return {domain: b"".join(texts) for domain, texts in found.items()}
+
+
+def _domain(feature: Any, columns: _Text) -> str | None:
+    """The domain of an example; None for one without a label."""
+    if not columns.domain:
+        return "all"
+    value = feature[columns.domain]
+    if value.bytes_list.value:
+        return value.bytes_list.value[0].decode()
+    number = value.int64_list.value[0]
+    if not columns.names:
+        return str(number)
+    return columns.names[number] if number >= 0 else None
+
+
 def _read_split(
     name: str, builder: Any, split: str, columns: _Columns
 ) -> tuple[np.ndarray, np.ndarray] | None:
@@ -237,16 +339,21 @@ def _records(name: str, builder: Any, split: str) -> Any:
 
 def _examples(records: Any, columns: _Columns) -> Iterator[tuple[bytes, int]]:
     """Yields the encoded image and the label of each example."""
+    for feature in _features(records):
+        yield (
+            feature[columns.image].bytes_list.value[0],
+            feature[columns.label].int64_list.value[0],
+        )
+
+
+def _features(records: Any) -> Iterator[Any]:
+    """Yields the features of each example by key."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     for start in range(0, len(records), _READ_AT_ONCE):
         stop = min(start + _READ_AT_ONCE, len(records))
         for record in records.__getitems__(list(range(start, stop))):
-            feature = tf_example_pb2.Example.FromString(record).features.feature
-            yield (
-                feature[columns.image].bytes_list.value[0],
-                feature[columns.label].int64_list.value[0],
-            )
+            yield tf_example_pb2.Example.FromString(record).features.feature
 
 
 def _encode_without_tensorflow(builder: Any) -> None:

@@ -223,15 +223,19 @@ def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:
 
 
 def check_capacity(layout: Layout, capacity: Sequence[int]) -> None:
-    """Refuses private experts of which clients hold only some.
+    """Refuses private parts of a MoE layer whose experts clients hold only in part.
 
     Raises:
       InputError: naming the part.
     """
     for path, owner, layer in zip(layout.paths, layout.owner, layout.layer, strict=True):
         if layer and owner == "private" and min(capacity) < layout.experts:
-            remedy = "a client's own experts cannot be dealt out: give all clients all of them"
-            raise InputError("model.private", path, remedy)
+            part, count = path.rpartition("/")[0] or path, layout.experts
+            found = (
+                f"is of a MoE layer, of which some clients hold {min(capacity)} of {count} experts"
+            )
+            remedy = f"set clients.capacity={count}; gates alone stay by model.gate=private"
+            raise InputError("model.private", part, f"{found}: {remedy}")
 
 
 ROOT = "mixture"

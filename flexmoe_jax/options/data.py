@@ -14,8 +14,8 @@ class DataOptions(Options, section="data"):
     name: str = option(
         "digits",
         "digits (embedded), python_topics (text of the Python installation), text (of data.dir: a "
-        "folder of *.txt, one a domain), any TFDS image-classification data set, or a file.npz of "
-        "your own",
+        "folder of *.txt, one a domain), any TFDS data set of images with labels or, for "
+        "next_token, of text, or a file.npz of your own",
     )
     dir: str = option(
         "",
@@ -33,6 +33,11 @@ class DataOptions(Options, section="data"):
         most=4096,
     )
     length: int = option(64, "tokens of an example of text", least=1)
+    domain: str = option(
+        "",
+        "feature of a TFDS data set of text whose values are its domains (an author, say); empty "
+        "for its class label, or without one a single domain",
+    )
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def _choose(points: np.ndarray, centres: np.ndarray, room: np.ndarray) -> np.nda
 
 def _weights(points: np.ndarray, centres: np.ndarray, room: np.ndarray) -> np.ndarray:
     """(C, E) ≥ 0 with sums 1, none above 1/k_c, whose mean of centres is nearest to each point."""
-    step = 1.0 / max(np.linalg.norm(centres, 2) ** 2, 1e-12)
+    step = 1.0 / max(float(np.linalg.norm(centres, 2)) ** 2, 1e-12)
     weight = np.full((len(points), len(centres)), 1.0 / len(centres))
     for _ in range(10 * _STEPS):
         moved = weight - step * (weight @ centres - points) @ centres.T

@@ -20,8 +20,8 @@ round whether the model was still one of numbers. Load bounds hold while fitness
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from jax import lax
 from flexmoe_jax.assignment import NamedPolicy, Policy, dual_assign
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.assignment import AssignmentOptions
 from flexmoe_jax.simulation.blocks import resolve_block_size
 from flexmoe_jax.simulation.plan import Floor
 from flexmoe_jax.simulation.rounds import Simulation
@@ -112,8 +113,7 @@ def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
         remedy = "on the device no secret can be drawn: give noise=simulated"
         raise InputError("server.noise_multiplier", federation.admission.noise_multiplier, remedy)
     options = _flex_options(federation.policy)
-    slack, exploration = options["slack"], options["exploration"]
-    falls_in = options["exploration_rounds"]
+    slack, exploration, falls_in = options.slack, options.exploration, options.exploration_rounds
     size = per_round or clients
     block_size = resolve_block_size(setting.floor.block_size, size, setting.floor.devices)
     floor = setting.floor._replace(rows=size, block_size=block_size)
@@ -147,14 +147,17 @@ def _left(round_index: Array, rounds: int) -> Array:
     return jnp.maximum(1.0 - round_index.astype(jnp.float32) / rounds, 0.0)
 
 
-def _flex_options(policy: Policy) -> Mapping[str, Any]:
+def _flex_options(policy: Policy) -> AssignmentOptions:
     name = policy.name if isinstance(policy, NamedPolicy) else "a function of the host"
     if not (isinstance(policy, NamedPolicy) and name == "flex"):
         raise InputError("assignment.policy", name, 'on the device give make_policy("flex", ...)')
-    for term in ("share", "holders_min", "balance", "diversity", "movement"):
-        if policy.options[term] not in (None, 0):
-            raise InputError(f"assignment.{term}", policy.options[term], "not on the device")
-    return policy.options
+    options: AssignmentOptions = policy.options["options"]
+    terms = {name: getattr(options, name) for name in ("holders_min", "balance", "diversity")}
+    terms |= {"movement": options.movement, "share": policy.options["share"]}
+    for name, value in terms.items():
+        if value not in (None, 0):
+            raise InputError(f"assignment.{name}", value, "not on the device")
+    return options
 
 
 def draw_cohort(key: Key, clients: int, per_round: int) -> Array:

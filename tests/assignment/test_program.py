@@ -11,6 +11,7 @@ import pytest
 
 from flexmoe_jax.assignment import Problem, SolverError, backends, program, solve
 from flexmoe_jax.assignment.loading import load
+from tests.limits import HANGS
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def test_a_thread_that_models_at_a_fork_does_not_hold_up_the_forked_process() ->
         "done.set()\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANGS)
     assert out.stdout == "0\n"
 
 
@@ -129,7 +130,7 @@ def test_jax_that_ran_before_a_fork_is_an_error_and_auto_does_without() -> None:
         "os.waitpid(child, 0)\n"
     )
     command = [sys.executable, "-c", code]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=90)
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANGS)
     error, solved = out.stdout.splitlines()
     assert error.startswith("dual: JAX ran before this process was forked off")
     assert solved == "True"

@@ -15,6 +15,7 @@ import pytest
 
 from flexmoe_jax.assignment import Problem, SolverError, flow, solve, worker
 from tests.assignment.stress import KINDS
+from tests.limits import HANGS
 
 ROOT = Path(__file__).parents[2]
 # Reads one question and leaves number, clients, experts and `answer`, a function, to the rest.
@@ -54,7 +55,7 @@ def test_each_answer_is_right_whatever_happens_meanwhile(
     solver: str, kind: str, count: int
 ) -> None:
     command = [sys.executable, "-m", "tests.assignment.stress", kind, solver, str(count)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
     assert ended.returncode == 0, ended.stderr
     outcomes = json.loads(ended.stdout)
     assert sum(outcomes.values()) >= count
@@ -191,7 +192,7 @@ def test_a_solve_at_exit_and_one_in_a_signal_handler_are_solves() -> None:
         "print(abs(solve(large, 'flow').value - best) < 1e-9)\n"
     )
     command = [sys.executable, "-W", "error", "-c", code]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
     assert ended.stderr == ""
     assert ended.stdout.splitlines() == ["optimal 4.0", "True", "optimal 4.0"]
 
@@ -208,7 +209,7 @@ def test_a_pool_of_forked_processes_solves() -> None:
         "    print(all(a == b for a, b in pool.map_async(value, range(12)).get(60)))\n"
     )
     command = [sys.executable, "-c", code]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
     assert ended.stdout.strip() == "True", ended.stderr
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from flexmoe_jax import data
 
 Examples = list[tuple[np.ndarray, int]]
+Rows = list[dict[str, Any]]
 
 
 def load(name: str, *, data_dir: str | Path = "", **given: Any) -> data.Dataset:
@@ -41,6 +42,27 @@ def png(image: np.ndarray) -> io.BytesIO:
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="png")
     file.seek(0)
     return file
+
+
+def write_texts(
+    folder: Path,
+    name: str,
+    splits: Mapping[str, Rows],
+    features: Callable[[Any], dict[str, Any]],
+    supervised: tuple[str, str] | None = None,
+) -> Path:
+    """Prepares a data set of rows as TFDS itself does, without TensorFlow; returns its folder."""
+    import tensorflow_datasets as tfds
+
+    def info(self: Any) -> Any:
+        columns = tfds.features.FeaturesDict(features(tfds))
+        return tfds.core.DatasetInfo(builder=self, features=columns, supervised_keys=supervised)
+
+    with tfds.core.registered.skip_registration():
+        builder = make_builder(name, info, lambda self, rows: enumerate(rows), splits, "1.0.0")
+    tfds.disable_progress_bar()
+    builder(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
 
 
 def define_builder(
@@ -74,6 +96,15 @@ def define_builder(
             for extra in set(self.info.features) - set(row):
                 row[extra] = png(image)
             yield position, row
+
+    return make_builder(name, info, examples, splits, version)
+
+
+def make_builder(
+    name: str, info: Any, examples: Any, splits: Mapping[str, Any], version: str
+) -> Any:
+    """A TFDS builder class of what `examples` makes of each split."""
+    import tensorflow_datasets as tfds
 
     def generators(self: Any, _: Any) -> Any:
         return {split: self._generate_examples(rows) for split, rows in splits.items()}

@@ -14,6 +14,7 @@ import pytest
 from experiments.benchmarks import clients, evaluate, moe, scale, startup, timing
 from experiments.benchmarks.workloads import WORKLOADS, Workload, training_flop
 from flexmoe_jax import models
+from tests.limits import HANGS
 
 ROOT = Path(__file__).parents[2]
 PLAIN = Workload(lambda conv: models.MLP((8,)), (4, 4, 1), clients=3, examples=4, batch=2)
@@ -31,7 +32,7 @@ def few_calls(monkeypatch):
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "experiments.bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
 
 
 def assert_positive(figures: dict, *names: str):

@@ -13,6 +13,7 @@ import pytest
 from experiments import endings
 from experiments.endings import Wish
 from tests.experiments.test_train import ROOT
+from tests.limits import HANGS
 
 HUP, INT, TERM = signal.SIGHUP, signal.SIGINT, signal.SIGTERM
 
@@ -104,5 +105,5 @@ def test_ctrl_c_during_imports_is_one_line(launcher, tmp_path):
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"
     process.send_signal(INT)
-    assert process.communicate(timeout=60) == ("", "ended at once\n")
+    assert process.communicate(timeout=HANGS) == ("", "ended at once\n")
     assert process.returncode == 128 + INT

@@ -28,6 +28,7 @@ from experiments.workdir import Workdir
 from flexmoe_jax import simulation
 from flexmoe_jax.checkpoint import Checkpoints
 from flexmoe_jax.errors import InputError
+from tests.limits import HANGS
 
 ROOT = Path(__file__).parents[2]
 ALONE = ("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum", "flatbuffers", "safetensors")
@@ -118,7 +119,7 @@ def test_where_only_jax_is_an_exported_model_predicts_what_was_evaluated(run, ev
     subprocess.run(
         [sys.executable, "-I", "-S", "-c", LOAD, *map(str, arguments)],
         check=True,
-        timeout=120,
+        timeout=HANGS,
         cwd=tmp_path,
         env={"JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"]},
     )
@@ -299,7 +300,7 @@ def test_the_command_says_what_it_lacks_in_a_line(arguments, line):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGS,
     )
     assert process.returncode == 2
     assert process.stdout == ""
@@ -315,7 +316,7 @@ def test_the_command_writes_and_says_where(run, tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""

@@ -27,6 +27,7 @@ from experiments.workdir import Workdir
 from flexmoe_jax.checkpoint import Checkpoints
 from flexmoe_jax.errors import InputError
 from tests.experiments.test_train import ROOT, SMALL, command, launch, rows, timeless
+from tests.limits import HANGS
 
 LONG = (*SMALL, "--config.rounds=6", "--config.checkpoint.every=2")
 
@@ -73,7 +74,7 @@ def start(workdir: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + HANGS
     while not happened() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
 
@@ -211,7 +212,7 @@ def test_a_report_that_cannot_be_written_is_one_line_and_a_second_try(finished, 
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
     assert process.returncode == 1
     line = one_line(process.stderr)
@@ -242,7 +243,7 @@ def test_a_run_goes_on_when_a_full_disk_has_room_again(finished, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS,
     )
     if process.returncode == 77 or "unshare:" in process.stderr:
         pytest.skip(f"no file system may be mounted here: {process.stderr}")
@@ -277,13 +278,13 @@ def test_a_terminal_that_closes_while_compiling_ends_after_the_first_round(tmp_p
         start_new_session=True,
     )
     os.close(theirs)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + HANGS
     while not (workdir / "config.json").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.close(ours)
-    assert process.wait(timeout=90) == 128 + signal.SIGHUP
+    assert process.wait(timeout=HANGS) == 128 + signal.SIGHUP
     reached = len(rows(workdir))
     assert 1 <= reached < 1000
     assert json.loads((workdir / "summary.json").read_text())["status"] == "interrupted"

@@ -13,6 +13,7 @@ import pytest
 from experiments.source import call_in_file
 from flexmoe_jax.errors import InputError
 from tests.experiments.test_train import ROOT, SMALL, rows
+from tests.limits import HANGS
 
 DIGITS = "experiments/configs/digits.py"
 WHOLE = f"--config={DIGITS}"
@@ -62,7 +63,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
         env=os.environ | environment,
     )
 
@@ -116,7 +117,7 @@ def test_every_permitted_form_works_wherever_it_is_started(tmp_path):
             cwd=ROOT,
             stdout=full,
             stderr=full,
-            timeout=120,
+            timeout=HANGS,
             env=os.environ | inside | {"HOME": str(tmp_path)},
         )
     assert process.returncode == 0

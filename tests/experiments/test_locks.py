@@ -16,6 +16,7 @@ from experiments.locks import TakenError, lock, take
 from experiments.workdir import Workdir
 from flexmoe_jax.errors import InputError
 from tests.experiments.test_train import ROOT, SMALL, launch
+from tests.limits import HANGS
 
 HOLDER = """
 import sys, time
@@ -67,7 +68,7 @@ again.close()
 
 def test_no_child_keeps_a_lock(tmp_path):
     words = [sys.executable, "-c", FORKS, str(tmp_path / "x.lock")]
-    subprocess.run(words, cwd=ROOT, check=True, timeout=60)
+    subprocess.run(words, cwd=ROOT, check=True, timeout=HANGS)
 
 
 def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from experiments import devices
 from flexmoe_jax.errors import InputError
 from tests.experiments.test_muster import free_port
 from tests.experiments.test_train import ROOT, SMALL, command, rows
+from tests.limits import HANGS
 
 # One of six clients sends updates that are not numbers.
 TWO_ROUNDS = (
@@ -36,7 +37,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and stderr."""
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=HANGS)
     return process.returncode, errors
 
 
@@ -61,7 +62,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         command(f"--workdir={workdir}", *TWO_ROUNDS, "--config.execution.devices=1"),
         cwd=ROOT,
         check=True,
-        timeout=120,
+        timeout=HANGS,
     )
     return rows(workdir)
 
@@ -129,7 +130,7 @@ def test_a_task_of_slurm_is_one_of_several_and_says_who_is_missing(tmp_path: Pat
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGS,
         env=os.environ | TASK | {"JAX_COORDINATOR_PORT": str(free_port())},
     )
     assert (process.returncode, process.stderr.count("\n")) == (2, 1)

@@ -31,6 +31,7 @@ from experiments.workdir import Workdir, as_json
 from flexmoe_jax.errors import InputError
 from tests.experiments.test_program import STEP
 from tests.experiments.test_train import ROOT, timeless
+from tests.limits import HANGS
 
 STUDIES = sorted(
     path
@@ -302,7 +303,7 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tiny, tmp_path):
     sweep = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     wait_for(runs / flex.name / "metrics.jsonl", sweep)
     sweep.send_signal(signal.SIGTERM)
-    said, _ = sweep.communicate(timeout=280)
+    said, _ = sweep.communicate(timeout=HANGS)
     assert sweep.returncode == 128 + signal.SIGTERM
     assert "interrupted; the same command goes on from here" in said
     # The run was asked, not killed: it saved where it was. The next one was not begun.
@@ -319,7 +320,7 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tiny, tmp_path):
     sweep.wait()
     # Tasks of a step each take their share: what they start is no part of one program.
     again = subprocess.run(
-        words, cwd=ROOT, capture_output=True, text=True, timeout=280, env=os.environ | STEP
+        words, cwd=ROOT, capture_output=True, text=True, timeout=HANGS, env=os.environ | STEP
     )
     assert again.returncode == 1, again.stderr
     assert "left to another" not in again.stdout
@@ -328,7 +329,7 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tiny, tmp_path):
     assert f"{flex.name}: " in again.stdout
 
     subprocess.run(
-        command(study, flex, straight), cwd=ROOT, check=True, timeout=280, capture_output=True
+        command(study, flex, straight), cwd=ROOT, check=True, timeout=HANGS, capture_output=True
     )
     write_record(study, straight)
     assert timeless(runs / flex.name) == timeless(straight / flex.name)

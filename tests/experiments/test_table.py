@@ -33,6 +33,7 @@ from experiments.table import write_tables
 from experiments.workdir import as_json
 from flexmoe_jax.errors import InputError
 from tests.experiments.test_report import Page
+from tests.limits import HANGS
 
 # Student's t, 97.5 %, for two and for three seeds: from any printed table.
 T_OF_2, T_OF_3 = 12.7062, 4.3027
@@ -369,7 +370,7 @@ def test_a_table_that_cannot_be_written_is_one_line(folder):
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGS,
     )
     assert process.returncode == 2
     line = f"DIR={folder}: {folder / 'table.md'} cannot be written (Is a directory); "

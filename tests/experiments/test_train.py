@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from experiments.configs import digits
 from experiments.workdir import Workdir, as_json
 from flexmoe_jax.errors import InputError
+from tests.limits import HANGS
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -80,7 +81,7 @@ def command(*arguments: str, config: str = "experiments/configs/digits.py") -> l
 
 def launch(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments, **options), cwd=ROOT, capture_output=True, text=True, timeout=120
+        command(*arguments, **options), cwd=ROOT, capture_output=True, text=True, timeout=HANGS
     )
 
 
@@ -161,12 +162,12 @@ def test_ctrl_c_keeps_what_was_reached_and_a_restart_goes_on(finished, tmp_path)
     process = subprocess.Popen(
         command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + HANGS
     metrics = stopped / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=HANGS)
     reached = len(rows(stopped))
     assert 1 <= reached <= 4
     status = json.loads((stopped / "summary.json").read_text())["status"]

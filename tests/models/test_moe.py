@@ -180,8 +180,10 @@ def test_owners_that_cannot_be_are_refused():
     with pytest.raises(InputError, match=r"^model\.private=hed: .*head"):
         lay_out(marked, Ownership(("hed",)))
     layout = lay_out(marked, Ownership(("expert",)))
-    with pytest.raises(InputError, match=r"^model\.private=expert/.*give all clients all"):
+    with pytest.raises(InputError, match=r"^model\.private=expert: .* 2 of 4 .*capacity=4"):
         check_capacity(layout, [4, 2])
+    with pytest.raises(InputError, match=r"^model\.private=gate: .*: .*model\.gate=private$"):
+        check_capacity(lay_out(marked, Ownership(("gate",))), [4, 2])
 
 
 def test_a_personal_mixture_by_hand():

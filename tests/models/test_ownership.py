@@ -112,7 +112,7 @@ def test_every_leaf_has_one_owner_and_comes_back(private, shared_gate):
     )
     check_capacity(layout, [least, 4])
     if least == 4:
-        with pytest.raises(InputError, match=r"^model\.private=blocks/.*: .*all of them"):
+        with pytest.raises(InputError, match=r"^model\.private=blocks/.*: .*capacity=4"):
             check_capacity(layout, [3, 4])
 
 
