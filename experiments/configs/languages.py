@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     # Who should share an expert is told by clients' updates, so that chance need not try it out.
     config.fitness.affinity = 1.0
     config.assignment.exploration = 0.0
-    config.eval.every = 10
+    config.eval.every = 20
     config.eval.batch_size = 64
     config.data.test_limit = 800
     return config
