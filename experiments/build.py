@@ -88,7 +88,7 @@ def build(config: ConfigDict) -> Experiment:
     load = load_model_name(config.assignment.load, config.clients.capacity)
     chosen = choices(config, load)
     local: client.LocalTraining = chosen["local"]
-    prepare_model = model_maker(config)
+    make_model = model_maker(config)
     devices = make_devices(read(EdgeOptions, config), config.clients.count, config.seed)
     capacity = given_capacity(config, devices)
     mesh = simulation.client_mesh(config.execution.devices)
@@ -97,7 +97,8 @@ def build(config: ConfigDict) -> Experiment:
     clients = examples.clients
     sample: dict[str, Any] = {n: np.asarray(x[:2]) for n, x in clients.arrays.items()}
     check_augmentation(local, config.local.augment, sample)
-    model = prepare_model(examples)
+    model = make_model(len(examples.classes)).computed_in(config.model.dtype)
+    model = model.after(examples.prepare)
     check_model(model, task, sample, config.model.backbone)
     if capacity is None:
         assert devices is not None
@@ -174,11 +175,11 @@ def make_policy(options: AssignmentOptions, load: str) -> assignment.Policy:
     return assignment.make_policy(given.pop("policy"), weighted=load != "clients", **given)
 
 
-def model_maker(config: ConfigDict) -> Callable[[Examples], models.Model]:
-    """Checks the model's fields, and returns what makes the model once the data are known."""
+def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
+    """Checks the model's fields, and returns what makes the model of so many classes."""
     options = read(ModelOptions, config)
     if options.backbone == "transformer":
-        return partial(_decoder, options, config.data.length)
+        return lambda classes: _decoder(options, config.data.length)
     backbone = models.make_backbone(
         options.backbone,
         widths=options.widths or (),
@@ -211,25 +212,24 @@ def _with_stages(backbone: nn.Module, options: ModelOptions) -> nn.Module:
     return backbone.clone(mixture=mixture, stages=tuple(map(int, stages)))
 
 
-def _within(backbone: nn.Module, examples: Examples) -> models.Model:
-    module = models.Classifier(backbone, len(examples.classes))
-    return models.from_linen(module).after(examples.prepare)
+def _within(backbone: nn.Module, classes: int) -> models.Model:
+    return models.from_linen(models.Classifier(backbone, classes))
 
 
-def _classifier(options: ModelOptions, backbone: nn.Module, examples: Examples) -> models.Model:
+def _classifier(options: ModelOptions, backbone: nn.Module, classes: int) -> models.Model:
     module = models.MoEClassifier(
         backbone=backbone,
-        classes=len(examples.classes),
+        classes=classes,
         experts=options.experts,
         hidden=options.hidden,
         top_k=options.top_k,
         shared_experts=options.shared_experts,
         with_router=options.router,
     )
-    return models.classifier(module).after(examples.prepare)
+    return models.classifier(module)
 
 
-def _decoder(options: ModelOptions, length: int, examples: Examples) -> models.Model:
+def _decoder(options: ModelOptions, length: int) -> models.Model:
     module = models.Transformer(
         experts=options.experts,
         depth=options.depth or models.Transformer.depth,
@@ -243,7 +243,7 @@ def _decoder(options: ModelOptions, length: int, examples: Examples) -> models.M
         positions=options.positions,
         length=length,
     )
-    return models.decoder(module).after(examples.prepare)
+    return models.decoder(module)
 
 
 def given_capacity(config: ConfigDict, devices: edge.Devices | None) -> np.ndarray | None:

@@ -62,7 +62,7 @@ class GroupNorm(nn.Module):
     """Normalisation over groups of channels (Wu and He 2018), as `flax.linen.GroupNorm`.
 
     Sums run over pixels first and over a group's channels last, and every channel is then scaled
-    and shifted once: passes over the image that a CPU can vectorise.
+    and shifted once: passes over the image that a CPU can vectorise. All in single precision.
 
     Attributes:
       groups: a divisor of the channels.
@@ -76,6 +76,7 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps (B, h, w, channels) to the same shape."""
         batch, height, width, channels = x.shape
+        kind, x = x.dtype, x.astype(jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
 
@@ -86,8 +87,9 @@ class GroupNorm(nn.Module):
 
         mean = over_group(x.sum(axis=(1, 2)))  # (B, channels)
         square = over_group((x * x).sum(axis=(1, 2)))
-        factor = scale * lax.rsqrt(jnp.maximum(square - mean**2, 0.0) + self.epsilon)
-        return x * factor[:, None, None] + (bias - mean * factor)[:, None, None]
+        factor = scale[None] * lax.rsqrt(jnp.maximum(square - mean**2, 0.0) + self.epsilon)
+        shift = bias[None] - mean * factor
+        return (x * factor[:, None, None] + shift[:, None, None]).astype(kind)
 
 
 class MLP(nn.Module):
@@ -278,7 +280,8 @@ class PersonalMixture(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps images (B, h, w, channels) to features (B, D)."""
         shared, local = self.shared(x), self.local(x)
-        weight = nn.softmax(Dense(2, name="mixture")(shared))
+        logits = Dense(2, name="mixture")(shared.astype(jnp.float32))
+        weight = nn.softmax(logits).astype(shared.dtype)
         return weight[:, :1] * shared + weight[:, 1:] * local
 
 

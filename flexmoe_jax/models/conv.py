@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from flexmoe_jax.models.dense import kernel_gradient
+from flexmoe_jax.models.dense import as_inputs, kernel_gradient
 from flexmoe_jax.models.winograd import winograd_3x3
 from flexmoe_jax.options.models import ModelOptions
 from flexmoe_jax.types import Array
@@ -260,7 +260,9 @@ class Conv(nn.Module):
         """Maps (B, h, w, i) to (B, h', w', features)."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
+        x, kernel = as_inputs(x, kernel)
         y = self.conv(x, kernel, (self.stride, self.stride), self.padding)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + bias.astype(y.dtype).reshape(1, 1, 1, -1)
         return y

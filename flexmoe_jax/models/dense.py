@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from flexmoe_jax.types import Array
@@ -31,7 +32,7 @@ def kernel_gradient(x: Array, dy: Array) -> Array:
         return lax.dot_general(x, dy, _OVER_ROWS)
     # The barriers keep the compiler from turning the products round again.
     (rows, width), features = x.shape, dy.shape[1]
-    if rows <= _FEWEST_ROWS and width * features >= _LARGE:
+    if rows <= _FEWEST_ROWS and width * features >= _LARGE and x.dtype == jnp.float32:
         return reduce(add, (x[row, :, None] * dy[row] for row in range(rows)))
     if width > 4 * features and (rows > _FEW_ROWS or features <= _FEW):
         return lax.optimization_barrier(lax.dot_general(dy, x, _OVER_ROWS)).T
@@ -63,4 +64,16 @@ def _backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
 
 _product.defvjp(_forward, _backward)
 
-Dense = partial(nn.Dense, dot_general=dot_general)
+
+def as_inputs(*arrays: Array | None, dtype: Any = None, inexact: bool = True) -> list[Any]:
+    """Inputs, which come first, and parameters in the type of the inputs, or in `dtype`, if given.
+
+    For `flax.linen.Dense(promote_dtype=...)`, whose own takes the wider one of both. Inputs that
+    are whole numbers become float32.
+    """
+    given: Any = arrays[0]
+    kind = dtype or (given.dtype if jnp.issubdtype(given.dtype, jnp.floating) else jnp.float32)
+    return [None if array is None else array.astype(kind) for array in arrays]
+
+
+Dense = partial(nn.Dense, dot_general=dot_general, promote_dtype=as_inputs)

@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.ownership import ROOT, mark_paths
+from flexmoe_jax.options.models import ModelOptions
 from flexmoe_jax.types import Array, Key, PyTree, Routing
 
 Held = Mapping[str, Array]
@@ -43,6 +46,30 @@ class Model(NamedTuple):
         return self._replace(
             init=lambda key, inputs: self.init(key, prepare(inputs)),
             trunk=lambda params, inputs: self.trunk(params, prepare(inputs)),
+        )
+
+    def computed_in(self, dtype: str) -> Model:
+        """The same model, with its products in another precision; parameters stay as they are.
+
+        Inputs and features are cast, and the modules here compute in the type of what reaches
+        them, except where it would cost accuracy: gates, norms and outputs are in single precision.
+
+        Args:
+          dtype: `float32` or `bfloat16`.
+
+        Raises:
+          InputError: another type.
+        """
+        ModelOptions.check(dtype=dtype)
+
+        def cast(tree: PyTree) -> PyTree:
+            return jax.tree.map(
+                lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+            )
+
+        return self._replace(
+            trunk=lambda params, inputs: self.trunk(params, cast(inputs)),
+            head=lambda params, features, held: self.head(params, cast(features), held),
         )
 
     def apply(self, params: PyTree, inputs: PyTree, held: Held) -> tuple[PyTree, Routings]:

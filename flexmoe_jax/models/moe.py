@@ -42,10 +42,11 @@ def route(logits: Array, held: Array, top_k: int = 1) -> Routing:
       The routing of the batch.
     """
     chex.assert_shape(held, logits.shape[-1:])
-    masked = jnp.where(held, logits, _NEVER)
-    probability = jnp.where(held, jax.nn.softmax(masked, axis=-1), 0.0)
+    may = held[None]
+    masked = jnp.where(may, logits, _NEVER)
+    probability = jnp.where(may, jax.nn.softmax(masked, axis=-1), 0.0)
     chosen = lax.top_k(masked, min(top_k, logits.shape[-1]))[1]  # (B, top_k)
-    selected = jax.nn.one_hot(chosen, logits.shape[-1], dtype=bool).any(axis=-2) & held
+    selected = jax.nn.one_hot(chosen, logits.shape[-1], dtype=bool).any(axis=-2) & may
     combine = jnp.where(selected, probability, 0.0)
     if top_k > 1:
         combine = combine / jnp.maximum(combine.sum(axis=-1, keepdims=True), 1e-9)
@@ -125,7 +126,7 @@ class Gate(nn.Module):
         small, count = nn.initializers.normal(0.02), _stacked(self, "kernel", self.count)
         kernel = _param(self, "kernel", small, self.part, (count, x.shape[-1]))
         bias = _param(self, "bias", nn.initializers.zeros, self.part, (count,))
-        return jnp.einsum("bd,ed->be", x.astype(jnp.float32), kernel) + bias
+        return jnp.einsum("bd,ed->be", x.astype(jnp.float32), kernel) + bias[None]
 
 
 def _param(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.models.dense import Dense
 from flexmoe_jax.models.model import Model, from_linen
 from flexmoe_jax.models.moe import MoELayer
 from flexmoe_jax.options.models import ModelOptions
@@ -36,7 +37,7 @@ class Attention(nn.Module):
     def __call__(self, x_BxSxD: Array) -> Array:
         """Maps (B, S, D) to the same shape."""
         features = x_BxSxD.shape[-1]
-        joint = nn.Dense(3 * features, use_bias=False, name="qkv")(x_BxSxD)
+        joint = Dense(3 * features, use_bias=False, name="qkv")(x_BxSxD)
         q, k, v = (
             part.reshape(*part.shape[:-1], self.heads, -1) for part in jnp.split(joint, 3, axis=-1)
         )
@@ -44,20 +45,26 @@ class Attention(nn.Module):
             q, k = rotate(q), rotate(k)
         length = x_BxSxD.shape[1]
         score_BxAxSxS = jnp.einsum("bsaf,btaf->bast", q, k) * q.shape[-1] ** -0.5
-        seen = jnp.arange(length)[:, None] >= jnp.arange(length)
+        seen = (jnp.arange(length)[:, None] >= jnp.arange(length)[None])[None, None]
         weight = jax.nn.softmax(jnp.where(seen, score_BxAxSxS.astype(jnp.float32), -1e30), axis=-1)
         mixed = jnp.einsum("bast,btaf->bsaf", weight.astype(v.dtype), v)
-        return nn.Dense(features, use_bias=False, name="out")(mixed.reshape(x_BxSxD.shape))
+        return Dense(features, use_bias=False, name="out")(mixed.reshape(x_BxSxD.shape))
 
 
 def rotate(x_BxSxAxF: Array) -> Array:
     """Turns pairs of features by angles that grow with the position (Su et al. 2021, eq. 34)."""
     half = x_BxSxAxF.shape[-1] // 2
     rate_F = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_SxF = jnp.arange(x_BxSxAxF.shape[1], dtype=jnp.float32)[:, None] * rate_F
-    sin, cos = (f(angle_SxF)[:, None].astype(x_BxSxAxF.dtype) for f in (jnp.sin, jnp.cos))
+    angle_SxF = jnp.arange(x_BxSxAxF.shape[1], dtype=jnp.float32)[:, None] * rate_F[None]
+    sin, cos = (f(angle_SxF)[None, :, None].astype(x_BxSxAxF.dtype) for f in (jnp.sin, jnp.cos))
     first, second = x_BxSxAxF[..., :half], x_BxSxAxF[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def normalise(norm: nn.Module, x: Array) -> Array:
+    """Normalises in single precision, whatever the type of x (..., D), which the result has."""
+    normal: Array = norm(x.astype(jnp.float32))
+    return normal.astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -76,8 +83,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps (B, S, D) to the same shape."""
-        x = x + Attention(self.heads, self.rotary)(nn.RMSNorm()(x))
-        return x + self.layer(nn.RMSNorm()(x))
+        x = x + Attention(self.heads, self.rotary)(normalise(nn.RMSNorm(), x))
+        return x + self.layer(normalise(nn.RMSNorm(), x))
 
 
 class MLPLayer(nn.Module):
@@ -92,7 +99,7 @@ class MLPLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps (..., D) to the same shape."""
-        return nn.Dense(x.shape[-1])(nn.relu(nn.Dense(self.hidden)(x)))
+        return Dense(x.shape[-1])(nn.relu(Dense(self.hidden)(x)))
 
 
 class Transformer(nn.Module):
@@ -142,7 +149,7 @@ class Transformer(nn.Module):
             self.position = nn.Embed(self.length, self.width)
         self.blocks = [Block(self.heads, rotary, self._layer(i)) for i in range(self.depth)]
         self.norm = nn.RMSNorm()
-        self.head = nn.Dense(self.vocabulary, use_bias=False)
+        self.head = Dense(self.vocabulary, use_bias=False)
 
     def _layer(self, block: int) -> nn.Module:
         if self.experts and (self.depth - 1 - block) % self.every == 0:
@@ -160,13 +167,13 @@ class Transformer(nn.Module):
     def embed(self, tokens: Array) -> Array:
         """(B, S, D) features of tokens (B, S), before any expert."""
         x = self.embedding(tokens)
-        return x if self.positions == "rotary" else x + self.position(jnp.arange(x.shape[1]))
+        return x if self.positions == "rotary" else x + self.position(jnp.arange(x.shape[1])[None])
 
     def decode(self, x: Array) -> Array:
         """Logits (B, S, V) of the tokens that follow."""
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)).astype(jnp.float32)
+        return self.head(normalise(self.norm, x)).astype(jnp.float32)
 
     def __call__(self, tokens: Array) -> Array:
         """Logits (B, S, V) of the tokens that follow tokens (B, S)."""

@@ -35,6 +35,12 @@ class ModelOptions(Options, section="model"):
         "how convolutions are computed (docs/performance.md)",
         choices=("auto", "matmul", "direct", "winograd", "lax"),
     )
+    dtype: str = option(
+        "float32",
+        "of the model's products, forward and back; parameters, sums, gates, norms and losses are "
+        "float32 in any case",
+        choices=("float32", "bfloat16"),
+    )
     experts: int = option(8, "E", least=1)
     hidden: int = option(128, "H, hidden units of an expert", least=1)
     top_k: int = option(1, "experts per example", least=1)
