@@ -72,6 +72,10 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return optax.softmax_cross_entropy(logits, one_hot)
 
 
+def _likeliest(logits: Array) -> Array:
+    return logits.argmax(axis=-1).astype(jnp.int32)
+
+
 def classification(inputs: str = "images", labels: str = "labels") -> Task:
     """Each example is of one of Y classes; outputs are logits (B, Y)."""
 
@@ -90,11 +94,11 @@ def classification(inputs: str = "images", labels: str = "labels") -> Task:
         name="classification",
         inputs=lambda batch: batch[inputs],
         loss=lambda logits, batch: cross_entropy(logits, batch[labels]),
-        hits=lambda logits, batch: logits.argmax(axis=-1) == batch[labels],
+        hits=lambda logits, batch: _likeliest(logits) == batch[labels].astype(jnp.int32),
         weight=lambda batch: jnp.ones(batch[labels].shape, jnp.float32),
         mean=_PROBABILITIES,
         labels=lambda batch: batch[labels],
-        adjust=lambda logits, log_share: logits + log_share,
+        adjust=lambda logits, log_share: logits + log_share[None],
         check=check,
     )
 
@@ -124,7 +128,7 @@ def next_token(tokens: str = "tokens") -> Task:
         name="next_token",
         inputs=lambda batch: jnp.maximum(batch[tokens][:, :-1].astype(jnp.int32), 0),
         loss=lambda logits, batch: cross_entropy(logits, target(batch)),
-        hits=lambda logits, batch: logits.argmax(axis=-1) == target(batch),
+        hits=lambda logits, batch: _likeliest(logits) == target(batch),
         weight=lambda batch: (batch[tokens][:, 1:].astype(jnp.int32) >= 0).astype(jnp.float32),
         mean=_PROBABILITIES,
         labels=None,

@@ -112,7 +112,9 @@ def update_deficit(
     """
     if not 0.0 <= decay <= 1.0:
         raise InputError("assignment.decay", decay, "give a number from 0 to 1")
-    owed = normalise_share(share, load.shape[0]) * load.sum()
+    # Shares are doubles; loads on a device need not be.
+    parts = normalise_share(share, load.shape[0]).astype(np.result_type(load.dtype, np.float32))
+    owed = parts * load.sum()
     new: Loads = decay * deficit + owed - load
     return new
 

@@ -64,7 +64,7 @@ def make_compressor(name: str, kept: float = UploadOptions.kept) -> Compressor:
 
     def decode_int8(sent: PyTree, like: Array) -> Array:
         steps, step = sent
-        return (steps * step).astype(like.dtype)
+        return (steps.astype(step.dtype) * step).astype(like.dtype)
 
     def encode_top_k(x: Array) -> PyTree:
         flat = x.ravel()

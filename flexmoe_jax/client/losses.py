@@ -26,7 +26,7 @@ def balance_loss(routing: Routing, held: Array, valid: Array) -> Array:
     count = jnp.maximum(valid.sum(), 1.0)
     fraction = jnp.einsum("be,b->e", routing.selected.astype(valid.dtype), valid) / count
     probability = jnp.einsum("be,b->e", routing.probability, valid) / count
-    return held.sum() * jnp.dot(fraction, probability)
+    return held.sum(dtype=fraction.dtype) * jnp.dot(fraction, probability)
 
 
 def router_z_loss(routing: Routing, held: Array, valid: Array) -> Array:

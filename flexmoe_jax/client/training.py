@@ -159,12 +159,13 @@ def draw_batches(local: LocalTraining, key: Key, index: Array, size: Array) -> B
       client's own last step on.
     """
     padded = index.shape[0]
+    numbers = partial(jnp.arange, dtype=jnp.int32)
     # The padding comes last, so that it does not move what the examples before it draw.
     rank = jax.random.uniform(key, (padded, local.epochs), jnp.float32).T
-    order = jnp.argsort(jnp.where(jnp.arange(padded) < size, rank, jnp.inf), axis=1)
-    step = jnp.arange(int(local.steps(np.asarray(padded))))[:, None]
+    order = jnp.argsort(jnp.where(numbers(padded)[None] < size, rank, jnp.inf), axis=1)
+    step = numbers(int(local.steps(np.asarray(padded))))[:, None]
     epoch, batch = jnp.divmod(step, jnp.maximum(local.steps_per_epoch(size), 1))
-    place = batch * local.batch_size + jnp.arange(local.batch_size)
+    place = batch * local.batch_size + numbers(local.batch_size)[None]
     rows = index[order[epoch.clip(max=local.epochs - 1), place.clip(max=padded - 1)]]
     rows = jnp.where((step < local.steps(size)) & (place < size), rows, -1).astype(jnp.int32)
     if local.augment is None:
@@ -261,10 +262,11 @@ def _step(
         assert chosen.bits is not None
         batch = local.augment(batch, chosen.bits)
     slope, seen = _gradient(learner, state.params, batch, valid, known)
-    updates, optimizer = local.optimizer.update(slope, state.optimizer, state.params)
-    if local.decay is not None:
-        factor = jnp.asarray(local.decay(round_index), jnp.float32)
-        updates = optax.tree.scale(factor, updates)
+    with jax.numpy_dtype_promotion("standard"):  # optax takes counts times floats
+        updates, optimizer = local.optimizer.update(slope, state.optimizer, state.params)
+        decay = None if local.decay is None else local.decay(round_index)
+    if decay is not None:
+        updates = optax.tree.scale(jnp.asarray(decay, jnp.float32), updates)
     return Trained(
         params=optax.apply_updates(state.params, updates),
         optimizer=optimizer,

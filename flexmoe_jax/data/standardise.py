@@ -77,7 +77,11 @@ class Standardisation:
 
     def __call__(self, images: Array) -> Array:
         """The examples, standardised."""
-        return (images.astype(jnp.float32) - self.mean) * self.factor
+        mean, factor = (
+            of_channel.reshape(*[1] * (images.ndim - 1), -1)
+            for of_channel in (self.mean, self.factor)
+        )
+        return (images.astype(jnp.float32) - mean) * factor
 
 
 def standardise(images: np.ndarray) -> Standardisation:

@@ -214,7 +214,7 @@ def _by_part(updates: Arrived, due: Due, centre: Centre) -> Sums:
             rows = jnp.arange(len(slot))
             return weigh(jax.tree.map(lambda leaf: leaf[rows, slot], of_slots[layer]), used)
 
-        return lax.map(one, jnp.arange(count))
+        return lax.map(one, jnp.arange(count, dtype=jnp.int32))
 
     found = {layer: of_expert(layer, due.holders[layer].shape[0]) for layer in of_slots}
     return Sums(
@@ -242,7 +242,7 @@ def trimmed_mean(trim: float) -> Aggregator:
         # A product just above a whole number, by rounding, is that number.
         wanted = jnp.ceil(trim * count.astype(jnp.float32) * (1 - 1e-6)).astype(jnp.int32)
         cut = jnp.minimum(wanted, jnp.maximum(count - 1, 0) // 2)
-        rank = jnp.arange(len(weight))
+        rank = jnp.arange(len(weight), dtype=jnp.int32)
         inside = (rank >= cut) & (rank < count - cut)
 
         def average(leaf: Array) -> Array:
@@ -275,7 +275,7 @@ def geometric_median(steps: int = 8) -> Aggregator:
         smooth = jnp.maximum(0.1 * ranked[jnp.maximum((weight > 0).sum() - 1, 0) // 2], 1e-12)
 
         def step(_: int, middle: PyTree) -> PyTree:
-            distance = lengths(jax.tree.map(jnp.subtract, values, middle))
+            distance = lengths(jax.tree.map(lambda v, m: v - m[None], values, middle))
             pull = weight / jnp.maximum(distance, smooth)
             pull /= jnp.maximum(pull.sum(), 1e-30)
             zero = jax.tree.map(jnp.zeros_like, middle)

@@ -52,9 +52,9 @@ def learn_norms(norms: Array, new: Array, honest: Array) -> Array:
     """
     new = jnp.concatenate([new, _spread(jnp.where(honest, new, 0.0))])
     ranked = jnp.sort(new, axis=1)
-    count = (ranked > 0).sum(axis=1, keepdims=True)
+    count = (ranked > 0).sum(axis=1, keepdims=True, dtype=jnp.int32)
     taken = jnp.minimum(count, _PER_ROUND)
-    place = jnp.arange(_PER_ROUND)
+    place = jnp.arange(_PER_ROUND, dtype=jnp.int32)[None]
     # In whole numbers: rank ⌊(i + 1/2) n / m⌋ is that of the i-th of m values out of n.
     rank = (2 * place + 1) * count // (2 * jnp.maximum(taken, 1))
     chosen = jnp.take_along_axis(ranked, new.shape[1] - count + rank, axis=1, mode="clip")
@@ -112,7 +112,7 @@ def _spread(new: Array) -> Array:
 def _median(values: Array) -> Array:
     """Of each row's values above 0; of an even number, the lower one in the middle; 0 of none."""
     ranked = jnp.sort(values, axis=1)
-    count = (ranked > 0).sum(axis=1)
+    count = (ranked > 0).sum(axis=1, dtype=jnp.int32)
     # The values come after the zeros.
     middle = ranked.shape[1] - count + (count - 1) // 2
     return jnp.take_along_axis(ranked, middle[:, None], axis=1, mode="clip")[:, 0]

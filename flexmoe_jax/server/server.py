@@ -137,7 +137,8 @@ def _move(
 
     def move(total: PyTree, weight: Array, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
         gradient = jax.tree.map(lambda t: -t / jnp.where(weight > 0, weight, 1.0), total)
-        updates, stepped = optimizer.update(gradient, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax takes counts times floats
+            updates, stepped = optimizer.update(gradient, state, params)
         moved = optax.apply_updates(params, updates), stepped
         return jax.tree.map(
             lambda new, old: jnp.where(weight > 0, new, old), moved, (params, state)
@@ -173,7 +174,7 @@ def _keep_books(desk: Desk, ledger: Ledger, sums: Sums, verdicts: Verdict, plan:
             moved[layer] for layer, group in desk.group.items() if group == g and layer in moved
         ]
         stays = ~jnp.stack(changed).any(axis=0) if changed else jnp.ones(desk.experts, bool)
-        fresh = jnp.where(took_part[:, None], received, ledger.fresh[g]) & stays
+        fresh = jnp.where(took_part[:, None], received, ledger.fresh[g]) & stays[None]
         books.append(
             Ledger(
                 fitness=update_fitness(
@@ -183,10 +184,9 @@ def _keep_books(desk: Desk, ledger: Ledger, sums: Sums, verdicts: Verdict, plan:
                 held_rounds=ledger.held_rounds[g].at[pairs].add(trained[:, None], mode="drop"),
                 fresh=fresh,
                 load=ledger.load[g] + plan.load[g],
-                # Shares are NumPy's doubles.
                 deficit=update_deficit(
                     ledger.deficit[g], given, share=desk.share, decay=desk.deficit_decay
-                ).astype(jnp.float32),
+                ),
                 norms=(),
                 profile=(),
             )

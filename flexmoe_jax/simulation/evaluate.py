@@ -111,9 +111,9 @@ def evaluate(
     weight = sums.own_units
     personal = sums.personal
     if test.group is None:
-        there = sums.units > 0
-        share = jnp.where(there, about.label_share if about.label_share.shape[1] else 1.0, 0.0)
-        factor = share / jnp.maximum(sums.units, 1.0)
+        units = sums.units[None]
+        share = jnp.where(units > 0, about.label_share if about.label_share.shape[1] else 1.0, 0.0)
+        factor = share / jnp.maximum(units, 1.0)
         personal = jax.tree.map(lambda x: (x * factor).sum(axis=1), sums.personal)
         weight = jnp.broadcast_to(share, (evaluated.size, share.shape[-1])).sum(axis=1)
     return Evaluation(
@@ -164,8 +164,11 @@ def _count(
                     theirs = (chunk.group >= 0) & owns[chunk.group]
                 personal = judge.of_rows(mine, theirs)
             common = judge.by_class(outputs)
-            joint = jax.tree.map(lambda x: counts * x, federation.task.mean[0](outputs))
-            return joint, jax.tree.map(lambda x: counts * x, (common, personal))
+            joint = federation.task.mean[0](outputs)
+            counted: tuple[PyTree, tuple[Tally, Tally]] = jax.tree.map(
+                lambda x: counts.astype(x.dtype) * x, (joint, (common, personal))
+            )
+            return counted
 
         def of_block(total: PyTree, block: tuple) -> tuple[PyTree, tuple[Tally, Tally]]:
             joint, tallies = jax.vmap(of_client)(*block)
@@ -236,7 +239,7 @@ class _Judge:
         # A number out of range is dropped; a negative one would count from the end.
         group = jnp.where(self._chunk.group >= 0, self._chunk.group, groups)
         units = none.at[group].add(self._units(), mode="drop")
-        return units if about.owns is None else jnp.where(about.owns, units, 0.0).sum(axis=1)
+        return units if about.owns is None else jnp.where(about.owns, units[None], 0.0).sum(axis=1)
 
     def _units(self) -> Array:
         return self._weight.reshape(self._weight.shape[0], -1).sum(axis=1)

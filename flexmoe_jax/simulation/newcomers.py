@@ -160,8 +160,8 @@ def _probe_all(
         log_share = client.log_shares(data.label_share)
     batch = federation.local.batch_size
     steps = -(-padded // batch)
-    place = jnp.arange(steps * batch)
-    rows = data.index[:, place.clip(max=padded - 1)]
+    place = jnp.arange(steps * batch, dtype=jnp.int32)[None]
+    rows = data.index[:, place[0].clip(max=padded - 1)]
     rows = jnp.where(place < data.size[:, None], rows, -1).reshape(newcomers, steps, batch)
     each = take_rows((owns, rows, log_share), jnp.arange(room))
 

@@ -1,0 +1,71 @@
+"""JAX's strict switches: no type and no rank is promoted by the way, and doubles change nothing."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from flexmoe_jax import data, models, simulation, tasks
+from flexmoe_jax.assignment import make_policy
+from flexmoe_jax.client import LocalTraining
+from flexmoe_jax.federation import Federation
+from flexmoe_jax.metrics import evaluation_figures
+from flexmoe_jax.server import FitnessOptions
+
+RNG = np.random.default_rng(0)
+LABELS = RNG.integers(0, 3, 48).astype(np.int32)
+IMAGES = RNG.integers(0, 256, (48, 8, 8, 1), np.uint8)
+CLASSIFICATION = (
+    tasks.classification(),
+    models.classifier(
+        models.MoEClassifier(models.make_backbone("cnn", widths=(4, 6), groups=2), 3, 4, hidden=5)
+    ),
+    {"images": IMAGES, "labels": LABELS},
+    data.standardise(IMAGES),
+)
+NEXT_TOKEN = (
+    tasks.next_token(),
+    models.decoder(models.Transformer(4, 1, 8, heads=2, hidden=5, vocabulary=16)),
+    {"tokens": RNG.integers(0, 16, (48, 7), np.uint8)},
+    lambda tokens: tokens,
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [CLASSIFICATION, NEXT_TOKEN], ids=lambda case: case[0].name)
+def test_a_round_and_an_evaluation_run_under_all_of_them(case, dtype):
+    task, model, arrays, prepare = case
+    with (
+        jax.enable_x64(),
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+    ):
+        counts = np.full((4, 3), 4) if "labels" in arrays else None
+        clients = data.join(arrays, list(np.arange(48).reshape(4, 12)), counts)
+        federation = Federation(
+            model=model.computed_in(dtype).after(prepare),
+            sample={name: values[:2] for name, values in arrays.items()},
+            capacity=np.array([1, 2, 2, 3]),
+            policy=make_policy("flex"),
+            local=LocalTraining(optax.adam(0.01), batch_size=6, balance=0.01, z=0.01),
+            task=task,
+            ownership=models.Ownership(shared_gate=True),
+            optimizer=optax.adam(0.01),
+            fitness=FitnessOptions("loss"),
+        )
+        simulated = simulation.simulate(federation, clients)
+        state, everybody = simulated.init(jax.random.key(0)), np.arange(4)
+        kinds = jax.tree.map(lambda leaf: leaf.dtype, state)
+        plan = simulated.plan(everybody, simulated.assign(state, everybody))
+        state, report = simulated.round(state, clients, plan)
+        test = simulation.chunk_test_set(arrays, 24)
+        found = simulated.evaluate(state, test, clients.about)
+    assert jax.tree.map(lambda leaf: leaf.dtype, state) == kinds
+    assert bool(report.finite)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {
+        np.dtype(np.float32),
+        np.dtype(bool),
+    }
+    assert evaluation_figures(found)["eval/clients"] == 4
