@@ -112,7 +112,8 @@ def evaluate(
     personal = sums.personal
     if test.group is None:
         units = sums.units[None]
-        share = jnp.where(units > 0, about.label_share if about.label_share.shape[1] else 1.0, 0.0)
+        given = about.label_share if about.label_share.shape[1] else jnp.float32(1.0)
+        share = jnp.where(units > 0, given, 0.0)
         factor = share / jnp.maximum(units, 1.0)
         personal = jax.tree.map(lambda x: (x * factor).sum(axis=1), sums.personal)
         weight = jnp.broadcast_to(share, (evaluated.size, share.shape[-1])).sum(axis=1)
