@@ -197,3 +197,48 @@ def test_experts_step_further_than_the_rest():
     far, near = -4 * options.learning_rate, -options.learning_rate
     for found, expected in zip(steps, (near, far, far, near), strict=True):
         assert np.allclose(found["w"], expected)
+
+
+def test_clients_with_rules_are_measured_by_their_own(tmp_path):
+    config = base.get_config()
+    fields = {
+        "rounds": 4,
+        "data.train_limit": 400,
+        "data.test_limit": 120,
+        "partition.name": "iid",
+        "partition.rule": "relabelled",
+        "clients.count": 8,
+        "clients.capacity": 1,
+        "model.backbone": "mlp",
+        "model.experts": 4,
+        "model.hidden": 32,
+        "local.epochs": 4,
+        "assignment.exploration": 0.0,
+        "fitness.affinity": 1.0,
+        "fitness.profile": "given",
+        "eval.prior": False,
+    }
+    config.update_from_flattened_dict(fields)
+    assert train(config, Workdir(tmp_path / "run")) == "finished"
+    run = Workdir(tmp_path / "run")
+    last, summary = run.read()[-1], json.loads((tmp_path / "run" / "summary.json").read_text())
+    # Each client has an expert for its labels; a model's answer is right for a quarter of the rest.
+    assert last["eval/personal_accuracy"] > 0.6
+    assert last["eval/global_accuracy"] < 0.35
+    assert any("at most 25.0 % of the common test set" in note for note in summary["notes"])
+    experiment = build(config)
+    assert experiment.personal == "test examples of each client's own rules and classes"
+    owns = np.asarray(experiment.about.owns)
+    assert owns.shape == (8, 40)
+    assert (owns.reshape(8, 4, 10).any(axis=2).sum(axis=1) == 1).all()
+
+
+def test_text_has_no_rules():
+    config = base.get_config()
+    config.update_from_flattened_dict(
+        {"data.name": "python_topics", "task.name": "next_token", "partition.rule": "turned"}
+    )
+    config.partition.name = "domains"
+    config.model.backbone = "transformer"
+    with pytest.raises(InputError, match=r"partition\.rule=turned: rules are of labelled"):
+        build(config)
