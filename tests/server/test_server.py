@@ -87,7 +87,8 @@ def play(desk, server, slots, shared, of_a, of_b, units, feedback) -> Server:
         usage,
     )
     there = units > 0
-    verdicts = Verdict(there, ~there, jnp.ones((rows, 2)), feedback, units, units, units)
+    lengths, sketch = jnp.ones((rows, 2)), jnp.zeros((rows, 0))
+    verdicts = Verdict(there, ~there, lengths, feedback, units, units, units, sketch)
     load = desk.of_experts(slots, jnp.ones(slots.shape))
     ids = jnp.array([2, 0, 3][:rows])
     plan = Plan(ids, slots, load, jnp.ones(rows, int), jnp.ones(rows))
@@ -211,7 +212,9 @@ def random_round(optimizer, slots, usage) -> tuple[Server, Server]:
     )
     both = jnp.stack([usage, usage], axis=1)
     ones = jnp.ones(4)
-    verdicts = Verdict(ones > 0, ones < 0, jnp.ones((4, 2)), Feedback(*[both] * 3), *[ones] * 3)
+    lengths, sketch = jnp.ones((4, 2)), jnp.zeros((4, 0))
+    said = Feedback(*[both] * 3)
+    verdicts = Verdict(ones > 0, ones < 0, lengths, said, *[ones] * 3, sketch)
     plan = Plan(jnp.array([0, 1, 2, 3]), slots[:, None], jnp.zeros((1, 3)), ones, ones)
     server = start(desk)
     return server, finish(desk, server, plan, updates, verdicts)
@@ -265,7 +268,8 @@ def test_nothing_is_known_of_lengths_that_nobody_judges():
 def test_verdicts_without_some_are_as_if_those_had_been_refused():
     feedback = Feedback(*jnp.ones((3, 3, 1, 2)))
     there = jnp.array([True, True, False])
-    verdicts = Verdict(there, ~there, jnp.ones((3, 2)), feedback, *jnp.ones((3, 3)))
+    sketch = jnp.ones((3, 4))
+    verdicts = Verdict(there, ~there, jnp.ones((3, 2)), feedback, *jnp.ones((3, 3)), sketch)
     late = jnp.array([True, False, False])
     found = without(late, verdicts)
     assert found.accepted.tolist() == [False, True, False]
