@@ -7,11 +7,12 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Many tests compile the same programs, some of them in processes of their own.
+# Many tests compile the same programs, some of them in processes of their own. Reading one, even of
+# the smallest, takes less than half of compiling it; how long that took depends on what else runs.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "programs")
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis
 import jax
@@ -30,6 +31,21 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+LONGEST = tuple(
+    Path(__file__).parent / f"{name}.py"
+    for name in (
+        *("experiments/test_faults", "experiments/test_edge", "simulation/test_rounds"),
+        *("experiments/test_train", "experiments/test_processes", "experiments/test_sweep"),
+        *("simulation/test_defences", "simulation/test_on_device", "experiments/test_export"),
+    )
+)
+"""Files that start many processes or compile many programs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that no worker is left with one when others are done."""
+    items.sort(key=lambda item: item.path not in LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,12 @@ def run(config: ConfigDict, folder) -> tuple[str, list]:
     return train(config, workdir), workdir.read()
 
 
-UNRELIABLE = {"rounds": 12, "edge__dropout_during": 0.3, "faults__share": 0.1}
+UNRELIABLE = {
+    "rounds": 12,
+    "eval__every": 12,
+    "edge__dropout_during": 0.3,
+    "faults__share": 0.1,
+}
 
 
 def test_dropouts_and_clients_that_send_no_numbers_do_not_stop_the_main_job(tmp_path):
@@ -92,7 +97,10 @@ def test_updates_too_long_are_refused_by_default_and_said_so(
     assert "train/loss" in rows[1]
     output = capsys.readouterr().out
     assert output.count("round 1: all updates refused: some were too long") == 1
-    _, rows = run(configure(**SMALL, rounds=6), tmp_path / "none")
+
+
+def test_of_honest_clients_none_is_refused(tmp_path):
+    _, rows = run(configure(**SMALL, rounds=6), tmp_path / "run")
     assert sum(row["clients/quarantined"] for row in rows) == 0
 
 

@@ -48,16 +48,20 @@ def without_norms(state):
     return plain(state._replace(server=state.server._replace(ledger=ledger)))
 
 
-@pytest.mark.parametrize("factor", [-1000.0, 100.0])
-def test_a_long_update_in_the_first_round_voids_it_and_is_refused_later(
-    make_simulation, clients, factor
-):
-    simulated = make_simulation(
+@pytest.fixture(scope="module")
+def guarded(make_simulation):
+    """With a state in all that a refusal has to put back."""
+    return make_simulation(
         codec=Codec(make_compressor("int8")),
         optimizer=optax.adam(0.01),
         ownership=models.Ownership(("head",)),
         block_size=2,
     )
+
+
+@pytest.mark.parametrize("factor", [-1000.0, 100.0])
+def test_a_long_update_in_the_first_round_voids_it_and_is_refused_later(guarded, clients, factor):
+    simulated = guarded
     first, report = play(simulated, clients, simulated.init(jax.random.key(0)), factor)
     assert report.void
     assert report.finite
@@ -149,12 +153,14 @@ def test_noise_depends_on_seed_round_and_client_alone(make_simulation, clients):
     "aggregator", [geometric_median(), trimmed_mean(0.2)], ids=["geometric", "trimmed"]
 )
 def test_robust_means_withstand_what_ends_a_mean(make_simulation, clients, aggregator):
-    everything = {"capacity": np.full(7, EXPERTS), "policy": make_policy("full")}
+    simulated = make_simulation(
+        aggregator=aggregator,
+        admission=Admission(quarantine=False),
+        capacity=np.full(7, EXPERTS),
+        policy=make_policy("full"),
+    )
     moved = {}
     for factor in (1.0, -1e6, np.nan):
-        simulated = make_simulation(
-            aggregator=aggregator, admission=Admission(quarantine=False), **everything
-        )
         state = simulated.init(jax.random.key(0))
         start = averaged(state)
         state, report = play(simulated, clients, state, factor)
@@ -192,22 +198,19 @@ EXCHANGE = re.compile(r" (?:all-reduce|all-gather|all-to-all|collective-permute)
 
 
 def test_a_model_that_is_no_number_shows_in_the_report(make_simulation, clients):
-    careless = Admission(quarantine=False)
-    for options, factor, finite in (
-        ({}, 1.0, True),
-        ({}, np.nan, False),
-        ({}, np.inf, False),
+    careless = make_simulation(admission=Admission(quarantine=False))
+    diverging = make_simulation(
+        admission=Admission(quarantine=False),
+        local=LocalTraining(optax.sgd(1e30), balance=0.0, batch_size=8),
+        optimizer=optax.sgd(0.0),
+    )
+    for simulated, factor, finite in (
+        (careless, 1.0, True),
+        (careless, np.nan, False),
+        (careless, np.inf, False),
         # What its client alone keeps counts, too.
-        (
-            {
-                "local": LocalTraining(optax.sgd(1e30), balance=0.0, batch_size=8),
-                "optimizer": optax.sgd(0.0),
-            },
-            1.0,
-            False,
-        ),
+        (diverging, 1.0, False),
     ):
-        simulated = make_simulation(admission=careless, **options)
         _, report = play(simulated, clients, simulated.init(jax.random.key(0)), factor)
         assert bool(report.finite) is finite
 

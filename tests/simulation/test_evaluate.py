@@ -174,7 +174,8 @@ def one_by_one(federation, clients, test_arrays):
     size = len(test_arrays["labels"])
     # All examples are everybody's own.
     everyone = clients.about._replace(owns=jnp.ones((7, 1), bool))
-    test = chunk_test_set(test_arrays, 1, group=np.zeros(size))
+    # NumPy's arrays, of which a slice is no program of its own.
+    test = jax.device_get(chunk_test_set(test_arrays, 1, group=np.zeros(size)))
     alone = [jax.tree.map(lambda x, i=i: x[i : i + 1], test) for i in range(size)]
     found = [jax.device_get(simulated.evaluate(state, one, everyone)) for one in alone]
     common = [jax.tree.map(lambda x: x.sum(axis=1), each.common) for each in found]
