@@ -62,13 +62,14 @@ def follow_rules(
     _check(options, dataset)
     rng = np.random.default_rng([seed, _DRAW])
     of_clients = deal_rules(len(parts), options.rules_per_client, rng)
+    mixed = rng.permutation(len(dataset.test_labels))
     train = np.zeros(len(dataset.train_labels), np.int32)
     for part, followed in zip(parts, of_clients, strict=True):
         train[rng.permutation(part)] = np.resize(followed, len(part))
+    # In turn along the classes: as many test examples of each class as can be, and of all.
     test = np.empty(len(dataset.test_labels), np.int32)
-    for label in np.unique(dataset.test_labels):
-        rows = rng.permutation(np.flatnonzero(dataset.test_labels == label))
-        test[rows] = np.arange(len(rows)) % RULES
+    turn_of = np.argsort(dataset.test_labels[mixed], kind="stable")
+    test[mixed[turn_of]] = np.arange(len(mixed)) % RULES
     order = rng.permutation(dataset.num_classes)
     if options.rule == "turned":
         changed = replace(

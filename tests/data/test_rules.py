@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -100,3 +102,15 @@ def test_what_has_no_rules_is_refused(rules, name, given_data, said):
     parts = [np.arange(len(given_data.train_labels))]
     with pytest.raises(InputError, match=f"partition.rule={rules}.*{said}"):
         data.follow_rules(options(rules, name=name), given_data, parts, seed=0)
+
+
+def test_few_test_examples_are_dealt_evenly_too():
+    before = dataset()
+    few = replace(
+        before,
+        test_images=before.test_images[:10],
+        test_labels=np.arange(10, dtype=np.int32) % 5,
+    )
+    ruled = data.follow_rules(options("turned"), few, np.split(np.arange(200), 8), seed=0)
+    count = np.bincount(ruled.group // 5, minlength=RULES)
+    assert count.max() - count.min() <= 1
