@@ -143,7 +143,11 @@ def ran(request, tmp_path_factory) -> Ran:
 def opened(state: Tree) -> Tree:
     """What the server and the clients have, of one group with one MoE layer, side by side."""
     server, clients = state["server"], state["clients"]
-    ledger = {name: table[0] for name, table in server["ledger"].items() if name != "norms"}
+    ledger = {
+        name: table[0]
+        for name, table in server["ledger"].items()
+        if name not in ("norms", "profile")
+    }
     layers = {
         "experts": server["experts"]["mixture"],
         "gates": (clients["gates"] or {}).get("mixture", {}),
