@@ -198,7 +198,7 @@ BAD = {
     "--rounds=3": "--rounds: no such flag; did you mean --config.rounds?",
     "--config.execution.data=disk": "execution.data=disk: choose one of auto, device, host",
     "--config.assignment.solver=paths": "assignment.solver=paths: takes no weights that differ",
-    "--config.model.private=gate": "model.private=gate/bias: a client's own experts",
+    "--config.model.private=gate": "model.private=gate: is of a MoE layer",
     "--config.clients.capacity=9": "clients.capacity=9: choose 1 to model.experts=8",
     "--config.data.name=cifar10 --config.data.dir=/no/such/folder": "data.dir=/no/such/folder",
     "stray": "argument=stray",
