@@ -33,6 +33,7 @@ def state() -> State:
         load=jnp.ones((2, 2)),
         deficit=jnp.full((2, 2), -0.5),
         norms=jnp.ones((4, 3)),
+        profile=jnp.arange(12.0).reshape(3, 4),
     )
     return State(
         server=Server(

@@ -34,7 +34,7 @@ def federate(clients: data.ClientData, classes: int = 10, **choices) -> Federati
         ({"layers": "both"}, "assignment.layers=both: choose one of same, each"),
         (
             {"ownership": models.Ownership(("expert",))},
-            "model.private=expert/b_in: .* give all clients all",
+            "model.private=expert: is of a MoE layer, .* set clients.capacity=4",
         ),
         ({"ownership": models.Ownership(("hed",))}, "model.private=hed: .* backbone, expert, gate"),
     ],
