@@ -1,4 +1,4 @@
-"""Where clients differ in what a picture looks like, or is called: turned and relabelled digits.
+"""Where clients differ in what a picture is called: relabelled digits.
 
     python -m experiments.sweep --study=experiments/studies/rules.py --data_dir=TFDS_DIR \
         --workdir=runs/rules
@@ -28,9 +28,6 @@ METHODS_OF_RULES: Axis = {
     **choose("random", "greedy", "fedavg"),
 }
 
-_SKEWED = {"partition.name": "k_class", "partition.classes_per_client": 4}
-_TURNED = {"partition.rule": "turned", "partition.rules_per_client": 2}
-
 
 def get_study() -> Study:
     """20 clients that hold 2 of 8 experts; 16 local steps a round, on 16 examples each."""
@@ -39,12 +36,6 @@ def get_study() -> Study:
         config=emnist_digits.get_config,
         methods=METHODS_OF_RULES,
         datasets={"emnist_digits": SMALL["emnist_digits"]},
-        partitions={
-            "turned": {"partition.name": "iid", **_TURNED},
-            "turned_4_class": {**_SKEWED, **_TURNED},
-            "relabelled": {"partition.name": "iid", "partition.rule": "relabelled"},
-            # No rules: the same posterior for all, so that no assignment should win.
-            "label_skew": _SKEWED,
-        },
+        partitions={"relabelled": {"partition.name": "iid", "partition.rule": "relabelled"}},
         seeds=(0, 1, 2),
     )
