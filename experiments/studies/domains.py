@@ -3,8 +3,8 @@
     python -m experiments.sweep --study=experiments/studies/domains.py --data_dir=FOLDER \
         --workdir=runs/domains
 
-FOLDER holds a UTF-8 text file for each language (see `experiments/configs/languages.py`). On one
-core a run takes four minutes.
+FOLDER holds a UTF-8 text file for each language (see `experiments/configs/languages.py`). Two
+at a time on a shared machine, a run takes eight to ten minutes.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
         --workdir=runs/rules
 
 TFDS_DIR holds `emnist/digits` as TFDS prepares it (array_record). On one core a run takes half a
-minute.
+minute to a minute and a half.
 """
 
 from __future__ import annotations

@@ -57,5 +57,6 @@ def router_loss(routing: Routing, valid: Array, slots: Array) -> Array:
     """
     assert routing.router is not None
     log_p = jax.nn.log_softmax(routing.router)[:, slots.clip(max=routing.router.shape[-1] - 1)]
-    chosen = routing.selected / jnp.maximum(routing.selected.sum(axis=-1, keepdims=True), 1)
+    chosen = routing.selected.astype(log_p.dtype)
+    chosen = chosen / jnp.maximum(chosen.sum(axis=-1, keepdims=True), 1.0)
     return -jnp.dot((chosen * log_p).sum(axis=-1), valid) / jnp.maximum(valid.sum(), 1.0)

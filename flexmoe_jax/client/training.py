@@ -229,8 +229,9 @@ def train(
       down: what the server sent: how many steps, and in which round.
       log_share: (Y,) logarithm of the client's label shares, which never leaves it; None for none.
     """
-    groups = down.slots.shape[0]
-    slots = {x: down.slots[min(i, groups - 1)] for i, x in enumerate(learner.layers)}
+    # (G, K), of which G is 1 or L.
+    of_layers = jnp.broadcast_to(down.slots, (len(learner.layers), down.slots.shape[-1]))
+    slots = dict(zip(learner.layers, of_layers, strict=True))
     known = Known(arrays, held, log_share if learner.local.prior else None, slots)
     zeros = jnp.zeros((len(learner.layers), down.slots.shape[-1]), jnp.float32)
     nothing = jnp.zeros((), jnp.float32)
@@ -245,7 +246,10 @@ def train(
 
 
 class Known(NamedTuple):
-    """What stays the same through a client's training: examples, slots held, label shares."""
+    """What stays the same through a client's training: examples, slots held, label shares.
+
+    `slots` says which experts the slots (K,) of each layer hold, for the router; None without one.
+    """
 
     arrays: Batch
     held: Held

@@ -164,11 +164,12 @@ class Layout(NamedTuple):
         """All experts in one model, whose gates are the routers where layers have them."""
         leaves = dict(zip(self.paths, self.tree.flatten_up_to(self.merge(params)), strict=True))
 
-        def chosen(path: str) -> Any:
-            names = ("router" if name == "gate" else name for name in path.split("/"))
-            return leaves.get("/".join(names), leaves[path])
+        def chosen(path: str, layer: str) -> Any:
+            inside = path.split("/")[_depth(layer) :]
+            twin = "/".join([*_names(layer), "router", *inside[1:]])
+            return leaves.get(twin, leaves[path]) if layer and inside[0] == "gate" else leaves[path]
 
-        return self.split(self.tree.unflatten([chosen(path) for path in self.paths]))
+        return self.split(self.tree.unflatten(list(map(chosen, self.paths, self.layer))))
 
 
 def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:

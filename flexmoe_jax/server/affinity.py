@@ -55,9 +55,13 @@ def sketch(update: PyTree, size: int) -> Array:
 
 
 def learn_profile(profile: Array, clients: Array, sketches: Array, accepted: Array) -> Array:
-    """Adds a round's sketches (P, F), each less their mean and at length 1, to profiles (C, F)."""
-    there = accepted[:, None]
-    mean = jnp.where(there, sketches, 0.0).sum(axis=0) / jnp.maximum(accepted.sum(), 1)
+    """Adds a round's sketches (P, F), each less their mean and at length 1, to profiles (C, F).
+
+    Updates that were not accepted, or are not all numbers, tell nothing.
+    """
+    there = (accepted & jnp.isfinite(sketches).all(axis=1))[:, None]
+    count = jnp.maximum(there.sum(dtype=jnp.float32), 1.0)
+    mean = jnp.where(there, sketches, 0.0).sum(axis=0, keepdims=True) / count
     own = jnp.where(there, sketches - mean, 0.0)
     length = jnp.sqrt((own**2).sum(axis=1, keepdims=True))
     return profile.at[clients].add(own / jnp.maximum(length, 1e-12), mode="drop")

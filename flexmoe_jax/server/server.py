@@ -79,7 +79,11 @@ def init(desk: Desk, key: Key, shared: PyTree, experts: PyTree, clients: int) ->
         load=jnp.zeros((desk.groups, desk.experts), jnp.float32),
         deficit=jnp.zeros((desk.groups, desk.experts), jnp.float32),
         norms=init_norms() if desk.admission.compares else (),
-        profile=jnp.zeros((clients, desk.fitness.sketched)) if desk.fitness.sketched else (),
+        profile=(
+            jnp.zeros((clients, desk.fitness.sketched), jnp.float32)
+            if desk.fitness.sketched
+            else ()
+        ),
     )
     optimizer = (
         desk.optimizer.init(shared),

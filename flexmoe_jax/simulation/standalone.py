@@ -1,7 +1,7 @@
 """Models taken out of a federation: of one client, or of all experts together.
 
 Evaluation runs the same ones: a client's latest experts as the server has them, with its own gate
-and private parts, or all experts with the gate's rows that travel with them.
+and private parts, or all experts, led by routers or by the gates' rows that travel with them.
 
 Axis legend: `B` batch, `E` experts, `K` expert slots, `k` experts that a client holds, `Y` classes.
 """
@@ -76,7 +76,7 @@ def client_model(
 
 
 def assembled_model(federation: Federation, state: State) -> Standalone:
-    """All E experts and the gate's rows that travel with them as one model.
+    """All E experts as one model, led by the routers, or where there are none by the gates' rows.
 
     Raises:
       InputError: parts of the model stay with their clients.
@@ -99,7 +99,7 @@ def of_client(federation: Federation, begun: Server, own: Own) -> tuple[Params, 
 
 
 def of_all(federation: Federation, begun: Server) -> tuple[Params, Held]:
-    """The parameters of all experts together, where none stay with clients."""
+    """The parameters of all experts together, where none stay with clients, and who leads there."""
     every = jnp.ones(federation.layout.experts, bool)
     held = dict.fromkeys(federation.layout.layers, every)
     return federation.layout.assembled(Params(begun.shared, begun.experts, {}, {})), held

@@ -130,3 +130,7 @@ def test_a_profile_adds_up_what_differs_from_the_cohort() -> None:
     learnt = jax.jit(learn_profile)(jnp.ones((3, 2)), clients, sketches, accepted)
     # The mean of those let in is (2, 0): one lies a length of 1 to either side.
     np.testing.assert_allclose(learnt, [[0, 1], [1, 1], [2, 1]])
+    # What is not all numbers tells nothing, whoever let it in.
+    broken = sketches.at[2].set(jnp.nan)
+    same = jax.jit(learn_profile)(jnp.ones((3, 2)), clients, broken, accepted.at[2].set(True))
+    np.testing.assert_allclose(same, learnt)

@@ -27,7 +27,7 @@ CLASSIFICATION = (
 )
 NEXT_TOKEN = (
     tasks.next_token(),
-    models.decoder(models.Transformer(4, 1, 8, heads=2, hidden=5, vocabulary=16)),
+    models.decoder(models.Transformer(4, 1, 8, heads=2, hidden=5, vocabulary=16, router=True)),
     {"tokens": RNG.integers(0, 16, (48, 7), np.uint8)},
     lambda tokens: tokens,
 )
@@ -53,7 +53,7 @@ def test_a_round_and_an_evaluation_run_under_all_of_them(case, dtype):
             task=task,
             ownership=models.Ownership(shared_gate=True),
             optimizer=optax.adam(0.01),
-            fitness=FitnessOptions("loss"),
+            fitness=FitnessOptions("loss", affinity=1.0),
         )
         simulated = simulation.simulate(federation, clients)
         state, everybody = simulated.init(jax.random.key(0)), np.arange(4)
