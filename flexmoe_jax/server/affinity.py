@@ -3,22 +3,27 @@
 Early experts are alike, so that what clients say of them is chance; but the updates of what all
 share differ from the first round on by what a client's examples are like, whatever the task. Every
 update is sketched (count sketch; Charikar et al. 2002), and what makes a client's sketches differ
-from the cohort's is added up over rounds: its profile. Profiles p_c are then taken apart into one
-centre for each expert, such that every client lies in the middle of as many as it may hold:
+from the cohort's is added up over rounds: its profile. Profiles p_c are then taken apart into D
+centres v_d, one for each kind of data, such that every client lies in the middle of k_c of them:
 
-    minimise  Σ_c |p_c - (1/k_c) Σ_e a_ce v_e|²  over a_ce ∈ {0, 1}, Σ_e a_ce = k_c, and v_e,
+    minimise  Σ_c |p_c - (1/k_c) Σ_d n_cd v_d|² + λ Σ_d |v_d|²  over n_cd ∈ {0, 1, ...},
+    Σ_d n_cd = k_c, and v_d,
 
-k-means with overlaps (Cleuziou 2008), in the space of the first E - 1 principal components, in
-which E centres lie. How far a client is made of an expert's centre is its affinity to the expert.
-It counts as far as the centres explain more than they would of profiles without any structure
-(parallel analysis; Horn 1965).
+k-means with overlaps (Cleuziou 2008), in the space of the first D - 1 principal components, in
+which D centres lie. Of a sum of two centres that explains a client, the second term prefers the one
+of two like centres, so that kinds are not mixed where they need not be. How many kinds there are is
+told by the gap statistic (Tibshirani et al. 2001): where the centres explain most beyond what as
+many would of profiles without any structure. A kind has one expert, or several where there are
+fewer kinds than experts.
 
-Axis legend: `C` clients, `P` clients of a round's plan, `E` experts, `F` numbers of a sketch, `M`
-landmarks: the clients that the centres are found from, `R` principal components.
+Axis legend: `C` clients, `P` clients of a round's plan, `E` experts, `D` kinds of data, `F` numbers
+of a sketch, `M` landmarks: the clients that the centres are found from, `R` principal components,
+`S` searches that run side by side.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -28,12 +33,15 @@ from scipy.optimize import linear_sum_assignment
 
 from flexmoe_jax.types import Array, PyTree
 
-# Most landmarks, and steps of a search; least and most searches, and what they may cost together
-# in clients times pairs of experts.
-_LANDMARKS, _STEPS = 512, 30
-_STARTS, _WORK = (4, 100), 3_000_000
-# What keeps a centre where it is that nobody is a member of.
-_RIDGE = 1e-3
+# Most landmarks, numbers of kinds that are tried, and steps of a search.
+_LANDMARKS, _KINDS, _STEPS = 512, 8, 30
+# Least and most searches, what they may cost in clients times pairs of kinds, and how many of them
+# are followed to the end (successive halving; Jamieson and Talwalkar 2016).
+_SEARCHES, _WORK, _FINALISTS = (16, 100), 3_000_000, 8
+# λ, in clients that each centre has on average.
+_RIDGE = 0.2
+# An expert of a client's kind that is not its own is worth so much of one that is.
+_OTHER = 0.5
 # Names of random streams.
 _SIGNS, _SEARCH = 0x5169, 0xAFF1
 
@@ -68,12 +76,12 @@ def learn_profile(profile: Array, clients: Array, sketches: Array, accepted: Arr
 
 
 def affinity(profile: np.ndarray, usage: np.ndarray, capacity: np.ndarray, seed: int) -> np.ndarray:
-    """How far each client is made of each expert's centre, times how much the centres explain.
+    """How far each expert is of a client's kinds, times how much kinds explain.
 
     Args:
       profile: (C, F); 0 of clients that are not known yet.
-      usage: (G, C, E) units that each client has routed to each expert so far: centres are given to
-        the experts that their clients have used, so that an expert keeps its own.
+      usage: (G, C, E) units that each client has routed to each expert so far: kinds are given the
+        experts that their clients have used, so that an expert keeps its own.
       capacity: (C,) k_c.
       seed: of the search.
 
@@ -90,103 +98,160 @@ def affinity(profile: np.ndarray, usage: np.ndarray, capacity: np.ndarray, seed:
     marks = np.flatnonzero(known)
     if len(marks) > _LANDMARKS:
         marks = np.sort(rng.choice(marks, _LANDMARKS, replace=False))
+    middle = unit[marks].mean(axis=0)
+    kinds = _find_kinds(unit[marks] - middle, capacity[marks], experts, rng)
+    points = (unit - middle) @ kinds.components.T
+    made_of = _take_apart(points, kinds.centres[None], capacity, kinds.once)[0]
+    made_of = np.where(known[:, None], made_of, 0)
     used = usage / np.maximum(usage.sum(axis=2, keepdims=True), 1.0)
-    found = _find_centres(unit[marks], capacity[marks], used[0, marks], rng)
-    shuffled = rng.permuted(unit[marks], axis=0)
-    chance = _find_centres(shuffled, capacity[marks], used[0, marks], rng).explained
-    beyond = max(found.explained - chance, 0.0) / max(1.0 - chance, 1e-12)
-    room = np.maximum(capacity, 1)[:, None]
-    weight = _weights(unit @ found.components.T, found.centres, room)
-    share = np.where(known[:, None], np.minimum(room * weight, 1.0), 0.0)
-    order = [linear_sum_assignment(of_group.T @ share, maximize=True)[1] for of_group in used]
-    return beyond * np.stack([share[:, of_group] for of_group in order])
+    return kinds.beyond * np.stack([_deal_out(made_of, of_group) for of_group in used])
 
 
-class _Centres(NamedTuple):
-    """Centres (E, R) in the space of components (R, F), and the part of squares explained."""
+class _Kinds(NamedTuple):
+    """Kinds of data, as found.
+
+    Attributes:
+      centres: (D, R) in the space of the components.
+      components: (R, F).
+      once: whether a client has no kind more than once.
+      beyond: part of the squares that chance leaves which they explain, in [0, 1].
+    """
 
     centres: np.ndarray
     components: np.ndarray
-    explained: float
+    once: bool
+    beyond: float
 
 
-def _find_centres(
-    profiles: np.ndarray, room: np.ndarray, used: np.ndarray, rng: np.random.Generator
-) -> _Centres:
-    """The best of several searches: one from the experts used so far, the others from any."""
-    clients, experts = used.shape
-    components = np.linalg.svd(profiles, full_matrices=False)[2][: experts - 1]
-    points = profiles @ components.T
-    starts = int(np.clip(_WORK // (clients * experts**2), *_STARTS))
-    missed, centres = _search(points, _top(used, room), room)
-    for wish in rng.random((starts, clients, experts)):
-        other = _search(points, _top(wish, room), room)
-        missed, centres = min((missed, centres), other, key=lambda search: search[0])
+def _find_kinds(
+    profiles: np.ndarray, room: np.ndarray, experts: int, rng: np.random.Generator
+) -> _Kinds:
+    """Kinds in that number whose centres explain most beyond chance.
+
+    Tried both ways: a client has no kind twice, or may be of one kind alone.
+    """
     total = float((profiles**2).sum())
-    return _Centres(centres, components, (float((points**2).sum()) - missed) / total)
+    axes = np.linalg.svd(profiles, full_matrices=False)[2]
+    shuffled = [rng.permuted(profiles, axis=0) for _ in range(2)]
+    of_shuffled = [chance @ np.linalg.svd(chance, full_matrices=False)[2].T for chance in shuffled]
+    numbers = np.unique(np.geomspace(2, experts, _KINDS).round().astype(int))
+    best, gap = None, -np.inf
+    for kinds, once in itertools.product(numbers, (True, False)):
+        most = room.max()
+        if (kinds < most) if once else (most == 1):  # Too few, or no other way than once.
+            continue
+        searches = int(np.clip(_WORK // (len(room) * kinds**2), *_SEARCHES))
+        centres, explained = _search(
+            profiles @ axes[: kinds - 1].T, room, kinds, once, rng, searches
+        )
+        chance = [
+            _search(points[:, : kinds - 1], room, kinds, once, rng, searches // 4)[1]
+            for points in of_shuffled
+        ]
+        by_chance = float(np.mean(chance))
+        if explained - by_chance > gap:
+            gap = explained - by_chance
+            beyond = max(gap, 0.0) / max(total - by_chance, 1e-12)
+            best = _Kinds(centres, axes[: kinds - 1], once, beyond)
+    assert best is not None
+    return best
 
 
-def _top(wish: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """(M, E) bool, the k_c columns of every row that are greatest."""
-    rank = np.argsort(np.argsort(-wish, axis=1, kind="stable"), axis=1)
-    return np.asarray(rank < room[:, None])
-
-
-def _search(points: np.ndarray, member: np.ndarray, room: np.ndarray) -> tuple[float, np.ndarray]:
-    """Centres and memberships in turn, until neither moves: squares missed, and centres (E, R)."""
-    missed = np.inf
-    for _ in range(_STEPS):
-        share = member / room[:, None]
-        inner = share.T @ share + _RIDGE * np.eye(member.shape[1])
-        centres = np.linalg.solve(inner, share.T @ points)
-        member = _choose(points, centres, room)
-        before = missed
-        missed = float(((points - member / room[:, None] @ centres) ** 2).sum())
-        if missed >= before * (1 - 1e-9):
+def _search(
+    points: np.ndarray,
+    room: np.ndarray,
+    kinds: int,
+    once: bool,
+    rng: np.random.Generator,
+    searches: int,
+) -> tuple[np.ndarray, float]:
+    """The best of several searches: centres (D, R), and the squares that they explain."""
+    ridge = _RIDGE * len(room) / (kinds * room.mean()) * np.eye(kinds)
+    wish = rng.random((searches, len(room), kinds))
+    rank = wish.argsort(axis=2).argsort(axis=2)
+    made_of = (rank < room[:, None]) if once else _draw(wish, room)
+    least = np.full(searches, np.inf)
+    for step in range(_STEPS):
+        share = made_of / room[:, None]
+        turned = share.swapaxes(1, 2)
+        centres = np.linalg.solve(turned @ share + ridge, turned @ points)
+        made_of = _take_apart(points, centres, room, once)
+        missed = ((points - made_of / room[:, None] @ centres) ** 2).sum(axis=(1, 2))
+        cost = missed + ridge[0, 0] * (centres**2).sum(axis=(1, 2))
+        if (cost >= least * (1 - 1e-9)).all():
             break
-    return missed, centres
+        least = np.minimum(cost, least)
+        if step % 2 and len(cost) > _FINALISTS:
+            better = np.argsort(cost, kind="stable")[: max(len(cost) // 2, _FINALISTS)]
+            made_of, least = made_of[better], least[better]
+    best = cost.argmin()
+    return centres[best], float((points**2).sum() - missed[best])
 
 
-def _choose(points: np.ndarray, centres: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """(M, E) bool, the k_c centres whose mean is nearest: one after the other, then exchanged."""
-    rows = np.arange(len(points))
-    member = np.zeros((len(points), len(centres)), bool)
-    length = (centres**2).sum(axis=1)
+def _draw(wish: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """(S, M, D) k_c draws of kinds, which may be the same."""
+    kinds = wish.shape[2]
+    drawn = np.zeros(wish.shape)
     for step in range(int(room.max())):
-        rest = (step + 1) * points - member @ centres
-        cost = np.where(member, np.inf, length - 2 * rest @ centres.T)
-        grows = room > step
-        member[rows[grows], cost[grows].argmin(axis=1)] = True
-    apart = ((centres[:, None] - centres[None]) ** 2).sum(axis=-1)  # (E leaves, E comes)
+        of_step = (wish[:, :, step % kinds] * kinds * (step // kinds + 1)).astype(int) % kinds
+        drawn += (np.arange(kinds) == of_step[:, :, None]) & (room > step)[:, None]
+    return drawn
+
+
+def _take_apart(
+    points: np.ndarray, centres: np.ndarray, room: np.ndarray, once: bool
+) -> np.ndarray:
+    """(S, M, D) how often each point has each kind: k_c in all, whose mean is nearest to it.
+
+    One after the other, then exchanged as long as it helps.
+    """
+    inner = centres @ centres.swapaxes(1, 2)
+    length = np.einsum("sdd->sd", inner)[:, None]
+    reach = points @ centres.swapaxes(1, 2)  # (S, M, D)
+    made_of = np.zeros(reach.shape)
+    for step in range(int(room.max())):
+        cost = length - 2 * ((step + 1) * reach - made_of @ inner)
+        if once:
+            cost[made_of > 0] = np.inf
+        chosen = cost.argmin(axis=2)[:, :, None] == np.arange(centres.shape[1])
+        made_of += chosen & (room > step)[:, None]
+    apart = (length.swapaxes(1, 2) + length - 2 * inner)[:, None]  # (S, 1, D leaves, D comes)
     for _ in range(2 * int(room.max())):
-        reach = (room[:, None] * points - member @ centres) @ centres.T
-        change = apart + 2 * (reach[:, :, None] - reach[:, None, :])
-        change[~(member[:, :, None] & ~member[:, None, :])] = np.inf
-        flat = change.reshape(len(points), -1)
-        pair = flat.argmin(axis=1)
-        better = flat[rows, pair] < -1e-12
-        if not better.any():
+        pull = room[:, None] * reach - made_of @ inner
+        change = apart + 2 * (pull[..., :, None] - pull[..., None, :])
+        change = np.where(made_of[..., :, None] > 0, change, np.inf)
+        if once:
+            change = np.where(made_of[..., None, :] > 0, np.inf, change)
+        flat = change.reshape(*made_of.shape[:2], -1)
+        pair = flat.argmin(axis=2)
+        better = np.nonzero(np.take_along_axis(flat, pair[..., None], axis=2)[..., 0] < -1e-9)
+        if not len(better[0]):
             break
-        leaves, comes = np.divmod(pair[better], len(centres))
-        member[rows[better], leaves], member[rows[better], comes] = False, True
-    return member
+        leaves, comes = np.divmod(pair[better], centres.shape[1])
+        made_of[(*better, leaves)] -= 1
+        made_of[(*better, comes)] += 1
+    return made_of
 
 
-def _weights(points: np.ndarray, centres: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """(C, E) ≥ 0 with sums 1, none above 1/k_c, whose mean of centres is nearest to each point."""
-    step = 1.0 / max(float(np.linalg.norm(centres, 2)) ** 2, 1e-12)
-    weight = np.full((len(points), len(centres)), 1.0 / len(centres))
-    for _ in range(10 * _STEPS):
-        moved = weight - step * (weight @ centres - points) @ centres.T
-        weight = _capped(moved, 1.0 / room)
-    return weight
+def _deal_out(made_of: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """(C, E) 1 for as many experts of each of its kinds as a client has it, less for the others.
 
-
-def _capped(values: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """Nearest rows that are between 0 and the most, and sum to 1: by bisection of the shift."""
-    low, high = values.min(axis=1, keepdims=True) - 1, values.max(axis=1, keepdims=True)
-    for _ in range(40):
-        middle = (low + high) / 2
-        above = (values - middle).clip(0, most).sum(axis=1, keepdims=True) > 1
-        low, high = np.where(above, middle, low), np.where(above, high, middle)
-    return (values - high).clip(0, most)
+    Args:
+      made_of: (C, D) how often each client has each kind.
+      used: (C, E) part of a client's units that went to each expert so far.
+    """
+    experts, count = used.shape[1], made_of.sum(axis=0)
+    seats = np.ones(made_of.shape[1], int)
+    for _ in range(experts - len(seats)):  # D'Hondt: to whom has most for each of its experts
+        seats[np.argmax(count / seats)] += 1
+    kind = np.repeat(np.arange(len(seats)), seats)
+    kind = kind[linear_sum_assignment(used.T @ made_of[:, kind], maximize=True)[1]]  # (E,)
+    worth = np.zeros(used.shape)
+    for d in range(len(seats)):
+        own, of_client = np.flatnonzero(kind == d), made_of[:, d]
+        # What a client has used of them before others, then in turn.
+        turn = (np.arange(len(own)) - (np.cumsum(of_client) - of_client)[:, None]) % len(own)
+        order = np.lexsort((turn, -used[:, own]), axis=1)
+        first = order.argsort(axis=1) < of_client[:, None]
+        worth[:, own] = np.where(first, 1.0, _OTHER) * (of_client[:, None] > 0)
+    return worth

@@ -17,7 +17,7 @@ from flexmoe_jax.server.affinity import affinity, learn_profile, sketch
 def few_searches() -> Iterator[None]:
     """A tenth of the searches finds what profiles as plain as these have to tell."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_STARTS", (4, 10))
+        patch.setattr(module, "_SEARCHES", (4, 16))
         yield
 
 
