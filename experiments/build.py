@@ -18,6 +18,7 @@ from experiments.edge import capacity_in_memory, check_model, make_devices, make
 from experiments.examples import Examples, load_examples, split_clients
 from experiments.fields import check_fields, client_capacities, load_model_name, read
 from experiments.newcomers import Judge, make_judge, notes_on_newcomers
+from experiments.tuning import make_tuner
 from flexmoe_jax import assignment, client, data, edge, models, server, simulation
 from flexmoe_jax.edge import AVAILABILITIES, read_record, read_tiers
 from flexmoe_jax.errors import InputError
@@ -57,7 +58,8 @@ class Experiment:
       inputs: hashes of what it reads; see `inputs_of`.
       personal: what personal accuracy is measured on, in words.
       notes: sentences on what a user should know before trusting the figures.
-      newcomers: says of a state how they fare; None for none.
+      judges: say of a state what is asked beside the evaluation: how newcomers fare, what clients'
+        models are worth once fine-tuned.
     """
 
     simulation: Simulation
@@ -73,7 +75,7 @@ class Experiment:
     inputs: Mapping[str, str]
     personal: str
     notes: tuple[str, ...]
-    newcomers: Judge | None
+    judges: tuple[Judge, ...]
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -118,16 +120,23 @@ def build(config: ConfigDict) -> Experiment:
     federation.check(examples.test)
     network = make_network(config, devices, trained, local.steps(sizes), seen)
     test = simulation.chunk_test_set(examples.test, config.eval.batch_size, mesh, examples.group)
+    simulated = simulation.simulate(
+        federation,
+        clients,
+        rows=network.asked,
+        block_size=config.execution.client_block_size,
+        mesh=mesh,
+    )
+    tunes = config.eval.fine_tune
+    fed = len(trained) if tunes else network.asked
+    feed = make_feed(config.execution.data, clients, fed, mesh)
+    about = simulation.replicate(clients.about, mesh)
+    everybody = np.arange(len(trained))
+    newcomers = make_judge(config, federation, examples, capacity[coming], test, mesh)
     return Experiment(
-        simulation=simulation.simulate(
-            federation,
-            clients,
-            rows=network.asked,
-            block_size=config.execution.client_block_size,
-            mesh=mesh,
-        ),
-        feed=make_feed(config.execution.data, clients, network.asked, mesh),
-        about=simulation.replicate(clients.about, mesh),
+        simulation=simulated,
+        feed=feed,
+        about=about,
         test=test,
         prepare=examples.prepare,
         classes=examples.classes,
@@ -138,7 +147,10 @@ def build(config: ConfigDict) -> Experiment:
         inputs=inputs_of(config, examples),
         personal=examples.personal,
         notes=notes_of(config, examples, federation),
-        newcomers=make_judge(config, federation, examples, capacity[coming], test, mesh),
+        judges=(
+            *([newcomers] if newcomers is not None else []),
+            *([make_tuner(simulated, lambda: feed(everybody), test, about)] if tunes else []),
+        ),
     )
 
 

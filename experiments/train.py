@@ -223,7 +223,8 @@ def run_rounds(
         # Only now is the evaluation waited for.
         if evaluation is not None:
             metrics |= evaluation_figures(evaluation)
-            metrics |= {} if experiment.newcomers is None else experiment.newcomers(state)
+            for judge in experiment.judges:
+                metrics |= judge(state)
         yield state, existing(metrics)
 
 

@@ -31,12 +31,10 @@ def evaluation_figures(evaluation: Evaluation) -> dict[str, float | int]:
         "eval/clients": int(counted.sum()),
         "eval/personal_clients": int(own.sum()),
     }
-    if own.any() and result.personal.hits is not None:
-        accuracy = result.personal_accuracy[own]
-        found["eval/personal_accuracy"] = float(accuracy.mean())
-        found["eval/personal_accuracy_p10"] = float(np.percentile(accuracy, 10))
-    if own.any():
-        found["eval/personal_loss"] = float(result.personal_loss[own].mean())
+    found |= _personal(result, "personal")
+    if "eval/personal_accuracy" in found:
+        tenth = np.percentile(result.personal_accuracy[own], 10)
+        found["eval/personal_accuracy_p10"] = float(tenth)
     if counted.any():
         figures = {
             "eval/global_accuracy": result.global_accuracy[counted].mean(),
@@ -56,12 +54,21 @@ def newcomer_figures(evaluation: Evaluation) -> dict[str, float | int]:
     `eval/newcomer_clients` says over how many the means are; those over nobody are left out.
     """
     result: Evaluation = jax.device_get(evaluation)
-    own = _on_their_own(result)
-    found: dict[str, float | int] = {"eval/newcomer_clients": int(own.sum())}
+    counted = {"eval/newcomer_clients": int(_on_their_own(result).sum())}
+    return counted | _personal(result, "newcomer")
+
+
+def tuned_figures(evaluation: Evaluation) -> dict[str, float | int]:
+    """`personal` figures of clients that have trained once more, for themselves alone."""
+    return _personal(jax.device_get(evaluation), "tuned")
+
+
+def _personal(result: Evaluation, word: str) -> dict[str, float | int]:
+    own, found = _on_their_own(result), {}
     if own.any() and result.personal.hits is not None:
-        found["eval/newcomer_accuracy"] = float(result.personal_accuracy[own].mean())
+        found[f"eval/{word}_accuracy"] = float(result.personal_accuracy[own].mean())
     if own.any():
-        found["eval/newcomer_loss"] = float(result.personal_loss[own].mean())
+        found[f"eval/{word}_loss"] = float(result.personal_loss[own].mean())
     return found
 
 

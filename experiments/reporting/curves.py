@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.reporting import ink
-from experiments.reporting.ink import AMBER, ASSIGNED, GREEN, INK, PINK, SKY, USED, Picture
+from experiments.reporting.ink import AMBER, ASSIGNED, GREEN, INK, PINK, PURPLE, SKY, USED, Picture
 from experiments.reporting.panels import HEIGHT, Dash, Grid, Line, Panel, draw_panels
 from experiments.reporting.quantities import (
     byte_unit,
@@ -31,6 +31,7 @@ ACCURACIES = (
     ("eval/global_accuracy", "global", PINK),
 )
 ASSEMBLED = ("eval/assembled_accuracy", "assembled", AMBER)
+TUNED = ("eval/tuned_accuracy", "fine-tuned", PURPLE)
 NEWCOMERS = ("eval/newcomer_accuracy", "newcomers", SKY)
 LOSSES = (
     ("eval/personal_loss", "personal", GREEN),
@@ -38,6 +39,7 @@ LOSSES = (
     ("eval/global_loss", "global", PINK),
 )
 ASSEMBLED_LOSS = ("eval/assembled_loss", "assembled", AMBER)
+TUNED_LOSS = ("eval/tuned_loss", "fine-tuned", PURPLE)
 NEWCOMERS_LOSS = ("eval/newcomer_loss", "newcomers", SKY)
 BALANCES = (
     ("load/assigned_cv", "assigned", ASSIGNED),
@@ -77,7 +79,7 @@ def run_pictures(run: Run) -> list[Picture]:
 
 
 def _accuracy(run: Run) -> Picture | None:
-    shown = (*ACCURACIES, ASSEMBLED, NEWCOMERS)
+    shown = (*ACCURACIES, ASSEMBLED, TUNED, NEWCOMERS)
     evaluated = run.final("eval/clients")
     who = f" The last evaluation counted {counted(evaluated, 'client')}." if evaluated else ""
     return draw_panels(
@@ -91,7 +93,7 @@ def _accuracy(run: Run) -> Picture | None:
 
 def _loss(run: Run) -> Picture | None:
     x, y = run.series("train/loss")
-    shown = (*LOSSES, ASSEMBLED_LOSS, NEWCOMERS_LOSS)
+    shown = (*LOSSES, ASSEMBLED_LOSS, TUNED_LOSS, NEWCOMERS_LOSS)
     tested = _finals(run, shown)
     below = ", below over the test set" if tested else ""
     unit = run.loss_unit
@@ -129,8 +131,10 @@ def _on_what(run: Run) -> str:
     prior = ", whose label shares it adds to what it predicts" if with_prior else ""
     one = " assembled: all experts in one model, which no client holds;"
     new = ""
+    if run.config.get("eval.fine_tune"):
+        new = "; fine-tuned: each client on what is its own, after one more round for itself alone"
     if newcomers := run.final("eval/newcomer_clients"):
-        new = f"; newcomers: {counted(newcomers, 'client')} without training, each on its own"
+        new += f"; newcomers: {counted(newcomers, 'client')} without training, each on its own"
     return (
         f"Personal: each client on what is its own{prior}; global: each client on the whole test "
         f"set;{one if run.series(ASSEMBLED[0])[0].size else ''} server: all clients' joint "

@@ -28,7 +28,8 @@ EMPTY = "#ccd2d9"
 ASSIGNED, USED = "#0072b2", "#d55e00"
 GREEN, PINK, AMBER, SKY = "#00805f", "#b8578f", "#c98500", "#3a9bd6"
 # For lines that are told apart by colour alone: hues and lightness both differ.
-CYCLE = (ASSIGNED, USED, GREEN, PINK, INK, AMBER, SKY, "#7a5fb5")
+PURPLE = "#7a5fb5"
+CYCLE = (ASSIGNED, USED, GREEN, PINK, INK, AMBER, SKY, PURPLE)
 DASHES: tuple[str | tuple[float, tuple[float, ...]], ...] = (
     "solid",
     (0, (5, 2)),

@@ -16,15 +16,19 @@ HEADLINE = (
     ("eval/personal_accuracy", "Personal accuracy"),
     ("eval/global_accuracy", "Global accuracy"),
     ("eval/server_accuracy", "Server accuracy"),
+    ("eval/tuned_accuracy", "Accuracy once fine-tuned"),
     ("eval/newcomer_accuracy", "Newcomers' accuracy"),
     ("eval/personal_loss", "Personal loss"),
+    ("eval/tuned_loss", "Loss once fine-tuned"),
     ("eval/newcomer_loss", "Newcomers' loss"),
     ("load/assigned_cv_cumulative", "Assigned load CV, cumulative"),
     ("load/usage_cv_cumulative", "Used load CV, cumulative"),
 )
 COMPARED = (*HEADLINE, ("train/loss", "Training loss"))
 # Columns that are there where a run has them.
-FURTHER = {"eval/newcomer_accuracy", "eval/newcomer_loss"}
+FURTHER = {
+    f"eval/{word}_{measure}" for word in ("tuned", "newcomer") for measure in ("accuracy", "loss")
+}
 # Fields that say in a line what a run is, with the words around their values.
 SETTING = (
     ("data.name", "{}"),

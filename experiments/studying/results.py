@@ -16,7 +16,7 @@ from experiments.studying.study import Trial, choose_reference
 from flexmoe_jax.errors import InputError
 
 ACCURACIES = ("personal", "global", "server")
-LOSSES = (*ACCURACIES, "assembled", "newcomer")
+LOSSES = (*ACCURACIES, "assembled", "tuned", "newcomer")
 BALANCES = ("assigned", "usage")
 # Of the clients' own models on the whole test set: what a method is to reach, whoever it favours.
 TARGETED = "eval/global_accuracy"
@@ -161,8 +161,8 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
       - `personal/final`, `personal/best`, the same of `global` and `server`, and `mean/final`, the
         mean of the three: accuracies in [0, 1];
       - `personal/p10`, personal accuracy of the client at the tenth percentile, and
-        `assembled/final`, that of all experts in one model, `newcomer/final` of clients that have
-        not trained;
+        `assembled/final`, that of all experts in one model, `tuned/final` of clients that have
+        trained once more, for themselves, and `newcomer/final` of those that have not trained;
       - `personal_loss/final`, the same of all but the tenth percentile: as recorded, in nats;
       - `assigned/round`, `assigned/cumulative`, `usage/round`, `usage/cumulative`: coefficients of
         variation over experts, the mean over rounds, and at the end of what is summed over them;
@@ -178,7 +178,7 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
     final = [found[f"{word}/final"] for word in ACCURACIES]
     known = [value for value in final if value is not None]
     found["personal/p10"] = run.final("eval/personal_accuracy_p10")
-    for word in ("assembled", "newcomer"):
+    for word in ("assembled", "tuned", "newcomer"):
         found[f"{word}/final"] = run.final(f"eval/{word}_accuracy")
     for word in LOSSES:
         found[f"{word}_loss/final"] = run.final(f"eval/{word}_loss")

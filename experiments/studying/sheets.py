@@ -28,6 +28,7 @@ ACCURACY = {
 FURTHER = {
     "personal/p10": "personal, tenth percentile",
     "assembled/final": "assembled",
+    "tuned/final": "fine-tuned",
     "newcomer/final": "newcomers",
 }
 LOSS = {
@@ -35,6 +36,7 @@ LOSS = {
     "global_loss/final": "global",
     "server_loss/final": "server",
     "assembled_loss/final": "assembled",
+    "tuned_loss/final": "fine-tuned",
     "newcomer_loss/final": "newcomers",
 }
 BALANCE = {
@@ -70,6 +72,8 @@ def accuracy_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Shee
     """Accuracies of all rows, in percent."""
     further = _known(rows, FURTHER)
     one = "; assembled: all experts in one model" if "assembled/final" in further else ""
+    if "tuned/final" in further:
+        one += "; fine-tuned: personal, after one more round for itself alone"
     if "newcomer/final" in further:
         one += "; newcomers: clients that took no part in training, on what is their own"
     return _sheet(

@@ -35,3 +35,8 @@ class EvalOptions(Options, section="eval"):
         "whether a client adds the log of its label shares to its logits: for personal figures, "
         "and no others",
     )
+    fine_tune: bool = option(
+        False,
+        "whether personal figures are also taken after each client has trained for one more round, "
+        "for itself alone",
+    )

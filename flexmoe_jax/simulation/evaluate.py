@@ -85,7 +85,12 @@ def chunk_test_set(
 
 
 def evaluate(
-    federation: Federation, mesh: Mesh, state: State, test: TestSet, about: About
+    federation: Federation,
+    mesh: Mesh,
+    state: State,
+    test: TestSet,
+    about: About,
+    models: Params | None = None,
 ) -> Evaluation:
     """Evaluates all clients with the aggregated ψ and θ, their own gates and latest experts.
 
@@ -96,6 +101,9 @@ def evaluate(
       test: the test set.
       about: what is known of the clients. Where they have no test examples of their own, personal
         figures are means over the classes of the test set, weighted by their label shares.
+      models: (C, ...) of the clients, from `tune`; None for those that they have: the aggregated
+        parts, and their own. Label shares are added to outputs of tuned ones only where training
+        leaves them out (`local.prior`): else they have learnt them.
 
     Returns:
       What the models make of it. Clients that have never held an expert take no part.
@@ -103,10 +111,17 @@ def evaluate(
     # Slots rise, so an empty first slot means none held.
     evaluated = (state.clients.slots[:, :, 0] < federation.layout.experts).any(axis=1)
 
+    if models is not None:  # Each has a trunk of its own, and has learnt its prior as well.
+        whole = federation.model._replace(
+            trunk=lambda params, inputs: inputs, head=federation.model.apply
+        )
+        prior = federation.prior and federation.local.prior > 0
+        federation = federation.replace(model=whole, prior=prior)
+
     def of_device(test: TestSet, known: tuple) -> tuple[_Sums, None]:
         return _count(federation, test, *known), None
 
-    known = state, about, evaluated
+    known = state, about, evaluated, models
     sums, _ = over_devices(of_device, test, known, mesh, spec=_SHARED)
     weight = sums.own_units
     personal = sums.personal
@@ -140,23 +155,34 @@ class _Sums(NamedTuple):
 
 
 def _count(
-    federation: Federation, test: TestSet, state: State, about: About, evaluated: Array
+    federation: Federation,
+    test: TestSet,
+    state: State,
+    about: About,
+    evaluated: Array,
+    models: Params | None,
 ) -> _Sums:
     """Sums over one device's share of the examples."""
     clients, classes = about.label_share.shape
     log_share = client.log_shares(about.label_share)
     numbers = jnp.arange(clients, dtype=jnp.int32)
-    blocks = _blocks((numbers, state.clients, log_share, about.owns, evaluated))
+    blocks = _blocks((numbers, state.clients, models, log_share, about.owns, evaluated))
     trunk = _trunk(federation)
 
     def of_chunk(chunk: TestSet) -> _Sums:
         features = trunk(state.server.shared, chunk.arrays)
         judge = _Judge(federation, chunk, classes)
 
-        def of_client(
-            number: Array, own: Own, log_share: Array, owns: Array | None, counts: Array
+        def judge_client(
+            number: Array,
+            own: Own,
+            model: Params | None,
+            log_share: Array,
+            owns: Array | None,
+            counts: Array,
         ) -> tuple:
-            outputs = _predict(federation, state, own, features)
+            given, held = of_client(federation, state.server, own)
+            outputs = _outputs(federation, given if model is None else model, features, held)
             mine = own_outputs(federation, outputs, log_share)
             personal = judge.by_class(mine)
             if chunk.group is not None:
@@ -172,12 +198,12 @@ def _count(
             return counted
 
         def of_block(total: PyTree, block: tuple) -> tuple[PyTree, tuple[Tally, Tally]]:
-            joint, tallies = jax.vmap(of_client)(*block)
+            joint, tallies = jax.vmap(judge_client)(*block)
             return jax.tree.map(lambda t, x: t + x.sum(axis=0), total, joint), tallies
 
         first = jax.tree.map(lambda x: x[0, 0], blocks)
         nothing = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_client, *first)[0]
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(judge_client, *first)[0]
         )
         total, tallies = lax.scan(of_block, nothing, blocks)
         common, personal = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:clients], tallies)
@@ -257,12 +283,6 @@ class _Judge:
             None if hits is None else add_up(hits(outputs, self._chunk.arrays)),
             add_up(self._task.loss(outputs, self._chunk.arrays)),
         )
-
-
-def _predict(federation: Federation, state: State, own: Own, features: PyTree) -> PyTree:
-    """Outputs of one client's model with its latest experts."""
-    params, held = of_client(federation, state.server, own)
-    return _outputs(federation, params, features, held)
 
 
 def _outputs(

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax import client, server
 from flexmoe_jax.assignment import Solution
-from flexmoe_jax.data import About, ClientData
+from flexmoe_jax.data import ClientData
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.simulation.blocks import (
@@ -36,7 +36,7 @@ from flexmoe_jax.simulation.blocks import (
     resolve_block_size,
     take_rows,
 )
-from flexmoe_jax.simulation.evaluate import TestSet, evaluate
+from flexmoe_jax.simulation.evaluate import evaluate
 from flexmoe_jax.simulation.plan import Arrival, Floor, Tampering, make_plan
 from flexmoe_jax.types import (
     Array,
@@ -55,6 +55,8 @@ from flexmoe_jax.types import (
 
 # Names of random streams that are folded into a round's key; a client's own is its number.
 _NOISE_OF_SERVER, _NOISE_OF_CLIENT = 0x5E12, 0xC11E
+# More than any client has in a round.
+_ALL_STEPS = 2**31 - 1
 
 
 class MakePlan(Protocol):
@@ -94,7 +96,10 @@ class Simulation(NamedTuple):
       plan: (cohort (P,), solutions, Arrival or None) -> Plan: the arrays that `round` takes, on the
         host. Without an `Arrival` all clients deliver all their work.
       round: (State, ClientData, Plan) -> (State, RoundReport). Jitted; the state is donated.
-      evaluate: (State, TestSet, About) -> Evaluation. Jitted.
+      tune: (State, ClientData of all clients) -> Params (C, ...): each client's model after it has
+        trained once more, for itself alone (see `rounds.tune`). Jitted.
+      evaluate: (State, TestSet, About, models=None) -> Evaluation, of these models of clients where
+        given. Jitted.
       setting: what the functions above were built with.
     """
 
@@ -102,7 +107,8 @@ class Simulation(NamedTuple):
     assign: Callable[[State, np.ndarray], tuple[Solution, ...]]
     plan: MakePlan
     round: Callable[[State, ClientData, Plan], tuple[State, RoundReport]]
-    evaluate: Callable[[State, TestSet, About], Evaluation]
+    tune: Callable[[State, ClientData], Params]
+    evaluate: Callable[..., Evaluation]
     setting: Setting
 
 
@@ -147,6 +153,7 @@ def simulate(
         assign=lambda state, cohort: assign(state.server, cohort),
         plan=partial(_plan, federation, floor, steps, mesh),
         round=jitted(partial(run_round, federation, floor, mesh), donate_argnums=0),
+        tune=jitted(partial(tune, federation, floor, mesh)),
         evaluate=jitted(partial(evaluate, federation, mesh)),
         setting=Setting(floor, np.asarray(federation.capacity, np.int64), steps, federation),
     )
@@ -385,6 +392,52 @@ def _rows(federation: Federation, data: ClientData, plan: Plan, key: Key) -> Row
         tampering=Tampering(plan.tamper, plan.noise),
         key=jax.vmap(jax.random.fold_in, (0, None))(keys, _NOISE_OF_CLIENT),
     )
+
+
+def tune(
+    federation: Federation, floor: Floor, mesh: Mesh, state: State, data: ClientData
+) -> Params:
+    """Every client's model (C, ...) after it has trained once more, for itself: nobody hears of it.
+
+    What is left of a method's lead once clients may fit any model to their own examples (Yu et al.
+    2020). It trains the experts that it has now, as in its next round, and not without any.
+
+    Args:
+      federation: all its choices.
+      floor: where cohorts train.
+      mesh: devices that share the clients.
+      state: of the federation, which stays as it is.
+      data: of all clients.
+    """
+    site, desk, clients = federation.site, federation.desk, federation.clients
+    key = jax.random.fold_in(state.server.key, state.server.round)
+    size = resolve_block_size(floor.block_size, clients, mesh.size)
+    room = floor._replace(rows=clients, block_size=size).padded
+
+    def tune_share(numbers: Array, known: tuple[State, ClientData]) -> tuple[None, Params]:
+        state, data = known
+        slots = take_rows(state.clients.slots, numbers)
+        has = (slots < federation.layout.experts).any(axis=(1, 2))
+        steps = jnp.where(has, _ALL_STEPS, 0)
+        nothing: Any = None
+        plan = Plan(numbers, slots, nothing, steps, nothing)
+
+        def visit(row: Row) -> tuple[tuple[()], Params]:
+            own = take_rows(state.clients, row.number)
+            down = server.send(desk, state.server, row.slots, row.steps)
+            start, held = client.model_of(site, own, down)
+            done = client.train(
+                site.learner, start, data.arrays, row.batches, held, down, row.log_share
+            )
+            return (), done.params
+
+        rows = _rows(federation, data, plan, key)
+        return None, over_blocks(visit, lambda total, _: total, (), rows, size)[1]
+
+    numbers, known = jnp.arange(room, dtype=jnp.int32), (state, data)
+    _, tuned = over_devices(tune_share, numbers, known, mesh, merge=lambda total, _: total)
+    models: Params = jax.tree.map(lambda x: x[:clients], tuned)
+    return models
 
 
 def _deliver(site: client.Site, upload: Upload, down: Download, row: Row) -> Upload:
