@@ -190,6 +190,11 @@ def make_policy(options: AssignmentOptions, load: str) -> assignment.Policy:
 def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
     """Checks the model's fields, and returns what makes the model of so many classes."""
     options = read(ModelOptions, config)
+    if options.whole_experts:
+        inside = config.copy_and_resolve_references()
+        inside.model.update(experts=1, whole_experts=False, router=False)
+        make_inside = model_maker(inside)
+        return lambda classes: models.clustered(make_inside(classes), options.experts)
     if options.backbone == "transformer":
         return lambda classes: _decoder(options, config.data.length)
     backbone = models.make_backbone(

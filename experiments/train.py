@@ -39,11 +39,18 @@ from experiments.tensorboard import TensorBoard
 from experiments.workdir import Workdir
 from flexmoe_jax.assignment import Solution
 from flexmoe_jax.checkpoint import Checkpoints, Restored
+from flexmoe_jax.data import ClientData
 from flexmoe_jax.edge import Outcome
 from flexmoe_jax.metrics import coefficient_of_variation, evaluation_figures
 from flexmoe_jax.reading import is_number
 from flexmoe_jax.server import epsilon
-from flexmoe_jax.simulation import Traffic, compile_ahead, slots_assignment, traffic
+from flexmoe_jax.simulation import (
+    Traffic,
+    compile_ahead,
+    probe_traffic,
+    slots_assignment,
+    traffic,
+)
 from flexmoe_jax.types import RoundReport, State
 
 
@@ -177,18 +184,23 @@ def run_rounds(
     """
     simulation, network = experiment.simulation, experiment.network
 
-    def assign(state: State, cohort: np.ndarray) -> Assigned:
-        solutions = simulation.assign(state, cohort)
+    def assign(state: State, cohort: np.ndarray, examples: ClientData) -> Assigned:
+        solutions = simulation.assign(state, cohort, examples)
         assignment = np.stack([solution.assignment for solution in solutions], axis=1)
         fresh = None
         if config.edge.cache:
             fresh = np.asarray(state.server.ledger.fresh)[:, cohort].swapaxes(0, 1)
-        return Assigned(cohort, solutions, traffic(assignment, experiment.payload, fresh))
+        sent = traffic(assignment, experiment.payload, fresh)
+        if config.fitness.probe == "all":  # What clients train they have been sent to be asked.
+            asked = probe_traffic(simulation.setting.federation, len(cohort))
+            sent = Traffic(asked.down, sent.up + asked.up, np.zeros_like(sent.cached))
+        return Assigned(cohort, solutions, sent)
 
     if first == config.rounds:
         return
     cohort = network.cohort(first)
-    assigned, examples = assign(state, cohort), experiment.feed(cohort)
+    examples = experiment.feed(cohort)
+    assigned = assign(state, cohort, examples)
     for round_index in range(first, config.rounds):
         begin = time.monotonic()
         arrival, outcome = network.play(assigned.cohort, assigned.traffic, round_index)
@@ -219,7 +231,7 @@ def run_rounds(
         if (round_index + 1) % config.eval.every == 0 or last:
             evaluation = simulation.evaluate(state, experiment.test, experiment.about)
         if not last:
-            assigned = assign(state, cohort)
+            assigned = assign(state, cohort, examples)
         # Only now is the evaluation waited for.
         if evaluation is not None:
             metrics |= evaluation_figures(evaluation)

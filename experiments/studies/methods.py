@@ -65,7 +65,17 @@ METHODS: Axis = {
     "flex_fedadam": {**FLEX, "server.optimizer": "adam", "server.learning_rate": 0.01},
     # One dense model of the size that a client with two experts holds: arXiv 1602.05629.
     "fedavg": DENSE,
-    # The same, held back near the server's model: arXiv 1812.06127.
+    # As many such models as experts, of which a client trains the one of the least loss: IFCA,
+    # arXiv 2006.04088. It downloads all of them to see which.
+    "clustered": {
+        **DENSE,
+        "model.experts": 8,
+        "model.whole_experts": True,
+        "assignment.policy": "greedy",
+        "fitness.score": "loss",
+        "fitness.probe": "all",
+    },
+    # The dense model, held back near the server's: arXiv 1812.06127.
     "fedprox": {**DENSE, "local.proximal": 0.01},
     # The same without a federation: every client alone, for as many rounds.
     "local": {**DENSE, "model.private": "backbone,expert,head"},

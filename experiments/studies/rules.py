@@ -28,10 +28,12 @@ METHODS_OF_RULES: Axis = {
     **choose("random", "greedy", "fedavg"),
     # As large as all experts together, which no client could hold.
     "fedavg_all": {**METHODS["fedavg"], "model.hidden": 8 * 128},
-    **choose("local"),
+    **choose("local", "clustered"),
 }
 
 TWO_TURNS = {"partition.rule": "turned", "partition.rules_per_client": 2}
+# Also after a last round that each client trains for itself alone.
+DIGITS = {**SMALL["emnist_digits"], "eval.fine_tune": True}
 
 
 def get_study() -> Study:
@@ -40,7 +42,7 @@ def get_study() -> Study:
         name="rules",
         config=emnist_digits.get_config,
         methods=METHODS_OF_RULES,
-        datasets={"emnist_digits": SMALL["emnist_digits"]},
+        datasets={"emnist_digits": DIGITS},
         partitions={
             # Of four permutations of the labels, a client's are one: no model is right for all.
             "relabelled": {"partition.name": "iid", "partition.rule": "relabelled"},

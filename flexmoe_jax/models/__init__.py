@@ -9,6 +9,7 @@ from flexmoe_jax.models.backbones import (
     make_backbone,
     max_pool,
 )
+from flexmoe_jax.models.clustered import clustered
 from flexmoe_jax.models.conv import (
     Conv,
     conv_auto,
@@ -69,6 +70,7 @@ __all__ = [
     "Transformer",
     "check_capacity",
     "classifier",
+    "clustered",
     "conv_auto",
     "conv_direct",
     "conv_lax",

@@ -43,6 +43,9 @@ class ModelOptions(Options, section="model"):
     )
     experts: int = option(8, "E", least=1)
     hidden: int = option(128, "H, hidden units of an expert", least=1)
+    whole_experts: bool = option(
+        False, "whether each expert is a whole model by itself, with one hidden layer of H units"
+    )
     top_k: int = option(1, "experts per example", least=1)
     shared_experts: int = option(
         0, "beside those E: held by everybody, used on every example", least=0

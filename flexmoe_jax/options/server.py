@@ -106,6 +106,12 @@ class FitnessOptions(Options, section="fitness"):
         least=-1e30,
         most=1e30,
     )
+    probe: str = option(
+        "held",
+        "which experts a client scores: those that it holds, while it trains; or all, before a "
+        "round, on a few batches, for which it downloads every one",
+        choices=("held", "all"),
+    )
     affinity: float = option(
         0.0,
         "worth of an expert that serves clients whose updates are like the client's own, which "

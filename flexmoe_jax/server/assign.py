@@ -21,8 +21,11 @@ from flexmoe_jax.server.load import LoadModel
 from flexmoe_jax.server.server import Desk
 from flexmoe_jax.types import Server
 
-Assign = Callable[[Server, np.ndarray], tuple[Solution, ...]]
-"""(server, cohort (P,)) -> a solution for each group of MoE layers. Runs on the host."""
+Assign = Callable[..., tuple[Solution, ...]]
+"""(server, cohort (P,), said=None) -> a solution for each group of MoE layers. Runs on the host.
+
+`said` (G, P, E) is the fitness as clients have just told it; None for what the server has learnt.
+"""
 
 # Keeps the draws of each group of layers apart from others of the same seed.
 _GROUPS = 0x6C61
@@ -48,14 +51,16 @@ def make_assign(
         updates tell.
     """
 
-    def assign(server: Server, cohort: np.ndarray) -> tuple[Solution, ...]:
+    def assign(
+        server: Server, cohort: np.ndarray, said: np.ndarray | None = None
+    ) -> tuple[Solution, ...]:
         books = jax.device_get(server.ledger._replace(norms=()))
         found = []
         begin = time.perf_counter()
         like = np.zeros(books.usage.shape)
         if desk.fitness.affinity:
-            known = books.profile if profile is None else profile
-            like = desk.fitness.affinity * affinity(known, books.usage, capacity, seed)
+            of_clients = books.profile if profile is None else profile
+            like = desk.fitness.affinity * affinity(of_clients, books.usage, capacity, seed)
         # Telling who is alike is a part of the assignment's time, entered once.
         telling = time.perf_counter() - begin
         for g in range(desk.groups):
@@ -63,8 +68,9 @@ def make_assign(
                 table[g][cohort]
                 for table in (books.fitness, books.usage, books.held_rounds, books.fresh)
             )
+            known = fitness + desk.fitness.optimism * (rounds == 0) if said is None else said[g]
             request = Request(
-                fitness=fitness + desk.fitness.optimism * (rounds == 0) + like[g][cohort],
+                fitness=known + like[g][cohort],
                 capacity=capacity[cohort],
                 clients=cohort,
                 round=int(server.round),

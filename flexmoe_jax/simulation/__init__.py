@@ -10,7 +10,7 @@ from flexmoe_jax.simulation.blocks import (
 )
 from flexmoe_jax.simulation.evaluate import TestSet, chunk_test_set, evaluate
 from flexmoe_jax.simulation.network import FAULTS, Faults, Network, make_faults
-from flexmoe_jax.simulation.newcomers import Newcomers, await_newcomers, probe
+from flexmoe_jax.simulation.newcomers import Newcomers, await_newcomers
 from flexmoe_jax.simulation.on_device import DeviceReport, round_on_device, run_on_device
 from flexmoe_jax.simulation.plan import (
     Arrival,
@@ -21,6 +21,7 @@ from flexmoe_jax.simulation.plan import (
     sample_cohort,
     slots_assignment,
 )
+from flexmoe_jax.simulation.probe import probe
 from flexmoe_jax.simulation.rounds import Simulation, run_round, simulate
 from flexmoe_jax.simulation.standalone import Standalone, assembled_model, client_model
 from flexmoe_jax.simulation.traffic import (

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -32,17 +31,13 @@ from flexmoe_jax.federation import Federation
 from flexmoe_jax.models import check_capacity
 from flexmoe_jax.simulation.blocks import (
     client_mesh,
-    over_blocks,
-    over_devices,
     replicate,
-    resolve_block_size,
-    take_rows,
 )
 from flexmoe_jax.simulation.evaluate import TestSet, evaluate
-from flexmoe_jax.simulation.plan import Floor, assignment_slots, slots_assignment
+from flexmoe_jax.simulation.plan import assignment_slots, slots_assignment
+from flexmoe_jax.simulation.probe import probe_all
 from flexmoe_jax.simulation.rounds import init_owns
-from flexmoe_jax.tasks import Batch
-from flexmoe_jax.types import Array, Evaluation, Feedback, Key, Own, Server, State
+from flexmoe_jax.types import Array, Evaluation, Key, Own, Server, State
 
 
 class Newcomers(NamedTuple):
@@ -153,8 +148,6 @@ def _probe_all(
 ) -> Array:
     """(G, n, E) fitness of all experts on all examples of all newcomers."""
     newcomers, padded = data.index.shape
-    size = resolve_block_size(0, newcomers, mesh.size)
-    room = Floor(newcomers, 1, newcomers, size, mesh.size).padded
     log_share = None
     if federation.local.prior and data.label_share.shape[1]:
         log_share = client.log_shares(data.label_share)
@@ -163,67 +156,4 @@ def _probe_all(
     place = jnp.arange(steps * batch, dtype=jnp.int32)[None]
     rows = data.index[:, place[0].clip(max=padded - 1)]
     rows = jnp.where(place < data.size[:, None], rows, -1).reshape(newcomers, steps, batch)
-    each = take_rows((owns, rows, log_share), jnp.arange(room))
-
-    def probe_share(each: tuple, known: tuple) -> tuple[None, Array]:
-        begun, arrays = known
-
-        def visit(one: tuple[Own, Array, Array | None]) -> tuple[tuple[()], Array]:
-            own, rows, log_share = one
-            return (), probe(federation, begun, own, arrays, rows, log_share)
-
-        _, fitness = over_blocks(visit, lambda total, _: total, (), each, size)
-        return None, fitness
-
-    known = begun, data.arrays
-    _, fitness = over_devices(probe_share, each, known, mesh, merge=lambda total, _: total)
-    return jnp.moveaxis(fitness[:newcomers], 1, 0)
-
-
-def probe(
-    federation: Federation,
-    begun: Server,
-    own: Own,
-    arrays: Batch,
-    rows: Array,
-    log_share: Array | None = None,
-) -> Array:
-    """Fitness of all experts on one client's batches: its score of each, held alone.
-
-    One expert at a time is sent, whatever the client has room for, and nothing is trained. Where
-    every group of MoE layers is assigned by itself, all groups hold one expert each, in other
-    company from batch to batch. Experts that stay with their clients are tried together.
-
-    Args:
-      federation: all its choices.
-      begun: the server as it is.
-      own: of the client.
-      arrays: named examples.
-      rows: (S, B) int32 rows of them, -1 for none.
-      log_share: (Y,) logarithm of the client's label shares; None for none.
-
-    Returns:
-      (G, E) as Q; the initial value where nothing reached an expert.
-    """
-    desk, site, experts = federation.desk, federation.site, federation.layout.experts
-    groups = jnp.arange(desk.groups, dtype=jnp.int32)[:, None]
-    numbers = jnp.arange(experts, dtype=jnp.int32)
-    tried = numbers[None] if federation.keeps_experts else numbers[:, None]  # (trials, K)
-
-    def try_batch(total: Feedback, batch: tuple[Array, Array]) -> tuple[Feedback, None]:
-        turn, rows = batch
-        moved = jnp.zeros_like(groups) if federation.keeps_experts else turn * groups
-        slots = (tried[:, None, :] + moved) % experts  # (trials, G, K)
-
-        def try_out(slots: Array) -> Feedback:
-            down = server.send(desk, begun, slots, jnp.zeros((), jnp.int32))
-            return client.appraise(site, own, down, arrays, rows, log_share)
-
-        # What does not depend on the expert is computed once for all trials.
-        said = jax.tree.map(desk.by_group, jax.vmap(try_out)(slots))
-        return jax.tree.map(lambda t, x: t + desk.of_experts(slots, x), total, said), None
-
-    nothing = jnp.zeros((desk.groups, experts), jnp.float32)
-    turns = jnp.arange(len(rows), dtype=jnp.int32)
-    said, _ = lax.scan(try_batch, Feedback(nothing, nothing, nothing), (turns, rows))
-    return jnp.where(said.usage > 0, server.make_score(desk.fitness)(said), desk.fitness.initial)
+    return probe_all(federation, mesh, begun, (owns, rows, log_share), data.arrays)

@@ -107,6 +107,9 @@ def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
     if federation.fitness.affinity:
         remedy = "not on the device: give 0"
         raise InputError("fitness.affinity", federation.fitness.affinity, remedy)
+    if federation.fitness.probe == "all":
+        remedy = "not on the device: give held"
+        raise InputError("fitness.probe", federation.fitness.probe, remedy)
     if federation.groups > 1:
         raise InputError("assignment.layers", federation.layers, "on the device give same")
     if federation.admission.private and not federation.admission.simulated_noise:

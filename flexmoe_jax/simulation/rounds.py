@@ -38,6 +38,7 @@ from flexmoe_jax.simulation.blocks import (
 )
 from flexmoe_jax.simulation.evaluate import evaluate
 from flexmoe_jax.simulation.plan import Arrival, Floor, Tampering, make_plan
+from flexmoe_jax.simulation.probe import probe_all
 from flexmoe_jax.types import (
     Array,
     Download,
@@ -57,6 +58,8 @@ from flexmoe_jax.types import (
 _NOISE_OF_SERVER, _NOISE_OF_CLIENT = 0x5E12, 0xC11E
 # More than any client has in a round.
 _ALL_STEPS = 2**31 - 1
+# Batches on which a client says what it makes of an expert that it may not hold.
+_ASKED = 4
 
 
 class MakePlan(Protocol):
@@ -92,7 +95,8 @@ class Simulation(NamedTuple):
 
     Attributes:
       init: key -> State. Jitted.
-      assign: (State, cohort (P,)) -> a Solution for each group of MoE layers. Runs on the host.
+      assign: (State, cohort (P,), ClientData=None) -> a Solution for each group of MoE layers. Runs
+        on the host. Where clients are asked about all experts (`fitness.probe`), of these data.
       plan: (cohort (P,), solutions, Arrival or None) -> Plan: the arrays that `round` takes, on the
         host. Without an `Arrival` all clients deliver all their work.
       round: (State, ClientData, Plan) -> (State, RoundReport). Jitted; the state is donated.
@@ -104,7 +108,7 @@ class Simulation(NamedTuple):
     """
 
     init: Callable[[Key], State]
-    assign: Callable[[State, np.ndarray], tuple[Solution, ...]]
+    assign: Callable[..., tuple[Solution, ...]]
     plan: MakePlan
     round: Callable[[State, ClientData, Plan], tuple[State, RoundReport]]
     tune: Callable[[State, ClientData], Params]
@@ -148,9 +152,23 @@ def simulate(
         _given_profile(federation, data),
     )
     jitted = partial(jax.jit, out_shardings=everywhere)
+    ask = jitted(partial(ask_cohort, federation, floor, mesh))
+
+    def assign_cohort(
+        state: State, cohort: np.ndarray, data: ClientData | None = None
+    ) -> tuple[Solution, ...]:
+        if federation.fitness.probe != "all":
+            return assign(state.server, cohort)
+        if data is None:
+            raise InputError("data", None, "fitness.probe=all asks clients: give the cohort's data")
+        room = max(floor.rows, len(cohort))
+        numbers = np.pad(cohort, (0, room - len(cohort)), constant_values=federation.clients)
+        said = ask(state, data, replicate(numbers.astype(np.int32), mesh))
+        return assign(state.server, cohort, np.asarray(said)[:, : len(cohort)])
+
     return Simulation(
         init=jitted(partial(init, federation)),
-        assign=lambda state, cohort: assign(state.server, cohort),
+        assign=assign_cohort,
         plan=partial(_plan, federation, floor, steps, mesh),
         round=jitted(partial(run_round, federation, floor, mesh), donate_argnums=0),
         tune=jitted(partial(tune, federation, floor, mesh)),
@@ -392,6 +410,19 @@ def _rows(federation: Federation, data: ClientData, plan: Plan, key: Key) -> Row
         tampering=Tampering(plan.tamper, plan.noise),
         key=jax.vmap(jax.random.fold_in, (0, None))(keys, _NOISE_OF_CLIENT),
     )
+
+
+def ask_cohort(
+    federation: Federation, floor: Floor, mesh: Mesh, state: State, data: ClientData, cohort: Array
+) -> Array:
+    """(G, P, E) fitness of all experts, on a few of the batches that each client trains on next."""
+    key = jax.random.fold_in(state.server.key, state.server.round)
+    slots = take_rows(state.clients.slots, cohort)
+    nothing: Any = None
+    plan = Plan(cohort, slots, nothing, jnp.full(cohort.shape, _ALL_STEPS), nothing)
+    rows = _rows(federation, data, plan, key)
+    each = take_rows(state.clients, cohort), rows.batches.rows[:, :_ASKED], rows.log_share
+    return probe_all(federation, mesh, state.server, each, data.arrays)
 
 
 def tune(

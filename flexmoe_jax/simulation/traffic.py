@@ -101,7 +101,7 @@ def traffic(
 
 
 def probe_traffic(federation: Federation, clients: int) -> Traffic:
-    """What travels when so many newcomers are probed: ψ and all experts there, feedback back.
+    """What travels when so many clients are probed: ψ and all experts there, feedback back.
 
     Whatever they are then assigned they have by then.
     """
