@@ -37,6 +37,10 @@ _WITH_INPUT = flags.DEFINE_bool(
     "end_with_input", False, "End as if by SIGTERM once standard input is closed."
 )
 
+_REPORT = flags.DEFINE_bool(
+    "report", True, "Write the report's page at the end; without it: python -m experiments.report."
+)
+
 # In what JAX and the libraries below it say when another process of the program is gone.
 _LOST = ("gloo", "nccl", "coordination", "distributed service", "heartbeat")
 _LAST_WORDS_SECONDS = 2.0
@@ -130,7 +134,9 @@ def _train(config: ConfigDict, folder: Path, program: Program | None) -> int:
         if program is not None:
             # Nobody need wait for the report.
             jax.distributed.shutdown()
-        if workdir.writes:
+        if workdir.writes and not _REPORT.value:
+            print(status)
+        elif workdir.writes:
             from experiments.report import write_report
 
             page = write_report([folder], folder / "report" / "index.html")

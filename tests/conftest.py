@@ -25,7 +25,8 @@ from flexmoe_jax import data
 # would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# Unit tests compile far more than they compute; the launcher's tests run with all optimisations.
+# Tests compile far more than they compute, and so do the processes that they start.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_disable_most_optimizations", True)
 # Nothing runs on more than one of them unless its mesh says so.
 jax.config.update("jax_num_cpu_devices", 8)

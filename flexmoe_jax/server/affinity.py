@@ -29,7 +29,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from flexmoe_jax.types import Array, PyTree
 
@@ -241,6 +240,8 @@ def _deal_out(made_of: np.ndarray, used: np.ndarray) -> np.ndarray:
       made_of: (C, D) how often each client has each kind.
       used: (C, E) part of a client's units that went to each expert so far.
     """
+    from scipy.optimize import linear_sum_assignment  # Takes half a second: for those who ask.
+
     experts, count = used.shape[1], made_of.sum(axis=0)
     seats = np.ones(made_of.shape[1], int)
     for _ in range(experts - len(seats)):  # D'Hondt: to whom has most for each of its experts

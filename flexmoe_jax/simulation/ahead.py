@@ -48,7 +48,8 @@ def compile_ahead(
     tracer, compiler = ThreadPoolExecutor(1), ThreadPoolExecutor()
     # On a CPU, XLA's own level 3 compiles longer than 2 for code no quicker. What runs once is
     # done with even less.
-    on_cpu = jax.default_backend() == "cpu"
+    chosen = not jax.config.values["jax_disable_most_optimizations"]
+    on_cpu = chosen and jax.default_backend() == "cpu"
 
     def start(lower: Callable[[], jax.stages.Lowered], level: int) -> Callable[..., Any]:
         options: dict[str, Any] = {"xla_backend_optimization_level": level} if on_cpu else {}

@@ -206,9 +206,9 @@ def one_line(text: str) -> str:
 def test_a_report_that_cannot_be_written_is_one_line_and_a_second_try(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
-    shutil.rmtree(workdir / "report")
+    words = command(f"--workdir={workdir}", *LONG, report=True)
     process = subprocess.run(
-        ["sh", "-c", 'ulimit -f 120; exec "$@"', "sh", *command(f"--workdir={workdir}", *LONG)],
+        ["sh", "-c", 'ulimit -f 120; exec "$@"', "sh", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -267,7 +267,7 @@ def test_a_workdir_that_may_not_be_written_is_one_line(tmp_path):
 
 def test_a_terminal_that_closes_while_compiling_ends_after_the_first_round(tmp_path):
     workdir = tmp_path / "stopped"
-    words = command(f"--workdir={workdir}", *LONG, "--config.rounds=1000")
+    words = command(f"--workdir={workdir}", *LONG, "--config.rounds=1000", report=True)
     ours, theirs = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", ON_A_TERMINAL, *words],

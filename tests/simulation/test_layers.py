@@ -41,14 +41,9 @@ def pictures(digits):
     return model, tasks.classification(), data.join(few, parts, counts), 3
 
 
-@pytest.fixture(scope="module", params=["transformer", "resnet"])
-def kind(request, digits):
-    return text() if request.param == "transformer" else pictures(digits)
-
-
-@pytest.mark.parametrize("layers", ["same", "each"])
-def test_a_model_with_several_layers_trains(kind, layers):
-    model, task, clients, count = kind
+@pytest.mark.parametrize(("kind", "layers"), [("transformer", "same"), ("resnet", "each")])
+def test_a_model_with_several_layers_trains(digits, kind, layers):
+    model, task, clients, count = text() if kind == "transformer" else pictures(digits)
     federation = Federation(
         model=model,
         sample={name: x[:2] for name, x in clients.arrays.items()},

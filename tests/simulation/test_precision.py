@@ -23,7 +23,6 @@ from tests.simulation.conftest import DEEP
 from tests.simulation.test_rounds import crop_flip_images
 
 OPTIONS = {
-    "as it is": {},
     "everything": {
         "local": LocalTraining(
             optax.adam(0.01, mu_dtype=None),
@@ -43,11 +42,14 @@ OPTIONS = {
         "deficit_decay": 0.9,
         "prior": True,
     },
-    "sparse": {"codec": Codec(make_compressor("top_k")), "admission": Admission(norm_limit=10.0)},
-    "private": {"admission": Admission(clip=1.0, noise_multiplier=0.1, noise="simulated")},
-    "trimmed": {"aggregator": trimmed_mean(0.1)},
+    "sparse and trimmed": {
+        "codec": Codec(make_compressor("top_k")),
+        "admission": Admission(norm_limit=10.0),
+        "aggregator": trimmed_mean(0.1),
+    },
     "geometric": {"aggregator": geometric_median()},
-    "layer by layer": {
+    "layer by layer, privately": {
+        "admission": Admission(clip=1.0, noise_multiplier=0.1, noise="simulated"),
         "model": DEEP,
         "layers": "each",
         "ownership": models.Ownership(shared_gate=True),

@@ -33,8 +33,11 @@ NEXT_TOKEN = (
 )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", [CLASSIFICATION, NEXT_TOKEN], ids=lambda case: case[0].name)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(CLASSIFICATION, "float32"), (NEXT_TOKEN, "bfloat16")],
+    ids=["classification", "next_token"],
+)
 def test_a_round_and_an_evaluation_run_under_all_of_them(case, dtype):
     task, model, arrays, prepare = case
     with (
