@@ -134,3 +134,31 @@ def test_a_profile_adds_up_what_differs_from_the_cohort() -> None:
     broken = sketches.at[2].set(jnp.nan)
     same = jax.jit(learn_profile)(jnp.ones((3, 2)), clients, broken, accepted.at[2].set(True))
     np.testing.assert_allclose(same, learnt)
+
+
+def test_fewer_kinds_than_experts_are_given_several_each() -> None:
+    rng = np.random.default_rng(6)
+    profiles, owns = mixed_profiles(rng, 24, 3, 1, noise=0.3)
+    like = affinity(profiles, np.zeros((1, 24, 6)), np.full(24, 2), seed=0)[0]
+    # Two experts are a kind's, and no others hold either: nobody is mixed of two kinds.
+    kinds = owns.argmax(axis=1)
+    theirs = {kind: {tuple(row) for row in like[kinds == kind] > 0} for kind in range(3)}
+    assert all(len(rows) == 1 for rows in theirs.values())
+    held = np.array([next(iter(rows)) for rows in theirs.values()])
+    assert held.sum(axis=0).tolist() == [1] * 6
+    assert held.sum(axis=1).tolist() == [2] * 3
+
+
+def test_a_client_of_two_kinds_wishes_for_one_expert_of_each() -> None:
+    rng = np.random.default_rng(7)
+    profiles, owns = mixed_profiles(rng, 40, 5, 2, noise=0.05)
+    like = affinity(profiles, np.zeros((1, 40, 10)), np.full(40, 2), seed=0)[0]
+    wished = like == like.max()
+    assert (wished.sum(axis=1) == 2).all()
+    assert ((like > 0).sum(axis=1) == 4).all()  # the kinds' other experts, which are worth less
+    # The experts of a kind have as many that wish for them.
+    assert np.ptp(wished.sum(axis=0)) <= 1
+    kind_of = np.array([owns[like[:, e] > 0].sum(axis=0).argmax() for e in range(10)])
+    assert np.bincount(kind_of).tolist() == [2] * 5
+    for c in range(40):
+        assert sorted(kind_of[wished[c]]) == np.flatnonzero(owns[c]).tolist()
