@@ -11,9 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.examples import Examples
-from experiments.fields import load_model_name
 from experiments.history import Metrics, fell_back
-from flexmoe_jax import server, simulation
+from flexmoe_jax import simulation
 from flexmoe_jax.assignment import Solution
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.metrics import newcomer_figures
@@ -53,12 +52,6 @@ def make_judge(
         federation,
         few,
         capacity,
-        load=server.make_load_model(
-            load_model_name(config.assignment.load, config.clients.capacity),
-            federation.local.examples(np.asarray(coming.clients.size)),
-            capacity,
-            config.model.top_k,
-        ),
         shortlist=config.clients.shortlist,
         mesh=mesh,
     )
@@ -85,7 +78,7 @@ def make_judge(
 
     def judge(state: State) -> Metrics:
         fitness = them.probe(state.server, owned(), shown)
-        solutions = them.enrol(state, fitness)
+        solutions = them.enrol(fitness)
         evaluation = them.evaluate(state.server, owned(), solutions, test, shown.about)
         sent = traffic(np.asarray(fitness), solutions)
         return {

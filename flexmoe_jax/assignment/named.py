@@ -40,17 +40,6 @@ class NamedPolicy:
         """Asks the policy, whatever the order of the cohort."""
         return _in_order(partial(POLICIES[self.name], **self.options), request)
 
-    def settled(self) -> NamedPolicy:
-        """The same for clients that join beside others, and are to use what they get.
-
-        Without noise on the fitness, which is there so that holders change, and without a least
-        number of holders, which the others are.
-        """
-        if "options" not in self.options:
-            return self
-        settled = replace(self.options["options"], exploration=0.0, holders_min=0)
-        return replace(self, options=MappingProxyType({**self.options, "options": settled}))
-
 
 def make_policy(
     name: str, *, weighted: bool = False, share: FloatArray | None = None, **given: Any

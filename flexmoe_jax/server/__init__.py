@@ -16,10 +16,8 @@ from flexmoe_jax.server.aggregate import (
 )
 from flexmoe_jax.server.assign import (
     Assign,
-    Newcomers,
     check_solution,
     enrol,
-    load_of,
     make_assign,
 )
 from flexmoe_jax.server.fitness import (
@@ -43,7 +41,6 @@ __all__ = [
     "Due",
     "FitnessOptions",
     "LoadModel",
-    "Newcomers",
     "Sums",
     "Verdict",
     "accuracy_score",
@@ -57,7 +54,6 @@ __all__ = [
     "geometric_median",
     "init",
     "learn_norms",
-    "load_of",
     "loss_score",
     "make_assign",
     "make_load_model",

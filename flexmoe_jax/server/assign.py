@@ -9,15 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
-from flexmoe_jax.assignment import NamedPolicy, Policy, Request, Solution
+from flexmoe_jax.assignment import Policy, Request, Solution, make_policy
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.server.affinity import affinity
-from flexmoe_jax.server.load import LoadModel
 from flexmoe_jax.server.server import Desk
 from flexmoe_jax.types import Server
 
@@ -91,75 +90,27 @@ def make_assign(
     return assign
 
 
-class Newcomers(NamedTuple):
-    """Clients that have not trained, as the server sees them.
-
-    Attributes:
-      fitness: (G, n, E) of all experts on their data, from a probe.
-      capacity: (n,) k_c.
-      load: what they weigh, by their place among the newcomers.
-      descriptor: (n, F) what kind of data each has, or None.
-    """
-
-    fitness: np.ndarray
-    capacity: np.ndarray
-    load: LoadModel
-    descriptor: np.ndarray | None = None
-
-
 def enrol(
-    desk: Desk, policy: Policy, server: Server, held: np.ndarray, newcomers: Newcomers, seed: int
+    fitness: Float[np.ndarray, "G n E"], capacity: Int[np.ndarray, " n"], seed: int
 ) -> tuple[Solution, ...]:
-    """Assigns experts to newcomers, beside the clients that hold experts already.
+    """Gives newcomers the experts that suit them best, as many as each has room for.
 
-    The problem is that of a round, with the load that is on the experts already: bounds lie around
-    the fair share of all load, theirs and the newcomers'. Deficits are left out, since they are
-    made up for by rounds of training.
+    Without load bounds: whoever has not trained adds nothing to what experts learn from. In its
+    first round a newcomer is one of the cohort, whose assignment evens out the load.
 
     Args:
-      desk: what the server runs with.
-      policy: who holds which experts; one by name without what makes holders change (see
-        `NamedPolicy.settled`).
-      server: as it is.
-      held: (C, G, E) bool, the latest experts of the clients that have trained.
-      newcomers: who they are.
-      seed: of the policy's ties and draws.
+      fitness: of all experts on their data, from a probe.
+      capacity: k_c.
+      seed: of ties.
 
     Returns:
       A solution for each group of MoE layers, with the newcomers' load alone.
     """
-    if isinstance(policy, NamedPolicy):
-        policy = policy.settled()
-    there, found = load_of(desk, server, held), []
-    places = np.arange(len(newcomers.capacity))
-    none = np.zeros((len(places), desk.experts))
-    for g in range(desk.groups):
-        request = Request(
-            fitness=newcomers.fitness[g],
-            capacity=newcomers.capacity,
-            # Numbers of nobody who has trained.
-            clients=len(held) + places,
-            round=int(server.round),
-            seed=_seed_of_group(seed, g),
-            load_weight=newcomers.load.weigh(places, none, none),
-            descriptor=newcomers.descriptor,
-            load=there[g],
-        )
-        solution = policy(request)
-        check_solution(solution, places, newcomers.capacity, desk.experts)
-        found.append(solution)
-    return tuple(found)
-
-
-def load_of(desk: Desk, server: Server, held: np.ndarray) -> np.ndarray:
-    """Load (G, E) that all clients put on the experts that they hold, (C, G, E) bool."""
-    usage, rounds = jax.device_get((server.ledger.usage, server.ledger.held_rounds))
-    everyone, loads = np.arange(len(held)), []
-    for g in range(desk.groups):
-        weight = desk.load.weigh(everyone, usage[g].astype(np.float64), rounds[g])
-        of_each = weight if np.ndim(weight) != 1 else np.asarray(weight)[:, None]
-        loads.append((held[:, g] * of_each).sum(axis=0))
-    return np.stack(loads)
+    fittest, places = make_policy("greedy"), np.arange(len(capacity))
+    return tuple(
+        fittest(Request(of_group, capacity, places, round=0, seed=_seed_of_group(seed, g)))
+        for g, of_group in enumerate(fitness)
+    )
 
 
 def _seed_of_group(seed: int, group: int) -> int:

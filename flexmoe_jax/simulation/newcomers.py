@@ -3,7 +3,7 @@
     coming = await_newcomers(federation, data, capacity)
     owns = coming.init(key)
     fitness = coming.probe(state.server, owns, data)
-    evaluation = coming.evaluate(state.server, owns, coming.enrol(state, fitness), test, data.about)
+    evaluation = coming.evaluate(state.server, owns, coming.enrol(fitness), test, data.about)
 
 Nothing of this changes the federation's state.
 
@@ -34,7 +34,7 @@ from flexmoe_jax.simulation.blocks import (
     replicate,
 )
 from flexmoe_jax.simulation.evaluate import TestSet, evaluate
-from flexmoe_jax.simulation.plan import assignment_slots, slots_assignment
+from flexmoe_jax.simulation.plan import assignment_slots
 from flexmoe_jax.simulation.probe import probe_all
 from flexmoe_jax.simulation.rounds import init_owns
 from flexmoe_jax.types import Array, Evaluation, Key, Own, Server, State
@@ -47,14 +47,14 @@ class Newcomers(NamedTuple):
       init: key of the run -> Own, leaves (n, ...): what they own, as it is drawn. Jitted.
       probe: (Server, Own, ClientData) -> (G, n, E) fitness of all experts on all their examples.
         Jitted.
-      enrol: (State, fitness) -> a Solution for each group of MoE layers. Runs on the host.
+      enrol: fitness -> a Solution for each group of MoE layers. Runs on the host.
       evaluate: (Server, Own, solutions, TestSet, About) -> Evaluation of the newcomers, without all
         experts in one model, which is not about them.
     """
 
     init: Callable[[Key], Own]
     probe: Callable[[Server, Own, ClientData], Array]
-    enrol: Callable[[State, Array], tuple[Solution, ...]]
+    enrol: Callable[[Array], tuple[Solution, ...]]
     evaluate: Callable[[Server, Own, tuple[Solution, ...], TestSet, About], Evaluation]
 
 
@@ -63,7 +63,6 @@ def await_newcomers(
     data: ClientData,
     capacity: np.ndarray,
     *,
-    load: server.LoadModel | None = None,
     shortlist: int = 0,
     mesh: Mesh | None = None,
 ) -> Newcomers:
@@ -73,13 +72,12 @@ def await_newcomers(
       federation: that they come to.
       data: a few examples of each, to be probed with (see `ClientData.few`).
       capacity: (n,) int k_c of each.
-      load: what they weigh, by their place among the newcomers; None where all clients weigh 1.
       shortlist: how many experts each downloads to be probed, as routers recommend; 0 for all.
       mesh: the devices, as for `simulate`.
 
     Raises:
       InputError: a capacity out of range or none for each newcomer, examples that the task cannot
-        take, or nothing said of what newcomers weigh.
+        take, or a shortlist that cannot be.
     """
     capacity = np.asarray(capacity, np.int64)
     experts, newcomers = federation.layout.experts, len(data.size)
@@ -91,22 +89,14 @@ def await_newcomers(
         worst = capacity.min() if capacity.min() < 0 else capacity.max()
         raise InputError("capacity", worst, f"give 0 to {experts}, the number of experts")
     check_capacity(federation.layout, capacity.tolist())
-    if load is None and not federation.desk.load.equal:
-        raise InputError("load", None, "say what newcomers weigh: the federation's clients differ")
     check_shortlist(federation, shortlist, int(capacity.max()))
-    load = load or server.make_load_model("clients", capacity, capacity)
     mesh = mesh or client_mesh(1)
     jitted = partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     judge = jitted(partial(_evaluate, federation, mesh))
     slots = max(int(capacity.max()), 1)
-    descriptor = np.asarray(data.label_share) if data.label_share.shape[1] else None
 
-    def enrol(state: State, fitness: Array) -> tuple[Solution, ...]:
-        held = slots_assignment(np.asarray(state.clients.slots), experts)
-        known = server.Newcomers(np.asarray(fitness), capacity, load, descriptor)
-        return server.enrol(
-            federation.desk, federation.policy, state.server, held, known, federation.seed
-        )
+    def enrol(fitness: Array) -> tuple[Solution, ...]:
+        return server.enrol(np.asarray(fitness), capacity, federation.seed)
 
     def evaluate_them(
         begun: Server, owns: Own, solutions: tuple[Solution, ...], test: TestSet, about: About

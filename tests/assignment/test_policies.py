@@ -237,19 +237,6 @@ def test_bounds_even_out_the_load_of_others_by_hand() -> None:
     assert np.array_equal(nobody, load_bounds(np.full(4, 2), np.zeros(4)))
 
 
-def test_who_settles_gets_the_fittest_experts_that_others_leave_room_for() -> None:
-    fitness = np.tile([0.9, 0.8, 0.7, 0.6], (2, 1))
-    come = Request(fitness, np.full(2, 2), np.array([8, 9]), 5, 0, load=np.full(4, 20.0))
-    restless = make_policy("flex", exploration=5.0, holders_min=1)
-    chosen = [restless(replace(come, round=t)).assignment for t in range(9)]
-    assert len({one.tobytes() for one in chosen}) > 1
-    assert restless.settled()(come).assignment.tolist() == [[True, True, False, False]] * 2
-    # Where the first expert is as full as the bounds allow, they do without it.
-    full = replace(come, load=np.array([24.0, 20.0, 18.0, 18.0]))
-    assert not restless.settled()(full).assignment[:, 0].any()
-    assert make_policy("random").settled() == make_policy("random")
-
-
 @given(st.integers(0, 2**32 - 1), st.floats(0, 2))
 @settings(max_examples=200, deadline=None)
 def test_bounds_of_counts_can_be_met(seed: int, slack: float) -> None:

@@ -8,7 +8,6 @@ Axes: `C` clients, `E` experts, `M` examples, `Y` classes.
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from experiments.fields import client_capacities
 from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax.data import Dataset
+from flexmoe_jax.server import enrol
 from flexmoe_jax.simulation.rounds import init_owns
 
 ROUNDS = 3
@@ -304,27 +304,13 @@ def probed(ran: Ran, state: Tree, client: int) -> np.ndarray:
     return np.array(found)
 
 
-def enrolled(ran: Ran, state: Tree, fitness: np.ndarray) -> np.ndarray:
-    """(2, E) bool: the best pair of choices, of all that keep the holders of experts even."""
-    experts, capacity = ran.config.model.experts, ran.config.clients.capacity
-    if ran.config.assignment.policy == "greedy":
-        assert np.ptp(np.sort(fitness, axis=1)[:, -2:], axis=1).all()
-        return np.argsort(np.argsort(-fitness, axis=1), axis=1) < capacity
-    there = holders(ran, state).sum(axis=0)
-    fair, slack = 10 * capacity / experts, ran.config.assignment.slack
-    low = min(np.ceil(fair - slack * fair), np.floor(fair))
-    high = max(np.floor(fair + slack * fair), np.ceil(fair))
-    assert there.max() <= high  # so that the bounds are those of the sum
-    chosen = [
-        np.isin(np.arange(experts), pair)
-        for pair in itertools.combinations(range(experts), capacity)
-    ]
-    allowed = [
-        both
-        for both in map(np.stack, itertools.product(chosen, chosen))
-        if ((low <= there + both.sum(axis=0)) & (there + both.sum(axis=0) <= high)).all()
-    ]
-    return max(allowed, key=lambda both: fitness[both].sum())
+def enrolled(ran: Ran, fitness: np.ndarray) -> np.ndarray:
+    """(2, E) bool: the fittest experts of each; which of equals, the seed says."""
+    capacity = ran.config.clients.capacity
+    (found,) = enrol(fitness[None], np.full(2, capacity), ran.config.seed)
+    best = np.sort(fitness, axis=1)[:, -capacity:]
+    assert np.allclose(np.sort(fitness[found.assignment].reshape(2, -1), axis=1), best)
+    return found.assignment
 
 
 def test_newcomers(ran: Ran) -> None:
@@ -339,7 +325,7 @@ def test_newcomers(ran: Ran) -> None:
     key = jax.random.key(ran.config.seed)
     _, owns = init_owns(federation, key, jnp.array(coming, jnp.int32))
     for row, state in zip(ran.rows, ran.states, strict=True):
-        held = enrolled(ran, state, np.array([probed(ran, state, c) for c in coming]))
+        held = enrolled(ran, np.array([probed(ran, state, c) for c in coming]))
         found = []
         for c, experts in zip(coming, held, strict=True):
             gate = state["experts"].get("gate") or {

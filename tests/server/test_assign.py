@@ -6,17 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from flexmoe_jax.assignment import Problem, Request, as_solution, make_policy, solve
+from flexmoe_jax.assignment import Problem, Request, as_solution, solve
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.server import (
     Admission,
     Desk,
     FitnessOptions,
-    Newcomers,
     check_solution,
     enrol,
     init,
-    load_of,
     make_assign,
     make_load_model,
 )
@@ -86,55 +84,9 @@ def test_a_policy_is_asked_for_each_group_with_what_the_server_knows_of_the_coho
     assert other.seed != 7
 
 
-HELD = np.zeros((4, 2, 3), bool)
-HELD[[0, 1, 1, 3], 0, [0, 0, 2, 1]] = True
-HELD[2:, 1, 2] = True
-
-
-def test_the_load_that_is_there_by_hand():
-    server = init(DESK, jax.random.key(0), {}, {}, clients=4)
-    # Clients weigh 10, 20, 30 and 40 samples on each expert that they hold.
-    assert load_of(DESK, server, HELD).tolist() == [[30, 40, 20], [0, 0, 70]]
-    equal = DESK._replace(load=make_load_model("clients", EXAMPLES, CAPACITY))
-    assert load_of(equal, server, HELD).tolist() == [[2, 1, 1], [0, 0, 2]]
-    # By use: what client 1 sent in two rounds, and for the others an even share of their examples.
-    ledger = server.ledger._replace(
-        held_rounds=server.ledger.held_rounds.at[0, 1, 2].set(2),
-        usage=server.ledger.usage.at[0, 1, 2].set(6.0),
-    )
-    used = DESK._replace(load=make_load_model("usage", EXAMPLES, CAPACITY))
-    found = load_of(used, server._replace(ledger=ledger), HELD)
-    assert found.tolist() == [[10 + 10, 20, 3], [0, 0, 30 + 20]]
-
-
-def test_newcomers_are_put_to_the_policy_beside_the_load_that_is_there():
-    asked: list[Request] = []
-
-    def first_ones(request: Request):
-        asked.append(request)
-        return as_solution(request, np.arange(3) < request.capacity[:, None])
-
-    server = init(DESK, jax.random.key(0), {}, {}, clients=4)
-    owed = server.ledger._replace(deficit=server.ledger.deficit + 9)
-    capacity = np.array([1, 2])
-    known = Newcomers(
-        fitness=np.arange(12.0).reshape(2, 2, 3),
-        capacity=capacity,
-        load=make_load_model("samples", np.array([5, 7]), capacity),
-        descriptor=np.eye(2),
-    )
-    server = server._replace(ledger=owed, round=jnp.int32(5))
-    one, other = enrol(DESK, first_ones, server, HELD, known, seed=7)
-    assert one.assignment.tolist() == [[True, False, False], [True, True, False]]
-    assert other.load.tolist() == [12, 7, 0]
-    for g, request in enumerate(asked):
-        assert (request.clients.tolist(), request.round) == ([4, 5], 5)
-        assert request.fitness.tolist() == known.fitness[g].tolist()
-        assert request.load_weight.tolist() == [5, 7]
-        assert request.descriptor is known.descriptor
-        assert request.deficit is None
-    assert [request.load.tolist() for request in asked] == [[30, 40, 20], [0, 0, 70]]
-    assert (asked[0].seed, asked[1].seed == 7) == (7, False)
-
-    with pytest.raises(InputError, match="policy=3 experts: client 0 has room for 1"):
-        enrol(DESK, make_policy("full"), server, HELD, known, seed=7)
+def test_newcomers_get_the_fittest_experts_that_they_have_room_for():
+    fitness = np.array([[[0.1, 0.9, 0.5]] * 2, [[0.3, 0.2, 0.1]] * 2])
+    one, other = enrol(fitness, np.array([1, 2]), seed=7)
+    assert one.assignment.tolist() == [[False, True, False], [False, True, True]]
+    assert other.assignment.tolist() == [[True, False, False], [True, True, False]]
+    assert one.load.tolist() == [0, 2, 1]
