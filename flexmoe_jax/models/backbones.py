@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Num
 
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.conv import Conv, Convolution, conv_auto
@@ -23,7 +24,7 @@ from flexmoe_jax.options.models import ModelOptions, check_widths
 from flexmoe_jax.types import Array
 
 
-def max_pool(x: Array, window: int = 2) -> Array:
+def max_pool(x: Num[Array, "B h w i"], window: int = 2) -> Num[Array, "B h_n w_n i"]:
     """Maximum over non-overlapping square windows, (B, h, w, channels) to (B, h/n, w/n, channels).
 
     Rows and columns that fill no window are left out. By reshaping: the gradient of XLA's own
@@ -73,8 +74,8 @@ class GroupNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps (B, h, w, channels) to the same shape."""
+    def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w i"]:
+        """Maps images to the same shape."""
         batch, height, width, channels = x.shape
         kind, x = x.dtype, x.astype(jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)

@@ -274,7 +274,7 @@ def geometric_median(steps: int = 8) -> Aggregator:
         ranked = jnp.sort(jnp.where(weight > 0, lengths(values), jnp.inf))
         smooth = jnp.maximum(0.1 * ranked[jnp.maximum((weight > 0).sum() - 1, 0) // 2], 1e-12)
 
-        def step(_: int, middle: PyTree) -> PyTree:
+        def step(_: Array, middle: PyTree) -> PyTree:
             distance = lengths(jax.tree.map(lambda v, m: v - m[None], values, middle))
             pull = weight / jnp.maximum(distance, smooth)
             pull /= jnp.maximum(pull.sum(), 1e-30)

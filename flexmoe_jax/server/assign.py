@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from flexmoe_jax.assignment import NamedPolicy, Policy, Request, Solution
 from flexmoe_jax.errors import InputError
@@ -34,8 +35,8 @@ _GROUPS = 0x6C61
 def make_assign(
     desk: Desk,
     policy: Policy,
-    capacity: np.ndarray,
-    descriptor: np.ndarray | None,
+    capacity: Int[np.ndarray, " C"],
+    descriptor: Float[np.ndarray, "C F"] | None,
     seed: int,
     profile: np.ndarray | None = None,
 ) -> Assign:
@@ -151,7 +152,9 @@ def enrol(
     return tuple(found)
 
 
-def load_of(desk: Desk, server: Server, held: np.ndarray) -> np.ndarray:
+def load_of(
+    desk: Desk, server: Server, held: Bool[np.ndarray, "C G E"]
+) -> Float[np.ndarray, "G E"]:
     """Load (G, E) that all clients put on the experts that they hold, (C, G, E) bool."""
     usage, rounds = jax.device_get((server.ledger.usage, server.ledger.held_rounds))
     everyone, loads = np.arange(len(held)), []
