@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 _CHECKSUMS, _ARRAYS = "checksums.json", "arrays.json"
 _UNFINISHED = "unfinished"
 # As we write them, and no `007` or digits of other scripts.
+# How often, and seconds apart, what cannot be deleted is tried again.
+_TRIES, _MOMENT = 40, 0.05
 _ROUND = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
@@ -213,8 +216,15 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def _clear(self) -> None:
-        for rest in (*self._folder.glob(_UNFINISHED), *self._folder.glob(f"{_UNFINISHED}.orbax-*")):
-            shutil.rmtree(rest, ignore_errors=True)
+        """Deletes what is unfinished, where Orbax's threads may write on for a moment."""
+        names = (_UNFINISHED, f"{_UNFINISHED}.orbax-*")
+        for _ in range(_TRIES):
+            left = [path for name in names for path in self._folder.glob(name)]
+            for rest in left:
+                shutil.rmtree(rest, ignore_errors=True)
+            if not any(rest.exists() for rest in left):
+                return
+            time.sleep(_MOMENT)
 
     @property
     def _aside(self) -> Path:

@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 from experiments.build import build, local_optimizer
 from experiments.cli import flat_fields
-from experiments.configs import base
+from experiments.configs import base, digits
 from experiments.edge import check_model
 from experiments.examples import load_partitioned
 from experiments.report import write_report
 from experiments.studies.methods import METHODS
-from experiments.train import train
+from experiments.train import run_rounds, train
 from experiments.workdir import Workdir
 from flexmoe_jax import models
 from flexmoe_jax.errors import InputError
@@ -242,3 +242,35 @@ def test_text_has_no_rules():
     config.model.backbone = "transformer"
     with pytest.raises(InputError, match=r"partition\.rule=turned: rules are of labelled"):
         build(config)
+
+
+def test_whole_models_are_sent_to_all_who_are_asked_about_them():
+    config = digits.get_config()
+    config.update_from_flattened_dict(
+        {
+            "rounds": 1,
+            "data.train_limit": 200,
+            "data.test_limit": 50,
+            "clients.count": 4,
+            "clients.per_round": 3,
+            "clients.capacity": 1,
+            "model.backbone": "mlp",
+            "model.widths": (8,),
+            "model.experts": 3,
+            "model.hidden": 8,
+            "model.whole_experts": True,
+            "assignment.policy": "greedy",
+            "fitness.score": "loss",
+            "fitness.probe": "all",
+        }
+    )
+    before = config.to_json()
+    experiment = build(config)
+    assert config.to_json() == before
+    state = experiment.simulation.init(jax.random.key(0))
+    state, metrics = next(run_rounds(config, experiment, state))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.server.experts))
+    assert not jax.tree.leaves(state.server.shared)
+    # Every expert there, 4 bytes a number; one back, and what is said of all of them.
+    assert metrics["comm/bytes_down"] == 3 * 4 * parameters
+    assert metrics["comm/bytes_up"] == 3 * (4 * parameters // 3 + 12 + 3 * 12)
