@@ -14,6 +14,7 @@ from experiments.examples import Examples
 from experiments.fields import load_model_name
 from experiments.history import Metrics, fell_back
 from flexmoe_jax import server, simulation
+from flexmoe_jax.assignment import Solution
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.metrics import newcomer_figures
 from flexmoe_jax.simulation import TestSet
@@ -58,6 +59,7 @@ def make_judge(
             capacity,
             config.model.top_k,
         ),
+        shortlist=config.clients.shortlist,
         mesh=mesh,
     )
     shown = simulation.replicate(few, mesh)
@@ -65,7 +67,17 @@ def make_judge(
         numbers = {"row": np.arange(len(coming.group))}
         cut = simulation.chunk_test_set(numbers, config.eval.batch_size, mesh, coming.group)
         test = test._replace(group=cut.group)
-    traffic = simulation.probe_traffic(federation, len(capacity))
+
+    def traffic(fitness: np.ndarray, solutions: tuple[Solution, ...]) -> simulation.Traffic:
+        """What newcomers are sent, to be asked and then to hold: of a shortlist these alone."""
+        everything = simulation.probe_traffic(federation, len(capacity))
+        if not config.clients.shortlist:
+            return everything
+        asked = fitness > fitness.min(axis=(0, 2), keepdims=True) + 0.5  # (G, n, E)
+        sent = asked | np.stack([solution.assignment for solution in solutions])
+        down = simulation.traffic(sent.swapaxes(0, 1), simulation.payloads(federation)).down
+        share = config.clients.shortlist / fitness.shape[2]
+        return everything._replace(down=down, up=(everything.up * share).astype(np.int64))
 
     @cache
     def owned() -> Own:
@@ -75,11 +87,12 @@ def make_judge(
         fitness = them.probe(state.server, owned(), shown)
         solutions = them.enrol(state, fitness)
         evaluation = them.evaluate(state.server, owned(), solutions, test, shown.about)
+        sent = traffic(np.asarray(fitness), solutions)
         return {
             **newcomer_figures(evaluation),
             "assignment/newcomer_status": max((s.status for s in solutions), key=fell_back),
-            "comm/newcomer_bytes_down": int(traffic.down.sum()),
-            "comm/newcomer_bytes_up": int(traffic.up.sum()),
+            "comm/newcomer_bytes_down": int(sent.down.sum()),
+            "comm/newcomer_bytes_up": int(sent.up.sum()),
         }
 
     return judge

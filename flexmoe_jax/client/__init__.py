@@ -30,6 +30,7 @@ from flexmoe_jax.client.training import (
     draw_batches,
     proximal,
     scale_experts,
+    take_batch,
     train,
 )
 
@@ -60,6 +61,7 @@ __all__ = [
     "scale_experts",
     "select",
     "settle",
+    "take_batch",
     "train",
     "train_and_answer",
 ]

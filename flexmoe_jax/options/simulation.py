@@ -20,6 +20,12 @@ class ClientsOptions(Options, section="clients"):
         "evaluations",
         least=0,
     )
+    shortlist: int = option(
+        0,
+        "experts that a newcomer downloads to be probed, those that the routers give most of its "
+        "examples to; 0 for all",
+        least=0,
+    )
     per_round: int = option(0, "P, those of a round; 0 for all that train", least=0)
     sampling: str = option(
         "uniform",

@@ -64,6 +64,7 @@ def await_newcomers(
     capacity: np.ndarray,
     *,
     load: server.LoadModel | None = None,
+    shortlist: int = 0,
     mesh: Mesh | None = None,
 ) -> Newcomers:
     """Builds what becomes of newcomers of a federation.
@@ -73,6 +74,7 @@ def await_newcomers(
       data: a few examples of each, to be probed with (see `ClientData.few`).
       capacity: (n,) int k_c of each.
       load: what they weigh, by their place among the newcomers; None where all clients weigh 1.
+      shortlist: how many experts each downloads to be probed, as routers recommend; 0 for all.
       mesh: the devices, as for `simulate`.
 
     Raises:
@@ -91,6 +93,7 @@ def await_newcomers(
     check_capacity(federation.layout, capacity.tolist())
     if load is None and not federation.desk.load.equal:
         raise InputError("load", None, "say what newcomers weigh: the federation's clients differ")
+    check_shortlist(federation, shortlist, int(capacity.max()))
     load = load or server.make_load_model("clients", capacity, capacity)
     mesh = mesh or client_mesh(1)
     jitted = partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -118,10 +121,29 @@ def await_newcomers(
 
     return Newcomers(
         init=jitted(partial(_init, federation, newcomers)),
-        probe=jitted(partial(_probe_all, federation, mesh)),
+        probe=jitted(partial(_probe_all, federation, mesh, shortlist)),
         enrol=enrol,
         evaluate=evaluate_them,
     )
+
+
+def check_shortlist(federation: Federation, shortlist: int, capacity: int) -> None:
+    """Refuses a shortlist that nobody can recommend, or that holds less than a client does.
+
+    Raises:
+      InputError: naming it.
+    """
+    experts = federation.layout.experts
+    if shortlist and not capacity <= shortlist <= experts:
+        remedy = f"give {capacity}, the most that one can hold, to {experts}; or 0 for all"
+        raise InputError("clients.shortlist", shortlist, remedy)
+    if shortlist and any(routing.router is None for routing in federation.outputs[1].values()):
+        raise InputError(
+            "clients.shortlist", shortlist, "only routers recommend: model.router=true"
+        )
+    if shortlist and federation.keeps_experts:
+        remedy = "experts stay with their clients: give 0"
+        raise InputError("clients.shortlist", shortlist, remedy)
 
 
 def _init(federation: Federation, newcomers: int, key: Key) -> Own:
@@ -144,7 +166,12 @@ def _evaluate(
 
 
 def _probe_all(
-    federation: Federation, mesh: Mesh, begun: Server, owns: Own, data: ClientData
+    federation: Federation,
+    mesh: Mesh,
+    shortlist: int,
+    begun: Server,
+    owns: Own,
+    data: ClientData,
 ) -> Array:
     """(G, n, E) fitness of all experts on all examples of all newcomers."""
     newcomers, padded = data.index.shape
@@ -156,4 +183,5 @@ def _probe_all(
     place = jnp.arange(steps * batch, dtype=jnp.int32)[None]
     rows = data.index[:, place[0].clip(max=padded - 1)]
     rows = jnp.where(place < data.size[:, None], rows, -1).reshape(newcomers, steps, batch)
-    return probe_all(federation, mesh, begun, (owns, rows, log_share), data.arrays)
+    each = owns, rows, log_share
+    return probe_all(federation, mesh, begun, each, data.arrays, shortlist)

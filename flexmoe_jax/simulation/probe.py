@@ -25,6 +25,7 @@ def probe_all(
     begun: Server,
     each: tuple[Own, Array, Array | None],
     arrays: Batch,
+    shortlist: int = 0,
 ) -> Array:
     """(G, n, E) fitness of all experts on batches of many clients.
 
@@ -35,6 +36,8 @@ def probe_all(
       each: of each client, leaves (n, ...), what `probe` takes: what it owns, rows of its batches
         (n, S, B), and the logarithm of its label shares, or None.
       arrays: named examples.
+      shortlist: how many experts each downloads to be asked about them, those that the routers give
+        most of its examples to; the others are rated below all of these. 0 for all experts.
     """
     clients = len(each[1])
     size = resolve_block_size(0, clients, mesh.size)
@@ -45,7 +48,12 @@ def probe_all(
 
         def visit(one: tuple[Own, Array, Array | None]) -> tuple[tuple[()], Array]:
             own, rows, log_share = one
-            return (), probe(federation, begun, own, arrays, rows, log_share)
+            fitness = probe(federation, begun, own, arrays, rows, log_share)
+            if shortlist:
+                most = lax.top_k(_routed(federation, begun, own, arrays, rows), shortlist)[1]
+                asked = jax.nn.one_hot(most, fitness.shape[1], dtype=bool).any(axis=1)  # (G, E)
+                fitness = jnp.where(asked, fitness, fitness.min() - 1)
+            return (), fitness
 
         _, fitness = over_blocks(visit, lambda total, _: total, (), each, size)
         return None, fitness
@@ -103,3 +111,31 @@ def probe(
     turns = jnp.arange(len(rows), dtype=jnp.int32)
     said, _ = lax.scan(try_batch, Feedback(nothing, nothing, nothing), (turns, rows))
     return jnp.where(said.usage > 0, server.make_score(desk.fitness)(said), desk.fitness.initial)
+
+
+def _routed(federation: Federation, begun: Server, own: Own, arrays: Batch, rows: Array) -> Array:
+    """(G, E) part of a client's batches that routers give to each expert.
+
+    Of a group's first layer alone: what reaches it, no expert has a part in, so that a client needs
+    none to say so.
+    """
+    site, groups = federation.site, federation.groups
+    none = jnp.full((groups, 1), federation.layout.experts, jnp.int32)
+    down = server.send(federation.desk, begun, none, jnp.zeros((), jnp.int32))
+    params, held = client.model_of(site, own, down)
+    first = {group: layer for layer, group in reversed(federation.group.items())}
+
+    def add_batch(total: Array, rows: Array) -> tuple[Array, None]:
+        batch, valid = client.take_batch(arrays, rows)
+        _, routings = federation.apply(params, federation.task.inputs(batch), held)
+        parts = []
+        for group in range(groups):
+            logits = routings[first[group]].router
+            assert logits is not None
+            part = jax.nn.softmax(logits).reshape(len(rows), -1, logits.shape[-1]).mean(axis=1)
+            parts.append(jnp.where(valid[:, None] > 0, part, 0.0).sum(axis=0))
+        return total + jnp.stack(parts), None
+
+    nothing = jnp.zeros((groups, federation.layout.experts), jnp.float32)
+    total: Array = lax.scan(add_batch, nothing, rows)[0]
+    return total

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from flexmoe_jax import simulation
+from flexmoe_jax import models, simulation
 from flexmoe_jax.assignment import Solution, make_policy
 from flexmoe_jax.client import LocalTraining
 from flexmoe_jax.errors import InputError
@@ -244,3 +244,35 @@ def test_a_probe_downloads_everything_once(started):
     assert found.down.tolist() == [tree_bytes((server.shared, server.experts))] * 2
     # Three numbers of four bytes for each expert.
     assert found.up.tolist() == [EXPERTS * 12] * 2
+
+
+def test_of_a_shortlist_the_routers_say_who_is_on_it(make_simulation, clients, shown):
+    module = MODULE.clone(with_router=True)
+    simulated = make_simulation(
+        model=models.classifier(module).after(prepare),
+        ownership=Ownership(shared_gate=True),
+        fitness=SCORE,
+        local=LOCAL,
+    )
+    federation, state = simulated.setting.federation, trained(simulated, clients)
+    room = np.array([1, 2, 1])
+    found = []
+    for shortlist in (0, 2):
+        coming = await_newcomers(federation, shown, room, shortlist=shortlist)
+        found.append(np.asarray(coming.probe(state.server, coming.init(jax.random.key(0)), shown)))
+    every, short = (one[0] for one in found)
+    params = federation.layout.merge(Params(state.server.shared, state.server.experts, {}, {}))
+    for n, (rows, size) in enumerate(zip(shown.index, np.asarray(shown.size), strict=True)):
+        images = prepare(shown.arrays["images"][rows[:size]])
+        features = module.apply({"params": params}, images, method="features")
+        router = params["router"]
+        part = jax.nn.softmax(features @ router["kernel"].T + router["bias"]).mean(axis=0)
+        asked = np.isin(np.arange(EXPERTS), np.argsort(-part)[:2])
+        np.testing.assert_allclose(short[n, asked], every[n, asked], rtol=1e-6)
+        assert (short[n, ~asked] < short[n, asked].min() - 0.5).all()
+
+
+def test_a_shortlist_needs_routers_and_room(started, shown):
+    for shortlist, remedy in ((2, "give 3, the most that one can hold, to 4"), (3, "only routers")):
+        with pytest.raises(InputError, match=f"clients.shortlist={shortlist}: .*{remedy}"):
+            await_newcomers(started.federation, shown, CAPACITY[COMING], shortlist=shortlist)
