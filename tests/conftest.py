@@ -25,9 +25,11 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
+import tests.shapes  # noqa: F401
+
 # Shapes in annotations are checked whenever tests run, and cost users nothing.
 install_import_hook(
-    ["flexmoe_jax.client", "flexmoe_jax.models", "flexmoe_jax.server"], "beartype.beartype"
+    ["flexmoe_jax.client", "flexmoe_jax.models", "flexmoe_jax.server"], "tests.shapes.only_shapes"
 )
 
 from flexmoe_jax import data  # noqa: E402

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from flexmoe_jax.types import Array, Routing
 
@@ -49,7 +49,9 @@ def router_z_loss(
     return jnp.dot(jnp.where(held.any(), log_z, 0.0) ** 2, valid) / jnp.maximum(valid.sum(), 1.0)
 
 
-def router_loss(routing: Routing, valid: Array, slots: Array) -> Array:
+def router_loss(
+    routing: Routing, valid: Float[Array, " B"], slots: Int[Array, " K"]
+) -> Float[Array, ""]:
     """Cross-entropy of the router, over all E experts, with where the client's own gate sends.
 
     Args:

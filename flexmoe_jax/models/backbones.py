@@ -103,7 +103,7 @@ class MLP(nn.Module):
     widths: Sequence[int] = (128, 64)
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B h w c"]) -> Float[Array, "B D"]:
         """Maps (B, h, w, channels) to (B, D)."""
         x = x.reshape(x.shape[0], -1)
         for width in self.widths:
@@ -125,7 +125,7 @@ class ConvNet(nn.Module):
     conv: Convolution = conv_auto
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B h w c"]) -> Float[Array, "B D"]:
         """Maps (B, h, w, channels) to (B, D)."""
         for layer, width in enumerate(self.widths):
             x = Conv(width, stride=1 + layer % 2, use_bias=not self.groups, conv=self.conv)(x)
@@ -153,7 +153,7 @@ class CNN(nn.Module):
     conv: Convolution = conv_auto
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B h w c"]) -> Float[Array, "B D"]:
         """Maps (B, h, w, channels) to (B, D)."""
         *channels, features = self.widths
         if min(x.shape[1:3]) < 2 ** len(channels):
@@ -183,7 +183,7 @@ class ResidualBlock(nn.Module):
     conv: Convolution
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B h w c"]) -> Float[Array, "B H W o"]:
         """Maps (B, h, w, channels) to (B, h/stride, w/stride, width)."""
         y = Conv(self.width, stride=self.stride, conv=self.conv)(x)
         y = nn.relu(GroupNorm(self.groups)(y))
@@ -216,7 +216,7 @@ class ResNet(nn.Module):
     stages: Sequence[int] = ()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B h w c"]) -> Float[Array, "B D"]:
         """Maps (B, h, w, channels) to (B, 4 * width)."""
         x = Conv(self.width, conv=self.conv)(x)
         x = nn.relu(GroupNorm(self.groups)(x))
@@ -278,7 +278,7 @@ class PersonalMixture(nn.Module):
     local: nn.Module
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B h w c"]) -> Float[Array, "B D"]:
         """Maps images (B, h, w, channels) to features (B, D)."""
         shared, local = self.shared(x), self.local(x)
         logits = Dense(2, name="mixture")(shared.astype(jnp.float32))

@@ -267,7 +267,7 @@ class Conv(nn.Module):
     conv: Convolution = conv_auto
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B h w i"]) -> Num[Array, "B H W o"]:
         """Maps (B, h, w, i) to (B, h', w', features)."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)

@@ -185,8 +185,8 @@ class MoELayer(nn.Module):
         if self.with_router:
             self.router = Gate(self.experts, part="")
 
-    def __call__(self, x: Array) -> Array:
-        """What the experts add to examples or tokens (..., D)."""
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """What the experts add to examples or tokens."""
         flat = x.reshape(-1, x.shape[-1])
         # Not by the length of a batch, which is unknown where a model is exported.
         places = math.prod(x.shape[1:-1]) if self.whole else 1

@@ -62,7 +62,7 @@ def rotate(x_BxSxAxF: Float[Array, "B S A F"]) -> Float[Array, "B S A F"]:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def normalise(norm: nn.Module, x: Array) -> Array:
+def normalise(norm: nn.Module, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Normalises in single precision, whatever the type of x (..., D), which the result has."""
     normal: Array = norm(x.astype(jnp.float32))
     return normal.astype(x.dtype)
@@ -82,7 +82,7 @@ class Block(nn.Module):
     layer: nn.Module
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Maps (B, S, D) to the same shape."""
         x = x + Attention(self.heads, self.rotary)(normalise(nn.RMSNorm(), x))
         return x + self.layer(normalise(nn.RMSNorm(), x))
@@ -98,7 +98,7 @@ class MLPLayer(nn.Module):
     hidden: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Maps (..., D) to the same shape."""
         return Dense(x.shape[-1])(nn.relu(Dense(self.hidden)(x)))
 
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
             x = block(x)
         return self.head(normalise(self.norm, x)).astype(jnp.float32)
 
-    def __call__(self, tokens: Array) -> Array:
+    def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Logits (B, S, V) of the tokens that follow tokens (B, S)."""
         return self.decode(self.embed(tokens))
 

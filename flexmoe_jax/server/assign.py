@@ -38,7 +38,7 @@ def make_assign(
     capacity: Int[np.ndarray, " C"],
     descriptor: Float[np.ndarray, "C F"] | None,
     seed: int,
-    profile: np.ndarray | None = None,
+    profile: Float[np.ndarray, "C F"] | None = None,
 ) -> Assign:
     """Builds the server's assignment.
 
@@ -109,7 +109,12 @@ class Newcomers(NamedTuple):
 
 
 def enrol(
-    desk: Desk, policy: Policy, server: Server, held: np.ndarray, newcomers: Newcomers, seed: int
+    desk: Desk,
+    policy: Policy,
+    server: Server,
+    held: Bool[np.ndarray, "C G E"],
+    newcomers: Newcomers,
+    seed: int,
 ) -> tuple[Solution, ...]:
     """Assigns experts to newcomers, beside the clients that hold experts already.
 
@@ -172,7 +177,10 @@ def _seed_of_group(seed: int, group: int) -> int:
 
 
 def check_solution(
-    solution: Solution, cohort: np.ndarray, capacity: np.ndarray, experts: int
+    solution: Solution,
+    cohort: Int[np.ndarray, " P"],
+    capacity: Int[np.ndarray, " C"],
+    experts: int,
 ) -> None:
     """Refuses a policy's answer that is none for this cohort.
 
