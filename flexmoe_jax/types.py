@@ -8,12 +8,15 @@ hidden units, `Y` classes, `T` rounds.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-Array = jax.Array
+if TYPE_CHECKING:
+    Array = jax.Array
+else:
+    Array = jax.typing.ArrayLike  # Whoever calls from outside a jit may give NumPy's, and numbers.
 Key = jax.Array
 PyTree = Any
 

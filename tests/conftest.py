@@ -23,8 +23,16 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 
-from flexmoe_jax import data
+import tests.shapes  # noqa: F401
+
+# Shapes in annotations are checked whenever tests run, and cost users nothing.
+install_import_hook(
+    ["flexmoe_jax.client", "flexmoe_jax.models", "flexmoe_jax.server"], "tests.shapes.only_shapes"
+)
+
+from flexmoe_jax import data  # noqa: E402
 
 # Whoever starts the tests in the background has these ignored, which the launchers under test
 # would inherit.

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from flexmoe_jax.client.codec import Codec, decode, encode
 from flexmoe_jax.client.training import Batches, Known, Learner, objective, take_batch, train
@@ -23,7 +25,7 @@ from flexmoe_jax.types import Array, Download, Feedback, Own, Params, PyTree, Up
 _SMOOTHING = 1e-3
 
 
-def log_shares(label_share: Array) -> Array:
+def log_shares(label_share: Float[Array | np.ndarray, "*C Y"]) -> Float[Array, "*C Y"]:
     """Logarithm of label shares (..., Y), smoothed: what a client knows of its own examples."""
     return jnp.log((label_share + _SMOOTHING) / (1 + label_share.shape[-1] * _SMOOTHING))
 
@@ -47,7 +49,7 @@ class Site(NamedTuple):
     send_all: bool = False
 
 
-def receive(site: Site, own: Own, slots: Array) -> Own:
+def receive(site: Site, own: Own, slots: Int[Array, "G K"]) -> Own:
     """What a client owns once it has its new experts.
 
     What compression kept back of an expert moves to the slot that the expert has now; of one that
@@ -90,7 +92,7 @@ def train_and_answer(
     down: Download,
     arrays: Batch,
     batches: Batches,
-    log_share: Array | None = None,
+    log_share: Float[Array, " Y"] | None = None,
 ) -> tuple[Own, Upload]:
     """Trains from what was sent, and says what to send back and what the client would then own.
 
@@ -147,8 +149,8 @@ def appraise(
     own: Own,
     down: Download,
     arrays: Batch,
-    rows: Array,
-    log_share: Array | None = None,
+    rows: Int[Array, " B"],
+    log_share: Float[Array, " Y"] | None = None,
 ) -> Feedback:
     """What a client says of the experts that it was sent, from a batch and without training.
 
@@ -169,12 +171,12 @@ def appraise(
     return seen.feedback
 
 
-def all_finite(tree: PyTree) -> Array:
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """() bool, whether every number of a tree is one."""
     return jnp.asarray([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)], bool).all()
 
 
-def settle(before: Own, after: Own, accepted: Array) -> Own:
+def settle(before: Own, after: Own, accepted: Bool[Array, ""]) -> Own:
     """What a client owns once it knows whether its answer was accepted: () bool.
 
     A client whose answer was refused goes back to what it was, so that what it keeps fits what the

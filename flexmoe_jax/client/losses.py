@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from flexmoe_jax.types import Array, Routing
 
 
-def balance_loss(routing: Routing, held: Array, valid: Array) -> Array:
+def balance_loss(
+    routing: Routing, held: Bool[Array, " E"], valid: Float[Array, " B"]
+) -> Float[Array, ""]:
     """Switch-style load-balance loss over the experts held (Fedus et al. 2022, eq. 4).
 
     Args:
@@ -29,7 +32,9 @@ def balance_loss(routing: Routing, held: Array, valid: Array) -> Array:
     return held.sum(dtype=fraction.dtype) * jnp.dot(fraction, probability)
 
 
-def router_z_loss(routing: Routing, held: Array, valid: Array) -> Array:
+def router_z_loss(
+    routing: Routing, held: Bool[Array, " E"], valid: Float[Array, " B"]
+) -> Float[Array, ""]:
     """Mean squared log-partition of the gate (Zoph et al. 2022, eq. 5): keeps its logits small.
 
     Args:
@@ -44,7 +49,9 @@ def router_z_loss(routing: Routing, held: Array, valid: Array) -> Array:
     return jnp.dot(jnp.where(held.any(), log_z, 0.0) ** 2, valid) / jnp.maximum(valid.sum(), 1.0)
 
 
-def router_loss(routing: Routing, valid: Array, slots: Array) -> Array:
+def router_loss(
+    routing: Routing, valid: Float[Array, " B"], slots: Int[Array, " K"]
+) -> Float[Array, ""]:
     """Cross-entropy of the router, over all E experts, with where the client's own gate sends.
 
     Args:

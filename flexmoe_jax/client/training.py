@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jaxtyping import Float, Int
 
 from flexmoe_jax.client.losses import balance_loss, router_loss, router_z_loss
 from flexmoe_jax.client.units import fractions, weights_of
@@ -145,7 +146,9 @@ class Batches(NamedTuple):
     bits: Array | None = None
 
 
-def draw_batches(local: LocalTraining, key: Key, index: Array, size: Array) -> Batches:
+def draw_batches(
+    local: LocalTraining, key: Key, index: Int[Array, " N"], size: Int[Array, ""]
+) -> Batches:
     """What a client trains on in a round: its examples in a new order every epoch, cut to batches.
 
     Args:
@@ -216,7 +219,7 @@ def train(
     batches: Batches,
     held: Held,
     down: Download,
-    log_share: Array | None = None,
+    log_share: Float[Array, " Y"] | None = None,
 ) -> Trained:
     """Trains a client for so many steps; every batch is scored before the step that learns from it.
 
@@ -281,7 +284,7 @@ def _step(
     )
 
 
-def take_batch(arrays: Batch, rows: Array) -> tuple[Batch, Array]:
+def take_batch(arrays: Batch, rows: Int[Array, " B"]) -> tuple[Batch, Float[Array, " B"]]:
     """The rows (B,) of named examples, -1 for none, and 1.0 for each that is one."""
     valid, there = (rows >= 0).astype(jnp.float32), jnp.maximum(rows, 0)
     return {n: x.at[there].get(mode="promise_in_bounds") for n, x in arrays.items()}, valid
@@ -322,8 +325,8 @@ def _gradient(
 
 
 def objective(
-    learner: Learner, known: Known, params: Params, batch: Batch, valid: Array
-) -> tuple[Array, Seen]:
+    learner: Learner, known: Known, params: Params, batch: Batch, valid: Float[Array, " B"]
+) -> tuple[Float[Array, ""], Seen]:
     """What a client's steps make small on a batch, of whose rows (B,) some are padding."""
     task, local, held = learner.task, learner.local, known.held
     outputs, routings = learner.apply(params, task.inputs(batch), held)

@@ -6,19 +6,22 @@ Axis legend: `B` batch, `U` units of an example, `R` axes of what reaches a MoE 
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.tasks import Batch, Task
 from flexmoe_jax.types import Array
 
 
-def weights_of(task: Task, batch: Batch, valid: Array) -> Array:
+def weights_of(task: Task, batch: Batch, valid: Float[Array, " B"]) -> Float[Array, "B ..."]:
     """(B, U...) how much each unit of a batch counts, of whose rows (B,) some are padding."""
     weight = task.weight(batch).astype(jnp.float32)
     return weight * valid.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def fractions(selected: Array, weight: Array) -> Array:
+def fractions(
+    selected: Bool[Array, "B *R K"], weight: Float[Array, "B ..."]
+) -> Float[Array, "units K"]:
     """The part of each unit that went to each expert, times the unit's weight: (units, K).
 
     A layer may route what is finer than a unit, as the pixels of a picture: then a unit goes to

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Num
 
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.conv import Conv, Convolution, conv_auto
@@ -23,7 +24,7 @@ from flexmoe_jax.options.models import ModelOptions, check_widths
 from flexmoe_jax.types import Array
 
 
-def max_pool(x: Array, window: int = 2) -> Array:
+def max_pool(x: Num[Array, "B h w i"], window: int = 2) -> Num[Array, "B h_n w_n i"]:
     """Maximum over non-overlapping square windows, (B, h, w, channels) to (B, h/n, w/n, channels).
 
     Rows and columns that fill no window are left out. By reshaping: the gradient of XLA's own
@@ -73,8 +74,8 @@ class GroupNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps (B, h, w, channels) to the same shape."""
+    def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w i"]:
+        """Maps images to the same shape."""
         batch, height, width, channels = x.shape
         kind, x = x.dtype, x.astype(jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
@@ -102,7 +103,7 @@ class MLP(nn.Module):
     widths: Sequence[int] = (128, 64)
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B ..."]) -> Float[Array, "B D"]:
         """Maps (B, h, w, channels) to (B, D)."""
         x = x.reshape(x.shape[0], -1)
         for width in self.widths:
@@ -124,7 +125,7 @@ class ConvNet(nn.Module):
     conv: Convolution = conv_auto
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B h w c"]) -> Float[Array, "B D"]:
         """Maps (B, h, w, channels) to (B, D)."""
         for layer, width in enumerate(self.widths):
             x = Conv(width, stride=1 + layer % 2, use_bias=not self.groups, conv=self.conv)(x)
@@ -152,7 +153,7 @@ class CNN(nn.Module):
     conv: Convolution = conv_auto
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B h w c"]) -> Float[Array, "B D"]:
         """Maps (B, h, w, channels) to (B, D)."""
         *channels, features = self.widths
         if min(x.shape[1:3]) < 2 ** len(channels):
@@ -182,7 +183,7 @@ class ResidualBlock(nn.Module):
     conv: Convolution
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B h w c"]) -> Float[Array, "B H W o"]:
         """Maps (B, h, w, channels) to (B, h/stride, w/stride, width)."""
         y = Conv(self.width, stride=self.stride, conv=self.conv)(x)
         y = nn.relu(GroupNorm(self.groups)(y))
@@ -215,7 +216,7 @@ class ResNet(nn.Module):
     stages: Sequence[int] = ()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B h w c"]) -> Float[Array, "B D"]:
         """Maps (B, h, w, channels) to (B, 4 * width)."""
         x = Conv(self.width, conv=self.conv)(x)
         x = nn.relu(GroupNorm(self.groups)(x))
@@ -277,7 +278,7 @@ class PersonalMixture(nn.Module):
     local: nn.Module
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B ..."]) -> Float[Array, "B D"]:
         """Maps images (B, h, w, channels) to features (B, D)."""
         shared, local = self.shared(x), self.local(x)
         logits = Dense(2, name="mixture")(shared.astype(jnp.float32))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jaxtyping import Num
 
 from flexmoe_jax.models.dense import as_inputs, kernel_gradient
 from flexmoe_jax.models.winograd import winograd_3x3
@@ -30,7 +31,9 @@ Convolution = Callable[[Array, Array, Strides, Padding], Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv_matmul(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
+def conv_matmul(
+    x: Num[Array, "B h w i"], kernel: Num[Array, "kh kw i o"], strides: Strides, padding: Padding
+) -> Num[Array, "B H W o"]:
     """2-D convolution as one matrix product.
 
     The window under every output pixel is laid out as one row, so the product with the flattened
@@ -103,7 +106,9 @@ def _image_gradient_by_product(
 conv_matmul.defvjp(_conv_forward, _conv_backward)
 
 
-def conv_lax(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
+def conv_lax(
+    x: Num[Array, "B h w i"], kernel: Num[Array, "kh kw i o"], strides: Strides, padding: Padding
+) -> Num[Array, "B H W o"]:
     """The same convolution through XLA's own operator; see `conv_matmul` for the shapes."""
     return lax.conv_general_dilated(
         x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -111,7 +116,9 @@ def conv_lax(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Arr
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv_direct(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
+def conv_direct(
+    x: Num[Array, "B h w i"], kernel: Num[Array, "kh kw i o"], strides: Strides, padding: Padding
+) -> Num[Array, "B H W o"]:
     """The same through XLA's own operator, but in a client's loop and with gradients as fast.
 
     Without a client axis, XLA's CPU backend lays windows out a cache's worth at a time, where
@@ -194,14 +201,18 @@ def _unless_vmapped(
 conv_direct.defvjp(_direct_forward, _direct_backward)
 
 
-def conv_winograd(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
+def conv_winograd(
+    x: Num[Array, "B h w i"], kernel: Num[Array, "kh kw i o"], strides: Strides, padding: Padding
+) -> Num[Array, "B H W o"]:
     """The same for 3×3 kernels of stride 1 by `winograd_3x3`; `conv_matmul` for all others."""
     if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1):
         return winograd_3x3(x, kernel, padding)
     return conv_matmul(x, kernel, strides, padding)
 
 
-def conv_auto(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
+def conv_auto(
+    x: Num[Array, "B h w i"], kernel: Num[Array, "kh kw i o"], strides: Strides, padding: Padding
+) -> Num[Array, "B H W o"]:
     """The fastest for a client axis: `conv_matmul`, and two others where they pay on a CPU.
 
     Both pay for stride 1: `conv_winograd` from 32 channels on and for images of 8×8 and more
@@ -256,7 +267,7 @@ class Conv(nn.Module):
     conv: Convolution = conv_auto
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "B h w i"]) -> Num[Array, "B H W o"]:
         """Maps (B, h, w, i) to (B, h', w', features)."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)

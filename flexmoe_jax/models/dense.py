@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Num
 
 from flexmoe_jax.types import Array
 
@@ -19,7 +20,7 @@ _FEW_ROWS, _FEW = 64, 32
 _LARGE, _FEWEST_ROWS = 2**20, 16
 
 
-def kernel_gradient(x: Array, dy: Array) -> Array:
+def kernel_gradient(x: Num[Array, "T i"], dy: Num[Array, "T o"]) -> Num[Array, "i o"]:
     """xᵀ dy of (T, i) and (T, o): the gradient of a kernel (i, o) that maps rows to rows.
 
     A sum over the first axis of both its operands is what XLA's CPU backend computes worst, at a

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Bool, Float
 
 from flexmoe_jax.models.dense import Dense
 from flexmoe_jax.models.model import Model, from_linen
@@ -26,7 +27,7 @@ from flexmoe_jax.types import Array, PyTree, Routing
 _NEVER = -1e30
 
 
-def route(logits: Array, held: Array, top_k: int = 1) -> Routing:
+def route(logits: Float[Array, "*B E"], held: Bool[Array, " E"], top_k: int = 1) -> Routing:
     """Routes each example to its `top_k` most probable experts among those held.
 
     The combine weights are the probabilities themselves (Fedus et al. 2022, eq. 2), so that the
@@ -34,7 +35,7 @@ def route(logits: Array, held: Array, top_k: int = 1) -> Routing:
     normalised to sum to 1 over the chosen (Shazeer et al. 2017; Lepikhin et al. 2021).
 
     Args:
-      logits: (B, E).
+      logits: (..., E).
       held: (E,) bool, the experts that may be chosen. If none may, nothing is selected.
       top_k: experts per example; fewer where fewer are held.
 
@@ -53,14 +54,14 @@ def route(logits: Array, held: Array, top_k: int = 1) -> Routing:
     return Routing(logits, probability, selected, combine)
 
 
-def mean_so_far(x: Array) -> Array:
+def mean_so_far(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """Of tokens (B, S, D) the mean of each and all before it, brought to a mean square of 1."""
     count = jnp.arange(1, x.shape[1] + 1, dtype=x.dtype)
     mean = jnp.einsum("st,btd->bsd", jnp.tri(x.shape[1], dtype=x.dtype) / count[:, None], x)
     return mean * lax.rsqrt((mean**2).mean(axis=-1, keepdims=True) + 1e-6)
 
 
-def expert_mlp(experts: PyTree, x: Array) -> Array:
+def expert_mlp(experts: PyTree, x: Float[Array, "B D"]) -> Float[Array, "B E D"]:
     """Applies every stacked expert D→H→D to every example.
 
     Args:
@@ -89,8 +90,8 @@ class Experts(nn.Module):
     part: str = EXPERT
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps (B, D) to (B, count, D)."""
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E D"]:
+        """What each expert makes of each example; E is as many as there are parameters of."""
         fan_in = nn.initializers.variance_scaling(
             2.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
         )
@@ -121,8 +122,8 @@ class Gate(nn.Module):
     part: str = GATE
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps (B, D) to logits (B, count), in single precision."""
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        """The logits of each example, in single precision."""
         small, count = nn.initializers.normal(0.02), _stacked(self, "kernel", self.count)
         kernel = _param(self, "kernel", small, self.part, (count, x.shape[-1]))
         bias = _param(self, "bias", nn.initializers.zeros, self.part, (count,))
@@ -184,8 +185,8 @@ class MoELayer(nn.Module):
         if self.with_router:
             self.router = Gate(self.experts, part="")
 
-    def __call__(self, x: Array) -> Array:
-        """What the experts add to examples or tokens (..., D)."""
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """What the experts add to examples or tokens."""
         flat = x.reshape(-1, x.shape[-1])
         # Not by the length of a batch, which is unknown where a model is exported.
         places = math.prod(x.shape[1:-1]) if self.whole else 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.dense import Dense
@@ -34,8 +35,8 @@ class Attention(nn.Module):
     rotary: bool
 
     @nn.compact
-    def __call__(self, x_BxSxD: Array) -> Array:
-        """Maps (B, S, D) to the same shape."""
+    def __call__(self, x_BxSxD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Mixes what the tokens up to each one say."""
         features = x_BxSxD.shape[-1]
         joint = Dense(3 * features, use_bias=False, name="qkv")(x_BxSxD)
         q, k, v = (
@@ -51,7 +52,7 @@ class Attention(nn.Module):
         return Dense(features, use_bias=False, name="out")(mixed.reshape(x_BxSxD.shape))
 
 
-def rotate(x_BxSxAxF: Array) -> Array:
+def rotate(x_BxSxAxF: Float[Array, "B S A F"]) -> Float[Array, "B S A F"]:
     """Turns pairs of features by angles that grow with the position (Su et al. 2021, eq. 34)."""
     half = x_BxSxAxF.shape[-1] // 2
     rate_F = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -61,7 +62,7 @@ def rotate(x_BxSxAxF: Array) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def normalise(norm: nn.Module, x: Array) -> Array:
+def normalise(norm: nn.Module, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Normalises in single precision, whatever the type of x (..., D), which the result has."""
     normal: Array = norm(x.astype(jnp.float32))
     return normal.astype(x.dtype)
@@ -81,7 +82,7 @@ class Block(nn.Module):
     layer: nn.Module
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Maps (B, S, D) to the same shape."""
         x = x + Attention(self.heads, self.rotary)(normalise(nn.RMSNorm(), x))
         return x + self.layer(normalise(nn.RMSNorm(), x))
@@ -97,7 +98,7 @@ class MLPLayer(nn.Module):
     hidden: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Maps (..., D) to the same shape."""
         return Dense(x.shape[-1])(nn.relu(Dense(self.hidden)(x)))
 
@@ -164,18 +165,18 @@ class Transformer(nn.Module):
             )
         return MLPLayer(self.hidden, parent=None)
 
-    def embed(self, tokens: Array) -> Array:
-        """(B, S, D) features of tokens (B, S), before any expert."""
+    def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Features of tokens, before any expert."""
         x = self.embedding(tokens)
         return x if self.positions == "rotary" else x + self.position(jnp.arange(x.shape[1])[None])
 
-    def decode(self, x: Array) -> Array:
-        """Logits (B, S, V) of the tokens that follow."""
+    def decode(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """Logits of the tokens that follow."""
         for block in self.blocks:
             x = block(x)
         return self.head(normalise(self.norm, x)).astype(jnp.float32)
 
-    def __call__(self, tokens: Array) -> Array:
+    def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Logits (B, S, V) of the tokens that follow tokens (B, S)."""
         return self.decode(self.embed(tokens))
 

@@ -16,6 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Num
 
 from flexmoe_jax.models.dense import kernel_gradient
 from flexmoe_jax.types import Array
@@ -25,7 +26,9 @@ Points = list[Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def winograd_3x3(x: Array, kernel: Array, padding: Literal["SAME", "VALID"]) -> Array:
+def winograd_3x3(
+    x: Num[Array, "B h w i"], kernel: Num[Array, "3 3 i o"], padding: Literal["SAME", "VALID"]
+) -> Num[Array, "B H W o"]:
     """2-D convolution of stride 1.
 
     Args:

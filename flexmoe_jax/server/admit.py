@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from flexmoe_jax.options.server import Admission
 from flexmoe_jax.server import affinity
@@ -46,8 +47,8 @@ def admit(
     admission: Admission,
     upload: Upload,
     slots: dict[str, Array],
-    steps: Array,
-    limits: Array | None,
+    steps: Int[Array, ""],
+    limits: Float[Array, 2] | None,
     sketched: int = 0,
 ) -> tuple[Arrived, Verdict]:
     """Judges one answer.

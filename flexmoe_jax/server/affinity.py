@@ -29,6 +29,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from flexmoe_jax.types import Array, PyTree
 
@@ -45,7 +46,7 @@ _OTHER = 0.5
 _SIGNS, _SEARCH = 0x5169, 0xAFF1
 
 
-def sketch(update: PyTree, size: int) -> Array:
+def sketch(update: PyTree, size: int) -> Float[Array, " F"]:
     """(F,) sums of an update's numbers with random signs, which keep inner products as they are.
 
     Each array of the update counts at length 1, so that neither the largest alone is heard, nor who
@@ -61,7 +62,12 @@ def sketch(update: PyTree, size: int) -> Array:
     return total
 
 
-def learn_profile(profile: Array, clients: Array, sketches: Array, accepted: Array) -> Array:
+def learn_profile(
+    profile: Float[Array, "C F"],
+    clients: Int[Array, " P"],
+    sketches: Float[Array, "P F"],
+    accepted: Bool[Array, " P"],
+) -> Float[Array, "C F"]:
     """Adds a round's sketches (P, F), each less their mean and at length 1, to profiles (C, F).
 
     Updates that were not accepted, or are not all numbers, tell nothing.
@@ -74,7 +80,12 @@ def learn_profile(profile: Array, clients: Array, sketches: Array, accepted: Arr
     return profile.at[clients].add(own / jnp.maximum(length, 1e-12), mode="drop")
 
 
-def affinity(profile: np.ndarray, usage: np.ndarray, capacity: np.ndarray, seed: int) -> np.ndarray:
+def affinity(
+    profile: Float[np.ndarray, "C F"],
+    usage: Float[np.ndarray, "G C E"],
+    capacity: Int[np.ndarray, " C"],
+    seed: int,
+) -> Float[np.ndarray, "G C E"]:
     """How far each expert is of a client's kinds, times how much kinds explain.
 
     Args:

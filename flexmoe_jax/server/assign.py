@@ -33,10 +33,10 @@ _GROUPS = 0x6C61
 def make_assign(
     desk: Desk,
     policy: Policy,
-    capacity: np.ndarray,
-    descriptor: np.ndarray | None,
+    capacity: Int[np.ndarray, " C"],
+    descriptor: Float[np.ndarray, "C F"] | None,
     seed: int,
-    profile: np.ndarray | None = None,
+    profile: Float[np.ndarray, "C F"] | None = None,
 ) -> Assign:
     """Builds the server's assignment.
 
@@ -120,7 +120,10 @@ def _seed_of_group(seed: int, group: int) -> int:
 
 
 def check_solution(
-    solution: Solution, cohort: np.ndarray, capacity: np.ndarray, experts: int
+    solution: Solution,
+    cohort: Int[np.ndarray, " P"],
+    capacity: Int[np.ndarray, " C"],
+    experts: int,
 ) -> None:
     """Refuses a policy's answer that is none for this cohort.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import chex
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from flexmoe_jax.options.server import FitnessOptions
 from flexmoe_jax.types import Array, Feedback
@@ -41,8 +42,12 @@ def make_score(options: FitnessOptions) -> Score:
 
 
 def update_fitness(
-    fitness: Array, clients: Array, slots: Array, feedback: Feedback, options: FitnessOptions
-) -> Array:
+    fitness: Float[Array, "C E"],
+    clients: Int[Array, " P"],
+    slots: Int[Array, "P K"],
+    feedback: Feedback,
+    options: FitnessOptions,
+) -> Float[Array, "C E"]:
     """Q ← (1-β) Q + β s for every held pair with feedback; all others keep their value.
 
     Args:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Num
 
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.assignment import LOAD_MODELS
@@ -31,7 +32,7 @@ class LoadModel(NamedTuple):
 
 
 def make_load_model(
-    name: str, examples: np.ndarray, capacity: np.ndarray, top_k: int = 1
+    name: str, examples: Num[np.ndarray, " C"], capacity: Num[np.ndarray, " C"], top_k: int = 1
 ) -> LoadModel:
     """Builds a load model by name.
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import optax
+from jaxtyping import Bool, Float
 
 from flexmoe_jax.types import Array, PyTree
 
@@ -30,7 +31,7 @@ _OUTSIDE = 5.5
 _NORMAL = 1.4826
 
 
-def init_norms() -> Array:
+def init_norms() -> Float[Array, "4 W"]:
     """(4, W) nothing known yet, which 0 stands for.
 
     The rows are lengths of ψ and of the experts, then by what factor each of these was longer or
@@ -39,7 +40,9 @@ def init_norms() -> Array:
     return jnp.zeros((4, _WINDOW), jnp.float32)
 
 
-def learn_norms(norms: Array, new: Array, honest: Array) -> Array:
+def learn_norms(
+    norms: Float[Array, "4 W"], new: Float[Array, "2 P"], honest: Bool[Array, " P"]
+) -> Float[Array, "4 W"]:
     """Adds a round's lengths, as evenly spaced ranks if they are many, and drops the oldest.
 
     Args:
@@ -63,7 +66,7 @@ def learn_norms(norms: Array, new: Array, honest: Array) -> Array:
     return jnp.take_along_axis(joined, newest, axis=1)
 
 
-def norm_limits(norms: Array, factor: float) -> Array:
+def norm_limits(norms: Float[Array, "4 W"], factor: float) -> Float[Array, 2]:
     """The greatest lengths that are let in.
 
     Args:
@@ -79,7 +82,9 @@ def norm_limits(norms: Array, factor: float) -> Array:
     return jnp.where(median > 0, limits, jnp.inf)
 
 
-def too_late(norms: Array, new: Array, factor: float) -> Array:
+def too_late(
+    norms: Float[Array, "4 W"], new: Float[Array, "2 P"], factor: float
+) -> Bool[Array, " P"]:
     """Updates that were let in, since nothing was known yet, and are too long for their cohort.
 
     Args:
@@ -94,7 +99,7 @@ def too_late(norms: Array, new: Array, factor: float) -> Array:
     return (unknown & (new > factor * _median(new)[:, None])).any(axis=0)
 
 
-def part_norms(shared: PyTree, experts: PyTree) -> Array:
+def part_norms(shared: PyTree, experts: PyTree) -> Float[Array, 2]:
     """(2,) L2 norms of ψ's part and the experts' of one update."""
     norms = [optax.tree.norm(shared), optax.tree.norm(experts)]
     return jnp.stack([jnp.asarray(norm, jnp.float32) for norm in norms])

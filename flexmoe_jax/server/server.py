@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Bool, Float, Int
 
 from flexmoe_jax.assignment import update_deficit
 from flexmoe_jax.options.assignment import AssignmentOptions
@@ -53,12 +54,14 @@ class Desk(NamedTuple):
         """G."""
         return max(self.group.values(), default=0) + 1
 
-    def of_experts(self, slots: Array, amount: Array) -> Array:
+    def of_experts(
+        self, slots: Int[Array, "P G K"], amount: Float[Array, "P G K"]
+    ) -> Float[Array, "G E"]:
         """Sums (G, E) over clients of what each gives its slots (P, G, K)."""
         none = jnp.zeros((self.groups, self.experts), amount.dtype)
         return none.at[np.arange(self.groups)[:, None], slots].add(amount, mode="drop")
 
-    def by_group(self, of_layers: Array) -> Array:
+    def by_group(self, of_layers: Float[Array, "*P L K"]) -> Float[Array, "*P G K"]:
         """Means (..., G, K) over the layers of each group of (..., L, K)."""
         rows = np.zeros((self.groups, len(self.group)), np.float32)
         rows[list(self.group.values()), np.arange(len(self.group))] = 1
@@ -92,7 +95,7 @@ def init(desk: Desk, key: Key, shared: PyTree, experts: PyTree, clients: int) ->
     return Server(key, jnp.zeros((), jnp.int32), shared, experts, optimizer, ledger)
 
 
-def send(desk: Desk, server: Server, slots: Array, steps: Array) -> Download:
+def send(desk: Desk, server: Server, slots: Int[Array, "G K"], steps: Int[Array, ""]) -> Download:
     """What a client gets that is given the experts `slots` (G, K) for so many steps."""
     experts = {
         layer: jax.tree.map(
@@ -103,7 +106,7 @@ def send(desk: Desk, server: Server, slots: Array, steps: Array) -> Download:
     return Download(server.shared, experts, slots, steps, server.round)
 
 
-def without(late: Array, verdicts: Verdict) -> Verdict:
+def without(late: Bool[Array, " P"], verdicts: Verdict) -> Verdict:
     """Verdicts as if some updates (P,) bool had been refused."""
 
     def drop(tree: PyTree) -> PyTree:
