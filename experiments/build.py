@@ -96,14 +96,12 @@ def build(config: ConfigDict) -> Experiment:
     mesh = simulation.client_mesh(config.execution.devices)
 
     examples = load_examples(config)
-    clients = examples.clients
-    sample: dict[str, Any] = {n: np.asarray(x[:2]) for n, x in clients.arrays.items()}
+    clients, sample = examples.clients, examples.sample
     check_augmentation(local, config.local.augment, sample)
     model = make_model(len(examples.classes)).computed_in(config.model.dtype)
     model = model.after(examples.prepare)
     check_model(model, task, sample, config.model.backbone)
     if capacity is None:
-        assert devices is not None
         capacity = capacity_in_memory(model, sample, devices, config, chosen["ownership"])
     trained, coming = split_clients(config)
     sizes = np.asarray(clients.size)
@@ -120,19 +118,15 @@ def build(config: ConfigDict) -> Experiment:
     federation.check(examples.test)
     network = make_network(config, devices, trained, local.steps(sizes), seen)
     test = simulation.chunk_test_set(examples.test, config.eval.batch_size, mesh, examples.group)
+    size = config.execution.client_block_size
     simulated = simulation.simulate(
-        federation,
-        clients,
-        rows=network.asked,
-        block_size=config.execution.client_block_size,
-        mesh=mesh,
+        federation, clients, rows=network.asked, block_size=size, mesh=mesh
     )
-    tunes = config.eval.fine_tune
-    fed = len(trained) if tunes else network.asked
+    fed = len(trained) if config.eval.fine_tune else network.asked
     feed = make_feed(config.execution.data, clients, fed, mesh)
     about = simulation.replicate(clients.about, mesh)
-    everybody = np.arange(len(trained))
     newcomers = make_judge(config, federation, examples, capacity[coming], test, mesh)
+    tuner = make_tuner(simulated, feed, test, about) if config.eval.fine_tune else None
     return Experiment(
         simulation=simulated,
         feed=feed,
@@ -147,10 +141,7 @@ def build(config: ConfigDict) -> Experiment:
         inputs=inputs_of(config, examples),
         personal=examples.personal,
         notes=notes_of(config, examples, federation),
-        judges=(
-            *([newcomers] if newcomers is not None else []),
-            *([make_tuner(simulated, lambda: feed(everybody), test, about)] if tunes else []),
-        ),
+        judges=tuple(judge for judge in (newcomers, tuner) if judge is not None),
     )
 
 

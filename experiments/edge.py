@@ -57,11 +57,12 @@ def check_model(model: models.Model, task: Task, sample: Batch, name: str) -> No
 def capacity_in_memory(
     model: models.Model,
     sample: dict[str, np.ndarray],
-    devices: edge.Devices,
+    devices: edge.Devices | None,
     config: ConfigDict,
     ownership: models.Ownership,
 ) -> np.ndarray:
     """k_c (C,): how many experts each client's device has room to train."""
+    assert devices is not None  # See `build.given_capacity`.
     (inputs,) = (sample[name] for name in ("images", "tokens") if name in sample)
     batch = jax.ShapeDtypeStruct((config.local.batch_size, *inputs.shape[1:]), inputs.dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), batch)

@@ -61,6 +61,11 @@ class Examples:
     notes: tuple[str, ...] = ()
     newcomers: Newcomers | None = None
 
+    @property
+    def sample(self) -> dict[str, np.ndarray]:
+        """Two of the clients' examples."""
+        return {name: np.asarray(values[:2]) for name, values in self.clients.arrays.items()}
+
 
 def load_examples(config: ConfigDict) -> Examples:
     """Loads what the config names, and gives every training example to a client.

@@ -36,7 +36,7 @@ def make_assign(
     capacity: Int[np.ndarray, " C"],
     descriptor: Float[np.ndarray, "C F"] | None,
     seed: int,
-    profile: Float[np.ndarray, "C F"] | None = None,
+    profile: Float[np.ndarray, "C S"] | None = None,
 ) -> Assign:
     """Builds the server's assignment.
 
@@ -46,7 +46,7 @@ def make_assign(
       capacity: (C,) k_c.
       descriptor: (C, F) what kind of data each client has, or None.
       seed: of the policy's ties and draws.
-      profile: (C, F) what is known of clients beforehand, for `affinity`; None for what their
+      profile: (C, S) what is known of clients beforehand, for `affinity`; None for what their
         updates tell.
     """
 

@@ -24,7 +24,7 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.simulation.blocks import AXIS, client_mesh, over_devices
 from flexmoe_jax.simulation.standalone import of_all, of_client, own_outputs
-from flexmoe_jax.types import Array, Evaluation, Own, Params, PyTree, State, Tally
+from flexmoe_jax.types import Array, Evaluation, Params, PyTree, State, Tally
 
 _SHARED = PartitionSpec(None, AXIS)
 
@@ -118,8 +118,8 @@ def evaluate(
         prior = federation.prior and federation.local.prior > 0
         federation = federation.replace(model=whole, prior=prior)
 
-    def of_device(test: TestSet, known: tuple) -> tuple[_Sums, None]:
-        return _count(federation, test, *known), None
+    def of_device(test: TestSet, known: _Known) -> tuple[_Sums, None]:
+        return _count(federation, test, known), None
 
     known = state, about, evaluated, models
     sums, _ = over_devices(of_device, test, known, mesh, spec=_SHARED)
@@ -154,15 +154,13 @@ class _Sums(NamedTuple):
     assembled: Tally | None
 
 
-def _count(
-    federation: Federation,
-    test: TestSet,
-    state: State,
-    about: About,
-    evaluated: Array,
-    models: Params | None,
-) -> _Sums:
+_Known = tuple[State, About, Array, Params | None]
+"""The federation, its clients, who of them has held an expert, and their models if given."""
+
+
+def _count(federation: Federation, test: TestSet, known: _Known) -> _Sums:
     """Sums over one device's share of the examples."""
+    state, about, evaluated, models = known
     clients, classes = about.label_share.shape
     log_share = client.log_shares(about.label_share)
     numbers = jnp.arange(clients, dtype=jnp.int32)
@@ -173,14 +171,8 @@ def _count(
         features = trunk(state.server.shared, chunk.arrays)
         judge = _Judge(federation, chunk, classes)
 
-        def judge_client(
-            number: Array,
-            own: Own,
-            model: Params | None,
-            log_share: Array,
-            owns: Array | None,
-            counts: Array,
-        ) -> tuple:
+        def judge_client(*row: Any) -> tuple:
+            number, own, model, log_share, owns, counts = row
             given, held = of_client(federation, state.server, own)
             outputs = _outputs(federation, given if model is None else model, features, held)
             mine = own_outputs(federation, outputs, log_share)
