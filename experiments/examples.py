@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -62,7 +63,7 @@ class Examples:
     newcomers: Newcomers | None = None
 
     @property
-    def sample(self) -> dict[str, np.ndarray]:
+    def sample(self) -> dict[str, Any]:
         """Two of the clients' examples."""
         return {name: np.asarray(values[:2]) for name, values in self.clients.arrays.items()}
 
