@@ -43,7 +43,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_disable_most_optimizations", True)
 # Nothing runs on more than one of them unless its mesh says so.
 jax.config.update("jax_num_cpu_devices", 8)
-hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("default")
 
 LONGEST = tuple(

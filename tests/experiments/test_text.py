@@ -35,7 +35,9 @@ SMALL = {
 
 def launch_languages(workdir, fields):
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    return launch(f"--workdir={workdir}", *flags, config="experiments/configs/languages.py")
+    return launch(
+        f"--workdir={workdir}", *flags, config="experiments/configs/languages.py", report=True
+    )
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ MODELS |= {
         models.decoder(Transformer(4, 1, 16, heads=2, hidden=32, top_k=4, positions=positions)),
         TOKENS,
     )
-    for positions in ("rotary", "learnt")
+    for positions in ("rotary",)
 }
 
 

@@ -220,7 +220,7 @@ def test_own_examples_are_counted_for_their_owners_in_any_order(
     assert figures["eval/personal_loss"] == pytest.approx(np.mean(each), rel=1e-4)
 
 
-@pytest.mark.parametrize(("devices", "owned"), [(2, False), (8, False), (8, True)])
+@pytest.mark.parametrize(("devices", "owned"), [(2, False), (8, True)])
 def test_devices_share_the_examples(
     make_simulation, federation, clients, test_arrays, devices, owned
 ):
