@@ -182,8 +182,11 @@ def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
     """Checks the model's fields, and returns what makes the model of so many classes."""
     options = read(ModelOptions, config)
     if options.whole_experts:
+        if options.router:
+            remedy = "whole models have no gate that a router could learn from: give false"
+            raise InputError("model.router", options.router, remedy)
         inside = config.copy_and_resolve_references()
-        inside.model.update(experts=1, whole_experts=False, router=False)
+        inside.model.update(experts=1, whole_experts=False)
         make_inside = model_maker(inside)
         return lambda classes: models.clustered(make_inside(classes), options.experts)
     if options.backbone == "transformer":

@@ -133,6 +133,8 @@ def _on_what(run: Run) -> str:
     new = ""
     if run.config.get("eval.fine_tune"):
         new = "; fine-tuned: each client on what is its own, after one more round for itself alone"
+        if with_prior and not run.config.get("local.prior"):
+            new += ", which teaches it its label shares, so that none are added"
     if newcomers := run.final("eval/newcomer_clients"):
         new += f"; newcomers: {counted(newcomers, 'client')} without training, each on its own"
     return (

@@ -109,7 +109,7 @@ class FitnessOptions(Options, section="fitness"):
     probe: str = option(
         "held",
         "which experts a client scores: those that it holds, while it trains; or all, before a "
-        "round, on a few batches, for which it downloads every one",
+        "round, on a few batches, for which it downloads every one (β and optimism do not count)",
         choices=("held", "all"),
     )
     affinity: float = option(

@@ -116,8 +116,8 @@ def probe(
 def _routed(federation: Federation, begun: Server, own: Own, arrays: Batch, rows: Array) -> Array:
     """(G, E) part of a client's batches that routers give to each expert.
 
-    Of a group's first layer alone: what reaches it, no expert has a part in, so that a client needs
-    none to say so.
+    Of the first layer of each group, by name: where that comes first in the model, no expert has a
+    part in what reaches it, so that a client needs none to say this.
     """
     site, groups = federation.site, federation.groups
     none = jnp.full((groups, 1), federation.layout.experts, jnp.int32)

@@ -274,3 +274,6 @@ def test_whole_models_are_sent_to_all_who_are_asked_about_them():
     # Every expert there, 4 bytes a number; one back, and what is said of all of them.
     assert metrics["comm/bytes_down"] == 3 * 4 * parameters
     assert metrics["comm/bytes_up"] == 3 * (4 * parameters // 3 + 12 + 3 * 12)
+    config.model.router = True
+    with pytest.raises(InputError, match=r"model\.router=True: whole models have no gate"):
+        build(config)
