@@ -3,8 +3,8 @@
     python -m experiments.sweep --study=experiments/studies/domains.py --data_dir=FOLDER \
         --workdir=runs/domains
 
-FOLDER holds a UTF-8 text file for each language (see `experiments/configs/languages.py`). Two
-at a time on a shared machine, a run takes eight to ten minutes.
+FOLDER holds a UTF-8 text file for each language (see `experiments/configs/languages.py`). On one
+core a run takes six to eight minutes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from experiments.studies.methods import METHODS
 from experiments.studying.study import Axis, Study
 
 SCORES_ALONE = {"fitness.affinity": 0.0}
+# One expert a client needs no router to choose it.
+DENSE = {**SCORES_ALONE, "model.router": False}
+PARTS = ("embedding", "blocks_0", "blocks_1", "norm", "head")
 
 # All but the assignment is the same for whoever deals experts out.
 METHODS_OF_DOMAINS: Axis = {
@@ -21,7 +24,12 @@ METHODS_OF_DOMAINS: Axis = {
     # Experts go by clients' languages, which no server knows: the reference from above.
     "oracle": {"fitness.profile": "given"},
     "random": {**SCORES_ALONE, "assignment.policy": "random"},
-    "fedavg": {**METHODS["fedavg"], **SCORES_ALONE, "model.router": False},
+    "fedavg": {**METHODS["fedavg"], **DENSE},
+    # As large as all experts together, which no client could hold.
+    "fedavg_all": {**METHODS["fedavg"], **DENSE, "model.hidden": 8 * 128},
+    # Every client alone, for as many rounds.
+    "local": {**METHODS["fedavg"], **DENSE, "model.private": ",".join(PARTS)},
+    "clustered": {**METHODS["clustered"], **DENSE},
 }
 
 
@@ -33,5 +41,5 @@ def get_study() -> Study:
         methods=METHODS_OF_DOMAINS,
         datasets={"languages": {}},
         partitions={"two_a_client": {"partition.domains_per_client": 2}},
-        seeds=(0, 1, 2),
+        seeds=(0, 1, 2, 3, 4),
     )
