@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
@@ -51,7 +51,7 @@ class Experiment:
       test: the test set.
       prepare: inputs as they lie there -> inputs as the model takes them.
       classes: names of the Y classes.
-      label_counts: (C, Y) training examples of each client by class.
+      label_counts: (C, Y) training examples of each client by class; None where only they know.
       capacity: (C,) k_c.
       network: who takes part in a round, and what arrives.
       payload: bytes of what travels, by group of MoE layers.
@@ -68,7 +68,7 @@ class Experiment:
     test: TestSet
     prepare: Callable[[Array], Array]
     classes: tuple[str, ...]
-    label_counts: np.ndarray
+    label_counts: np.ndarray | None
     capacity: np.ndarray
     network: Network
     payload: tuple[Payload, ...]
@@ -78,8 +78,24 @@ class Experiment:
     judges: tuple[Judge, ...]
 
 
-def build(config: ConfigDict) -> Experiment:
+class Known(NamedTuple):
+    """What real clients have said of themselves.
+
+    Attributes:
+      examples: of which the clients' own are not known.
+      devices: of the clients, with their memory; None where nobody was asked.
+    """
+
+    examples: Examples
+    devices: edge.Devices | None
+
+
+def build(config: ConfigDict, known: Known | None = None) -> Experiment:
     """Builds the experiment that a config describes.
+
+    Args:
+      config: of the run.
+      known: of real clients; None for clients to be simulated.
 
     Raises:
       InputError: naming the field, the value and the remedy.
@@ -92,17 +108,17 @@ def build(config: ConfigDict) -> Experiment:
     local: client.LocalTraining = chosen["local"]
     make_model = model_maker(config)
     devices = make_devices(read(EdgeOptions, config), config.clients.count, config.seed)
-    capacity = given_capacity(config, devices)
+    capacity = given_capacity(config, devices if known is None else known.devices)
     mesh = simulation.client_mesh(config.execution.devices)
 
-    examples = load_examples(config)
+    examples = load_examples(config) if known is None else known.examples
     clients, sample = examples.clients, examples.sample
     check_augmentation(local, config.local.augment, sample)
-    model = make_model(len(examples.classes)).computed_in(config.model.dtype)
-    model = model.after(examples.prepare)
+    model = finished(make_model, config, len(examples.classes), examples.prepare)
     check_model(model, task, sample, config.model.backbone)
     if capacity is None:
-        capacity = capacity_in_memory(model, sample, devices, config, chosen["ownership"])
+        owned = devices if known is None else known.devices
+        capacity = capacity_in_memory(model, sample, owned, config, chosen["ownership"])
     trained, coming = split_clients(config)
     sizes = np.asarray(clients.size)
     seen = local.examples(sizes)
@@ -143,6 +159,16 @@ def build(config: ConfigDict) -> Experiment:
         notes=notes_of(config, examples, federation),
         judges=tuple(judge for judge in (newcomers, tuner) if judge is not None),
     )
+
+
+def finished(
+    make_model: Callable[[int], models.Model],
+    config: ConfigDict,
+    classes: int,
+    prepare: Callable[[Array], Array],
+) -> models.Model:
+    """The model of so many classes, in the config's precision, after what is done to inputs."""
+    return make_model(classes).computed_in(config.model.dtype).after(prepare)
 
 
 def choices(config: ConfigDict, load: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Examples:
       test: named test examples, leaves (M, ...).
       group: (M,) int, the group that each of these is of (see `data.About`); None for none.
       classes: names of the Y classes, or of the F domains of text.
-      counts: (C, Y) training examples of each client by class or domain.
+      counts: (C, Y) training examples of each client by class or domain; None where only they know.
       prepare: inputs as they lie there -> inputs as the model takes them.
       hashes: of what was read, by name.
       personal: what personal figures are measured on, in words.
@@ -55,7 +55,7 @@ class Examples:
     test: dict[str, np.ndarray]
     group: np.ndarray | None
     classes: tuple[str, ...]
-    counts: np.ndarray
+    counts: np.ndarray | None
     prepare: Callable[[Array], Array]
     hashes: Mapping[str, str]
     personal: str
@@ -187,7 +187,7 @@ def _apart(examples: Examples, config: ConfigDict) -> Examples:
         examples,
         clients=examples.clients.of(trained),
         group=group_of(trained),
-        counts=examples.counts[trained],
+        counts=None if examples.counts is None else examples.counts[trained],
         newcomers=Newcomers(examples.clients.of(coming), group_of(coming)),
     )
 

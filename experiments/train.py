@@ -58,13 +58,19 @@ class DivergedError(RuntimeError):
     """The training loss, or the model, is no longer a number."""
 
 
-def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambda: False) -> str:
+def train(
+    config: ConfigDict,
+    workdir: Workdir,
+    stop: Callable[[], bool] = lambda: False,
+    way: Way | None = None,
+) -> str:
     """Runs an experiment to its last round, or on from where its workdir stands.
 
     Args:
       config: of the experiment.
       workdir: of the run.
       stop: asked after each round whether that is to be the last for now.
+      way: how rounds are carried; None to simulate them.
 
     Returns:
       "finished", "interrupted" or "diverged".
@@ -77,13 +83,14 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     begin = time.monotonic()
     workdir.check(config)
     before = workdir.seconds()
-    experiment = build(config)
+    way = way or SIMULATED
+    experiment = way.build(config)
     require_same_inputs(experiment.inputs)
     notes = (*experiment.notes, *workdir.check_inputs(config, experiment.inputs))
     tensorboard = TensorBoard(
         workdir.path / "tensorboard" if config.tensorboard and workdir.writes else None
     )
-    experiment = compiled(experiment)
+    experiment = way.ready(experiment)
     state = experiment.simulation.init(jax.random.key(config.seed))
 
     workdir.open(config, experiment.inputs)
@@ -98,7 +105,7 @@ def train(config: ConfigDict, workdir: Workdir, stop: Callable[[], bool] = lambd
     with _display(config, done, quiet=not workdir.writes) as display:
         for line in (*notes, *restored.passed_over, *lost, *begins):
             display.say(line)
-        rounds, told = run_rounds(config, experiment, state, done), set[str]()
+        rounds, told = run_rounds(config, experiment, state, done, way.carry), set[str]()
         try:
             for state, metrics in rounds:
                 metrics["time/run_seconds"] = before + time.monotonic() - begin
@@ -169,7 +176,11 @@ def _where_it_begins(done: int, rounds: int, restored: Restored) -> list[str]:
 
 
 def run_rounds(
-    config: ConfigDict, experiment: Experiment, state: State, first: int = 0
+    config: ConfigDict,
+    experiment: Experiment,
+    state: State,
+    first: int = 0,
+    carry: Carry | None = None,
 ) -> Iterator[tuple[State, Metrics]]:
     """Runs rounds from number `first` (from 0) to the last, one each time the next is asked for.
 
@@ -182,7 +193,7 @@ def run_rounds(
     Raises:
       DivergedError: a client's loss or the model is not a number, or nothing of it can be used.
     """
-    simulation, network = experiment.simulation, experiment.network
+    simulation, network, carry = experiment.simulation, experiment.network, carry or play
 
     def assign(state: State, cohort: np.ndarray, examples: ClientData) -> Assigned:
         solutions = simulation.assign(state, cohort, examples)
@@ -203,11 +214,8 @@ def run_rounds(
     assigned = assign(state, cohort, examples)
     for round_index in range(first, config.rounds):
         begin = time.monotonic()
-        arrival, outcome = network.play(assigned.cohort, assigned.traffic, round_index)
-        plan = simulation.plan(assigned.cohort, assigned.solutions, arrival)
-        clients = np.asarray(plan.clients)
         last = round_index + 1 == config.rounds
-        state, report = simulation.round(state, examples, plan)
+        state, clients, outcome, report = carry(experiment, state, examples, assigned)
         if not last:
             cohort = network.cohort(round_index + 1)
             examples = experiment.feed(cohort)
@@ -245,6 +253,32 @@ def existing(metrics: Metrics) -> Metrics:
     return {key: value for key, value in metrics.items() if value == value}
 
 
+class Carried(NamedTuple):
+    """A round that was carried to its end, or is on its way there on the device.
+
+    Attributes:
+      state: after it.
+      clients: (P,) of its plan.
+      outcome: what became of each client's work.
+      report: of the round.
+    """
+
+    state: State
+    clients: np.ndarray
+    outcome: Outcome
+    report: RoundReport
+
+
+def play(experiment: Experiment, state: State, examples: ClientData, assigned: Assigned) -> Carried:
+    """Carries a round by simulating it."""
+    simulation, done = experiment.simulation, int(state.server.round)
+    arrival, outcome = experiment.network.play(assigned.cohort, assigned.traffic, done)
+    plan = simulation.plan(assigned.cohort, assigned.solutions, arrival)
+    clients = np.asarray(plan.clients)
+    following, report = simulation.round(state, examples, plan)
+    return Carried(following, clients, outcome, report)
+
+
 class Assigned(NamedTuple):
     """A round before it begins: who is asked (P,), what each would hold, and its bytes."""
 
@@ -256,6 +290,27 @@ class Assigned(NamedTuple):
     def seconds(self) -> float:
         """Wall time of the assignment."""
         return sum(solution.seconds for solution in self.solutions)
+
+
+Carry = Callable[[Experiment, State, ClientData, Assigned], Carried]
+"""(experiment, state, the cohort's examples, who holds what) -> the round, carried."""
+
+
+class Way(NamedTuple):
+    """How the rounds of a run are carried: simulated, or by real clients.
+
+    Attributes:
+      build: config -> experiment, refusing what cannot work before anything is written.
+      ready: the experiment with its programs compiled, or on their way.
+      carry: carries a round.
+    """
+
+    build: Callable[[ConfigDict], Experiment]
+    ready: Callable[[Experiment], Experiment]
+    carry: Carry
+
+
+SIMULATED = Way(build, compiled, play)
 
 
 def round_metrics(
@@ -382,8 +437,9 @@ def arrays(experiment: Experiment, state: State) -> dict[str, np.ndarray]:
     # Of MoE layers that are assigned one by one: means over them, and who holds any.
     known = [np.asarray(table).mean(axis=0) for table in tables]
     held = slots_assignment(np.asarray(state.clients.slots), known[0].shape[1]).any(axis=1)
+    counts = experiment.label_counts
     return {
-        "label_counts": experiment.label_counts,
+        **({} if counts is None else {"label_counts": counts}),
         "classes": np.asarray(experiment.classes),
         "capacity": experiment.capacity,
         "fitness": known[0],

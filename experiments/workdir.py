@@ -38,6 +38,7 @@ INCIDENTAL = (
     "execution",
     "eval.batch_size",
     "checkpoint",
+    "deploy",
     "tensorboard",
 )
 

@@ -18,7 +18,7 @@ import optax
 
 from flexmoe_jax import tasks
 from flexmoe_jax.assignment import Policy
-from flexmoe_jax.client import Codec, Learner, LocalTraining, Site
+from flexmoe_jax.client import Codec, Learner, LocalTraining, Site, init_residual
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.models import FLEX_MOE, Layout, Model, Ownership, check_capacity, lay_out
 from flexmoe_jax.options.assignment import AssignmentOptions
@@ -33,7 +33,7 @@ from flexmoe_jax.server import (
     mean,
     private,
 )
-from flexmoe_jax.types import Array, Params, PyTree, Routing
+from flexmoe_jax.types import Array, Key, Own, Params, PyTree, Routing, Server
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,10 +235,42 @@ class Federation:
         """The model on parameters by their owners."""
         return self.model.apply(self.layout.merge(params), inputs, held)
 
+    def assemble(self, begun: Server) -> tuple[Params, dict[str, Array]]:
+        """The parameters of all experts together, where none stay with clients, and who leads."""
+        every = jnp.ones(self.layout.experts, bool)
+        held = dict.fromkeys(self.layout.layers, every)
+        return self.layout.assembled(Params(begun.shared, begun.experts, {}, {})), held
+
+    def own_outputs(self, outputs: PyTree, log_share: Array | None) -> PyTree:
+        """What a client predicts of its own examples, which it knows the label shares (Y,) of."""
+        adjust = self.task.adjust
+        if adjust is None or log_share is None or not self.prior:
+            return outputs
+        return adjust(outputs, log_share)
+
     @property
     def inputs(self) -> PyTree:
         """Shapes of what the model takes of the sample."""
         return jax.eval_shape(self.task.inputs, self.sample)
+
+    def draw(self, key: Key) -> Params:
+        """The model's parameters before the first round, by their owners."""
+        inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.inputs)
+        return self.layout.split(self.model.init(key, inputs))
+
+    def own(self, params: Params, key: Key) -> Own:
+        """What a client owns before its first round.
+
+        Args:
+          params: as they were drawn for all.
+          key: of the client, for gates of its own.
+        """
+        return Own(
+            gates=self.draw(key).gate,
+            private=params.private,
+            slots=jnp.full((self.groups, self.slots), self.layout.experts, jnp.int32),
+            residual=init_residual(self.codec, params.shared, params.experts, self.slots),
+        )
 
     def check_data(self, arrays: Mapping[str, Any], label_share: Any) -> None:
         """Refuses clients' data that do not fit.

@@ -28,9 +28,12 @@ MAY_IMPORT = {
     "server": COMMON | {"assignment"},
     "federation": COMMON | {"assignment", "client", "models", "server", "tasks"},
     "simulation": COMMON
-    | {"assignment", "client", "data", "edge", "federation", "models", "server", "tasks"},
+    | {"assignment", "client", "compiling", "data", "edge", "federation", "models"}
+    | {"server", "tasks"},
     "metrics": COMMON,
     "checkpoint": COMMON,
+    "compiling": set(),
+    "deploy": COMMON | {"client", "compiling", "federation", "server", "tasks"},
 }
 
 

@@ -20,6 +20,7 @@ from flexmoe_jax.client.codec import (
     init_residual,
     make_compressor,
 )
+from flexmoe_jax.client.judge import Judge, weigh_classes
 from flexmoe_jax.client.losses import balance_loss, router_loss, router_z_loss
 from flexmoe_jax.client.training import (
     Augment,
@@ -40,6 +41,7 @@ __all__ = [
     "Batches",
     "Codec",
     "Compressor",
+    "Judge",
     "Learner",
     "LocalTraining",
     "Site",
@@ -64,4 +66,5 @@ __all__ = [
     "take_batch",
     "train",
     "train_and_answer",
+    "weigh_classes",
 ]

@@ -7,6 +7,7 @@ a config without JAX, which takes a second and 130 MB.
 from flexmoe_jax.options.assignment import AssignmentOptions
 from flexmoe_jax.options.client import LocalLoss, LocalSteps, LocalWork, UploadOptions
 from flexmoe_jax.options.data import DataOptions, PartitionOptions
+from flexmoe_jax.options.deploy import DeployOptions
 from flexmoe_jax.options.edge import EdgeOptions
 from flexmoe_jax.options.execution import EvalOptions, ExecutionOptions
 from flexmoe_jax.options.models import ModelOptions
@@ -22,6 +23,7 @@ __all__ = [
     "AssignmentOptions",
     "ClientsOptions",
     "DataOptions",
+    "DeployOptions",
     "EdgeOptions",
     "EvalOptions",
     "ExecutionOptions",

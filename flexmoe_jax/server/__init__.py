@@ -29,7 +29,7 @@ from flexmoe_jax.server.fitness import (
 from flexmoe_jax.server.load import LoadModel, make_load_model
 from flexmoe_jax.server.privacy import draw_secret, epsilon, noise_key
 from flexmoe_jax.server.quarantine import learn_norms, norm_limits, too_late
-from flexmoe_jax.server.server import Desk, close, init, send, without
+from flexmoe_jax.server.server import Desk, close, conclude, init, limits, send, without
 
 __all__ = [
     "LOAD_MODELS",
@@ -48,12 +48,14 @@ __all__ = [
     "check_solution",
     "close",
     "collect",
+    "conclude",
     "draw_secret",
     "enrol",
     "epsilon",
     "geometric_median",
     "init",
     "learn_norms",
+    "limits",
     "loss_score",
     "make_assign",
     "make_load_model",

@@ -6,7 +6,8 @@ of MoE layers that are assigned together, `L` MoE layers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,15 @@ from flexmoe_jax.options.assignment import AssignmentOptions
 from flexmoe_jax.options.server import Admission, FitnessOptions
 from flexmoe_jax.server.admit import Verdict
 from flexmoe_jax.server.affinity import learn_profile
-from flexmoe_jax.server.aggregate import Sums
+from flexmoe_jax.server.aggregate import Aggregator, Due, Sums
 from flexmoe_jax.server.fitness import update_fitness
 from flexmoe_jax.server.load import LoadModel
-from flexmoe_jax.server.quarantine import init_norms
+from flexmoe_jax.server.privacy import noise_key
+from flexmoe_jax.server.quarantine import init_norms, learn_norms, norm_limits, too_late
 from flexmoe_jax.types import Array, Download, Feedback, Key, Ledger, Plan, PyTree, Server
+
+# Name of the random stream that is folded into a round's key.
+_NOISE = 0x5E12
 
 
 class Desk(NamedTuple):
@@ -104,6 +109,65 @@ def send(desk: Desk, server: Server, slots: Int[Array, "G K"], steps: Int[Array,
         for layer, stack in server.experts.items()
     }
     return Download(server.shared, experts, slots, steps, server.round)
+
+
+def limits(desk: Desk, begun: Server) -> Float[Array, 2] | None:
+    """Greatest lengths (2,) of an answer's parts that others' updates allow; None for none."""
+    if not desk.admission.compares:
+        return None
+    return norm_limits(begun.ledger.norms, desk.admission.norm_factor)
+
+
+def conclude(
+    desk: Desk,
+    aggregator: Aggregator,
+    begun: Server,
+    total: Any,
+    verdicts: Verdict,
+    plan: Plan,
+    gather: Callable[[Any], Any] = lambda total: total,
+) -> tuple[Server, Verdict, Bool[Array, " P"]]:
+    """Closes a round whose answers are all judged, and added up or lost.
+
+    Args:
+      desk: what the server runs with.
+      aggregator: how it makes one update of many.
+      begun: the server as the round began.
+      total: the aggregator's, of all answers that were let in.
+      verdicts: on the answers, leaves (P, ...).
+      plan: of the round.
+      gather: brings the total together before its mean is taken.
+
+    Returns:
+      The server after the round, the verdicts, and who was refused late (P,): where nothing was
+      known of lengths before the cohort's own, it is judged by these when all are there.
+    """
+    norms, late = begun.ledger.norms, jnp.zeros(plan.clients.shape, bool)
+    if desk.admission.compares:
+        lengths = verdicts.lengths.T
+        late = too_late(norms, lengths, desk.admission.norm_factor) & verdicts.accepted
+        norms = learn_norms(norms, lengths, ~(late | verdicts.refused))
+        total, late = aggregator.drop(total, late)
+        verdicts = without(late, verdicts)
+    sums = aggregator.mean(gather(total), due(desk, begun, plan))
+    known_by_now = begun._replace(ledger=begun.ledger._replace(norms=norms))
+    return close(desk, known_by_now, sums, verdicts, plan), verdicts, late
+
+
+def due(desk: Desk, begun: Server, plan: Plan) -> Due:
+    """What a round is to bring, which no client's data decides."""
+    asked = (plan.steps > 0).astype(jnp.float32)
+    holders = {
+        layer: jnp.zeros(desk.experts, jnp.float32)
+        .at[plan.slots[:, group]]
+        .add(asked[:, None], mode="drop")
+        for layer, group in desk.group.items()
+    }
+    drawn = jax.random.fold_in(begun.key, begun.round)
+    if desk.admission.private:
+        own = jax.random.fold_in(drawn, _NOISE)
+        drawn = noise_key(plan, own, desk.admission.simulated_noise)
+    return Due(asked.sum(), holders, drawn)
 
 
 def without(late: Bool[Array, " P"], verdicts: Verdict) -> Verdict:

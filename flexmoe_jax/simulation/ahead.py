@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flexmoe_jax.compiling import ONCE, USUAL, compiler_options
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.simulation.blocks import resolve_block_size
 from flexmoe_jax.simulation.evaluate import TestSet
@@ -46,22 +47,17 @@ def compile_ahead(
     plan = jax.tree.map(like, _plan_shapes(simulation, state, per_round, noise))
     # Tracing is Python, one at a time: the longest program first, while XLA compiles the others.
     tracer, compiler = ThreadPoolExecutor(1), ThreadPoolExecutor()
-    # On a CPU, XLA's own level 3 compiles longer than 2 for code no quicker. What runs once is
-    # done with even less.
-    chosen = not jax.config.values["jax_disable_most_optimizations"]
-    on_cpu = chosen and jax.default_backend() == "cpu"
 
     def start(lower: Callable[[], jax.stages.Lowered], level: int) -> Callable[..., Any]:
-        options: dict[str, Any] = {"xla_backend_optimization_level": level} if on_cpu else {}
-        lowered = tracer.submit(lower)
+        options, lowered = compiler_options(level), tracer.submit(lower)
         program = compiler.submit(lambda: lowered.result().compile(options))
         return lambda *arguments: program.result()(*arguments)
 
     run, judge = _jitted(simulation.round), _jitted(simulation.evaluate)
     ready = simulation._replace(
-        init=start(lambda: init, 1),
-        round=start(lambda: run.lower(state, data, plan), 2),
-        evaluate=start(lambda: judge.lower(state, test, data.about), 2),
+        init=start(lambda: init, ONCE),
+        round=start(lambda: run.lower(state, data, plan), USUAL),
+        evaluate=start(lambda: judge.lower(state, test, data.about), USUAL),
     )
     tracer.shutdown(wait=False)
     compiler.shutdown(wait=False)

@@ -23,7 +23,7 @@ from flexmoe_jax.data import About
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.simulation.blocks import AXIS, client_mesh, over_devices
-from flexmoe_jax.simulation.standalone import of_all, of_client, own_outputs
+from flexmoe_jax.simulation.standalone import of_client
 from flexmoe_jax.types import Array, Evaluation, Params, PyTree, State, Tally
 
 _SHARED = PartitionSpec(None, AXIS)
@@ -126,12 +126,9 @@ def evaluate(
     weight = sums.own_units
     personal = sums.personal
     if test.group is None:
-        units = sums.units[None]
-        given = about.label_share if about.label_share.shape[1] else jnp.float32(1.0)
-        share = jnp.where(units > 0, given, 0.0)
-        factor = share / jnp.maximum(units, 1.0)
-        personal = jax.tree.map(lambda x: (x * factor).sum(axis=1), sums.personal)
-        weight = jnp.broadcast_to(share, (evaluated.size, share.shape[-1])).sum(axis=1)
+        given = about.label_share if about.label_share.shape[1] else jnp.ones((1, 1), jnp.float32)
+        share = jnp.broadcast_to(given, (evaluated.size, given.shape[1]))
+        personal, weight = client.weigh_classes(sums.personal, sums.units, share)
     return Evaluation(
         common=sums.common,
         units=sums.units,
@@ -169,13 +166,13 @@ def _count(federation: Federation, test: TestSet, known: _Known) -> _Sums:
 
     def of_chunk(chunk: TestSet) -> _Sums:
         features = trunk(state.server.shared, chunk.arrays)
-        judge = _Judge(federation, chunk, classes)
+        judge = client.Judge(federation.task, chunk.arrays, chunk.valid, classes)
 
         def judge_client(*row: Any) -> tuple:
             number, own, model, log_share, owns, counts = row
             given, held = of_client(federation, state.server, own)
             outputs = _outputs(federation, given if model is None else model, features, held)
-            mine = own_outputs(federation, outputs, log_share)
+            mine = federation.own_outputs(outputs, log_share)
             personal = judge.by_class(mine)
             if chunk.group is not None:
                 theirs = chunk.group == number
@@ -205,7 +202,7 @@ def _count(federation: Federation, test: TestSet, known: _Known) -> _Sums:
             common=common,
             units=judge.units_by_class(),
             personal=personal,
-            own_units=judge.units_of_own(about),
+            own_units=_units_of_own(judge, chunk, about),
             server=judge.all_rows(joint),
             assembled=_assembled(federation, state, features, judge),
         )
@@ -218,63 +215,17 @@ def _count(federation: Federation, test: TestSet, known: _Known) -> _Sums:
     return total
 
 
-class _Judge:
-    """Sums up what outputs are worth on one chunk of test examples."""
-
-    def __init__(self, federation: Federation, chunk: TestSet, classes: int) -> None:
-        task = federation.task
-        self._task, self._chunk = task, chunk
-        valid = chunk.valid.astype(jnp.float32)
-        weight = task.weight(chunk.arrays).astype(jnp.float32)
-        self._weight = weight * valid.reshape(-1, *[1] * (weight.ndim - 1))
-        column = jnp.ones((valid.size, 1), jnp.float32)
-        if task.labels is not None and classes:
-            column = jax.nn.one_hot(task.labels(chunk.arrays), classes, dtype=jnp.float32)
-        self._column = column
-
-    def by_class(self, outputs: PyTree) -> Tally:
-        """(Y,) sums by class."""
-        return jax.tree.map(lambda x: x @ self._column, self._of_examples(outputs))
-
-    def of_rows(self, outputs: PyTree, chosen: Array) -> Tally:
-        """() sums over the examples chosen (B,) bool."""
-        return jax.tree.map(lambda x: jnp.where(chosen, x, 0.0).sum(), self._of_examples(outputs))
-
-    def all_rows(self, outputs: PyTree) -> Tally:
-        """() sums over all examples."""
-        return jax.tree.map(jnp.sum, self._of_examples(outputs))
-
-    def units_by_class(self) -> Array:
-        """(Y,) units of each class."""
-        return self._units() @ self._column
-
-    def units_of_own(self, about: About) -> Array:
-        """(C,) units of each client's own examples; 0 where nobody has any."""
-        clients = about.label_share.shape[0]
-        groups = clients if about.owns is None else about.owns.shape[1]
-        none = jnp.zeros(groups, jnp.float32)
-        if self._chunk.group is None:
-            return jnp.zeros(clients, jnp.float32)
-        # A number out of range is dropped; a negative one would count from the end.
-        group = jnp.where(self._chunk.group >= 0, self._chunk.group, groups)
-        units = none.at[group].add(self._units(), mode="drop")
-        return units if about.owns is None else jnp.where(about.owns, units[None], 0.0).sum(axis=1)
-
-    def _units(self) -> Array:
-        return self._weight.reshape(self._weight.shape[0], -1).sum(axis=1)
-
-    def _of_examples(self, outputs: PyTree) -> Tally:
-        """(B,) sums over the units of each example."""
-
-        def add_up(values: Array) -> Array:
-            counted = jnp.where(self._weight > 0, self._weight * values.astype(jnp.float32), 0.0)
-            return counted.reshape(counted.shape[0], -1).sum(axis=1)
-
-        hits = self._task.hits
-        return Tally(
-            None if hits is None else add_up(hits(outputs, self._chunk.arrays)),
-            add_up(self._task.loss(outputs, self._chunk.arrays)),
-        )
+def _units_of_own(judge: client.Judge, chunk: TestSet, about: About) -> Array:
+    """(C,) units of each client's own examples; 0 where nobody has any."""
+    clients = about.label_share.shape[0]
+    groups = clients if about.owns is None else about.owns.shape[1]
+    none = jnp.zeros(groups, jnp.float32)
+    if chunk.group is None:
+        return jnp.zeros(clients, jnp.float32)
+    # A number out of range is dropped; a negative one would count from the end.
+    group = jnp.where(chunk.group >= 0, chunk.group, groups)
+    units = none.at[group].add(judge.units(), mode="drop")
+    return units if about.owns is None else jnp.where(about.owns, units[None], 0.0).sum(axis=1)
 
 
 def _outputs(
@@ -288,12 +239,12 @@ def _outputs(
 
 
 def _assembled(
-    federation: Federation, state: State, features: PyTree, judge: _Judge
+    federation: Federation, state: State, features: PyTree, judge: client.Judge
 ) -> Tally | None:
     """All experts and their gates in one model, where none of its parts stays with a client."""
     if not federation.assembles:
         return None
-    params, held = of_all(federation, state.server)
+    params, held = federation.assemble(state.server)
     return judge.all_rows(_outputs(federation, params, features, held))
 
 

@@ -56,8 +56,8 @@ from flexmoe_jax.types import (
     Upload,
 )
 
-# Names of random streams that are folded into a round's key; a client's own is its number.
-_NOISE_OF_SERVER, _NOISE_OF_CLIENT = 0x5E12, 0xC11E
+# Name of the random stream that is folded into a client's key.
+_NOISE_OF_CLIENT = 0xC11E
 # More than any client has in a round.
 _ALL_STEPS = 2**31 - 1
 # Batches on which a client says what it makes of an expert that it may not hold.
@@ -208,19 +208,11 @@ def init(federation: Federation, key: Key) -> State:
 
 def init_owns(federation: Federation, key: Key, numbers: Array) -> tuple[Params, Own]:
     """The model as it is drawn, and what clients with these numbers (C,) own at the start."""
-    inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), federation.inputs)
     model_key, gate_key = jax.random.split(key)
-    params = federation.layout.split(federation.model.init(model_key, inputs))
-    slots = federation.slots
+    params = federation.draw(model_key)
 
     def own(number: Array) -> Own:
-        drawn = federation.model.init(jax.random.fold_in(gate_key, number), inputs)
-        return Own(
-            gates=federation.layout.split(drawn).gate,
-            private=params.private,
-            slots=jnp.full((federation.groups, slots), federation.layout.experts, jnp.int32),
-            residual=client.init_residual(federation.codec, params.shared, params.experts, slots),
-        )
+        return federation.own(params, jax.random.fold_in(gate_key, number))
 
     return params, jax.vmap(own)(numbers)
 
@@ -289,7 +281,6 @@ def run_round(
 ) -> tuple[State, RoundReport]:
     """Send, train, admit, close: one round of all clients of a plan (P,)."""
     site, desk = federation.site, federation.desk
-    aggregator, clients = federation.aggregation, federation.clients
     key = jax.random.fold_in(state.server.key, state.server.round)
     received = jax.vmap(partial(client.receive, site))(
         take_rows(state.clients, plan.clients), plan.slots
@@ -298,23 +289,20 @@ def run_round(
     total, (owns, verdicts) = _train_cohort(
         federation, floor, mesh, state.server, table, data, plan, key
     )
-    norms = state.server.ledger.norms
-    late = jnp.zeros(plan.clients.shape, bool)
-    if desk.admission.compares:
-        total, verdicts, late, norms = _leave_out_late(federation, total, verdicts, norms)
-    if mesh.size > 1:
+
+    def gather(total: Any) -> Any:
         # Whole on every device before a robust mean's loops: if devices exchange updates within
         # them, XLA's CPU devices can come to wait for each other in different exchanges, for ever.
-        total = lax.with_sharding_constraint(total, NamedSharding(mesh, PartitionSpec()))
-    sums = aggregator.mean(total, _due(federation, plan, key))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return lax.with_sharding_constraint(total, everywhere) if mesh.size > 1 else total
+
+    following, verdicts, late = server.conclude(
+        desk, federation.aggregation, state.server, total, verdicts, plan, gather
+    )
     # What clients keep that are refused late is what they had.
-    learners = jnp.where(late, clients, plan.clients)
+    learners = jnp.where(late, federation.clients, plan.clients)
     kept = put_rows(table, learners, owns)
     slots = state.clients.slots.at[plan.clients].set(plan.slots, mode="drop")
-    known_by_now = state.server._replace(ledger=state.server.ledger._replace(norms=norms))
-    following = State(
-        server.close(desk, known_by_now, sums, verdicts, plan), kept._replace(slots=slots)
-    )
     report = RoundReport(
         loss=verdicts.loss,
         units=verdicts.units,
@@ -322,11 +310,9 @@ def run_round(
         usage=desk.of_experts(plan.slots, desk.by_group(verdicts.feedback.usage)),
         quarantined=verdicts.refused,
         void=late.all(),
-        finite=client.all_finite(
-            (following.server.shared, following.server.experts, owns.gates, owns.private)
-        ),
+        finite=client.all_finite((following.shared, following.experts, owns.gates, owns.private)),
     )
-    return following, report
+    return State(following, kept._replace(slots=slots)), report
 
 
 def _train_cohort(
@@ -346,9 +332,7 @@ def _train_cohort(
       verdict on it, leaves (P, ...).
     """
     site, desk, aggregator = federation.site, federation.desk, federation.aggregation
-    limits = None
-    if desk.admission.compares:
-        limits = server.norm_limits(begun.ledger.norms, desk.admission.norm_factor)
+    limits = server.limits(desk, begun)
 
     def train_share(plan: Plan, known: tuple) -> tuple[Any, PyTree]:
         data, begun, table, key, limits = known
@@ -373,22 +357,6 @@ def _train_cohort(
 
     known = data, begun, table, key, limits
     return over_devices(train_share, _of_clients(plan), known, mesh, merge=aggregator.merge)
-
-
-def _leave_out_late(
-    federation: Federation, total: Any, verdicts: server.Verdict, norms: Array
-) -> tuple[Any, server.Verdict, Array, Array]:
-    """Judges a cohort by its own lengths, where nothing was known before it.
-
-    Returns:
-      The aggregator's total and the verdicts without those who were too long, who had to be left
-      out (P,), and what is now known of lengths.
-    """
-    factor, lengths = federation.admission.norm_factor, verdicts.lengths.T
-    late = server.too_late(norms, lengths, factor) & verdicts.accepted
-    norms = server.learn_norms(norms, lengths, ~(late | verdicts.refused))
-    total, late = federation.aggregation.drop(total, late)
-    return total, server.without(late, verdicts), late, norms
 
 
 def _of_clients(plan: Plan) -> Plan:
@@ -501,19 +469,3 @@ def tamper(sent: tuple[PyTree, PyTree], tampering: Tampering, key: Key) -> tuple
     noise = jax.tree.map(lambda n, x: jnp.where(x == 0, 0.0, n), noise, sent)
     length = tampering.noise * optax.tree.norm(sent) / jnp.maximum(optax.tree.norm(noise), 1e-12)
     return jax.tree.map(lambda x, n: x + length * n, changed, noise)
-
-
-def _due(federation: Federation, plan: Plan, key: Key) -> server.Due:
-    """What the round was to bring."""
-    due = (plan.steps > 0).astype(jnp.float32)
-    holders = {
-        layer: jnp.zeros(federation.layout.experts, jnp.float32)
-        .at[plan.slots[:, group]]
-        .add(due[:, None], mode="drop")
-        for layer, group in federation.group.items()
-    }
-    drawn = key
-    if federation.admission.private:
-        own = jax.random.fold_in(key, _NOISE_OF_SERVER)
-        drawn = server.noise_key(plan, own, federation.admission.simulated_noise)
-    return server.Due(due.sum(), holders, drawn)

@@ -89,28 +89,13 @@ def assembled_model(federation: Federation, state: State) -> Standalone:
         raise InputError("model", "assembled", remedy)
     every = tuple(range(federation.layout.experts))
     experts = dict.fromkeys(federation.layout.layers, every)
-    return _standalone(federation, *of_all(federation, state.server), experts)
+    return _standalone(federation, *federation.assemble(state.server), experts)
 
 
 def of_client(federation: Federation, begun: Server, own: Own) -> tuple[Params, Held]:
     """A client's parameters with its latest experts, as the server has them, and its slots."""
     down = server.send(federation.desk, begun, own.slots, jnp.zeros((), jnp.int32))
     return client.model_of(federation.site, own, down)
-
-
-def of_all(federation: Federation, begun: Server) -> tuple[Params, Held]:
-    """The parameters of all experts together, where none stay with clients, and who leads there."""
-    every = jnp.ones(federation.layout.experts, bool)
-    held = dict.fromkeys(federation.layout.layers, every)
-    return federation.layout.assembled(Params(begun.shared, begun.experts, {}, {})), held
-
-
-def own_outputs(federation: Federation, outputs: PyTree, log_share: Array | None) -> PyTree:
-    """What a client predicts of its own examples, which it knows the label shares (Y,) of."""
-    adjust = federation.task.adjust
-    if adjust is None or log_share is None or not federation.prior:
-        return outputs
-    return adjust(outputs, log_share)
 
 
 def _standalone(
@@ -125,7 +110,7 @@ def _standalone(
     def apply(params: Mapping[str, Array], inputs: PyTree) -> PyTree:
         tree = layout.tree.unflatten([params[path] for path in layout.paths])
         outputs, _ = model.apply(tree, inputs, held)
-        return own_outputs(federation, outputs, log_share)
+        return federation.own_outputs(outputs, log_share)
 
     leaves = layout.tree.flatten_up_to(layout.merge(params))
     return Standalone(dict(zip(layout.paths, leaves, strict=True)), apply, experts, log_share)

@@ -1,0 +1,119 @@
+"""Trains one federation with real clients on this machine: server and clients as processes.
+
+    python -m experiments.deploy_local --config=experiments/configs/digits.py --clients=4 \
+        --workdir=runs/local
+
+The config's data set is dealt out as in a simulation, one file a client, in WORKDIR-clients; then
+it starts `experiments.serve` and as many `experiments.join` on loopback, and ends them all with
+itself, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from experiments.cli import define_config, read_config, refuse_words, run_cli, user_path
+from experiments.deploying import require_flower
+from experiments.endings import Wish
+from experiments.fields import check_fields
+from flexmoe_jax.errors import InputError
+
+define_config("config", "Config file of the experiment.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_CLIENTS = flags.DEFINE_integer("clients", 4, "How many clients.", lower_bound=1)
+_PORT = flags.DEFINE_integer("port", 0, "Of the server; 0 for a free one.", lower_bound=0)
+_REPORT = flags.DEFINE_bool("report", True, "Write the report's page at the end.")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the federation to its end.
+
+    Returns:
+      exit code of the server.
+
+    Raises:
+      InputError: flags or config cannot be used; nothing is written then.
+    """
+    refuse_words(argv)
+    config = read_config("config")
+    config.clients.count = _CLIENTS.value
+    check_fields(config)
+    if not _WORKDIR.value:
+        raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/local")
+    require_flower()
+    from experiments.deploying.flower import free_port
+    from experiments.deploying.serving import check_deployable
+    from experiments.deploying.splitting import write_clients
+
+    check_deployable(config)
+    folder = user_path("--workdir", _WORKDIR.value)
+    clients = folder.with_name(f"{folder.name}-clients")
+    files = write_clients(config, clients)
+    address = f"127.0.0.1:{_PORT.value or free_port()}"
+    ours = [word for word in sys.argv[1:] if word.lstrip("-").startswith("config")]
+    server = [
+        *("experiments.serve", *ours, f"--config.clients.count={_CLIENTS.value}"),
+        *(f"--workdir={folder}", f"--port={address.rpartition(':')[2]}"),
+        f"--{'' if _REPORT.value else 'no'}report",
+    ]
+    joins = [
+        [
+            *("experiments.join", f"--server={address}", f"--name={path.stem}"),
+            *(f"--data={path}", f"--folder={clients / path.stem}"),
+        ]
+        for path in files
+    ]
+    return _run(server, joins, clients)
+
+
+def _run(server: list[str], joins: list[list[str]], logs: Path) -> int:
+    """Runs the server to its end, with the clients beside it."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(times: int) -> None:
+        for child in children[:1]:
+            if child.stdin is not None and times == 1:
+                child.stdin.close()
+            else:
+                child.kill()
+
+    with Wish(passed_on=pass_on):
+        try:
+            children.append(_start(server, None))
+            for words in joins:
+                name = next(w for w in words if w.startswith("--name=")).removeprefix("--name=")
+                children.append(_start(words, logs / f"{name}.log"))
+            return children[0].wait()
+        finally:
+            for child in children:
+                if child.stdin is not None:
+                    child.stdin.close()
+            for child in children:
+                try:
+                    child.wait(timeout=20)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+
+
+def _start(words: list[str], log: Path | None) -> subprocess.Popen[bytes]:
+    """A process in a group of its own, which ends when its standard input is closed."""
+    output = None if log is None else log.open("ab")
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", *words, "--end_with_input"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+            process_group=0,
+        )
+    finally:
+        if output is not None:
+            output.close()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,258 @@
+"""Flower's own processes: started here, started again when they are gone, and ended with us."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket as socketlib
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+from flexmoe_jax.errors import InputError
+
+# Seconds between two starts of a process that ends by itself.
+_PAUSE = 1.0
+# Environment of all of Flower's processes: no telemetry, and tasks looked for ten times a second.
+_SETTINGS = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+
+
+class Tls(NamedTuple):
+    """Certificates of a server.
+
+    Attributes:
+      authority: the certificate that clients trust.
+      certificate: of the server.
+      key: of the server.
+    """
+
+    authority: Path
+    certificate: Path
+    key: Path
+
+
+def read_tls(folder: Path) -> Tls:
+    """The certificates in a folder.
+
+    Raises:
+      InputError: one is not there.
+    """
+    found = Tls(*(folder / name for name in ("ca.crt", "server.pem", "server.key")))
+    for path in found:
+        if not path.is_file():
+            remedy = "make one with python -m experiments.serve --make_certificates=DIR"
+            raise InputError("--certificates", path, remedy)
+    return found
+
+
+class Process:
+    """One of Flower's processes, on a leash: it ends when this process does, whatever ends that.
+
+    Args:
+      words: of its command.
+      home: Flower's folder, for it alone.
+      log: gets what it prints.
+    """
+
+    def __init__(self, words: Sequence[str], home: Path, log: Path) -> None:
+        """Starts it."""
+        with log.open("ab") as output:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "experiments.deploying.leash", *words],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(home),
+                process_group=0,
+            )
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has."""
+        return self._child.poll() is not None
+
+    def end(self) -> None:
+        """Ends it, and waits until it has."""
+        if self._child.stdin is not None:
+            with suppress(OSError):
+                self._child.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._child.wait(timeout=10)
+        self._child.kill()
+        self._child.wait()
+
+
+def environment(home: Path) -> Mapping[str, str]:
+    """Of Flower's processes: its commands are those of this installation."""
+    here = str(Path(sys.executable).parent)
+    path = os.pathsep.join([here, os.environ.get("PATH", "")])
+    root = str(Path(__file__).parents[2])
+    modules = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, **_SETTINGS, "FLWR_HOME": str(home), "PATH": path, "PYTHONPATH": modules}
+
+
+class SuperLink:
+    """The server's side of Flower, and the run that carries our messages.
+
+    Args:
+      home: folder of its own.
+      host: address that clients reach.
+      port: of it.
+      socket: where the run's app finds this process.
+      tls: certificates; None for plain connections.
+    """
+
+    def __init__(self, home: Path, host: str, port: int, socket: Path, tls: Tls | None) -> None:
+        """Starts it, and the run; both are started again whenever they are gone."""
+        self._home, self._host, self._port, self._tls = home, host, port, tls
+        self._socket, self._log = socket, home / "superlink.log"
+        self._app = home / "app"
+        shutil.copytree(str(files("flexmoe_jax.deploy") / "flower"), self._app)
+        self._ended = threading.Event()
+        self._process: Process | None = None
+        self.wanted = threading.Event()
+        self.wanted.set()
+        self.failure = ""
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self._log
+
+    def again(self) -> None:
+        """Says that the run is gone."""
+        self.wanted.set()
+
+    def close(self) -> None:
+        """Ends it all."""
+        self._ended.set()
+        if self._process is not None:
+            self._process.end()
+
+    def _watch(self) -> None:
+        while not self._ended.is_set():
+            if self._process is None or self._process.ended:
+                self._process = Process(self._words(), self._home, self._log)
+                self.wanted.set()
+            if self.wanted.is_set() and self._is_up() and not self._ended.is_set():
+                self.wanted.clear()
+                self._submit()
+            self._ended.wait(0.2)
+
+    def _words(self) -> list[str]:
+        words = [
+            "flower-superlink",
+            f"--host={self._host}",
+            f"--port={self._port}",
+            "--disable-runtime-dependency-installation",
+        ]
+        if self._tls is None:
+            return [*words, "--insecure"]
+        return [
+            *words,
+            f"--ssl-ca-certfile={self._tls.authority}",
+            f"--ssl-certfile={self._tls.certificate}",
+            f"--ssl-keyfile={self._tls.key}",
+        ]
+
+    def _is_up(self) -> bool:
+        try:
+            with socketlib.create_connection((self._host, self._port), timeout=1):
+                return True
+        except OSError:
+            return False
+
+    def _submit(self) -> None:
+        """Starts the run whose app comes to our socket."""
+        secure = ["insecure = true"]
+        if self._tls is not None:
+            secure = [f'root-certificates = "{self._tls.authority.resolve()}"']
+        lines = ["[superlink]", 'default = "here"', "[superlink.here]"]
+        lines += [f'address = "{self._host}:{self._port}"', *secure]
+        (self._home / "config.toml").write_text("\n".join(lines) + "\n")
+        words = ["flwr", "run", str(self._app), "here", "--run-config", f'socket="{self._socket}"']
+        done = subprocess.run(
+            words, env=environment(self._home), capture_output=True, text=True, check=False
+        )
+        with self._log.open("a") as log:
+            log.write(done.stdout + done.stderr)
+        if done.returncode:
+            self._ended.wait(_PAUSE)
+            self.wanted.set()
+
+
+class SuperNode:
+    """A client's side of Flower.
+
+    Args:
+      home: folder of its own.
+      server: its host:port.
+      socket: where the client's app finds this process.
+      name: of the client.
+      root: certificate that it trusts; None for plain connections.
+      key: its private key, where the server asks for keys; None for none.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        server: str,
+        socket: Path,
+        name: str,
+        root: Path | None = None,
+        key: Path | None = None,
+    ) -> None:
+        """Starts it; it is started again whenever it is gone."""
+        self._home, self._log = home, home / "supernode.log"
+        words = ["flower-supernode", f"--superlink={server}", f"--port={free_port()}"]
+        words += ["--insecure"] if root is None else [f"--root-certificates={root}"]
+        words += [] if key is None else [f"--auth-supernode-private-key={key}"]
+        self._words = [*words, "--node-config", f'socket="{socket}" name="{name}"']
+        self._ended = threading.Event()
+        self._process = Process(self._words, home, self._log)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self._log
+
+    def close(self) -> None:
+        """Ends it."""
+        self._ended.set()
+        self._process.end()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_PAUSE):
+            if self._process.ended and not self._ended.is_set():
+                self._process = Process(self._words, self._home, self._log)
+
+
+def require_free(host: str, port: int) -> None:
+    """Refuses a port that somebody else has.
+
+    Raises:
+      InputError: naming it.
+    """
+    with socketlib.socket() as probe:
+        probe.setsockopt(socketlib.SOL_SOCKET, socketlib.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                "--port", port, f"cannot be had at {host}: {error.strerror}"
+            ) from error
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socketlib.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,147 @@
+"""A client's own examples, and what it makes of what the server tells it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.build import choices, finished, make_task, model_maker
+from experiments.cli import flat_fields
+from experiments.configs import base
+from experiments.fields import check_fields
+from flexmoe_jax import data
+from flexmoe_jax.compiling import placed
+from flexmoe_jax.deploy import Mine, Setup
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.federation import Federation
+from flexmoe_jax.npz import open_npz
+from flexmoe_jax.reading import UnreadableError
+from flexmoe_jax.types import Array
+
+_TRAIN, _TEST = "train_", "test_"
+Arrays = Mapping[str, Any]
+
+
+def read_examples(path: Path) -> tuple[Arrays, Arrays | None]:
+    """A client's training examples by name, and its own test examples where it has any.
+
+    Args:
+      path: an `.npz` file of arrays `train_images` and `train_labels`, or `train_tokens`, or any
+        others that the task takes, with `test_` arrays of the same names where there are any.
+
+    Raises:
+      InputError: it cannot be read, or holds no such arrays.
+    """
+    try:
+        with open_npz(path) as archive:
+            arrays = {name: archive.read(name) for name in archive.names}
+    except (UnreadableError, OSError) as error:
+        raise InputError("--data", path, f"cannot be read: {error}") from error
+    train = {n.removeprefix(_TRAIN): x for n, x in arrays.items() if n.startswith(_TRAIN)}
+    tests = {n.removeprefix(_TEST): x for n, x in arrays.items() if n.startswith(_TEST)}
+    for part, found in ((_TRAIN, train), (_TEST, tests)):
+        lengths = {len(x) if x.ndim else 0 for x in found.values()}
+        if len(lengths) > 1 or lengths == {0}:
+            remedy = "give every array as many entries, one an example"
+            raise InputError(f"{part}*", sorted(lengths), remedy)
+    if not train:
+        remedy = "holds no training examples: give train_images and train_labels, or train_tokens"
+        raise InputError("--data", path, remedy)
+    if tests and set(tests) != set(train):
+        remedy = f"give as many arrays as for training: {', '.join(sorted(train))}"
+        raise InputError("test_*", sorted(tests), remedy)
+    return train, tests or None
+
+
+def join(name: str, arrays: Arrays, tests: Arrays | None, setup: Setup) -> tuple[Federation, Mine]:
+    """The federation as one client has it, and what it brings; see `flexmoe_jax.deploy.Join`.
+
+    Raises:
+      InputError: the client's examples do not fit the federation's task, classes or model.
+    """
+    config = read_config(setup.config)
+    labelled = config.task.name == "classification"
+    classes = setup.classes if labelled else ()
+    arrays = _numbered(arrays, classes)
+    tests = None if tests is None else _numbered(tests, classes)
+    prepare = _prepare(setup.prepare)
+    sample = {key: np.resize(values[:2], (2, *values.shape[1:])) for key, values in arrays.items()}
+    _check_shapes(sample, setup.tests)
+    federation = Federation(
+        model=finished(model_maker(config), config, len(setup.classes), prepare),
+        sample=sample,
+        capacity=np.array([setup.slots]),
+        task=make_task(config.task.name),
+        **choices(config, "clients"),
+    )
+    share = np.zeros(0, np.float32)
+    if labelled:
+        counts = np.bincount(arrays["labels"], minlength=len(classes))
+        share = np.asarray(counts / counts.sum(), np.float32)
+    federation.check_data(arrays, share[None])
+    if tests is not None:
+        federation.check(tests)
+    return federation, Mine(name, placed(arrays), tests, share)
+
+
+def read_config(text: str) -> ConfigDict:
+    """The config that a server sent as JSON.
+
+    Raises:
+      InputError: it is none of ours.
+    """
+    try:
+        given = flat_fields(ConfigDict(json.loads(text)))
+    except ValueError as error:
+        raise InputError("config", "of the server", f"cannot be read: {error}") from error
+    config = base.get_config()
+    known = flat_fields(config)
+    for field, value in given.items():
+        if field not in known:
+            raise InputError(field, value, "no such field here: use the server's version")
+        config.update_from_flattened_dict({field: value})
+    check_fields(config)
+    return config
+
+
+def _numbered(arrays: Arrays, classes: Sequence[str]) -> dict[str, np.ndarray]:
+    """Labels as the numbers of the federation's classes, told by their names."""
+    found = dict(arrays)
+    if not classes:
+        return found
+    if "labels" not in found:
+        raise InputError("train_labels", "none", "the federation learns labels: give them")
+    numbers = {name: i for i, name in enumerate(classes)}
+    names = [str(label) for label in np.asarray(found["labels"]).ravel()]
+    for label in names:
+        if label not in numbers:
+            some = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+            raise InputError("labels", label, f"the federation's classes are {some}")
+    found["labels"] = np.array([numbers[label] for label in names], np.int32)
+    return found
+
+
+def _prepare(named: Arrays) -> Callable[[Array], Array]:
+    if not named:
+        return lambda inputs: inputs
+    return data.Standardisation(np.asarray(named["mean"]), np.asarray(named["factor"]))
+
+
+def _check_shapes(sample: Arrays, tests: Arrays) -> None:
+    """Refuses examples of another shape than the server's.
+
+    Raises:
+      InputError: naming the array.
+    """
+    for name, values in tests.items():
+        if name not in sample:
+            raise InputError(f"train_{name}", "none", f"the federation learns from {name}")
+        mine, theirs = sample[name].shape[1:], values.shape[1:]
+        if mine != theirs:
+            remedy = f"the federation's are of shape {theirs}"
+            raise InputError(f"train_{name}", f"shape {mine}", remedy)

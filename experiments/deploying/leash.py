@@ -1,0 +1,45 @@
+"""Runs a command that ends when its standard input does, however its other end came to close.
+
+python -m experiments.deploying.leash COMMAND [ARGUMENTS]
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+# Seconds that a command has to end by itself.
+_PATIENCE = 5.0
+
+
+def main() -> int:
+    """Runs the command to its end; returns its exit code."""
+    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, process_group=0)
+
+    def end(number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+
+    def watch() -> None:
+        with suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        end(signal.SIGTERM)
+        timer = threading.Timer(_PATIENCE, end, [signal.SIGKILL])
+        timer.daemon = True
+        timer.start()
+
+    threading.Thread(target=watch, daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda given, frame: end(signal.SIGTERM))
+    code = child.wait()
+    end(signal.SIGKILL)  # Whatever it started does not outlive it.
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""A run whose clients are real: what replaces the simulation in `experiments.train`."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.build import Experiment, Known, build
+from experiments.examples import Examples, load_examples
+from experiments.fields import read
+from experiments.train import Assigned, Carried, Way
+from experiments.workdir import Workdir, as_json
+from flexmoe_jax import data, edge
+from flexmoe_jax.data import ClientData
+from flexmoe_jax.deploy import Common, Facts, Post, Service, layout_of, page_of
+from flexmoe_jax.edge import Outcome
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.options import DeployOptions, EdgeOptions, FaultsOptions
+from flexmoe_jax.reading import read_json
+from flexmoe_jax.types import State
+
+# Who takes part in a run, and what each has said of itself; how they stand.
+FILE, STANDING = "federation.json", "clients.json"
+PERSONAL = (
+    "clients' own test examples, or where they brought none the common test set, weighted to each "
+    "client's label shares"
+)
+
+
+def check_deployable(config: ConfigDict) -> None:
+    """Refuses what makes no sense with real clients.
+
+    Raises:
+      InputError: naming the field, the value and the remedy.
+    """
+    for record in (EdgeOptions, FaultsOptions):
+        for name, rule in record.rules().items():
+            field = record.field(name)
+            value = config[record.section][name]
+            if name != "cache" and value != rule.default:
+                remedy = f"is played in simulations alone; real clients need {rule.default!r}"
+                raise InputError(field, value, remedy)
+    needs: dict[str, object] = {
+        "clients.newcomers": 0,
+        "eval.fine_tune": False,
+        "fitness.probe": base_of("fitness.probe"),
+        "fitness.profile": "updates",
+        "assignment.diversity": 0.0,
+        "clients.sampling": "uniform",
+    }
+    for field, needed in needs.items():
+        group, name = field.split(".")
+        if config[group][name] != needed:
+            remedy = f"is not built for real clients yet: give {needed!r}"
+            raise InputError(field, config[group][name], remedy)
+
+
+def base_of(field: str) -> object:
+    """The default of a field."""
+    from experiments.configs import base
+
+    group, name = field.split(".")
+    return base.get_config()[group][name]
+
+
+class Deployment:
+    """What a run with real clients does in place of a simulation.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      post: to and from clients.
+      say: takes a line on what happens.
+    """
+
+    def __init__(
+        self, config: ConfigDict, workdir: Workdir, post: Post, say: Callable[[str], None]
+    ) -> None:
+        """Waits for nobody yet."""
+        check_deployable(config)
+        self._config, self._workdir, self._post, self._say = config, workdir, post, say
+        self._service: Service | None = None
+        self._begin = time.monotonic()
+
+    @property
+    def way(self) -> Way:
+        """How the run's rounds are carried."""
+        return Way(self._build, lambda experiment: experiment, self._carry)
+
+    def _build(self, config: ConfigDict) -> Experiment:
+        name, facts = self._who()
+        examples = _of_real_clients(config, facts)
+        experiment = build(config, Known(examples, _devices(config, facts)))
+        federation = experiment.simulation.setting.federation
+        key = jax.random.key(config.seed)
+        common = Common(
+            config=json.dumps(as_json(config)),
+            federation_id=name,
+            classes=examples.classes,
+            prepare=_constants(examples),
+            tests=examples.test,
+            examples=np.array([one.examples for one in facts]),
+        )
+        service = Service(
+            federation, common, self._post, read(DeployOptions, config), key, config.edge.cache
+        )
+        names = [one.name for one in facts]
+        self._post.admit(names, service.setup, layout_of(federation))
+        self._service = service
+        self._facts = facts
+        # Where a simulation has its `State`, this run has what a server has: `Held`.
+        init: Any = service.init
+        simulation = experiment.simulation._replace(
+            init=init,
+            evaluate=lambda held, test, about: service.evaluate(held),
+        )
+        return replace(experiment, simulation=simulation)
+
+    def _who(self) -> tuple[str, list[Facts]]:
+        """The federation's id, and its clients by their numbers; the same after a new start."""
+        path = self._workdir.path / FILE
+        if path.exists():
+            known = read_json(path)
+            return known["id"], [Facts(**one) for one in known["clients"]]
+        facts = self._post.gather(self._config.clients.count)
+        known = {"id": secrets.token_hex(8), "clients": [one._asdict() for one in facts]}
+        self._pending = known
+        return str(known["id"]), facts
+
+    def _carry(
+        self, experiment: Experiment, state: State, examples: ClientData, assigned: Assigned
+    ) -> Carried:
+        """Carries a round to real clients and back."""
+        assert self._service is not None
+        self._note_who()
+        begin = time.monotonic()
+        plan = experiment.simulation.plan(assigned.cohort, assigned.solutions)
+        held: Any = state
+        following, report, reached, delivered = self._service.round(held, plan)
+        clients = np.asarray(plan.clients)
+        row = {int(c): i for i, c in enumerate(clients)}
+        places = np.array([row[int(c)] for c in assigned.cohort])
+        outcome = Outcome(
+            work=delivered[places].astype(float),
+            delivered=delivered[places],
+            reached=reached[places],
+            seconds=time.monotonic() - begin,
+        )
+        said = {one.name: one.examples for one in self._facts}
+        _write(self._workdir.path / STANDING, page_of(self._post, said))
+        after: Any = following
+        return Carried(after, clients, outcome, report)
+
+    def _note_who(self) -> None:
+        """Writes down who takes part, once the run's folder is open."""
+        path = self._workdir.path / FILE
+        if not path.exists():
+            _write(path, json.dumps(self._pending, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _of_real_clients(config: ConfigDict, facts: list[Facts]) -> Examples:
+    """What the server knows: its own data set, and how many examples each client has.
+
+    Of its data set the test split is the common test set; the rest gives classes, shapes, and the
+    mean and deviation of inputs, and is not trained on.
+    """
+    own = config.copy_and_resolve_references()
+    if config.task.name != "next_token":
+        own.partition.update(name="iid", rule="none")
+    examples = load_examples(own)
+    sizes = np.array([one.examples for one in facts], np.int32)
+    classes = examples.clients.label_share.shape[1]
+    data_of: Callable[..., ClientData] = ClientData
+    clients = data_of(
+        arrays={name: np.asarray(x[:2]) for name, x in examples.clients.arrays.items()},
+        index=np.zeros((len(facts), 1), np.int32),
+        size=sizes,
+        label_share=np.zeros((len(facts), classes), np.float32),
+    )
+    return replace(examples, clients=clients, counts=None, group=None, personal=PERSONAL)
+
+
+def _devices(config: ConfigDict, facts: list[Facts]) -> edge.Devices | None:
+    """What clients say of their memory, where capacities follow from it.
+
+    Raises:
+      InputError: one does not say.
+    """
+    if config.clients.capacity != "memory":
+        return None
+    silent = [one.name for one in facts if not one.memory]
+    if silent:
+        remedy = "does not say what memory it has: start it with --memory=BYTES"
+        raise InputError("clients.capacity", silent[0], remedy)
+    memory = np.array([one.memory for one in facts], np.float64)
+    endless, none = np.full(len(facts), np.inf), np.zeros(len(facts), np.int64)
+    return edge.Devices(("client",), none, memory, endless, endless, endless, np.ones(len(facts)))
+
+
+def _constants(examples: Examples) -> dict[str, np.ndarray]:
+    if isinstance(examples.prepare, data.Standardisation):
+        return {"mean": examples.prepare.mean, "factor": examples.prepare.factor}
+    return {}

@@ -1,0 +1,48 @@
+"""A config's data set as one file for each client: what a simulation keeps apart by numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.examples import load_examples
+
+
+def write_clients(config: ConfigDict, folder: Path) -> list[Path]:
+    """Writes each client's examples to a file that `experiments.join` takes.
+
+    Clients are named after their numbers, so that the server numbers them as the simulation does.
+
+    Args:
+      config: whose partition says what is whose.
+      folder: of the files, made if need be.
+
+    Returns:
+      The files, by the clients' numbers.
+
+    Raises:
+      InputError: the config's data cannot be loaded or dealt out.
+    """
+    examples = load_examples(config)
+    clients = examples.clients
+    folder.mkdir(parents=True, exist_ok=True)
+    index, sizes = np.asarray(clients.index), np.asarray(clients.size)
+    digits = len(str(len(sizes) - 1))
+    found = []
+    for number, size in enumerate(sizes):
+        rows = index[number, :size]
+        arrays = {f"train_{name}": np.asarray(x)[rows] for name, x in clients.arrays.items()}
+        if examples.group is not None:
+            own = examples.group == number
+            if clients.owns is not None:
+                own = (examples.group >= 0) & np.asarray(clients.owns)[number][examples.group]
+            arrays |= {f"test_{name}": x[own] for name, x in examples.test.items()}
+        for name in ("train_labels", "test_labels"):
+            if name in arrays:
+                arrays[name] = np.asarray(examples.classes)[arrays[name]]
+        path = folder / f"client_{number:0{digits}}.npz"
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+        found.append(path)
+    return found

@@ -1,0 +1,110 @@
+"""Takes part in a federation: a client.
+
+    python -m experiments.join --server=HOST:8080 --name=anna --data=anna.npz --certificate=ca.crt
+
+The file holds the client's own examples: arrays `train_images` and `train_labels`, or
+`train_tokens`, and `test_` arrays of the same names if it is to be judged by its own. They stay on
+this machine, and so does what is the client's own in the model, in --folder: private parts and
+gates, and what compression keeps back. The same command goes on after whatever ended it.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import threading
+from functools import partial
+from pathlib import Path
+
+from absl import flags
+
+from experiments.cli import refuse_words, run_cli, user_path
+from experiments.deploying import require_flower
+from experiments.endings import Wish, end_with_input
+from flexmoe_jax.errors import InputError
+
+_SERVER = flags.DEFINE_string("server", None, "HOST:PORT of the server.")
+_NAME = flags.DEFINE_string("name", None, "Name of this client in the federation.")
+_DATA = flags.DEFINE_string("data", None, "The client's own examples, an .npz file.")
+_MEMORY = flags.DEFINE_integer(
+    "memory", 0, "Bytes for training, where clients.capacity=memory.", lower_bound=0
+)
+_FOLDER = flags.DEFINE_string("folder", None, "What the client owns; clients/NAME by default.")
+_CERTIFICATE = flags.DEFINE_string("certificate", None, "ca.crt, by which the server is known.")
+_WITH_INPUT = flags.DEFINE_bool(
+    "end_with_input", False, "End as if by SIGTERM once standard input is closed."
+)
+_KEY = flags.DEFINE_string("key", None, "Private key of this client, where the server asks for it.")
+
+
+def main(argv: list[str]) -> int:
+    """Takes part until it is told to end.
+
+    Returns:
+      exit code: 128 + the number of the signal that ended it.
+
+    Raises:
+      InputError: flags or data cannot be used.
+    """
+    refuse_words(argv)
+    server, name, data = (_given(flag) for flag in (_SERVER, _NAME, _DATA))
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+        raise InputError("--name", name, "use letters, digits and _ . - alone")
+    if not re.fullmatch(r"\S+:\d{1,5}", server):
+        raise InputError("--server", server, "give HOST:PORT, as 127.0.0.1:8080")
+    require_flower()
+    root, key = _file(_CERTIFICATE), _file(_KEY)
+    if key is not None and root is None:
+        raise InputError("--key", _KEY.value, "needs --certificate=ca.crt as well")
+    if _WITH_INPUT.value:
+        end_with_input()
+    return join(server, name, user_path("--data", data), root, key)
+
+
+def _given(flag: flags.FlagHolder[str | None]) -> str:
+    if not flag.value:
+        raise InputError(f"--{flag.name}", flag.value, "is needed; see --help")
+    return flag.value
+
+
+def _file(flag: flags.FlagHolder[str | None]) -> Path | None:
+    if not flag.value:
+        return None
+    path = user_path(f"--{flag.name}", flag.value)
+    if not path.is_file():
+        raise InputError(f"--{flag.name}", flag.value, "there is no such file")
+    return path.resolve()
+
+
+def join(server: str, name: str, data: Path, root: Path | None, key: Path | None) -> int:
+    """Answers the server's messages until a signal comes."""
+    from experiments.deploying import joining
+    from experiments.deploying.flower import SuperNode
+    from flexmoe_jax.deploy import Worker, answer_calls
+
+    arrays, tests = joining.read_examples(data)
+    size = len(next(iter(arrays.values())))
+    folder = user_path("--folder", _FOLDER.value or f"clients/{name}")
+    over = threading.Event()
+
+    def say(line: str) -> None:
+        print(f"{name}: {line}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="flexmoe-") as home:
+        socket = Path(home) / "client.sock"
+        together = partial(joining.join, name, arrays, tests)
+        worker = Worker(name, size, _MEMORY.value, together, folder, say)
+        calls = answer_calls(socket, worker.answer)
+        node = SuperNode(Path(home), server, socket, name, root, key)
+        try:
+            with Wish(f"{name}: ended at once", passed_on=lambda times: over.set()) as wish:
+                while not over.wait(1.0):
+                    pass
+        finally:
+            node.close()
+            calls.close()
+    return 128 + wish.number
+
+
+if __name__ == "__main__":
+    run_cli(main)

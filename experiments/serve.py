@@ -1,0 +1,139 @@
+"""Trains one federation with real clients: the server.
+
+    python -m experiments.serve --config=experiments/configs/digits.py --workdir=runs/served \
+        --config.clients.count=4 --host=0.0.0.0 --port=8080 --certificates=keys
+
+Clients come with `python -m experiments.join`; the first round begins once `clients.count` of them
+are there. The run's folder is that of `experiments.train`, and the same command goes on after
+whatever ended it. The data set that the config names is the server's own: its test split is the
+common test set, and the rest gives classes, shapes and the mean and deviation of inputs.
+
+Flower's SuperLink carries the messages, and is started again should it fail. Outside of this
+machine it needs certificates (`--make_certificates=DIR` writes some for a try-out).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import tempfile
+from pathlib import Path
+from signal import SIGTERM
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments.cli import define_config, read_config, refuse_words, run_cli, user_path
+from experiments.deploying import require_flower
+from experiments.endings import Wish, end_with_input
+from experiments.fields import check_fields
+from flexmoe_jax.errors import InputError, printable
+
+define_config("config", "Config file of the experiment.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address that clients reach.")
+_PORT = flags.DEFINE_integer("port", 8080, "Port of it.", lower_bound=1, upper_bound=65535)
+_CERTIFICATES = flags.DEFINE_string(
+    "certificates", None, "Folder with ca.crt, server.pem and server.key."
+)
+_INSECURE = flags.DEFINE_bool("insecure", False, "Plain connections outside of this machine, too.")
+_MAKE = flags.DEFINE_string(
+    "make_certificates", None, "Only write certificates for --host into this folder."
+)
+_REPORT = flags.DEFINE_bool("report", True, "Write the report's page at the end.")
+_WITH_INPUT = flags.DEFINE_bool(
+    "end_with_input", False, "End as if by SIGTERM once standard input is closed."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Serves a run to its end.
+
+    Returns:
+      exit code: 0, or 1 if the run diverged, or 128 + the number of the signal that ended it.
+
+    Raises:
+      InputError: flags or config cannot be used; nothing is written then.
+    """
+    refuse_words(argv)
+    if _MAKE.value:
+        from experiments.deploying.certificates import make_certificates
+
+        folder = user_path("--make_certificates", _MAKE.value)
+        make_certificates(folder, _HOST.value)
+        print(f"{printable(folder)}: ca.crt for clients; server.pem and server.key for the server")
+        return 0
+    config = read_config("config")
+    check_fields(config)
+    if not _WORKDIR.value:
+        raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/served")
+    require_flower()
+    if _WITH_INPUT.value:
+        end_with_input()
+    return serve(config, user_path("--workdir", _WORKDIR.value))
+
+
+def serve(config: ConfigDict, folder: Path) -> int:
+    """Starts Flower, and trains with the clients that come."""
+    from experiments.deploying.flower import SuperLink, read_tls, require_free
+    from experiments.deploying.serving import Deployment, check_deployable
+    from experiments.train import train
+    from experiments.workdir import Workdir
+    from flexmoe_jax.deploy import FlowerCarrier, Post
+
+    check_deployable(config)
+    tls = None
+    if _CERTIFICATES.value:
+        tls = read_tls(user_path("--certificates", _CERTIFICATES.value))
+    elif not _INSECURE.value and not _is_local(_HOST.value):
+        remedy = "is reached from other machines: give --certificates=DIR (or say --insecure)"
+        raise InputError("--host", _HOST.value, remedy)
+    require_free(_HOST.value, _PORT.value)
+    config.checkpoint.every = 1  # A client that was told of a round does not go back behind it.
+    workdir = Workdir(folder)
+    workdir.keep_others_out(create=False)
+    with tempfile.TemporaryDirectory(prefix="flexmoe-") as home:
+        socket = Path(home) / "server.sock"
+        carrier = FlowerCarrier(socket)
+        link = SuperLink(Path(home), _HOST.value, _PORT.value, socket, tls)
+
+        def say(line: str) -> None:
+            print(line, flush=True)
+
+        def again() -> None:
+            link.again()
+            carrier.wait()
+
+        with Wish("ended at once; the same command goes on") as wish:
+            try:
+                say(f"waiting for clients at {_HOST.value}:{_PORT.value}")
+                carrier.wait()
+                deployment = Deployment(config, workdir, Post(carrier, again, say), say)
+                status = train(config, workdir, stop=lambda: wish.number > 0, way=deployment.way)
+            finally:
+                carrier.close()
+                link.close()
+        return _end(status, folder, wish.number)
+
+
+def _end(status: str, folder: Path, number: int) -> int:
+    if _REPORT.value:
+        from experiments.report import write_report
+
+        page = write_report([folder], folder / "report" / "index.html")
+        print(f"{status} · report: {printable(page)}", flush=True)
+    else:
+        print(status, flush=True)
+    if status == "interrupted":
+        return 128 + (number or SIGTERM)
+    return 1 if status == "diverged" else 0
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    run_cli(main)

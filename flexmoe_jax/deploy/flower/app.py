@@ -1,0 +1,79 @@
+"""The Flower app: it carries messages between Flower and the processes that do the work.
+
+Flower starts a process of its own for every message to a client. This one therefore imports no JAX:
+it hands the message to the client's process, which lives as long as the federation, over a Unix
+socket that the user alone may open, and takes the answer back. So does the server's app for as long
+as its run lasts. What passes the socket is a line of JSON and Flower's own protobuf bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from multiprocessing.connection import Client, Connection
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as Proto
+from flwr.serverapp import Grid, ServerApp
+
+client_app = ClientApp()
+server_app = ServerApp()
+
+
+def _bytes(records: RecordDict) -> bytes:
+    found: bytes = recorddict_to_proto(records).SerializeToString()
+    return found
+
+
+def _records(data: bytes) -> RecordDict:
+    return recorddict_from_proto(Proto.FromString(data))
+
+
+def _answer(message: Message, context: Context) -> Message:
+    with Client(str(context.node_config["socket"]), "AF_UNIX") as line:
+        line.send_bytes(_bytes(message.content))
+        return Message(_records(line.recv_bytes()), reply_to=message)
+
+
+client_app.query()(_answer)
+client_app.train()(_answer)
+client_app.evaluate()(_answer)
+
+
+@server_app.main()
+def serve(grid: Grid, context: Context) -> None:
+    """Does what the server's process asks for, until it has no more to ask."""
+    with Client(str(context.run_config["socket"]), "AF_UNIX") as line:
+        while True:
+            try:
+                wish = json.loads(line.recv_bytes())
+            except EOFError:
+                return
+            {"nodes": _nodes, "push": _push, "pull": _pull}[wish["do"]](grid, line, wish)
+
+
+def _tell(line: Connection, said: object) -> None:
+    line.send_bytes(json.dumps(said).encode())
+
+
+def _nodes(grid: Grid, line: Connection, wish: dict) -> None:
+    _tell(line, list(grid.get_node_ids()))
+
+
+def _push(grid: Grid, line: Connection, wish: dict) -> None:
+    messages = [
+        Message(_records(line.recv_bytes()), node, wish["kind"], group_id=wish["group"])
+        for node in wish["to"]
+    ]
+    _tell(line, list(grid.push_messages(messages)))
+
+
+def _pull(grid: Grid, line: Connection, wish: dict) -> None:
+    found = list(grid.pull_messages(wish["ids"])) if wish["ids"] else []
+    heads = [
+        [m.metadata.reply_to_message_id, m.error.reason if m.has_error() else None] for m in found
+    ]
+    _tell(line, heads)
+    for message in found:
+        line.send_bytes(b"" if message.has_error() else _bytes(message.content))

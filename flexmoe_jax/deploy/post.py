@@ -1,0 +1,335 @@
+"""The server's post: who is there, what each was asked, and what came back.
+
+One loop does it all, whatever happens meanwhile: nodes come, say who they are and are told about
+the federation; those that are asked something get it as soon as they are there; what is lost with a
+node, or with Flower's own process, is sent again.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from flwr.app import ConfigRecord, RecordDict
+
+from flexmoe_jax.deploy.carrier import Carrier, LostError, Reply
+from flexmoe_jax.errors import printable
+
+# Seconds between two looks for answers, and before a client that failed is asked again.
+_POLL, _PAUSE = 0.1, 2.0
+# How often a client that fails is asked the same.
+_TRIES = 3
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class Facts(NamedTuple):
+    """What a client says of itself.
+
+    Attributes:
+      name: it is known by.
+      examples: how many it trains on.
+      memory: bytes that it has for training; 0 for not said.
+    """
+
+    name: str
+    examples: int
+    memory: int = 0
+
+
+@dataclass
+class Standing:
+    """What is known of a client, for whoever looks on.
+
+    Attributes:
+      node: where it was last; 0 for nowhere.
+      asked: times.
+      answered: times.
+      late: times that a round went on without it.
+      refused: answers that were.
+      why: the latest refusal.
+      seconds: it took for its latest answer.
+    """
+
+    node: int = 0
+    asked: int = 0
+    answered: int = 0
+    late: int = 0
+    refused: int = 0
+    why: str = ""
+    seconds: float = 0.0
+
+
+class Order(NamedTuple):
+    """What a client is asked.
+
+    Attributes:
+      content: without experts that it still has.
+      whole: with all.
+    """
+
+    content: RecordDict
+    whole: Callable[[], RecordDict]
+
+
+@dataclass
+class _Sent:
+    """A message on its way."""
+
+    node: int
+    purpose: str
+    number: int
+    begun: float = field(default_factory=time.monotonic)
+
+
+class Post:
+    """Sends and collects messages.
+
+    Args:
+      carrier: of the messages.
+      again: waits until the carrier carries again, once it is lost.
+      say: takes a line on what happens.
+    """
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        again: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Knows nobody yet."""
+        self._carrier, self._again, self._say = carrier, again, say
+        self.facts: dict[str, Facts] = {}
+        self.standing: dict[str, Standing] = {}
+        self._numbers: dict[str, int] | None = None
+        self._setup: Callable[[int], RecordDict] | None = None
+        self._names: dict[int, str] = {}  # of nodes
+        self._greeted: set[int] = set()
+        self._ready: set[int] = set()
+        self._sent: dict[str, _Sent] = {}
+        self._layout = ""
+        self.sent_bytes = 0
+
+    def gather(self, count: int) -> list[Facts]:
+        """Waits until so many clients have said who they are; they are numbered by their names.
+
+        Returns:
+          What each says of itself, by its number.
+        """
+        told = -1
+        while len(self.facts) < count:
+            self._step({}, {}, "query", "")
+            if len(self.facts) != told:
+                told = len(self.facts)
+                self._say(f"{told} of {count} clients are there")
+            time.sleep(_POLL)
+        return [self.facts[name] for name in sorted(self.facts, key=natural)[:count]]
+
+    def admit(self, names: list[str], setup: Callable[[int], RecordDict], layout: str) -> None:
+        """Says who takes part, and what each is told first.
+
+        Args:
+          names: of the clients, by their numbers; all others are refused.
+          setup: number -> what it is told.
+          layout: names and shapes of the model's parameters, which a client must have alike.
+        """
+        self._numbers = {name: number for number, name in enumerate(names)}
+        self._setup, self._layout = setup, layout
+        for name in names:
+            self.standing.setdefault(name, Standing())
+
+    def of(self, number: int) -> Standing:
+        """What is known of a client."""
+        names = {n: name for name, n in (self._numbers or {}).items()}
+        return self.standing[names[number]]
+
+    def ask(
+        self,
+        kind: str,
+        group: str,
+        orders: Mapping[int, Order],
+        take: Callable[[int, RecordDict], str],
+        seconds: float,
+        enough: int,
+    ) -> None:
+        """Asks clients by their numbers, and hands on what comes back.
+
+        Args:
+          kind: `train` or `evaluate`.
+          group: what Flower's logs say of the message.
+          orders: what each is asked.
+          take: (number, answer) -> why it is refused; empty for one that is taken.
+          seconds: after which nobody is waited for.
+          enough: so many answers end the waiting.
+        """
+        open_orders, end, taken = dict(orders), time.monotonic() + seconds, 0
+        names = {number: name for name, number in (self._numbers or {}).items()}
+        tries: dict[int, int] = {}
+        while open_orders and taken < enough and time.monotonic() < end:
+            for number, content in self._step(open_orders, tries, kind, group):
+                standing = self.standing[names[number]]
+                why = take(number, content)
+                open_orders.pop(number, None)
+                if why:
+                    standing.refused, standing.why = standing.refused + 1, why
+                    self._say(f"{names[number]}: refused: {printable(why, 200)}")
+                else:
+                    standing.answered, taken = standing.answered + 1, taken + 1
+            if open_orders:
+                time.sleep(_POLL)
+        for number in open_orders:
+            standing = self.standing[names[number]]
+            standing.late += 1
+            self._say(f"{names[number]}: did not answer in time ({kind})")
+        # Whatever still comes for these is of a round that is over.
+        self._sent = {m: s for m, s in self._sent.items() if s.purpose in ("hello", "setup")}
+
+    def _step(
+        self, orders: dict[int, Order], tries: dict[int, int], kind: str, group: str
+    ) -> list[tuple[int, RecordDict]]:
+        """Does what can be done now; returns answers by the clients' numbers."""
+        try:
+            nodes = set(self._carrier.nodes())
+            self._forget_all_but(nodes)
+            self._greet(nodes)
+            self._push(orders, kind, group)
+            return self._collect(orders, tries)
+        except LostError:
+            self._say("Flower's run is gone; waiting for the next")
+            self._forget_all_but(set())
+            self._again()
+            return []
+
+    def _forget_all_but(self, nodes: set[int]) -> None:
+        self._names = {node: name for node, name in self._names.items() if node in nodes}
+        self._greeted &= nodes
+        self._ready &= nodes
+        self._sent = {m: sent for m, sent in self._sent.items() if sent.node in nodes}
+
+    def _greet(self, nodes: set[int]) -> None:
+        """Asks nodes who they are, and tells those about the federation who take part in it."""
+        asked = nodes - self._greeted
+        if asked:
+            hello = RecordDict({"ask": ConfigRecord({"what": "hello"})})
+            self._send("query", "hello", [(node, "hello", -1, hello) for node in sorted(asked)])
+            self._greeted |= asked
+        if self._numbers is None or self._setup is None:
+            return
+        told = {sent.node for sent in self._sent.values() if sent.purpose == "setup"}
+        for node, name in self._names.items():
+            number = self._numbers.get(name)
+            if node not in self._ready | told and number is not None:
+                self._send("query", "setup", [(node, "setup", number, self._setup(number))])
+
+    def _push(self, orders: Mapping[int, Order], kind: str, group: str) -> None:
+        """Sends orders to clients that are ready and have not got them."""
+        under_way = {sent.number for sent in self._sent.values() if sent.purpose == kind}
+        there = {self._number_of(node): node for node in sorted(self._ready)}
+        wanted = [number for number in orders if number in there and number not in under_way]
+        messages = [(there[n], kind, n, orders[n].content) for n in wanted]
+        if messages:
+            self._send(kind, group, messages)
+        for number in wanted:
+            self.standing[self._names[there[number]]].asked += 1
+
+    def _number_of(self, node: int) -> int:
+        return (self._numbers or {}).get(self._names.get(node, ""), -1)
+
+    def _send(
+        self, kind: str, group: str, messages: list[tuple[int, str, int, RecordDict]]
+    ) -> None:
+        ids = self._carrier.push(kind, group, [(node, what) for node, _, _, what in messages])
+        for name, (node, purpose, number, _) in zip(ids, messages, strict=True):
+            if name:
+                self._sent[name] = _Sent(node, purpose, number)
+
+    def _collect(
+        self, orders: dict[int, Order], tries: dict[int, int]
+    ) -> list[tuple[int, RecordDict]]:
+        found = []
+        for reply in self._carrier.pull(list(self._sent)):
+            sent = self._sent.pop(reply.message, None)
+            if sent is None:
+                continue
+            if reply.content is None:
+                self._failed(sent, reply, orders, tries)
+            elif sent.purpose == "hello":
+                self._meet(sent.node, reply.content)
+            elif sent.purpose == "setup":
+                self._set_up(sent, reply.content, orders)
+            elif "lacks" in reply.content:
+                self._complete(sent, reply.content, orders)
+            elif sent.number in orders:
+                name = self._names.get(sent.node, "")
+                if name in self.standing:
+                    self.standing[name].seconds = time.monotonic() - sent.begun
+                found.append((sent.number, reply.content))
+        return found
+
+    def _failed(
+        self, sent: _Sent, reply: Reply, orders: dict[int, Order], tries: dict[int, int]
+    ) -> None:
+        """A node that could not answer is asked again, and after some times no more."""
+        if sent.purpose == "hello":
+            self._greeted.discard(sent.node)
+        elif sent.number in orders:
+            tries[sent.number] = tries.get(sent.number, 0) + 1
+            if tries[sent.number] >= _TRIES:
+                name = self._names.get(sent.node, str(sent.node))
+                self._say(f"{name}: failed {_TRIES} times: {printable(reply.error, 200)}")
+                del orders[sent.number]
+        time.sleep(_POLL)
+
+    def _meet(self, node: int, content: RecordDict) -> None:
+        try:
+            words = content["hello"]
+            assert isinstance(words, ConfigRecord)
+            facts = Facts(str(words["name"]), int(words["examples"]), int(words["memory"]))  # type: ignore[arg-type]
+            if not _NAME.fullmatch(facts.name) or not 0 < facts.examples < 2**31:
+                raise ValueError("a name of letters, digits and _ . - is needed, and examples")
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            self._say(f"node {node}: refused: does not say who it is ({printable(error, 100)})")
+            return
+        if self._numbers is not None and facts.name not in self._numbers:
+            self._say(f"{facts.name}: refused: takes no part in this federation")
+            return
+        others = [n for n, name in self._names.items() if name == facts.name and n != node]
+        for other in others:  # It came back: what was on its way to its former node is lost.
+            self._names.pop(other)
+            self._ready.discard(other)
+            self._sent = {m: s for m, s in self._sent.items() if s.node != other}
+        self._names[node] = facts.name
+        self.facts.setdefault(facts.name, facts)
+        self.standing.setdefault(facts.name, Standing()).node = node
+
+    def _set_up(self, sent: _Sent, content: RecordDict, orders: dict[int, Order]) -> None:
+        name = self._names.get(sent.node, str(sent.node))
+        ready, refused = content.get("ready"), content.get("refused")
+        if isinstance(ready, ConfigRecord) and ready.get("layout") == self._layout:
+            self._ready.add(sent.node)
+            return
+        why = "has another model" if ready is not None else "gives no reason"
+        if isinstance(refused, ConfigRecord):
+            why = printable(refused.get("why", why), 300)
+        self._say(f"{name}: takes no part: {why}")
+        self._names.pop(sent.node, None)
+        orders.pop(sent.number, None)
+        if name in self.standing:
+            self.standing[name].why = why
+
+    def _complete(self, sent: _Sent, content: RecordDict, orders: dict[int, Order]) -> None:
+        """Sends what a client says it lacks: all experts, or the federation itself."""
+        lacks = content["lacks"]
+        assert isinstance(lacks, ConfigRecord)
+        if "setup" in lacks:
+            self._ready.discard(sent.node)
+        elif sent.number in orders:
+            orders[sent.number] = orders[sent.number]._replace(content=orders[sent.number].whole())
+
+
+def natural(name: str) -> tuple:
+    """Names with numbers in their order: client_2 before client_10."""
+    parts = re.split(r"(\d+)", name)
+    return tuple((part.isdigit(), int(part) if part.isdigit() else part) for part in parts)

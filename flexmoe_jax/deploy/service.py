@@ -1,0 +1,441 @@
+"""A real server's rounds: it sends, collects, admits and closes, by the functions of `server`.
+
+Axis legend: `C` clients, `P` clients of the round's plan, `G` groups of MoE layers, `K` expert
+slots, `E` experts, `Y` classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+from flexmoe_jax import client, server
+from flexmoe_jax.compiling import ONCE, USUAL, compiler_options, everywhere, placed
+from flexmoe_jax.deploy import wire
+from flexmoe_jax.deploy.post import Order, Post
+from flexmoe_jax.deploy.worker import Setup, write_setup
+from flexmoe_jax.errors import printable
+from flexmoe_jax.federation import Federation
+from flexmoe_jax.options.deploy import DeployOptions
+from flexmoe_jax.types import (
+    Array,
+    Evaluation,
+    Feedback,
+    Key,
+    Params,
+    Plan,
+    PyTree,
+    RoundReport,
+    Server,
+    Tally,
+    Upload,
+)
+
+# Predictions larger than this are not asked for: the figures of all clients together are left out.
+_JOINT_BYTES = 2**23
+
+
+class Roll(NamedTuple):
+    """What the server knows of what its clients own.
+
+    Attributes:
+      slots: (C, G, K) int32 each one's latest experts; E marks an empty slot.
+      accepted: (C,) int32 the latest round in which its answer was accepted; -1 for none.
+    """
+
+    slots: Array
+    accepted: Array
+
+
+class Held(NamedTuple):
+    """A federation as its server has it; stands where a simulation has its `State`.
+
+    Attributes:
+      server: the server's.
+      clients: what it knows of theirs.
+    """
+
+    server: Server
+    clients: Roll
+
+
+class Common(NamedTuple):
+    """What the server has for all.
+
+    Attributes:
+      config: of the federation, as JSON.
+      federation_id: of this federation, letters and digits.
+      classes: names of the Y classes.
+      prepare: named arrays that say how inputs are standardised.
+      tests: the common test set, leaves (M, ...).
+      examples: (C,) that each client has.
+    """
+
+    config: str
+    federation_id: str
+    classes: tuple[str, ...]
+    prepare: Mapping[str, Any]
+    tests: Mapping[str, Any]
+    examples: np.ndarray
+
+
+class Service:
+    """A server at work.
+
+    Args:
+      federation: all its choices.
+      common: what it has for all clients.
+      post: to and from them.
+      options: how long it waits.
+      key: of the run.
+      cache: whether experts that a client still has are not sent again.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        common: Common,
+        post: Post,
+        options: DeployOptions,
+        key: Key,
+        cache: bool = True,
+    ) -> None:
+        """Compiles nothing yet."""
+        self.federation, self._common, self._post = federation, common, post
+        self._options, self._key, self._cache = options, key, cache
+        shapes = federation.layout.split(federation.shapes)
+        self._shapes: Params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes
+        )
+        self._like = upload_shapes(federation, self._shapes)
+        self._units_of_one = float(_units_of_one(federation))
+        as_usual = compiler_options(USUAL)
+        compiled = partial(jax.jit, compiler_options=as_usual, out_shardings=everywhere())
+        self._take = compiled(partial(_take, federation), donate_argnums=0)
+        self._close = compiled(partial(_close, federation))
+
+    def init(self, key: Key) -> Held:
+        """The state before the first round."""
+        federation = self.federation
+        # Compiled, as a simulation's: step by step, numbers are rounded in other places.
+        begin = jax.jit(
+            partial(_begin, federation),
+            compiler_options=compiler_options(ONCE),
+            out_shardings=everywhere(),
+        )
+        begun = begin(key)
+        shape = federation.clients, federation.groups, federation.slots
+        empty = jnp.full(shape, federation.layout.experts, jnp.int32)
+        return Held(begun, Roll(empty, jnp.full(federation.clients, -1, jnp.int32)))
+
+    def setup(self, number: int) -> RecordDict:
+        """What a client is told first."""
+        model_key, gate_key = jax.random.split(self._key)
+        draw = jax.jit(self.federation.draw, compiler_options=compiler_options(ONCE))
+        private = draw(model_key).private
+        common = self._common
+        return write_setup(
+            Setup(
+                federation=common.federation_id,
+                config=common.config,
+                number=number,
+                slots=self.federation.slots,
+                classes=common.classes,
+                key=jax.random.fold_in(gate_key, number),
+                prepare=common.prepare,
+                tests=common.tests,
+                private=wire.pack(private),
+            )
+        )
+
+    def round(self, held: Held, plan: Plan) -> tuple[Held, RoundReport, np.ndarray, np.ndarray]:
+        """Sends to the clients of a plan, collects their answers, and closes the round.
+
+        Returns:
+          The state after it, its report, and of the plan's clients (P,) bool who were sent
+          something, and whose answer came.
+        """
+        federation, done = self.federation, int(held.server.round)
+        numbers, slots = np.asarray(plan.clients), np.asarray(plan.slots)
+        rows = {int(c): row for row, c in enumerate(numbers) if c < federation.clients}
+        key = jax.random.fold_in(held.server.key, done)
+        orders = {}
+        for number, row in rows.items():
+            own_key = np.asarray(jax.random.key_data(jax.random.fold_in(key, number))).tolist()
+            words = {"steps": int(plan.steps[row]), "key": own_key}
+            orders[number] = self._order(held, number, "train", slots[row], words)
+        uploads: dict[int, Upload] = {}
+        bad: set[int] = set()
+
+        def take(number: int, content: RecordDict) -> str:
+            try:
+                uploads[number] = self._read(content, done, number, slots[rows[number]])
+            except wire.WireError as error:
+                bad.add(number)
+                return str(error)
+            return ""
+
+        enough = max(1, int(np.ceil(self._options.quota * len(orders) - 1e-9)))
+        before = {number: self._post.of(number).asked for number in rows}
+        self._post.ask("train", f"round {done + 1}", orders, take, self._options.deadline, enough)
+        reached = np.zeros(len(numbers), bool)
+        for number, row in rows.items():
+            reached[row] = self._post.of(number).asked > before[number]
+        delivered = np.isin(numbers, list(uploads))
+        following, report = self._finish(held, plan, uploads, bad)
+        return following, report, reached, delivered
+
+    def evaluate(self, held: Held) -> Evaluation:
+        """What the clients' models make of the test set, as each of them says."""
+        federation = self.federation
+        done, slots = int(held.server.round), np.asarray(held.clients.slots)
+        has = (slots[:, :, 0] < federation.layout.experts).any(axis=1)
+        tests = self._common.tests
+        outputs, joint_bytes = self._joint_shapes(tests)
+        joint = joint_bytes <= _JOINT_BYTES
+        orders = {
+            int(c): self._order(held, int(c), "evaluate", slots[c], {"joint": joint})
+            for c in np.flatnonzero(has)
+        }
+        like = self._judged_shapes()
+        found: dict[int, tuple] = {}
+
+        def take(number: int, content: RecordDict) -> str:
+            try:
+                found[number] = (
+                    _part(content, "judged", like),
+                    _part(content, "joint", outputs) if joint else None,
+                )
+            except wire.WireError as error:
+                return str(error)
+            return ""
+
+        self._post.ask(
+            "evaluate", f"after round {done}", orders, take, self._options.deadline, len(orders)
+        )
+        return self._together(held, found, like, joint)
+
+    def _order(
+        self, held: Held, number: int, what: str, slots: np.ndarray, words: dict[str, Any]
+    ) -> Order:
+        """What a client is asked, with ψ and the experts that it does not have."""
+        federation = self.federation
+        there = wire.held(slots, federation.layout.experts)
+        fresh = np.asarray(held.server.ledger.fresh)
+        skip = {e for e in there if self._cache and fresh[e[0], number, e[1]]}
+        ask = {
+            "what": what,
+            "federation": self._common.federation_id,
+            "round": int(held.server.round),
+            "slots": slots.ravel().tolist(),
+            "accepted": int(held.clients.accepted[number]),
+            "seconds": float(self._options.deadline),
+            "steps": 0,
+            **words,
+        }
+        shared, experts = jax.device_get((held.server.shared, held.server.experts))
+        wanted = {expert: expert[1] for expert in there}
+
+        def content(skip: set[wire.Expert]) -> RecordDict:
+            return RecordDict(
+                {
+                    "ask": ConfigRecord(ask),
+                    "shared": wire.pack(shared),
+                    **wire.pack_experts(experts, federation.group, wanted, skip),
+                }
+            )
+
+        return Order(content(skip), lambda: content(set()))
+
+    def _read(self, content: RecordDict, done: int, number: int, slots: np.ndarray) -> Upload:
+        """A client's answer to this round.
+
+        Raises:
+          WireError: it is none.
+        """
+        refused, answer = content.get("refused"), content.get("answer")
+        if isinstance(refused, ConfigRecord):
+            raise wire.WireError(f"the client says: {printable(refused.get('why', ''), 300)}")
+        if not isinstance(answer, ConfigRecord) or answer.get("round") != done:
+            raise wire.WireError(f"is no answer to round {done + 1}")
+        federation = self.federation
+        upload = wire.unpack_upload(
+            content, self._like, federation.group, slots, federation.layout.experts
+        )
+        most = int(federation.local.examples(np.asarray(self._common.examples[number])))
+        wire.check_upload(upload, most, self._units_of_one)
+        return upload
+
+    def _finish(
+        self, held: Held, plan: Plan, uploads: Mapping[int, Upload], bad: set[int]
+    ) -> tuple[Held, RoundReport]:
+        """Admits the answers in the plan's order, and closes the round."""
+        federation, begun = self.federation, held.server
+        nothing: Upload = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._like)
+        total = federation.aggregation.zero(
+            begun.shared, begun.experts, len(plan.clients), federation.slots
+        )
+        verdicts = []
+        for row, number in enumerate(np.asarray(plan.clients)):
+            upload = placed(uploads.get(int(number), nothing))
+            total, verdict = self._take(total, begun, upload, plan.slots[row], plan.steps[row])
+            verdicts.append(verdict)
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *verdicts)
+        following, verdicts, report = self._close(begun, total, stacked, plan)
+        broken = np.isin(np.asarray(plan.clients), list(bad))
+        report = report._replace(quarantined=np.asarray(report.quarantined) | broken)
+        accepted = np.asarray(verdicts.accepted)
+        took = np.asarray(plan.clients)[accepted]
+        reached = np.asarray(plan.clients)
+        roll = Roll(
+            held.clients.slots.at[reached].set(plan.slots, mode="drop"),
+            held.clients.accepted.at[took].set(begun.round, mode="drop"),
+        )
+        return Held(following, roll), report
+
+    def _joint_shapes(self, tests: Mapping[str, Any]) -> tuple[PyTree, int]:
+        """Shapes of a client's predictions of the test set, as they are averaged, and bytes."""
+        federation = self.federation
+        count = len(next(iter(tests.values())))
+        one, _ = federation.outputs
+        averaged = jax.eval_shape(federation.task.mean[0], one)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), averaged
+        )
+        leaves = jax.tree.leaves(shapes)
+        return shapes, sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    def _judged_shapes(self) -> tuple[Tally, Tally, Any]:
+        columns = len(self._common.classes) if self.federation.task.labels is not None else 1
+        hits = self.federation.task.hits is not None
+
+        def tally(*shape: int) -> Tally:
+            sums: Any = jax.ShapeDtypeStruct(shape, np.float32)
+            return Tally(sums if hits else None, sums)
+
+        return tally(columns), tally(), jax.ShapeDtypeStruct((), np.float32)
+
+    def _together(
+        self, held: Held, found: Mapping[int, tuple], like: tuple, joint: bool
+    ) -> Evaluation:
+        """One evaluation of what clients say, and of what the server can tell by itself."""
+        federation, tests = self.federation, self._common.tests
+        clients = federation.clients
+        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+        rows = [found[c][0] if c in found else empty for c in range(clients)]
+        common, personal, weight = jax.tree.map(lambda *x: np.stack(x), *rows)
+        evaluated: Any = np.isin(np.arange(clients), list(found))
+        classes = len(self._common.classes) if federation.task.labels is not None else 0
+        everything = jnp.ones(len(next(iter(tests.values()))), bool)
+        judge = client.Judge(federation.task, dict(tests), everything, classes)
+        none: Any = np.float32(np.nan)
+        together = Tally(none if like[0].hits is not None else None, none)
+        if joint and found:
+            outputs = [found[c][1] for c in sorted(found)]
+            mean = jax.tree.map(lambda *x: jnp.asarray(sum(x) / len(x)), *outputs)
+            together = judge.all_rows(federation.task.mean[1](mean))
+        assembled = None
+        if federation.assembles:
+            params, leads = federation.assemble(held.server)
+            inputs = federation.task.inputs(tests)
+            assembled = judge.all_rows(federation.apply(params, inputs, leads)[0])
+        return Evaluation(
+            common=common,
+            units=judge.units_by_class(),
+            personal=personal,
+            personal_weight=weight,
+            server=together,
+            assembled=assembled,
+            evaluated=evaluated,
+        )
+
+
+def upload_shapes(federation: Federation, shapes: Params) -> Upload:
+    """Shapes of a client's answer, leaves (K, ...) for experts, as the codec sends it."""
+    slots = federation.slots
+
+    def answer(shared: PyTree, experts: PyTree) -> Upload:
+        held = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), experts)
+        sent = client.encode(federation.codec, shared, held)
+        sums = jnp.zeros((len(federation.layout.layers), slots), jnp.float32)
+        one = jnp.zeros((), jnp.float32)
+        return Upload(*sent, Feedback(sums, sums, sums), one, one, one)
+
+    found: Upload = jax.eval_shape(answer, shapes.shared, shapes.experts)
+    return found
+
+
+def _begin(federation: Federation, key: Key) -> Server:
+    """The server before the first round."""
+    params = federation.draw(jax.random.split(key)[0])
+    return server.init(federation.desk, key, params.shared, params.experts, federation.clients)
+
+
+def _units_of_one(federation: Federation) -> float:
+    """Most units of an example."""
+    weight = jax.eval_shape(federation.task.weight, federation.sample)
+    return float(np.prod(weight.shape[1:]))
+
+
+def _part(content: RecordDict, name: str, like: PyTree) -> PyTree:
+    record, refused = content.get(name), content.get("refused")
+    if isinstance(refused, ConfigRecord):
+        raise wire.WireError(f"the client says: {printable(refused.get('why', ''), 300)}")
+    if not isinstance(record, ArrayRecord):
+        raise wire.WireError(f"{name}: no arrays")
+    found = wire.unpack(record, like)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)):
+        raise wire.WireError(f"{name}: not all numbers")
+    return found
+
+
+def _take(
+    federation: Federation, total: Any, begun: Server, upload: Upload, slots: Array, steps: Array
+) -> tuple[Any, server.Verdict]:
+    """Decodes one answer, judges it, and adds it to the aggregate."""
+    site, desk = federation.site, federation.desk
+    down = server.send(desk, begun, slots, steps)
+    sent = client.decode(site.codec, (upload.shared, upload.experts), (down.shared, down.experts))
+    arrived = upload._replace(shared=sent[0], experts=sent[1])
+    by_layer = {layer: slots[group] for layer, group in site.group.items()}
+    update, verdict = server.admit(
+        desk.admission, arrived, by_layer, steps, server.limits(desk, begun), desk.fitness.sketched
+    )
+    block = jax.tree.map(lambda x: x[None], update)
+    return federation.aggregation.add(total, block), verdict
+
+
+def _close(
+    federation: Federation, begun: Server, total: Any, verdicts: server.Verdict, plan: Plan
+) -> tuple[Server, server.Verdict, RoundReport]:
+    """The server after the round, the verdicts that hold, and the report."""
+    desk = federation.desk
+    following, verdicts, late = server.conclude(
+        desk, federation.aggregation, begun, total, verdicts, plan
+    )
+    report = RoundReport(
+        loss=verdicts.loss,
+        units=verdicts.units,
+        examples=verdicts.examples,
+        usage=desk.of_experts(plan.slots, desk.by_group(verdicts.feedback.usage)),
+        quarantined=verdicts.refused,
+        void=late.all(),
+        finite=client.all_finite((following.shared, following.experts)),
+    )
+    return following, verdicts, report
+
+
+def page_of(post: Post, examples: Mapping[str, int]) -> str:
+    """What is known of each client, as JSON."""
+    known = {
+        name: {"examples": examples.get(name, 0), **vars(standing)}
+        for name, standing in post.standing.items()
+    }
+    return json.dumps(known, indent=2) + "\n"

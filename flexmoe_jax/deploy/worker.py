@@ -1,0 +1,413 @@
+"""A real client: it answers the server's messages, and keeps what is its own on its own disk.
+
+Axis legend: `G` groups of MoE layers, `K` expert slots, `E` experts, `N` examples, `Y` classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flwr.app import Array as Numbers
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+from flexmoe_jax import client
+from flexmoe_jax.compiling import ONCE, USUAL, compiler_options, placed
+from flexmoe_jax.deploy import wire
+from flexmoe_jax.deploy.keeping import Kept, keep, recall
+from flexmoe_jax.errors import InputError, printable
+from flexmoe_jax.federation import Federation
+from flexmoe_jax.types import Array, Download, Own, Params, PyTree, Tally, Upload
+
+# Of the time that a round leaves, what a client plans to use.
+_MARGIN = 0.8
+
+
+class Mine(NamedTuple):
+    """What a client brings.
+
+    Attributes:
+      name: it is known by.
+      arrays: its training examples, leaves (N, ...), on the device.
+      tests: its own test examples, leaves (m, ...); None for the common test set.
+      label_share: (Y,) of its training examples; Y = 0 where they have no class.
+      memory: bytes that it has for training; 0 where nobody asked.
+    """
+
+    name: str
+    arrays: Mapping[str, Array]
+    tests: Mapping[str, Any] | None
+    label_share: np.ndarray
+    memory: int = 0
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return len(next(iter(self.arrays.values())))
+
+
+class Setup(NamedTuple):
+    """What the server says once.
+
+    Attributes:
+      federation: id of this federation.
+      config: its config as JSON.
+      number: of this client.
+      slots: K.
+      classes: names of the Y classes.
+      key: for gates of the client's own.
+      prepare: named arrays (channels,) that say how inputs are standardised; none for as they are.
+      tests: the common test set, leaves (M, ...).
+      private: numbers of the private parts at the start, as `wire.pack` has them.
+    """
+
+    federation: str
+    config: str
+    number: int
+    slots: int
+    classes: tuple[str, ...]
+    key: Array
+    prepare: Mapping[str, Any]
+    tests: Mapping[str, Any]
+    private: ArrayRecord
+
+
+Join = Callable[[Setup], tuple[Federation, Mine]]
+"""What a setup makes of a client: its federation, whose only client it is, and what it brings.
+
+Raises `InputError` where the client's examples do not fit."""
+
+
+class Worker:
+    """Answers messages of the server; lives as long as the client takes part.
+
+    Args:
+      name: the client is known by.
+      size: N.
+      memory: bytes that it has for training; 0 for as many experts as the config says.
+      join: see `Join`.
+      folder: of what the client owns.
+      say: takes a line on what happens.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        memory: int,
+        join: Join,
+        folder: Path,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Has not met the server yet."""
+        self._hello = ConfigRecord({"name": name, "examples": size, "memory": memory, "setup": ""})
+        self._join, self._folder, self._say = join, folder, say
+        self._part: _Part | None = None
+
+    def answer(self, message: RecordDict) -> RecordDict:
+        """The answer to a message; a refusal, with its reason, where it asks what cannot be."""
+        try:
+            ask: Any = message["ask"]
+            if ask["what"] == "hello":
+                return RecordDict({"hello": self._hello})
+            if ask["what"] == "setup":
+                return self._set_up(message)
+            if self._part is None or ask["federation"] != self._hello["setup"]:
+                return RecordDict({"lacks": ConfigRecord({"setup": True})})
+            if ask["what"] == "train":
+                return self._part.train(ask, message)
+            return self._part.evaluate(ask, message)
+        except (InputError, wire.WireError, OSError) as error:
+            self._say(f"refused: {error}")
+            return _refusal(str(error))
+        except Exception as error:  # A client that ends would be asked for ever.
+            line = printable(f"{type(error).__name__}: {error}", 300)
+            self._say(f"failed: {line}")
+            return _refusal(line)
+
+    def _set_up(self, message: RecordDict) -> RecordDict:
+        setup = read_setup(message)
+        federation, mine = self._join(setup)
+        self._part = _Part(federation, mine, setup, self._folder / setup.federation, self._say)
+        self._hello["setup"] = setup.federation
+        self._say(f"joined as client {setup.number}, with {mine.size} examples")
+        return RecordDict({"ready": ConfigRecord({"layout": layout_of(federation)})})
+
+
+def _refusal(why: str) -> RecordDict:
+    return RecordDict({"refused": ConfigRecord({"why": printable(why, 300)})})
+
+
+def layout_of(federation: Federation) -> str:
+    """What both ends must have alike: names and shapes of all parameters."""
+    import hashlib
+
+    shapes = jax.tree.leaves(federation.layout.split(federation.shapes))
+    known = [federation.layout.paths, [f"{x.dtype}{x.shape}" for x in shapes], federation.group]
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+
+def write_setup(setup: Setup) -> RecordDict:
+    """A setup as records."""
+    words = {
+        "federation": setup.federation,
+        "config": setup.config,
+        "number": setup.number,
+        "slots": setup.slots,
+        "classes": list(setup.classes),
+        "key": np.asarray(jax.random.key_data(setup.key)).tolist(),
+    }
+    return RecordDict(
+        {
+            "ask": ConfigRecord({"what": "setup"}),
+            "setup": ConfigRecord(words),
+            "prepare": _named(setup.prepare),
+            "tests": _named(setup.tests),
+            "private": setup.private,
+        }
+    )
+
+
+def read_setup(message: RecordDict) -> Setup:
+    """The setup that records hold.
+
+    Raises:
+      WireError: they hold none.
+    """
+    try:
+        words: Any = message["setup"]
+        key = jax.random.wrap_key_data(jnp.asarray(words["key"], jnp.uint32))
+        prepare, tests = (
+            {name: array.numpy() for name, array in message.array_records[part].items()}
+            for part in ("prepare", "tests")
+        )
+        return Setup(
+            federation=_plain_name(words["federation"]),
+            config=str(words["config"]),
+            number=int(words["number"]),
+            slots=int(words["slots"]),
+            classes=tuple(words["classes"]),
+            key=key,
+            prepare=prepare,
+            tests=tests,
+            private=message.array_records["private"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise wire.WireError(f"setup cannot be read ({error})") from error
+
+
+def _plain_name(given: object) -> str:
+    """A federation's id, which names a folder."""
+    name = str(given)
+    if not (name.isascii() and name.isalnum() and len(name) <= 64):
+        raise wire.WireError("a federation's id is made of letters and digits")
+    return name
+
+
+def _named(arrays: Mapping[str, Any]) -> ArrayRecord:
+    return ArrayRecord({name: Numbers(np.asarray(values)) for name, values in arrays.items()})
+
+
+class _Part:
+    """A client that has joined a federation."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        mine: Mine,
+        setup: Setup,
+        folder: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self._federation, self._mine, self._setup = federation, mine, setup
+        self._site, self._say, self._folder = federation.site, say, folder
+        shapes = federation.layout.split(federation.shapes)
+        self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+        self._log_share = None
+        if mine.label_share.size and federation.task.adjust is not None:
+            self._log_share = client.log_shares(jnp.asarray(mine.label_share))
+        as_usual = compiler_options(USUAL)
+        self._train = jax.jit(partial(_train, federation), compiler_options=as_usual)
+        self._judge = jax.jit(
+            partial(_judge, federation, len(setup.classes)), compiler_options=as_usual
+        )
+        self._compiled, self._rate = False, 0.0
+        self._kept = recall(folder, self._first())
+
+    def train(self, ask: Mapping[str, Any], message: RecordDict) -> RecordDict:
+        """Trains from what was sent; the same round asked again gives the same answer."""
+        down, experts = self._download(ask, message)
+        if down is None:
+            return RecordDict({"lacks": ConfigRecord({"experts": True})})
+        steps: Any = np.int32(self._in_time(ask))
+        down = down._replace(steps=steps)
+        key = jax.random.wrap_key_data(jnp.asarray(ask["key"], jnp.uint32))
+        begin = time.monotonic()
+        own = self._kept.settled(int(ask["accepted"]))
+        index = np.arange(self._mine.size, dtype=np.int32)
+        share = self._log_share if self._federation.local.prior else None
+        own, given, index, share, key = placed((own, down, index, share, key))
+        found = self._train(own, given, dict(self._mine.arrays), index, share, key)
+        before, after, upload = jax.device_get(found)
+        seconds = time.monotonic() - begin
+        self._learn_pace(int(upload.examples), seconds)
+        self._kept = Kept(before, after, int(down.round), experts)
+        keep(self._folder, self._kept)
+        self._say(
+            f"round {int(down.round) + 1}: {float(upload.examples):.0f} examples in {seconds:.1f} s"
+        )
+        answer = wire.pack_upload(
+            upload, self._site.group, np.asarray(down.slots), self._site.experts
+        )
+        answer["answer"] = ConfigRecord({"round": int(down.round), "seconds": seconds})
+        return answer
+
+    def evaluate(self, ask: Mapping[str, Any], message: RecordDict) -> RecordDict:
+        """Says what the client's model makes of the common test set, and of what is its own."""
+        down, _ = self._download(ask, message)
+        if down is None:
+            return RecordDict({"lacks": ConfigRecord({"experts": True})})
+        own = self._kept.settled(int(ask["accepted"]))
+        common, mine, joint = self._on(self._setup.tests, own, down)
+        units = self._units(self._setup.tests)
+        if self._mine.tests is not None:
+            _, of_own, _ = self._on(self._mine.tests, own, down)
+            personal = jax.tree.map(lambda x: np.float32(x.sum()), of_own)
+            weight = jnp.float32(self._units(self._mine.tests).sum())
+        else:
+            share = self._mine.label_share
+            given = jnp.asarray(share if share.size else np.ones(1, np.float32))
+            personal, weight = client.weigh_classes(mine, jnp.asarray(units), given)
+        numbers = jax.device_get((common, personal, jnp.asarray(weight)))
+        answer = RecordDict(
+            {"judged": wire.pack(numbers), "answer": ConfigRecord({"round": int(down.round)})}
+        )
+        if ask["joint"]:
+            answer["joint"] = wire.pack(joint)
+        return answer
+
+    def _first(self) -> Kept:
+        """What the client owns before its first round."""
+        draw = jax.jit(self._federation.own, compiler_options=compiler_options(ONCE))
+        own = draw(self._zeros(), self._setup.key)
+        private = wire.unpack(self._setup.private, self._shapes.private)
+        own = jax.device_get(own)._replace(private=private)
+        return Kept(own, own, -1, {})
+
+    def _zeros(self) -> Params:
+        zeros: Params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._shapes)
+        return zeros
+
+    def _download(
+        self, ask: Mapping[str, Any], message: RecordDict
+    ) -> tuple[Download | None, wire.Experts]:
+        """What was sent, with experts that the client still has; None where it lacks one of them.
+
+        Raises:
+          WireError: it does not fit the client's model.
+        """
+        groups = self._federation.groups
+        slots: Any = np.asarray(ask["slots"], np.int32).reshape(groups, -1)
+        if slots.shape[1] != self._federation.slots:
+            raise wire.WireError(f"{slots.shape[1]} slots where the client has others")
+        one = wire.one_of_each(self._shapes.experts, self._site.group)
+        experts: wire.Experts = {}
+        for expert in wire.held(slots, self._site.experts):
+            record = message.get(wire.name_of(expert))
+            if isinstance(record, ArrayRecord):
+                experts[expert] = wire.unpack(record, one(expert[0]))
+            elif expert in self._kept.experts:
+                experts[expert] = self._kept.experts[expert]
+            else:
+                return None, {}
+        stacks = wire.stack_experts(experts, self._site.group, slots, self._shapes.experts)
+        shared = wire.unpack(message.array_records["shared"], self._shapes.shared)
+        steps: Any = np.int32(ask["steps"])
+        done: Any = np.int32(ask["round"])
+        return Download(shared, stacks, slots, steps, done), experts
+
+    def _in_time(self, ask: Mapping[str, Any]) -> int:
+        """Steps that the client can do before the deadline."""
+        wanted, seconds = int(ask["steps"]), float(ask["seconds"])
+        return wanted if not self._rate else max(1, min(wanted, int(self._rate * seconds)))
+
+    def _learn_pace(self, examples: int, seconds: float) -> None:
+        # What the first round takes is compilation.
+        if self._compiled and examples:
+            batch = self._federation.local.batch_size
+            self._rate = _MARGIN * max(examples / batch, 1.0) / max(seconds, 1e-3)
+        self._compiled = True
+
+    def _on(self, tests: Mapping[str, Any], own: Own, down: Download) -> tuple:
+        """Sums over test examples by class, without and with the client's prior; joint outputs."""
+        own, down = placed((own, down))
+        size = min(500, len(next(iter(tests.values()))))
+        total, outputs = None, []
+        for rows in _chunks(tests, size):
+            arrays, valid = rows
+            *tallies, joint = self._judge(own, down, arrays, valid, self._log_share)
+            total = tallies if total is None else jax.tree.map(jnp.add, total, tallies)
+            outputs.append(jax.tree.map(lambda x, v=valid: np.asarray(x)[v], joint))
+        assert total is not None
+        return (*total, jax.tree.map(lambda *x: np.concatenate(x), *outputs))
+
+    def _units(self, tests: Mapping[str, Any]) -> np.ndarray:
+        """(Y,) units of each class."""
+        everything = jnp.ones(len(next(iter(tests.values()))), bool)
+        classes = len(self._setup.classes) if self._mine.label_share.size else 0
+        judge = client.Judge(self._federation.task, tests, everything, classes)
+        return np.asarray(judge.units_by_class())
+
+
+def _chunks(tests: Mapping[str, Any], size: int) -> list[tuple[dict, np.ndarray]]:
+    """Test examples in chunks of one size, the last one filled up."""
+    count = len(next(iter(tests.values())))
+    found = []
+    for begin in range(0, count, size):
+        rows = np.arange(begin, begin + size)
+        taken = {name: np.asarray(x)[rows.clip(max=count - 1)] for name, x in tests.items()}
+        found.append((taken, rows < count))
+    return found
+
+
+def _train(
+    federation: Federation,
+    own: Own,
+    down: Download,
+    arrays: dict[str, Array],
+    index: Array,
+    log_share: Array | None,
+    key: Array,
+) -> tuple[Own, Own, Upload]:
+    """What the client owns before and after the round, and its answer."""
+    site, size = federation.site, jnp.int32(index.shape[0])
+    before = client.receive(site, own, down.slots)
+    batches = client.draw_batches(federation.local, key, index, size)
+    down = down._replace(steps=jnp.minimum(federation.local.steps(size), down.steps))
+    after, upload = client.train_and_answer(site, before, down, arrays, batches, log_share)
+    return before, after, upload
+
+
+def _judge(
+    federation: Federation,
+    classes: int,
+    own: Own,
+    down: Download,
+    arrays: dict[str, Array],
+    valid: Array,
+    log_share: Array | None,
+) -> tuple[Tally, Tally, PyTree]:
+    """Sums by class of a chunk, without and with the client's prior; what is averaged jointly."""
+    params, held = client.model_of(federation.site, own, down)
+    outputs, _ = federation.apply(params, federation.task.inputs(arrays), held)
+    judge = client.Judge(
+        federation.task, arrays, valid, classes if federation.task.labels is not None else 0
+    )
+    mine = federation.own_outputs(outputs, log_share)
+    return judge.by_class(outputs), judge.by_class(mine), federation.task.mean[0](outputs)

@@ -1,0 +1,19 @@
+"""Real clients over a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexmoe_jax.options.record import Options, option
+
+
+@dataclass(frozen=True)
+class DeployOptions(Options, section="deploy"):
+    """How long a round waits for real clients; a simulation has no use for it."""
+
+    deadline: float = option(
+        600.0, "seconds after which a round goes on without those who have not answered", least=1
+    )
+    quota: float = option(
+        1.0, "part of the clients asked whose answers close a round", least=0, most=1
+    )
