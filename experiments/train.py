@@ -126,6 +126,14 @@ def train(
             display.say(str(error))
     checkpoints.close()
     tensorboard.close()
+    _sum_up(workdir, experiment, state, status, done, before + time.monotonic() - begin)
+    return status
+
+
+def _sum_up(
+    workdir: Workdir, experiment: Experiment, state: State, status: str, done: int, seconds: float
+) -> None:
+    """Writes what the report draws as matrices, and the summary."""
     if status != "diverged":
         workdir.write_arrays(**arrays(experiment, state))
     workdir.write_summary(
@@ -134,11 +142,10 @@ def train(
             **summarise(workdir.read(), done),
             "personal_measured_on": experiment.personal,
             "notes": list(experiment.notes),
-            "seconds": before + time.monotonic() - begin,
+            "seconds": seconds,
             **environment(),
         }
     )
-    return status
 
 
 def compiled(experiment: Experiment) -> Experiment:

@@ -97,6 +97,8 @@ class Deployment:
         return Way(self._build, lambda experiment: experiment, self._carry)
 
     def _build(self, config: ConfigDict) -> Experiment:
+        config = config.copy_and_resolve_references()
+        config.execution.devices = 1  # Clients compute on devices of their own.
         name, facts = self._who()
         examples = _of_real_clients(config, facts)
         experiment = build(config, Known(examples, _devices(config, facts)))

@@ -1,0 +1,83 @@
+"""A federation of three real clients in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from experiments.configs import digits
+from experiments.deploying import joining
+from experiments.deploying.serving import Deployment
+from experiments.deploying.splitting import write_clients
+from experiments.train import train
+from experiments.workdir import Workdir
+from flexmoe_jax.deploy import LocalCarrier, Post, Worker
+
+
+def small(**fields: Any) -> ConfigDict:
+    """Three clients, two rounds of two steps."""
+    config = digits.get_config()
+    config.rounds = 2
+    config.data.train_limit, config.data.test_limit = 150, 60
+    config.clients.count, config.clients.capacity = 3, "1-2"
+    config.model.experts, config.model.hidden, config.model.backbone = 4, 16, "mlp"
+    config.local.max_steps, config.eval.every = 2, 1
+    config.checkpoint.every = config.execution.devices = 1
+    for field, value in fields.items():
+        group, name = field.split("__")
+        config[group][name] = value
+    return config
+
+
+class Town:
+    """A server and its clients, which can be ended and started again.
+
+    Args:
+      folder: of everything.
+      config: of the federation.
+    """
+
+    def __init__(self, folder: Path, config: ConfigDict) -> None:
+        self.folder, self.config = folder, config
+        self.said: list[str] = []
+        self.files = write_clients(config, folder / "data")
+        self.carrier = LocalCarrier({})
+        for number, _ in enumerate(self.files):
+            self.start(number)
+
+    def start(self, number: int, node: int | None = None) -> Worker:
+        """A client's process begins, or begins again, at a node."""
+        path = self.files[number]
+        arrays, tests = joining.read_examples(path)
+        worker = Worker(
+            name=path.stem,
+            size=len(arrays["labels"]),
+            memory=0,
+            join=partial(joining.join, path.stem, arrays, tests),
+            folder=self.folder / "own" / path.stem,
+            say=self.said.append,
+        )
+        self.carrier.clients[100 + number if node is None else node] = worker.answer
+        return worker
+
+    def train(self, rounds: int = 0, name: str = "served") -> Workdir:
+        """Serves the run, or goes on with it, to a round."""
+        config = self.config.copy_and_resolve_references()
+        config.rounds = rounds or config.rounds
+        workdir = Workdir(self.folder / name)
+        post = Post(self.carrier, say=self.said.append)
+        self.post = post
+        self.deployment = Deployment(config, workdir, post, self.said.append)
+        assert train(config, workdir, way=self.deployment.way) == "finished"
+        return workdir
+
+
+@pytest.fixture
+def make_town(tmp_path: Path) -> Callable[..., Town]:
+    """Makes a town; fields as `local__max_steps=3`."""
+    return lambda **fields: Town(tmp_path, small(**fields))

@@ -1,0 +1,159 @@
+"""A deployed federation is the simulated one, and goes on whatever ends its parts."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord
+
+from experiments.build import build
+from experiments.deploying.serving import check_deployable
+from experiments.train import train
+from experiments.workdir import Workdir
+from flexmoe_jax.checkpoint import Checkpoints
+from flexmoe_jax.errors import InputError
+from tests.deploy.conftest import small
+
+
+def same(one, other):
+    """Figures that differ, times aside."""
+    assert len(one) == len(other)
+    for mine, theirs in zip(one, other, strict=True):
+        keys = {k for k in mine | theirs if not k.startswith("time/") and "seconds" not in k}
+        for key in keys:
+            assert key in mine, key
+            assert key in theirs, key
+            if isinstance(mine[key], str):
+                assert mine[key] == theirs[key], key
+            else:
+                np.testing.assert_allclose(
+                    mine[key], theirs[key], rtol=1e-4, atol=1e-6, err_msg=key
+                )
+
+
+def parameters(workdir, like):
+    state = Checkpoints(workdir.path / "checkpoints", 2).newest(like).state
+    return jax.tree.leaves((state.server.shared, state.server.experts))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"model__gate": "private", "upload__compression": "int8", "local__epochs": 2},
+        {"assignment__layers": "each", "server__aggregator": "median"},
+    ],
+    ids=["shared", "private_gates_compressed", "each_layer_median"],
+)
+def test_deployed_and_simulated_runs_are_the_same(make_town, fields):
+    town = make_town(**fields)
+    served = town.train()
+    simulated = Workdir(town.folder / "simulated")
+    assert train(town.config, simulated) == "finished"
+    same(served.read(), simulated.read())
+    experiment = build(town.config)
+    state = experiment.simulation.init(jax.random.key(0))
+    pairs = zip(
+        parameters(served, town.deployment._service.init(jax.random.key(0))),
+        parameters(simulated, state),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_whatever_ends_and_begins_again_changes_nothing(make_town):
+    fields = {"model__gate": "private", "upload__compression": "int8"}
+    town = make_town(**fields)
+    whole = town.train(rounds=3, name="whole").read()
+    other = town.folder / "own"
+    other.rename(town.folder / "own-of-the-whole")
+    for number, _ in enumerate(town.files):
+        town.start(number)
+    town.train(rounds=1)
+    # The server is new; a client is new, at another node; another trains, and is gone before it
+    # can answer.
+    town.start(0)
+    del town.carrier.clients[101]
+    town.start(1, node=201)
+    third, calls = town.start(2), []
+
+    def dies_once(message):
+        answer = third.answer(message)
+        ask = message["ask"]
+        if ask["what"] == "train" and not calls:
+            calls.append(ask["round"])
+            del town.carrier.clients[102]
+            again = town.start(2, node=202)
+            calls.append(again)
+            raise_in_flower = answer
+            raise_in_flower["answer"] = ConfigRecord({"round": -7})
+        return answer
+
+    town.carrier.clients[102] = dies_once
+    continued = town.train(rounds=3).read()
+    assert calls
+    refused = [line for line in town.said if "no answer to round" in line]
+    assert len(refused) == 1
+    assert [row["round"] for row in continued] == [1, 2, 3]
+    same(continued[:1], whole[:1])
+
+
+def test_a_client_asked_again_gives_the_same_answer(make_town):
+    town = make_town(model__gate="private")
+    worker = town.carrier.clients[100]
+    answers = []
+
+    def asked_twice(message):
+        first, second = worker(message), worker(message)
+        if message["ask"]["what"] == "train":
+            answers.append((first, second))
+        return second
+
+    town.carrier.clients[100] = asked_twice
+    town.train()
+    assert len(answers) == 2
+    for first, second in answers:
+        for name, record in first.array_records.items():
+            for part, array in record.items():
+                np.testing.assert_array_equal(array.numpy(), second[name][part].numpy())
+
+
+def test_strangers_take_no_part_and_others_go_on(make_town):
+    town = make_town()
+    town.train(rounds=1)
+    stranger = town.start(0, node=300)
+    stranger._hello["name"] = "stranger"
+    done = town.train(rounds=2).read()
+    assert [row["clients/delivered"] for row in done] == [3, 3]
+    assert sum("stranger: refused" in line for line in town.said) == 1
+
+
+def test_a_client_with_other_examples_is_told_why(make_town):
+    town = make_town(deploy__deadline=1.0)
+    path = town.files[1]
+    with np.load(path) as found:
+        arrays = dict(found)
+    arrays["train_images"] = arrays["train_images"][:, :5]
+    np.savez(path, **arrays)
+    town.start(1)
+    done = town.train(rounds=1).read()
+    assert done[0]["clients/delivered"] == 2
+    line = next(line for line in town.said if "takes no part" in line)
+    assert "train_images=shape (5, 8, 1): the federation's are of shape (8, 8, 1)" in line
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("edge__mix", "phone:1"),
+        ("faults__share", 0.2),
+        ("clients__newcomers", 1),
+        ("eval__fine_tune", True),
+        ("fitness__probe", "all"),
+    ],
+)
+def test_what_makes_no_sense_with_real_clients_is_refused(field, value):
+    with pytest.raises(InputError, match=field.replace("__", ".")):
+        check_deployable(small(**{field: value}))
