@@ -100,7 +100,7 @@ def serve(config: ConfigDict, folder: Path) -> int:
             print(line, flush=True)
 
         def again() -> None:
-            link.again()
+            link.again(carrier.runs)
             carrier.wait()
 
         with Wish("ended at once; the same command goes on") as wish:

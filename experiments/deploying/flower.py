@@ -115,9 +115,9 @@ class SuperLink:
         shutil.copytree(str(files("flexmoe_jax.deploy") / "flower"), self._app)
         self._ended = threading.Event()
         self._process: Process | None = None
-        self.wanted = threading.Event()
-        self.wanted.set()
-        self.failure = ""
+        self._wanted = threading.Event()
+        self._wanted.set()
+        self._submitted = 0
         threading.Thread(target=self._watch, daemon=True).start()
 
     @property
@@ -125,9 +125,10 @@ class SuperLink:
         """What it prints."""
         return self._log
 
-    def again(self) -> None:
-        """Says that the run is gone."""
-        self.wanted.set()
+    def again(self, runs: int) -> None:
+        """Says that the run is gone, the last of so many; another may be on its way already."""
+        if self._submitted <= runs:
+            self._wanted.set()
 
     def close(self) -> None:
         """Ends it all."""
@@ -139,9 +140,9 @@ class SuperLink:
         while not self._ended.is_set():
             if self._process is None or self._process.ended:
                 self._process = Process(self._words(), self._home, self._log)
-                self.wanted.set()
-            if self.wanted.is_set() and self._is_up() and not self._ended.is_set():
-                self.wanted.clear()
+                self._wanted.set()
+            if self._wanted.is_set() and self._is_up() and not self._ended.is_set():
+                self._wanted.clear()
                 self._submit()
             self._ended.wait(0.2)
 
@@ -170,6 +171,7 @@ class SuperLink:
 
     def _submit(self) -> None:
         """Starts the run whose app comes to our socket."""
+        self._submitted += 1
         secure = ["insecure = true"]
         if self._tls is not None:
             secure = [f'root-certificates = "{self._tls.authority.resolve()}"']
@@ -183,8 +185,9 @@ class SuperLink:
         with self._log.open("a") as log:
             log.write(done.stdout + done.stderr)
         if done.returncode:
+            self._submitted -= 1
             self._ended.wait(_PAUSE)
-            self.wanted.set()
+            self._wanted.set()
 
 
 class SuperNode:

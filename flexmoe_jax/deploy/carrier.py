@@ -63,16 +63,21 @@ class FlowerCarrier:
 
     Args:
       path: of the socket, in a folder that no other user may open.
+
+    Attributes:
+      runs: how many have come.
     """
 
     def __init__(self, path: Path) -> None:
         """Listens."""
         self._listener = Listener(str(path), "AF_UNIX")
         self._line: Connection | None = None
+        self.runs = 0
 
     def wait(self) -> None:
         """Waits for the app of a run."""
         self._line = self._listener.accept()
+        self.runs += 1
 
     def close(self) -> None:
         """Lets the run end."""

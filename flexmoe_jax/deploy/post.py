@@ -108,6 +108,7 @@ class Post:
         self._names: dict[int, str] = {}  # of nodes
         self._greeted: set[int] = set()
         self._ready: set[int] = set()
+        self._out: set[int] = set()  # Numbers of clients that cannot take part as they are.
         self._sent: dict[str, _Sent] = {}
         self._layout = ""
         self.sent_bytes = 0
@@ -164,7 +165,8 @@ class Post:
           seconds: after which nobody is waited for.
           enough: so many answers end the waiting.
         """
-        open_orders, end, taken = dict(orders), time.monotonic() + seconds, 0
+        open_orders = {number: order for number, order in orders.items() if number not in self._out}
+        end, taken = time.monotonic() + seconds, 0
         names = {number: name for name, number in (self._numbers or {}).items()}
         tries: dict[int, int] = {}
         while open_orders and taken < enough and time.monotonic() < end:
@@ -301,6 +303,7 @@ class Post:
             self._ready.discard(other)
             self._sent = {m: s for m, s in self._sent.items() if s.node != other}
         self._names[node] = facts.name
+        self._out.discard((self._numbers or {}).get(facts.name, -1))
         self.facts.setdefault(facts.name, facts)
         self.standing.setdefault(facts.name, Standing()).node = node
 
@@ -315,6 +318,7 @@ class Post:
             why = printable(refused.get("why", why), 300)
         self._say(f"{name}: takes no part: {why}")
         self._names.pop(sent.node, None)
+        self._out.add(sent.number)
         orders.pop(sent.number, None)
         if name in self.standing:
             self.standing[name].why = why

@@ -211,7 +211,8 @@ def unpack_upload(
         raise WireError("numbers: give loss, units and examples")
     if not all(isinstance(x, float) for x in numbers.values()):
         raise WireError("numbers: loss, units and examples are floats")
-    sums: Any = {name: np.float32(float(numbers[name])) for name in ("loss", "units", "examples")}
+    told: dict[str, Any] = dict(numbers)
+    sums: Any = {name: np.float32(told[name]) for name in ("loss", "units", "examples")}
     return Upload(
         shared=_part(records, "shared", like.shared),
         experts=stack_experts(found, group, slots, like.experts),
