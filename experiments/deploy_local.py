@@ -45,8 +45,8 @@ def main(argv: list[str]) -> int:
     if not _WORKDIR.value:
         raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/local")
     require_flower()
+    from experiments.deploying.checks import check_deployable
     from experiments.deploying.flower import free_port
-    from experiments.deploying.serving import check_deployable
     from experiments.deploying.splitting import write_clients
 
     check_deployable(config)

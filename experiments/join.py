@@ -78,11 +78,14 @@ def _file(flag: flags.FlagHolder[str | None]) -> Path | None:
 
 def join(server: str, name: str, data: Path, root: Path | None, key: Path | None) -> int:
     """Answers the server's messages until a signal comes."""
+    from experiments.deploying.checks import read_examples
+
+    arrays, tests = read_examples(data)
+    # Whoever gave a wrong file need not wait for JAX.
     from experiments.deploying import joining
     from experiments.deploying.flower import SuperNode
     from flexmoe_jax.deploy import Worker, answer_calls
 
-    arrays, tests = joining.read_examples(data)
     size = len(next(iter(arrays.values())))
     folder = user_path("--folder", _FOLDER.value or f"clients/{name}")
     over = threading.Event()

@@ -74,11 +74,8 @@ def main(argv: list[str]) -> int:
 
 def serve(config: ConfigDict, folder: Path) -> int:
     """Starts Flower, and trains with the clients that come."""
+    from experiments.deploying.checks import check_deployable
     from experiments.deploying.flower import SuperLink, read_tls, require_free
-    from experiments.deploying.serving import Deployment, check_deployable
-    from experiments.train import train
-    from experiments.workdir import Workdir
-    from flexmoe_jax.deploy import FlowerCarrier, Post
 
     check_deployable(config)
     tls = None
@@ -88,6 +85,12 @@ def serve(config: ConfigDict, folder: Path) -> int:
         remedy = "is reached from other machines: give --certificates=DIR (or say --insecure)"
         raise InputError("--host", _HOST.value, remedy)
     require_free(_HOST.value, _PORT.value)
+    # Whoever gave a wrong flag need not wait for JAX.
+    from experiments.deploying.serving import Deployment
+    from experiments.train import train
+    from experiments.workdir import Workdir
+    from flexmoe_jax.deploy import FlowerCarrier, Post
+
     config.checkpoint.every = 1  # A client that was told of a round does not go back behind it.
     workdir = Workdir(folder)
     workdir.keep_others_out(create=False)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -13,49 +11,14 @@ from ml_collections import ConfigDict
 from experiments.build import choices, finished, make_task, model_maker
 from experiments.cli import flat_fields
 from experiments.configs import base
+from experiments.deploying.checks import Arrays
 from experiments.fields import check_fields
 from flexmoe_jax import data
 from flexmoe_jax.compiling import placed
 from flexmoe_jax.deploy import Mine, Setup
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
-from flexmoe_jax.npz import open_npz
-from flexmoe_jax.reading import UnreadableError
 from flexmoe_jax.types import Array
-
-_TRAIN, _TEST = "train_", "test_"
-Arrays = Mapping[str, Any]
-
-
-def read_examples(path: Path) -> tuple[Arrays, Arrays | None]:
-    """A client's training examples by name, and its own test examples where it has any.
-
-    Args:
-      path: an `.npz` file of arrays `train_images` and `train_labels`, or `train_tokens`, or any
-        others that the task takes, with `test_` arrays of the same names where there are any.
-
-    Raises:
-      InputError: it cannot be read, or holds no such arrays.
-    """
-    try:
-        with open_npz(path) as archive:
-            arrays = {name: archive.read(name) for name in archive.names}
-    except (UnreadableError, OSError) as error:
-        raise InputError("--data", path, f"cannot be read: {error}") from error
-    train = {n.removeprefix(_TRAIN): x for n, x in arrays.items() if n.startswith(_TRAIN)}
-    tests = {n.removeprefix(_TEST): x for n, x in arrays.items() if n.startswith(_TEST)}
-    for part, found in ((_TRAIN, train), (_TEST, tests)):
-        lengths = {len(x) if x.ndim else 0 for x in found.values()}
-        if len(lengths) > 1 or lengths == {0}:
-            remedy = "give every array as many entries, one an example"
-            raise InputError(f"{part}*", sorted(lengths), remedy)
-    if not train:
-        remedy = "holds no training examples: give train_images and train_labels, or train_tokens"
-        raise InputError("--data", path, remedy)
-    if tests and set(tests) != set(train):
-        remedy = f"give as many arrays as for training: {', '.join(sorted(train))}"
-        raise InputError("test_*", sorted(tests), remedy)
-    return train, tests or None
 
 
 def join(name: str, arrays: Arrays, tests: Arrays | None, setup: Setup) -> tuple[Federation, Mine]:

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.build import Experiment, Known, build
+from experiments.deploying.checks import check_deployable
 from experiments.examples import Examples, load_examples
 from experiments.fields import read
 from experiments.train import Assigned, Carried, Way
@@ -24,7 +25,7 @@ from flexmoe_jax.data import ClientData
 from flexmoe_jax.deploy import Common, Facts, Post, Service, layout_of, page_of
 from flexmoe_jax.edge import Outcome
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.options import DeployOptions, EdgeOptions, FaultsOptions
+from flexmoe_jax.options import DeployOptions
 from flexmoe_jax.reading import read_json
 from flexmoe_jax.types import State
 
@@ -34,42 +35,6 @@ PERSONAL = (
     "clients' own test examples, or where they brought none the common test set, weighted to each "
     "client's label shares"
 )
-
-
-def check_deployable(config: ConfigDict) -> None:
-    """Refuses what makes no sense with real clients.
-
-    Raises:
-      InputError: naming the field, the value and the remedy.
-    """
-    for record in (EdgeOptions, FaultsOptions):
-        for name, rule in record.rules().items():
-            field = record.field(name)
-            value = config[record.section][name]
-            if name != "cache" and value != rule.default:
-                remedy = f"is played in simulations alone; real clients need {rule.default!r}"
-                raise InputError(field, value, remedy)
-    needs: dict[str, object] = {
-        "clients.newcomers": 0,
-        "eval.fine_tune": False,
-        "fitness.probe": base_of("fitness.probe"),
-        "fitness.profile": "updates",
-        "assignment.diversity": 0.0,
-        "clients.sampling": "uniform",
-    }
-    for field, needed in needs.items():
-        group, name = field.split(".")
-        if config[group][name] != needed:
-            remedy = f"is not built for real clients yet: give {needed!r}"
-            raise InputError(field, config[group][name], remedy)
-
-
-def base_of(field: str) -> object:
-    """The default of a field."""
-    from experiments.configs import base
-
-    group, name = field.split(".")
-    return base.get_config()[group][name]
 
 
 class Deployment:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from experiments.configs import digits
 from experiments.deploying import joining
+from experiments.deploying.checks import read_examples
 from experiments.deploying.serving import Deployment
 from experiments.deploying.splitting import write_clients
 from experiments.train import train
@@ -53,7 +54,7 @@ class Town:
     def start(self, number: int, node: int | None = None) -> Worker:
         """A client's process begins, or begins again, at a node."""
         path = self.files[number]
-        arrays, tests = joining.read_examples(path)
+        arrays, tests = read_examples(path)
         worker = Worker(
             name=path.stem,
             size=len(arrays["labels"]),

@@ -8,7 +8,7 @@ import pytest
 from flwr.app import ConfigRecord
 
 from experiments.build import build
-from experiments.deploying.serving import check_deployable
+from experiments.deploying.checks import check_deployable
 from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax.checkpoint import Checkpoints
