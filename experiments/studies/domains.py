@@ -16,7 +16,6 @@ from experiments.studying.study import Axis, Study
 SCORES_ALONE = {"fitness.affinity": 0.0}
 # One expert a client needs no router to choose it.
 DENSE = {**SCORES_ALONE, "model.router": False}
-PARTS = ("embedding", "blocks_0", "blocks_1", "norm", "head")
 
 # All but the assignment is the same for whoever deals experts out.
 METHODS_OF_DOMAINS: Axis = {
@@ -25,11 +24,6 @@ METHODS_OF_DOMAINS: Axis = {
     "oracle": {"fitness.profile": "given"},
     "random": {**SCORES_ALONE, "assignment.policy": "random"},
     "fedavg": {**METHODS["fedavg"], **DENSE},
-    # As large as all experts together, which no client could hold.
-    "fedavg_all": {**METHODS["fedavg"], **DENSE, "model.hidden": 8 * 128},
-    # Every client alone, for as many rounds.
-    "local": {**METHODS["fedavg"], **DENSE, "model.private": ",".join(PARTS)},
-    "clustered": {**METHODS["clustered"], **DENSE},
 }
 
 
