@@ -98,7 +98,8 @@ def join(server: str, name: str, data: Path, root: Path | None, key: Path | None
         together = partial(joining.join, name, arrays, tests)
         worker = Worker(name, size, _MEMORY.value, together, folder, say)
         calls = answer_calls(socket, worker.answer)
-        node = SuperNode(Path(home), server, socket, name, root, key)
+        say(f"connecting to {server}")
+        node = SuperNode(Path(home), server, socket, name, root, key, say)
         try:
             with Wish(f"{name}: ended at once", passed_on=lambda times: over.set()) as wish:
                 while not over.wait(1.0):

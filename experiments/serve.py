@@ -1,7 +1,7 @@
 """Trains one federation with real clients: the server.
 
     python -m experiments.serve --config=experiments/configs/digits.py --workdir=runs/served \
-        --config.clients.count=4 --host=0.0.0.0 --port=8080 --certificates=keys
+        --config.clients.count=4 --host=192.0.2.7 --certificates=keys --client_keys=clients
 
 Clients come with `python -m experiments.join`; the first round begins once `clients.count` of them
 are there. The run's folder is that of `experiments.train`, and the same command goes on after
@@ -9,7 +9,8 @@ whatever ended it. The data set that the config names is the server's own: its t
 common test set, and the rest gives classes, shapes and the mean and deviation of inputs.
 
 Flower's SuperLink carries the messages, and is started again should it fail. Outside of this
-machine it needs certificates (`--make_certificates=DIR` writes some for a try-out).
+machine it needs certificates (`--make_certificates=DIR` writes some for a try-out), and the public
+keys of the clients that may come.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _PORT = flags.DEFINE_integer("port", 8080, "Port of it.", lower_bound=1, upper_b
 _CERTIFICATES = flags.DEFINE_string(
     "certificates", None, "Folder with ca.crt, server.pem and server.key."
 )
+_KEYS = flags.DEFINE_string("client_keys", None, "Folder of *.pub: the clients that may come.")
 _INSECURE = flags.DEFINE_bool("insecure", False, "Plain connections outside of this machine, too.")
 _MAKE = flags.DEFINE_string(
     "make_certificates", None, "Only write certificates for --host into this folder."
@@ -75,15 +77,17 @@ def main(argv: list[str]) -> int:
 def serve(config: ConfigDict, folder: Path) -> int:
     """Starts Flower, and trains with the clients that come."""
     from experiments.deploying.checks import check_deployable
-    from experiments.deploying.flower import SuperLink, read_tls, require_free
+    from experiments.deploying.flower import SuperLink, read_keys, read_tls, require_free
 
     check_deployable(config)
-    tls = None
-    if _CERTIFICATES.value:
-        tls = read_tls(user_path("--certificates", _CERTIFICATES.value))
-    elif not _INSECURE.value and not _is_local(_HOST.value):
-        remedy = "is reached from other machines: give --certificates=DIR (or say --insecure)"
-        raise InputError("--host", _HOST.value, remedy)
+    given = _CERTIFICATES.value, _KEYS.value
+    if not all(given) and not _INSECURE.value and not _is_local(_HOST.value):
+        remedy = "is reached from other machines: give --certificates=DIR and --client_keys=DIR"
+        raise InputError("--host", _HOST.value, f"{remedy} (or say --insecure)")
+    tls = read_tls(user_path("--certificates", given[0])) if given[0] else None
+    keys = read_keys(user_path("--client_keys", given[1])) if given[1] else None
+    if keys is not None and tls is None:
+        raise InputError("--client_keys", given[1], "needs --certificates=DIR as well")
     require_free(_HOST.value, _PORT.value)
     # Whoever gave a wrong flag need not wait for JAX.
     from experiments.deploying.serving import Deployment
@@ -97,7 +101,7 @@ def serve(config: ConfigDict, folder: Path) -> int:
     with tempfile.TemporaryDirectory(prefix="flexmoe-") as home:
         socket = Path(home) / "server.sock"
         carrier = FlowerCarrier(socket)
-        link = SuperLink(Path(home), _HOST.value, _PORT.value, socket, tls)
+        link = SuperLink(Path(home), _HOST.value, _PORT.value, socket, tls, keys)
 
         def say(line: str) -> None:
             print(line, flush=True)

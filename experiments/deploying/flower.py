@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket as socketlib
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, printable
 
-# Seconds between two starts of a process that ends by itself.
-_PAUSE = 1.0
+# Seconds between two starts of a process that ends by itself: at first, and after many.
+_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 # Environment of all of Flower's processes: no telemetry, and tasks looked for ten times a second.
 _SETTINGS = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
 
@@ -48,6 +49,19 @@ def read_tls(folder: Path) -> Tls:
             remedy = "make one with python -m experiments.serve --make_certificates=DIR"
             raise InputError("--certificates", path, remedy)
     return found
+
+
+def read_keys(folder: Path) -> list[Path]:
+    """The public keys in a folder.
+
+    Raises:
+      InputError: there are none.
+    """
+    found = sorted(folder.glob("*.pub"))
+    if not found:
+        remedy = "holds no *.pub; each client makes its pair: ssh-keygen -t ecdsa -b 384 -f NAME"
+        raise InputError("--client_keys", folder, remedy)
+    return [path.resolve() for path in found]
 
 
 class Process:
@@ -105,11 +119,21 @@ class SuperLink:
       port: of it.
       socket: where the run's app finds this process.
       tls: certificates; None for plain connections.
+      keys: public keys of the clients that may come; None for whoever comes.
     """
 
-    def __init__(self, home: Path, host: str, port: int, socket: Path, tls: Tls | None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        host: str,
+        port: int,
+        socket: Path,
+        tls: Tls | None = None,
+        keys: Sequence[Path] | None = None,
+    ) -> None:
         """Starts it, and the run; both are started again whenever they are gone."""
         self._home, self._host, self._port, self._tls = home, host, port, tls
+        self._keys, self._known = keys, False
         self._socket, self._log = socket, home / "superlink.log"
         self._app = home / "app"
         shutil.copytree(str(files("flexmoe_jax.deploy") / "flower"), self._app)
@@ -140,6 +164,7 @@ class SuperLink:
         while not self._ended.is_set():
             if self._process is None or self._process.ended:
                 self._process = Process(self._words(), self._home, self._log)
+                self._known = self._keys is None
                 self._wanted.set()
             if self._wanted.is_set() and self._is_up() and not self._ended.is_set():
                 self._wanted.clear()
@@ -155,6 +180,7 @@ class SuperLink:
         ]
         if self._tls is None:
             return [*words, "--insecure"]
+        words += [] if self._keys is None else ["--enable-supernode-auth"]
         return [
             *words,
             f"--ssl-ca-certfile={self._tls.authority}",
@@ -178,16 +204,30 @@ class SuperLink:
         lines = ["[superlink]", 'default = "here"', "[superlink.here]"]
         lines += [f'address = "{self._host}:{self._port}"', *secure]
         (self._home / "config.toml").write_text("\n".join(lines) + "\n")
-        words = ["flwr", "run", str(self._app), "here", "--run-config", f'socket="{self._socket}"']
-        done = subprocess.run(
-            words, env=environment(self._home), capture_output=True, text=True, check=False
-        )
-        with self._log.open("a") as log:
-            log.write(done.stdout + done.stderr)
-        if done.returncode:
+        for key in [] if self._known else self._keys or ():
+            if not self._flwr("supernode", "register", str(key)):
+                break
+        else:
+            self._known = True
+        setting = f'socket="{self._socket}"'
+        if not (self._known and self._flwr("run", str(self._app), config=setting)):
             self._submitted -= 1
             self._ended.wait(_PAUSE)
             self._wanted.set()
+
+    def _flwr(self, *words: str, config: str = "") -> bool:
+        """Runs a command of Flower's at our SuperLink; returns whether it was done."""
+        more = ["--run-config", config] if config else []
+        done = subprocess.run(
+            ["flwr", *words, "here", *more],
+            env=environment(self._home),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        with self._log.open("a") as log:
+            log.write(done.stdout + done.stderr)
+        return done.returncode == 0
 
 
 class SuperNode:
@@ -200,6 +240,7 @@ class SuperNode:
       name: of the client.
       root: certificate that it trusts; None for plain connections.
       key: its private key, where the server asks for keys; None for none.
+      say: takes a line on what happens.
     """
 
     def __init__(
@@ -210,12 +251,14 @@ class SuperNode:
         name: str,
         root: Path | None = None,
         key: Path | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         """Starts it; it is started again whenever it is gone."""
         self._home, self._log = home, home / "supernode.log"
         words = ["flower-supernode", f"--superlink={server}", f"--port={free_port()}"]
         words += ["--insecure"] if root is None else [f"--root-certificates={root}"]
         words += [] if key is None else [f"--auth-supernode-private-key={key}"]
+        self._say = say
         self._words = [*words, "--node-config", f'socket="{socket}" name="{name}"']
         self._ended = threading.Event()
         self._process = Process(self._words, home, self._log)
@@ -232,9 +275,26 @@ class SuperNode:
         self._process.end()
 
     def _watch(self) -> None:
-        while not self._ended.wait(_PAUSE):
-            if self._process.ended and not self._ended.is_set():
-                self._process = Process(self._words, self._home, self._log)
+        said, pause = "", _PAUSE
+        while not self._ended.wait(pause):
+            if not self._process.ended:
+                pause = _PAUSE
+                continue
+            if (why := _last_words(self._log)) != said:
+                said = why
+                self._say(f"no connection, trying again: {why}")
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            self._process = Process(self._words, self._home, self._log)
+
+
+def _last_words(log: Path) -> str:
+    """Why one of Flower's processes ended, as far as its log tells: the last line that says it."""
+    lines = [
+        re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
+        for line in log.read_text(errors="replace").splitlines()[-40:]
+    ]
+    told = [line for line in lines if re.search("error|fail|refus|denied|invalid|not ", line, re.I)]
+    return printable((told or lines or ["its process ended"])[-1], 200)
 
 
 def require_free(host: str, port: int) -> None:

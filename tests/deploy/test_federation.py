@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord
 
 from experiments.build import build
 from experiments.deploying.checks import check_deployable
@@ -140,6 +140,69 @@ def test_a_client_with_other_examples_is_told_why(make_town):
     assert [row["clients/delivered"] for row in done] == [2, 2]
     line = next(line for line in town.said if "takes no part" in line)
     assert "train_images=shape (5, 8, 1): the federation's are of shape (8, 8, 1)" in line
+
+
+def _not_numbers(answer):
+    answer["shared"] = ArrayRecord(
+        {kind: Array(array.numpy() * np.nan) for kind, array in answer["shared"].items()}
+    )
+
+
+def _too_large(answer):
+    answer["shared"] = ArrayRecord(
+        {kind: Array(np.repeat(array.numpy(), 100)) for kind, array in answer["shared"].items()}
+    )
+
+
+def _of_a_later_round(answer):
+    answer["answer"] = ConfigRecord({"round": int(answer["answer"]["round"]) + 1})
+
+
+def _of_more_than_it_has(answer):
+    answer["numbers"] = ConfigRecord({**answer["numbers"], "examples": 1e6, "units": 1e6})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_not_numbers, ""),  # The quarantine counts it.
+        (_too_large, "client_1: refused: shared holds"),
+        (_of_a_later_round, "client_1: refused: is no answer to round"),
+        (_of_more_than_it_has, "client_1: refused: says 1000000 examples where it can have"),
+    ],
+)
+def test_a_hostile_answer_is_refused_and_the_federation_goes_on(make_town, change, said):
+    town = make_town()
+    honest = town.carrier.clients[101]
+
+    def hostile(message):
+        answer = honest(message)
+        if message["ask"]["what"] == "train":
+            change(answer)
+        return answer
+
+    town.carrier.clients[101] = hostile
+    rows = town.train().read()
+    assert [row["clients/quarantined"] for row in rows] == [1, 1]
+    assert all(np.isfinite(row["eval/global_loss"]) for row in rows)
+    if said:
+        assert sum(line.startswith(said) for line in town.said) == 2
+
+
+def test_a_client_with_another_model_takes_no_part(make_town):
+    town = make_town()
+    honest = town.carrier.clients[101]
+
+    def other(message):
+        answer = honest(message)
+        if "ready" in answer:
+            answer["ready"] = ConfigRecord({"layout": "another"})
+        return answer
+
+    town.carrier.clients[101] = other
+    rows = town.train().read()
+    assert [row["clients/delivered"] for row in rows] == [2, 2]
+    assert "client_1: takes no part: has another model" in town.said
 
 
 @pytest.mark.parametrize(

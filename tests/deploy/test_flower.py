@@ -58,7 +58,7 @@ def test_a_server_and_clients_train_over_flower_and_leave_nothing_behind(tmp_pat
     [
         (
             ["serve", f"--config={DIGITS}", "--workdir=run", "--host=0.0.0.0"],
-            "--host=0.0.0.0: is reached from other machines: give --certificates=DIR",
+            "--host=0.0.0.0: is reached from other machines: give --certificates=DIR and",
         ),
         (
             ["serve", f"--config={DIGITS}", "--workdir=run", "--config.edge.deadline=3.0"],
