@@ -13,6 +13,7 @@ def test_import_pulls_in_no_other_framework():
         "sklearn",
         "matplotlib",
         "tensorflow_datasets",
+        "flwr",
     )
     code = (
         "import sys, flexmoe_jax.assignment, flexmoe_jax.data, flexmoe_jax.simulation\n"
