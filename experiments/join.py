@@ -84,8 +84,10 @@ def join(server: str, name: str, data: Path, root: Path | None, key: Path | None
     # Whoever gave a wrong file need not wait for JAX.
     from experiments.deploying import joining
     from experiments.deploying.flower import SuperNode
+    from experiments.devices import prepare_devices
     from flexmoe_jax.deploy import Worker, answer_calls
 
+    prepare_devices(1)  # Also keeps compiled programs, so that a new start is a quick one.
     size = len(next(iter(arrays.values())))
     folder = user_path("--folder", _FOLDER.value or f"clients/{name}")
     over = threading.Event()

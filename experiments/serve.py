@@ -91,10 +91,12 @@ def serve(config: ConfigDict, folder: Path) -> int:
     require_free(_HOST.value, _PORT.value)
     # Whoever gave a wrong flag need not wait for JAX.
     from experiments.deploying.serving import Deployment
+    from experiments.devices import prepare_devices
     from experiments.train import train
     from experiments.workdir import Workdir
     from flexmoe_jax.deploy import FlowerCarrier, Post
 
+    prepare_devices(1)
     config.checkpoint.every = 1  # A client that was told of a round does not go back behind it.
     workdir = Workdir(folder)
     workdir.keep_others_out(create=False)

@@ -54,7 +54,6 @@ class Deployment:
         check_deployable(config)
         self._config, self._workdir, self._post, self._say = config, workdir, post, say
         self._service: Service | None = None
-        self._begin = time.monotonic()
 
     @property
     def way(self) -> Way:

@@ -111,7 +111,6 @@ class Post:
         self._out: set[int] = set()  # Numbers of clients that cannot take part as they are.
         self._sent: dict[str, _Sent] = {}
         self._layout = ""
-        self.sent_bytes = 0
 
     def gather(self, count: int) -> list[Facts]:
         """Waits until so many clients have said who they are; they are numbered by their names.
