@@ -116,8 +116,15 @@ def serve(config: ConfigDict, folder: Path) -> int:
             try:
                 say(f"waiting for clients at {_HOST.value}:{_PORT.value}")
                 carrier.wait()
-                deployment = Deployment(config, workdir, Post(carrier, again, say), say)
-                status = train(config, workdir, stop=lambda: wish.number > 0, way=deployment.way)
+
+                def stop() -> bool:
+                    return wish.number > 0
+
+                deployment = Deployment(config, workdir, Post(carrier, again, say, stop), say)
+                status = train(config, workdir, stop=stop, way=deployment.way)
+            except KeyboardInterrupt:
+                print("interrupted before the first round", flush=True)
+                return 128 + wish.number
             finally:
                 carrier.close()
                 link.close()

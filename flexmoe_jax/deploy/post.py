@@ -91,6 +91,7 @@ class Post:
       carrier: of the messages.
       again: waits until the carrier carries again, once it is lost.
       say: takes a line on what happens.
+      stop: whether to wait for clients no longer.
     """
 
     def __init__(
@@ -98,9 +99,10 @@ class Post:
         carrier: Carrier,
         again: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda line: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Knows nobody yet."""
-        self._carrier, self._again, self._say = carrier, again, say
+        self._carrier, self._again, self._say, self._stop = carrier, again, say, stop
         self.facts: dict[str, Facts] = {}
         self.standing: dict[str, Standing] = {}
         self._numbers: dict[str, int] | None = None
@@ -117,9 +119,14 @@ class Post:
 
         Returns:
           What each says of itself, by its number.
+
+        Raises:
+          KeyboardInterrupt: nobody is to be waited for any longer.
         """
         told = -1
         while len(self.facts) < count:
+            if self._stop():
+                raise KeyboardInterrupt
             self._step({}, {}, "query", "")
             if len(self.facts) != told:
                 told = len(self.facts)
