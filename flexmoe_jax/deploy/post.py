@@ -17,6 +17,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from flexmoe_jax.deploy.carrier import Carrier, LostError, Reply
 from flexmoe_jax.errors import printable
+from flexmoe_jax.options.deploy import DeployOptions
 
 # Seconds between two looks for answers, and before a client that failed is asked again.
 _POLL, _PAUSE = 0.1, 2.0
@@ -158,7 +159,7 @@ class Post:
         group: str,
         orders: Mapping[int, Order],
         take: Callable[[int, RecordDict], str],
-        seconds: float,
+        options: DeployOptions,
         enough: int,
     ) -> None:
         """Asks clients by their numbers, and hands on what comes back.
@@ -168,14 +169,15 @@ class Post:
           group: what Flower's logs say of the message.
           orders: what each is asked.
           take: (number, answer) -> why it is refused; empty for one that is taken.
-          seconds: after which nobody is waited for.
+          options: how long anybody is waited for.
           enough: so many answers end the waiting.
         """
         open_orders = {number: order for number, order in orders.items() if number not in self._out}
-        end, taken = time.monotonic() + seconds, 0
+        begin, taken = time.monotonic(), 0
+        seen = dict.fromkeys(open_orders, begin)
         names = {number: name for name, number in (self._numbers or {}).items()}
         tries: dict[int, int] = {}
-        while open_orders and taken < enough and time.monotonic() < end:
+        while taken < enough and self._to_be_waited_for(open_orders, seen, begin, options):
             for number, content in self._step(open_orders, tries, kind, group):
                 standing = self.standing[names[number]]
                 why = take(number, content)
@@ -193,6 +195,19 @@ class Post:
             self._say(f"{names[number]}: did not answer in time ({kind})")
         # Whatever still comes for these is of a round that is over.
         self._sent = {m: s for m, s in self._sent.items() if s.purpose in ("hello", "setup")}
+
+    def _to_be_waited_for(
+        self,
+        orders: Mapping[int, Order],
+        seen: dict[int, float],
+        begin: float,
+        options: DeployOptions,
+    ) -> bool:
+        """Whether anybody is; notes who is there now."""
+        now = time.monotonic()
+        seen.update(dict.fromkeys(map(self._number_of, self._ready), now))
+        in_time = now - begin < options.deadline
+        return in_time and any(now - seen[number] <= options.absence for number in orders)
 
     def _step(
         self, orders: dict[int, Order], tries: dict[int, int], kind: str, group: str

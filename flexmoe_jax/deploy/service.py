@@ -184,7 +184,7 @@ class Service:
 
         enough = max(1, int(np.ceil(self._options.quota * len(orders) - 1e-9)))
         before = {number: self._post.of(number).asked for number in rows}
-        self._post.ask("train", f"round {done + 1}", orders, take, self._options.deadline, enough)
+        self._post.ask("train", f"round {done + 1}", orders, take, self._options, enough)
         reached = np.zeros(len(numbers), bool)
         for number, row in rows.items():
             reached[row] = self._post.of(number).asked > before[number]
@@ -217,9 +217,7 @@ class Service:
                 return str(error)
             return ""
 
-        self._post.ask(
-            "evaluate", f"after round {done}", orders, take, self._options.deadline, len(orders)
-        )
+        self._post.ask("evaluate", f"after round {done}", orders, take, self._options, len(orders))
         return self._together(held, found, like, joint)
 
     def _order(

@@ -14,6 +14,9 @@ class DeployOptions(Options, section="deploy"):
     deadline: float = option(
         600.0, "seconds after which a round goes on without those who have not answered", least=1
     )
+    absence: float = option(
+        60.0, "seconds that a round waits for clients that are not there", least=0
+    )
     quota: float = option(
         1.0, "part of the clients asked whose answers close a round", least=0, most=1
     )

@@ -128,6 +128,15 @@ def test_strangers_take_no_part_and_others_go_on(make_town):
     assert sum("stranger: refused" in line for line in town.said) == 1
 
 
+def test_a_client_that_is_gone_for_good_holds_nobody_up(make_town):
+    town = make_town(deploy__absence=0.5, deploy__deadline=600.0)
+    town.train(rounds=1)
+    del town.carrier.clients[101]
+    rows = town.train(rounds=2).read()
+    assert [row["clients/delivered"] for row in rows] == [3, 2]
+    assert "client_1: did not answer in time (train)" in town.said
+
+
 def test_a_client_with_other_examples_is_told_why(make_town):
     town = make_town()
     path = town.files[1]
