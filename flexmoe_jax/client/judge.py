@@ -83,6 +83,7 @@ def weigh_classes(
       (...) sums whose quotients by the weights are the means; and these weights, the part of a
       client's label shares whose classes the test set has.
     """
-    known = jnp.where(units > 0, share, 0.0)
-    factor = known / jnp.maximum(units, 1.0)
+    of_each = jnp.broadcast_to(units, share.shape)
+    known = jnp.where(of_each > 0, share, 0.0)
+    factor = known / jnp.maximum(of_each, 1.0)
     return jax.tree.map(lambda x: (x * factor).sum(axis=-1), by_class), known.sum(axis=-1)
