@@ -19,8 +19,8 @@ from flexmoe_jax.deploy.carrier import Carrier, LostError, Reply
 from flexmoe_jax.errors import printable
 from flexmoe_jax.options.deploy import DeployOptions
 
-# Seconds between two looks for answers, and before a client that failed is asked again.
-_POLL, _PAUSE = 0.1, 2.0
+# Seconds between two looks for answers.
+_POLL = 0.1
 # How often a client that fails is asked the same.
 _TRIES = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -303,7 +303,6 @@ class Post:
                 name = self._names.get(sent.node, str(sent.node))
                 self._say(f"{name}: failed {_TRIES} times: {printable(reply.error, 200)}")
                 del orders[sent.number]
-        time.sleep(_POLL)
 
     def _meet(self, node: int, content: RecordDict) -> None:
         try:

@@ -204,13 +204,13 @@ class Service:
             int(c): self._order(held, int(c), "evaluate", slots[c], {"joint": joint})
             for c in np.flatnonzero(has)
         }
-        like = self._judged_shapes()
+        like, units = self._judged_shapes(), np.asarray(self._judge_of_tests().units_by_class())
         found: dict[int, tuple] = {}
 
         def take(number: int, content: RecordDict) -> str:
             try:
                 found[number] = (
-                    _part(content, "judged", like),
+                    _checked(_part(content, "judged", like), units),
                     _part(content, "joint", outputs) if joint else None,
                 )
             except wire.WireError as error:
@@ -320,6 +320,12 @@ class Service:
 
         return tally(columns), tally(), jax.ShapeDtypeStruct((), np.float32)
 
+    def _judge_of_tests(self) -> client.Judge:
+        task, tests = self.federation.task, self._common.tests
+        everything = jnp.ones(len(next(iter(tests.values()))), bool)
+        classes = len(self._common.classes) if task.labels is not None else 0
+        return client.Judge(task, dict(tests), everything, classes)
+
     def _together(
         self, held: Held, found: Mapping[int, tuple], like: tuple, joint: bool
     ) -> Evaluation:
@@ -330,9 +336,7 @@ class Service:
         rows = [found[c][0] if c in found else empty for c in range(clients)]
         common, personal, weight = jax.tree.map(lambda *x: np.stack(x), *rows)
         evaluated: Any = np.isin(np.arange(clients), list(found))
-        classes = len(self._common.classes) if federation.task.labels is not None else 0
-        everything = jnp.ones(len(next(iter(tests.values()))), bool)
-        judge = client.Judge(federation.task, dict(tests), everything, classes)
+        judge = self._judge_of_tests()
         none: Any = np.float32(np.nan)
         together = Tally(none if like[0].hits is not None else None, none)
         if joint and found:
@@ -394,6 +398,22 @@ def _part(content: RecordDict, name: str, like: PyTree) -> PyTree:
     return found
 
 
+def _checked(judged: tuple[Tally, Tally, Any], units: np.ndarray) -> tuple[Tally, Tally, Any]:
+    """What a client says of its model, if it can be: no more hits than units.
+
+    Raises:
+      WireError: it cannot.
+    """
+    common, personal, weight = judged
+    if weight < 0:
+        raise wire.WireError("judged: a weight below 0")
+    for tally, most in ((common, units), (personal, weight)):
+        hits = 0 if tally.hits is None else np.asarray(tally.hits)
+        if np.any(hits < 0) or np.any(hits > most * 1.001 + 1e-3):
+            raise wire.WireError("judged: more hits than units")
+    return judged
+
+
 def _take(
     federation: Federation, total: Any, begun: Server, upload: Upload, slots: Array, steps: Array
 ) -> tuple[Any, server.Verdict]:
@@ -418,15 +438,8 @@ def _close(
     following, verdicts, late = server.conclude(
         desk, federation.aggregation, begun, total, verdicts, plan
     )
-    report = RoundReport(
-        loss=verdicts.loss,
-        units=verdicts.units,
-        examples=verdicts.examples,
-        usage=desk.of_experts(plan.slots, desk.by_group(verdicts.feedback.usage)),
-        quarantined=verdicts.refused,
-        void=late.all(),
-        finite=client.all_finite((following.shared, following.experts)),
-    )
+    finite = client.all_finite((following.shared, following.experts))
+    report = server.report(desk, plan, verdicts, late, finite)
     return following, verdicts, report
 
 

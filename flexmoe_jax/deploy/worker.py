@@ -37,14 +37,12 @@ class Mine(NamedTuple):
       arrays: its training examples, leaves (N, ...), on the device.
       tests: its own test examples, leaves (m, ...); None for the common test set.
       label_share: (Y,) of its training examples; Y = 0 where they have no class.
-      memory: bytes that it has for training; 0 where nobody asked.
     """
 
     name: str
     arrays: Mapping[str, Array]
     tests: Mapping[str, Any] | None
     label_share: np.ndarray
-    memory: int = 0
 
     @property
     def size(self) -> int:

@@ -29,7 +29,7 @@ from flexmoe_jax.server.fitness import (
 from flexmoe_jax.server.load import LoadModel, make_load_model
 from flexmoe_jax.server.privacy import draw_secret, epsilon, noise_key
 from flexmoe_jax.server.quarantine import learn_norms, norm_limits, too_late
-from flexmoe_jax.server.server import Desk, close, conclude, init, limits, send, without
+from flexmoe_jax.server.server import Desk, close, conclude, init, limits, report, send, without
 
 __all__ = [
     "LOAD_MODELS",
@@ -64,6 +64,7 @@ __all__ = [
     "noise_key",
     "norm_limits",
     "private",
+    "report",
     "send",
     "too_late",
     "trimmed_mean",

@@ -25,7 +25,17 @@ from flexmoe_jax.server.fitness import update_fitness
 from flexmoe_jax.server.load import LoadModel
 from flexmoe_jax.server.privacy import noise_key
 from flexmoe_jax.server.quarantine import init_norms, learn_norms, norm_limits, too_late
-from flexmoe_jax.types import Array, Download, Feedback, Key, Ledger, Plan, PyTree, Server
+from flexmoe_jax.types import (
+    Array,
+    Download,
+    Feedback,
+    Key,
+    Ledger,
+    Plan,
+    PyTree,
+    RoundReport,
+    Server,
+)
 
 # Name of the random stream that is folded into a round's key.
 _NOISE = 0x5E12
@@ -152,6 +162,21 @@ def conclude(
     sums = aggregator.mean(gather(total), due(desk, begun, plan))
     known_by_now = begun._replace(ledger=begun.ledger._replace(norms=norms))
     return close(desk, known_by_now, sums, verdicts, plan), verdicts, late
+
+
+def report(
+    desk: Desk, plan: Plan, verdicts: Verdict, late: Bool[Array, " P"], finite: Bool[Array, ""]
+) -> RoundReport:
+    """What a round reports: the verdicts, from `conclude`, and whether all is still numbers."""
+    return RoundReport(
+        loss=verdicts.loss,
+        units=verdicts.units,
+        examples=verdicts.examples,
+        usage=desk.of_experts(plan.slots, desk.by_group(verdicts.feedback.usage)),
+        quarantined=verdicts.refused,
+        void=late.all(),
+        finite=finite,
+    )
 
 
 def due(desk: Desk, begun: Server, plan: Plan) -> Due:

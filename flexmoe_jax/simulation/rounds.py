@@ -303,15 +303,8 @@ def run_round(
     learners = jnp.where(late, federation.clients, plan.clients)
     kept = put_rows(table, learners, owns)
     slots = state.clients.slots.at[plan.clients].set(plan.slots, mode="drop")
-    report = RoundReport(
-        loss=verdicts.loss,
-        units=verdicts.units,
-        examples=verdicts.examples,
-        usage=desk.of_experts(plan.slots, desk.by_group(verdicts.feedback.usage)),
-        quarantined=verdicts.refused,
-        void=late.all(),
-        finite=client.all_finite((following.shared, following.experts, owns.gates, owns.private)),
-    )
+    finite = client.all_finite((following.shared, following.experts, owns.gates, owns.private))
+    report = server.report(desk, plan, verdicts, late, finite)
     return State(following, kept._replace(slots=slots)), report
 
 

@@ -198,6 +198,25 @@ def test_a_hostile_answer_is_refused_and_the_federation_goes_on(make_town, chang
         assert sum(line.startswith(said) for line in town.said) == 2
 
 
+def test_figures_that_cannot_be_are_refused(make_town):
+    town = make_town()
+    honest = town.carrier.clients[101]
+
+    def boasts(message):
+        answer = honest(message)
+        if message["ask"]["what"] == "evaluate":
+            answer["judged"] = ArrayRecord(
+                {kind: Array(array.numpy() * 100) for kind, array in answer["judged"].items()}
+            )
+        return answer
+
+    town.carrier.clients[101] = boasts
+    rows = town.train(rounds=1).read()
+    assert rows[0]["eval/clients"] == 2
+    assert rows[0]["eval/personal_accuracy"] <= 1
+    assert "client_1: refused: judged: more hits than units" in town.said
+
+
 def test_a_client_with_another_model_takes_no_part(make_town):
     town = make_town()
     honest = town.carrier.clients[101]
