@@ -83,11 +83,11 @@ class Deployment:
         self._post.admit(names, service.setup, layout_of(federation))
         self._service = service
         self._facts = facts
-        # Where a simulation has its `State`, this run has what a server has: `Held`.
+        # Where a simulation has its `State`, this run has what a server has: `ServerState`.
         init: Any = service.init
         simulation = experiment.simulation._replace(
             init=init,
-            evaluate=lambda held, test, about: service.evaluate(held),
+            evaluate=lambda state, test, about: service.evaluate(state),
         )
         return replace(experiment, simulation=simulation)
 
@@ -110,8 +110,8 @@ class Deployment:
         self._note_who()
         begin = time.monotonic()
         plan = experiment.simulation.plan(assigned.cohort, assigned.solutions)
-        held: Any = state
-        following, report, reached, delivered = self._service.round(held, plan)
+        known: Any = state
+        following, report, reached, delivered = self._service.round(known, plan)
         clients = np.asarray(plan.clients)
         row = {int(c): i for i, c in enumerate(clients)}
         places = np.array([row[int(c)] for c in assigned.cohort])

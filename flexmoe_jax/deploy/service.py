@@ -54,7 +54,7 @@ class Roll(NamedTuple):
     accepted: Array
 
 
-class Held(NamedTuple):
+class ServerState(NamedTuple):
     """A federation as its server has it; stands where a simulation has its `State`.
 
     Attributes:
@@ -121,7 +121,7 @@ class Service:
         self._take = compiled(partial(_take, federation), donate_argnums=0)
         self._close = compiled(partial(_close, federation))
 
-    def init(self, key: Key) -> Held:
+    def init(self, key: Key) -> ServerState:
         """The state before the first round."""
         federation = self.federation
         # Compiled, as a simulation's: step by step, numbers are rounded in other places.
@@ -133,7 +133,7 @@ class Service:
         begun = begin(key)
         shape = federation.clients, federation.groups, federation.slots
         empty = jnp.full(shape, federation.layout.experts, jnp.int32)
-        return Held(begun, Roll(empty, jnp.full(federation.clients, -1, jnp.int32)))
+        return ServerState(begun, Roll(empty, jnp.full(federation.clients, -1, jnp.int32)))
 
     def setup(self, number: int) -> RecordDict:
         """What a client is told first."""
@@ -155,22 +155,24 @@ class Service:
             )
         )
 
-    def round(self, held: Held, plan: Plan) -> tuple[Held, RoundReport, np.ndarray, np.ndarray]:
+    def round(
+        self, state: ServerState, plan: Plan
+    ) -> tuple[ServerState, RoundReport, np.ndarray, np.ndarray]:
         """Sends to the clients of a plan, collects their answers, and closes the round.
 
         Returns:
           The state after it, its report, and of the plan's clients (P,) bool who were sent
           something, and whose answer came.
         """
-        federation, done = self.federation, int(held.server.round)
+        federation, done = self.federation, int(state.server.round)
         numbers, slots = np.asarray(plan.clients), np.asarray(plan.slots)
         rows = {int(c): row for row, c in enumerate(numbers) if c < federation.clients}
-        key = jax.random.fold_in(held.server.key, done)
+        key = jax.random.fold_in(state.server.key, done)
         orders = {}
         for number, row in rows.items():
             own_key = np.asarray(jax.random.key_data(jax.random.fold_in(key, number))).tolist()
             words = {"steps": int(plan.steps[row]), "key": own_key}
-            orders[number] = self._order(held, number, "train", slots[row], words)
+            orders[number] = self._order(state, number, "train", slots[row], words)
         uploads: dict[int, Upload] = {}
         bad: set[int] = set()
 
@@ -189,19 +191,19 @@ class Service:
         for number, row in rows.items():
             reached[row] = self._post.of(number).asked > before[number]
         delivered = np.isin(numbers, list(uploads))
-        following, report = self._finish(held, plan, uploads, bad)
+        following, report = self._finish(state, plan, uploads, bad)
         return following, report, reached, delivered
 
-    def evaluate(self, held: Held) -> Evaluation:
+    def evaluate(self, state: ServerState) -> Evaluation:
         """What the clients' models make of the test set, as each of them says."""
         federation = self.federation
-        done, slots = int(held.server.round), np.asarray(held.clients.slots)
+        done, slots = int(state.server.round), np.asarray(state.clients.slots)
         has = (slots[:, :, 0] < federation.layout.experts).any(axis=1)
         tests = self._common.tests
         outputs, joint_bytes = self._joint_shapes(tests)
         joint = joint_bytes <= _JOINT_BYTES
         orders = {
-            int(c): self._order(held, int(c), "evaluate", slots[c], {"joint": joint})
+            int(c): self._order(state, int(c), "evaluate", slots[c], {"joint": joint})
             for c in np.flatnonzero(has)
         }
         like, units = self._judged_shapes(), np.asarray(self._judge_of_tests().units_by_class())
@@ -218,27 +220,27 @@ class Service:
             return ""
 
         self._post.ask("evaluate", f"after round {done}", orders, take, self._options, len(orders))
-        return self._together(held, found, like, joint)
+        return self._together(state, found, like, joint)
 
     def _order(
-        self, held: Held, number: int, what: str, slots: np.ndarray, words: dict[str, Any]
+        self, state: ServerState, number: int, what: str, slots: np.ndarray, words: dict[str, Any]
     ) -> Order:
         """What a client is asked, with ψ and the experts that it does not have."""
         federation = self.federation
         there = wire.held(slots, federation.layout.experts)
-        fresh = np.asarray(held.server.ledger.fresh)
+        fresh = np.asarray(state.server.ledger.fresh)
         skip = {e for e in there if self._cache and fresh[e[0], number, e[1]]}
         ask = {
             "what": what,
             "federation": self._common.federation_id,
-            "round": int(held.server.round),
+            "round": int(state.server.round),
             "slots": slots.ravel().tolist(),
-            "accepted": int(held.clients.accepted[number]),
+            "accepted": int(state.clients.accepted[number]),
             "seconds": float(self._options.deadline),
             "steps": 0,
             **words,
         }
-        shared, experts = jax.device_get((held.server.shared, held.server.experts))
+        shared, experts = jax.device_get((state.server.shared, state.server.experts))
         wanted = {expert: expert[1] for expert in there}
 
         def content(skip: set[wire.Expert]) -> RecordDict:
@@ -272,10 +274,10 @@ class Service:
         return upload
 
     def _finish(
-        self, held: Held, plan: Plan, uploads: Mapping[int, Upload], bad: set[int]
-    ) -> tuple[Held, RoundReport]:
+        self, state: ServerState, plan: Plan, uploads: Mapping[int, Upload], bad: set[int]
+    ) -> tuple[ServerState, RoundReport]:
         """Admits the answers in the plan's order, and closes the round."""
-        federation, begun = self.federation, held.server
+        federation, begun = self.federation, state.server
         nothing: Upload = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._like)
         total = federation.aggregation.zero(
             begun.shared, begun.experts, len(plan.clients), federation.slots
@@ -293,10 +295,10 @@ class Service:
         took = np.asarray(plan.clients)[accepted]
         reached = np.asarray(plan.clients)
         roll = Roll(
-            held.clients.slots.at[reached].set(plan.slots, mode="drop"),
-            held.clients.accepted.at[took].set(begun.round, mode="drop"),
+            state.clients.slots.at[reached].set(plan.slots, mode="drop"),
+            state.clients.accepted.at[took].set(begun.round, mode="drop"),
         )
-        return Held(following, roll), report
+        return ServerState(following, roll), report
 
     def _joint_shapes(self, tests: Mapping[str, Any]) -> tuple[PyTree, int]:
         """Shapes of a client's predictions of the test set, as they are averaged, and bytes."""
@@ -327,7 +329,7 @@ class Service:
         return client.Judge(task, dict(tests), everything, classes)
 
     def _together(
-        self, held: Held, found: Mapping[int, tuple], like: tuple, joint: bool
+        self, state: ServerState, found: Mapping[int, tuple], like: tuple, joint: bool
     ) -> Evaluation:
         """One evaluation of what clients say, and of what the server can tell by itself."""
         federation, tests = self.federation, self._common.tests
@@ -345,7 +347,7 @@ class Service:
             together = judge.all_rows(federation.task.mean[1](mean))
         assembled = None
         if federation.assembles:
-            params, leads = federation.assemble(held.server)
+            params, leads = federation.assemble(state.server)
             inputs = federation.task.inputs(tests)
             assembled = judge.all_rows(federation.apply(params, inputs, leads)[0])
         return Evaluation(

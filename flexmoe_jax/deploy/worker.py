@@ -5,6 +5,7 @@ Axis legend: `G` groups of MoE layers, `K` expert slots, `E` experts, `N` exampl
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -144,8 +145,6 @@ def _refusal(why: str) -> RecordDict:
 
 def layout_of(federation: Federation) -> str:
     """What both ends must have alike: names and shapes of all parameters."""
-    import hashlib
-
     shapes = jax.tree.leaves(federation.layout.split(federation.shapes))
     known = [federation.layout.paths, [f"{x.dtype}{x.shape}" for x in shapes], federation.group]
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
