@@ -3,8 +3,9 @@
     python -m experiments.join --server=HOST:8080 --name=anna --data=anna.npz --certificate=ca.crt
 
 The file holds the client's own examples: arrays `train_images` and `train_labels`, or
-`train_tokens`, and `test_` arrays of the same names if it is to be judged by its own. They stay on
-this machine, and so does what is the client's own in the model, in --folder: private parts and
+`train_tokens`, and `test_` arrays of the same names if it is to be judged by its own. A folder of
+texts (`*.txt`, UTF-8) is taken as well, whose last tenths the client is judged by. All of it stays
+on this machine, and so does what is the client's own in the model, in --folder: private parts and
 gates, and what compression keeps back. The same command goes on after whatever ended it.
 """
 
@@ -19,13 +20,17 @@ from pathlib import Path
 from absl import flags
 
 from experiments.cli import refuse_words, run_cli, user_path
-from experiments.deploying import require_flower
+from experiments.deploying import require_flower, show_log
 from experiments.endings import Wish, end_with_input
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options import DataOptions
 
 _SERVER = flags.DEFINE_string("server", None, "HOST:PORT of the server.")
 _NAME = flags.DEFINE_string("name", None, "Name of this client in the federation.")
-_DATA = flags.DEFINE_string("data", None, "The client's own examples, an .npz file.")
+_DATA = flags.DEFINE_string("data", None, "The client's own examples: an .npz file, or texts.")
+_LENGTH = flags.DEFINE_integer(
+    "length", DataOptions.length, "Bytes of an example of texts: the server's data.length.", 1
+)
 _MEMORY = flags.DEFINE_integer(
     "memory", 0, "Bytes for training, where clients.capacity=memory.", lower_bound=0
 )
@@ -53,6 +58,7 @@ def main(argv: list[str]) -> int:
     if not re.fullmatch(r"\S+:\d{1,5}", server):
         raise InputError("--server", server, "give HOST:PORT, as 127.0.0.1:8080")
     require_flower()
+    show_log()
     root, key = _file(_CERTIFICATE), _file(_KEY)
     if key is not None and root is None:
         raise InputError("--key", _KEY.value, "needs --certificate=ca.crt as well")
@@ -80,7 +86,7 @@ def join(server: str, name: str, data: Path, root: Path | None, key: Path | None
     """Answers the server's messages until a signal comes."""
     from experiments.deploying.checks import read_examples
 
-    arrays, tests = read_examples(data)
+    arrays, tests = read_examples(data, _LENGTH.value)
     # Whoever gave a wrong file need not wait for JAX.
     from experiments.deploying import joining
     from experiments.deploying.flower import SuperNode
@@ -92,16 +98,13 @@ def join(server: str, name: str, data: Path, root: Path | None, key: Path | None
     folder = user_path("--folder", _FOLDER.value or f"clients/{name}")
     over = threading.Event()
 
-    def say(line: str) -> None:
-        print(f"{name}: {line}", flush=True)
-
     with tempfile.TemporaryDirectory(prefix="flexmoe-") as home:
         socket = Path(home) / "client.sock"
         together = partial(joining.join, name, arrays, tests)
-        worker = Worker(name, size, _MEMORY.value, together, folder, say)
+        worker = Worker(name, size, _MEMORY.value, together, folder)
         calls = answer_calls(socket, worker.answer)
-        say(f"connecting to {server}")
-        node = SuperNode(Path(home), server, socket, name, root, key, say)
+        print(f"{name}: connecting to {server}", flush=True)
+        node = SuperNode(Path(home), server, socket, name, root, key)
         try:
             with Wish(f"{name}: ended at once", passed_on=lambda times: over.set()) as wish:
                 while not over.wait(1.0):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ipaddress
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from signal import SIGTERM
 
@@ -24,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments.cli import define_config, read_config, refuse_words, run_cli, user_path
-from experiments.deploying import require_flower
+from experiments.deploying import require_flower, show_log
 from experiments.endings import Wish, end_with_input
 from experiments.fields import check_fields
 from flexmoe_jax.errors import InputError, printable
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> int:
     if not _WORKDIR.value:
         raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/served")
     require_flower()
+    show_log()
     if _WITH_INPUT.value:
         end_with_input()
     return serve(config, user_path("--workdir", _WORKDIR.value))
@@ -105,23 +107,21 @@ def serve(config: ConfigDict, folder: Path) -> int:
         carrier = FlowerCarrier(socket)
         link = SuperLink(Path(home), _HOST.value, _PORT.value, socket, tls, keys)
 
-        def say(line: str) -> None:
-            print(line, flush=True)
-
         def again() -> None:
             link.again(carrier.runs)
             carrier.wait()
 
         with Wish("ended at once; the same command goes on") as wish:
             try:
-                say(f"waiting for clients at {_HOST.value}:{_PORT.value}")
+                print(f"waiting for clients at {_HOST.value}:{_PORT.value}", flush=True)
                 carrier.wait()
 
                 def stop() -> bool:
                     return wish.number > 0
 
-                deployment = Deployment(config, workdir, Post(carrier, again, say, stop), say)
-                status = train(config, workdir, stop=stop, way=deployment.way)
+                deployment = Deployment(config, workdir, Post(carrier, again, stop))
+                with closing(deployment):
+                    status = train(config, workdir, stop=stop, way=deployment.way)
             except KeyboardInterrupt:
                 print("interrupted before the first round", flush=True)
                 return 128 + wish.number

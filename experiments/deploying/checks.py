@@ -46,16 +46,20 @@ def check_deployable(config: ConfigDict) -> None:
             raise InputError(field, config[group][name], remedy)
 
 
-def read_examples(path: Path) -> tuple[Arrays, Arrays | None]:
+def read_examples(path: Path, length: int = 0) -> tuple[Arrays, Arrays | None]:
     """A client's training examples by name, and its own test examples where it has any.
 
     Args:
       path: an `.npz` file of arrays `train_images` and `train_labels`, or `train_tokens`, or any
-        others that the task takes, with `test_` arrays of the same names where there are any.
+        others that the task takes, with `test_` arrays of the same names where there are any. Or a
+        folder of texts, `*.txt`, of which the last tenths are the client's own test examples.
+      length: tokens of an example of a text.
 
     Raises:
       InputError: it cannot be read, or holds no such arrays.
     """
+    if path.is_dir():
+        return _read_texts(path, length)
     try:
         with open_npz(path) as archive:
             arrays = {name: archive.read(name) for name in archive.names}
@@ -75,3 +79,14 @@ def read_examples(path: Path) -> tuple[Arrays, Arrays | None]:
         remedy = f"give as many arrays as for training: {', '.join(sorted(train))}"
         raise InputError("test_*", sorted(tests), remedy)
     return train, tests or None
+
+
+def _read_texts(folder: Path, length: int) -> tuple[Arrays, Arrays | None]:
+    from flexmoe_jax import data
+
+    try:
+        train, tests = data.read_corpus(folder).windows(length)
+    except InputError as error:
+        flag = "--length" if error.field == "data.length" else "--data"
+        raise InputError(flag, error.value, error.remedy) from error
+    return {"tokens": train}, {"tokens": tests} if len(tests) else None

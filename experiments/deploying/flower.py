@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import re
 import shutil
@@ -9,16 +11,21 @@ import socket as socketlib
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.deploying.warm import COMMAND, write_command
 from flexmoe_jax.errors import InputError, printable
 
+_LOG = logging.getLogger(__name__)
 # Seconds between two starts of a process that ends by itself: at first, and after many.
 _PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+# Seconds to wait for the port of a server that was killed.
+_PORT_PATIENCE = 8.0
 # Environment of all of Flower's processes: no telemetry, and tasks looked for ten times a second.
 _SETTINGS = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
 
@@ -102,9 +109,9 @@ class Process:
 
 
 def environment(home: Path) -> Mapping[str, str]:
-    """Of Flower's processes: its commands are those of this installation."""
+    """Of Flower's processes: its commands are ours in `home`, or those of this installation."""
     here = str(Path(sys.executable).parent)
-    path = os.pathsep.join([here, os.environ.get("PATH", "")])
+    path = os.pathsep.join([str(home / "bin"), here, os.environ.get("PATH", "")])
     root = str(Path(__file__).parents[2])
     modules = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, **_SETTINGS, "FLWR_HOME": str(home), "PATH": path, "PYTHONPATH": modules}
@@ -240,7 +247,6 @@ class SuperNode:
       name: of the client.
       root: certificate that it trusts; None for plain connections.
       key: its private key, where the server asks for keys; None for none.
-      say: takes a line on what happens.
     """
 
     def __init__(
@@ -251,16 +257,19 @@ class SuperNode:
         name: str,
         root: Path | None = None,
         key: Path | None = None,
-        say: Callable[[str], None] = print,
     ) -> None:
         """Starts it; it is started again whenever it is gone."""
         self._home, self._log = home, home / "supernode.log"
+        address = home / "warm.sock"
+        write_command(home / "bin", address, Path(sys.executable).parent / COMMAND)
         words = ["flower-supernode", f"--superlink={server}", f"--port={free_port()}"]
         words += ["--insecure"] if root is None else [f"--root-certificates={root}"]
         words += [] if key is None else [f"--auth-supernode-private-key={key}"]
-        self._say = say
+        self._name = name
         self._words = [*words, "--node-config", f'socket="{socket}" name="{name}"']
         self._ended = threading.Event()
+        self._warm_words = [sys.executable, "-m", "experiments.deploying.warm", str(address)]
+        self._warm = Process(self._warm_words, home, self._log)
         self._process = Process(self._words, home, self._log)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -273,16 +282,19 @@ class SuperNode:
         """Ends it."""
         self._ended.set()
         self._process.end()
+        self._warm.end()
 
     def _watch(self) -> None:
         said, pause = "", _PAUSE
         while not self._ended.wait(pause):
+            if self._warm.ended:
+                self._warm = Process(self._warm_words, self._home, self._log)
             if not self._process.ended:
                 pause = _PAUSE
                 continue
             if (why := _last_words(self._log)) != said:
                 said = why
-                self._say(f"no connection, trying again: {why}")
+                _LOG.warning("%s: no connection, trying again: %s", self._name, why)
             pause = min(2 * pause, _LONGEST_PAUSE)
             self._process = Process(self._words, self._home, self._log)
 
@@ -298,19 +310,24 @@ def _last_words(log: Path) -> str:
 
 
 def require_free(host: str, port: int) -> None:
-    """Refuses a port that somebody else has.
+    """Refuses a port that somebody else has, and does not give up soon.
+
+    The SuperLink of a server that was killed has it for some seconds more.
 
     Raises:
       InputError: naming it.
     """
-    with socketlib.socket() as probe:
-        probe.setsockopt(socketlib.SOL_SOCKET, socketlib.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(
-                "--port", port, f"cannot be had at {host}: {error.strerror}"
-            ) from error
+    end = time.monotonic() + _PORT_PATIENCE
+    while True:
+        with socketlib.socket() as probe:
+            probe.setsockopt(socketlib.SOL_SOCKET, socketlib.SO_REUSEADDR, 1)
+            try:
+                return probe.bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > end:
+                    remedy = f"cannot be had at {host}: {error.strerror}"
+                    raise InputError("--port", port, remedy) from error
+        time.sleep(0.2)
 
 
 def free_port() -> int:

@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,22 +14,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.build import Experiment, Known, build
+from experiments.deploying.board import Board
 from experiments.deploying.checks import check_deployable
 from experiments.examples import Examples, load_examples
 from experiments.fields import read
 from experiments.train import Assigned, Carried, Way
-from experiments.workdir import Workdir, as_json
+from experiments.workdir import Workdir, as_json, write_atomically
 from flexmoe_jax import data, edge
 from flexmoe_jax.data import ClientData
-from flexmoe_jax.deploy import Common, Facts, Post, Service, layout_of, page_of
+from flexmoe_jax.deploy import Common, Facts, Post, Service, layout_of
 from flexmoe_jax.edge import Outcome
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options import DeployOptions
 from flexmoe_jax.reading import read_json
 from flexmoe_jax.types import State
 
-# Who takes part in a run, and what each has said of itself; how they stand.
-FILE, STANDING = "federation.json", "clients.json"
+# Who takes part in a run, and what each has said of itself.
+FILE = "federation.json"
 PERSONAL = (
     "clients' own test examples, or where they brought none the common test set, weighted to each "
     "client's label shares"
@@ -44,16 +44,14 @@ class Deployment:
       config: of the run.
       workdir: of the run.
       post: to and from clients.
-      say: takes a line on what happens.
     """
 
-    def __init__(
-        self, config: ConfigDict, workdir: Workdir, post: Post, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, config: ConfigDict, workdir: Workdir, post: Post) -> None:
         """Waits for nobody yet."""
         check_deployable(config)
-        self._config, self._workdir, self._post, self._say = config, workdir, post, say
+        self._config, self._workdir, self._post = config, workdir, post
         self._service: Service | None = None
+        self._board: Board | None = None
 
     @property
     def way(self) -> Way:
@@ -107,7 +105,7 @@ class Deployment:
     ) -> Carried:
         """Carries a round to real clients and back."""
         assert self._service is not None
-        self._note_who()
+        self._open_board()
         begin = time.monotonic()
         plan = experiment.simulation.plan(assigned.cohort, assigned.solutions)
         known: Any = state
@@ -121,22 +119,21 @@ class Deployment:
             reached=reached[places],
             seconds=time.monotonic() - begin,
         )
-        said = {one.name: one.examples for one in self._facts}
-        _write(self._workdir.path / STANDING, page_of(self._post, said))
         after: Any = following
         return Carried(after, clients, outcome, report)
 
-    def _note_who(self) -> None:
-        """Writes down who takes part, once the run's folder is open."""
+    def close(self) -> None:
+        """Writes how clients stood at the end."""
+        if self._board is not None:
+            self._board.close()
+
+    def _open_board(self) -> None:
+        """Writes down who takes part, and from now on how they stand: the run's folder is open."""
         path = self._workdir.path / FILE
         if not path.exists():
-            _write(path, json.dumps(self._pending, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".new")
-    temporary.write_text(text)
-    temporary.replace(path)
+            write_atomically(path, json.dumps(self._pending, indent=2) + "\n")
+        if self._board is None:
+            self._board = Board(self._workdir.path, self._post, self._facts)
 
 
 def _of_real_clients(config: ConfigDict, facts: list[Facts]) -> Examples:
@@ -174,8 +171,9 @@ def _devices(config: ConfigDict, facts: list[Facts]) -> edge.Devices | None:
         remedy = "does not say what memory it has: start it with --memory=BYTES"
         raise InputError("clients.capacity", silent[0], remedy)
     memory = np.array([one.memory for one in facts], np.float64)
-    endless, none = np.full(len(facts), np.inf), np.zeros(len(facts), np.int64)
-    return edge.Devices(("client",), none, memory, endless, endless, endless, np.ones(len(facts)))
+    endless, each = np.full(len(facts), np.inf), np.arange(len(facts))
+    names = tuple(one.name for one in facts)
+    return edge.Devices(names, each, memory, endless, endless, endless, np.ones(len(facts)))
 
 
 def _constants(examples: Examples) -> dict[str, np.ndarray]:

@@ -51,6 +51,21 @@ class Corpus(NamedTuple):
         cut = list(zip(self.texts, ends, strict=True))
         return tuple(text[:end] for text, end in cut), tuple(text[end:] for text, end in cut)
 
+    def windows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(M, length + 1) and (M', length + 1) uint8 examples of it all: to train on, to test on.
+
+        Raises:
+          InputError: the texts are too short for a single example to train on.
+        """
+        train, test = (
+            np.concatenate([_windows(text, length) for text in part]) for part in self.apart()
+        )
+        if not len(train):
+            longest = max(map(len, self.texts))
+            remedy = f"the longest text has {longest} bytes: choose a smaller one"
+            raise InputError("data.length", length, remedy)
+        return train, test
+
 
 class Dealt(NamedTuple):
     """Text that has been dealt out.

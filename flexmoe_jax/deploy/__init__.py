@@ -12,7 +12,7 @@ from flexmoe_jax.deploy.carrier import (
     answer_calls,
 )
 from flexmoe_jax.deploy.post import Facts, Post, natural
-from flexmoe_jax.deploy.service import Common, ServerState, Service, page_of
+from flexmoe_jax.deploy.service import Common, ServerState, Service
 from flexmoe_jax.deploy.wire import WireError
 from flexmoe_jax.deploy.worker import Join, Mine, Setup, Worker, layout_of
 
@@ -34,5 +34,4 @@ __all__ = [
     "answer_calls",
     "layout_of",
     "natural",
-    "page_of",
 ]

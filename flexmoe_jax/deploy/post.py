@@ -7,6 +7,7 @@ node, or with Flower's own process, is sent again.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -19,10 +20,13 @@ from flexmoe_jax.deploy.carrier import Carrier, LostError, Reply
 from flexmoe_jax.errors import printable
 from flexmoe_jax.options.deploy import DeployOptions
 
+_LOG = logging.getLogger(__name__)
 # Seconds between two looks for answers.
 _POLL = 0.1
 # How often a client that fails is asked the same.
 _TRIES = 3
+# What clients are asked that take part.
+_ASKED = ("train", "evaluate")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -91,7 +95,6 @@ class Post:
     Args:
       carrier: of the messages.
       again: waits until the carrier carries again, once it is lost.
-      say: takes a line on what happens.
       stop: whether to wait for clients no longer.
     """
 
@@ -99,11 +102,10 @@ class Post:
         self,
         carrier: Carrier,
         again: Callable[[], None] = lambda: None,
-        say: Callable[[str], None] = lambda line: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Knows nobody yet."""
-        self._carrier, self._again, self._say, self._stop = carrier, again, say, stop
+        self._carrier, self._again, self._stop = carrier, again, stop
         self.facts: dict[str, Facts] = {}
         self.standing: dict[str, Standing] = {}
         self._numbers: dict[str, int] | None = None
@@ -131,7 +133,7 @@ class Post:
             self._step({}, {}, "query", "")
             if len(self.facts) != told:
                 told = len(self.facts)
-                self._say(f"{told} of {count} clients are there")
+                _LOG.info("%d of %d clients are there", told, count)
             time.sleep(_POLL)
         return [self.facts[name] for name in sorted(self.facts, key=natural)[:count]]
 
@@ -147,6 +149,25 @@ class Post:
         self._setup, self._layout = setup, layout
         for name in names:
             self.standing.setdefault(name, Standing())
+
+    def shown(self) -> dict[str, dict[str, object]]:
+        """How each client stands now, by its name; another thread may ask."""
+        nodes = {name: node for node, name in list(self._names.items())}
+        asked = {sent.number for sent in list(self._sent.values()) if sent.purpose in _ASKED}
+        return {
+            name: {"state": self._state_of(name, nodes, asked), **vars(standing)}
+            for name, standing in sorted(list(self.standing.items()), key=lambda x: natural(x[0]))
+        }
+
+    def _state_of(self, name: str, nodes: Mapping[str, int], asked: set[int]) -> str:
+        number = (self._numbers or {}).get(name, -1)
+        if number in self._out:
+            return "out"
+        if name not in nodes:
+            return "away"
+        if nodes[name] not in self._ready:
+            return "joining"
+        return "asked" if number in asked else "ready"
 
     def of(self, number: int) -> Standing:
         """What is known of a client."""
@@ -184,7 +205,7 @@ class Post:
                 open_orders.pop(number, None)
                 if why:
                     standing.refused, standing.why = standing.refused + 1, why
-                    self._say(f"{names[number]}: refused: {printable(why, 200)}")
+                    _LOG.warning("%s: refused: %s", names[number], printable(why, 200))
                 else:
                     standing.answered, taken = standing.answered + 1, taken + 1
             if open_orders:
@@ -192,7 +213,7 @@ class Post:
         for number in open_orders:
             standing = self.standing[names[number]]
             standing.late += 1
-            self._say(f"{names[number]}: did not answer in time ({kind})")
+            _LOG.warning("%s: did not answer in time (%s)", names[number], kind)
         # Whatever still comes for these is of a round that is over.
         self._sent = {m: s for m, s in self._sent.items() if s.purpose in ("hello", "setup")}
 
@@ -220,7 +241,7 @@ class Post:
             self._push(orders, kind, group)
             return self._collect(orders, tries)
         except LostError:
-            self._say("Flower's run is gone; waiting for the next")
+            _LOG.warning("Flower's run is gone; waiting for the next")
             self._forget_all_but(set())
             self._again()
             return []
@@ -301,7 +322,7 @@ class Post:
             tries[sent.number] = tries.get(sent.number, 0) + 1
             if tries[sent.number] >= _TRIES:
                 name = self._names.get(sent.node, str(sent.node))
-                self._say(f"{name}: failed {_TRIES} times: {printable(reply.error, 200)}")
+                _LOG.error("%s: failed %d times: %s", name, _TRIES, printable(reply.error, 200))
                 del orders[sent.number]
 
     def _meet(self, node: int, content: RecordDict) -> None:
@@ -312,10 +333,12 @@ class Post:
             if not _NAME.fullmatch(facts.name) or not 0 < facts.examples < 2**31:
                 raise ValueError("a name of letters, digits and _ . - is needed, and examples")
         except (KeyError, TypeError, ValueError, AssertionError) as error:
-            self._say(f"node {node}: refused: does not say who it is ({printable(error, 100)})")
+            _LOG.warning(
+                "node %d: refused: does not say who it is (%s)", node, printable(error, 100)
+            )
             return
         if self._numbers is not None and facts.name not in self._numbers:
-            self._say(f"{facts.name}: refused: takes no part in this federation")
+            _LOG.warning("%s: refused: takes no part in this federation", facts.name)
             return
         others = [n for n, name in self._names.items() if name == facts.name and n != node]
         for other in others:  # It came back: what was on its way to its former node is lost.
@@ -336,7 +359,7 @@ class Post:
         why = "has another model" if ready is not None else "gives no reason"
         if isinstance(refused, ConfigRecord):
             why = printable(refused.get("why", why), 300)
-        self._say(f"{name}: takes no part: {why}")
+        _LOG.error("%s: takes no part: %s", name, why)
         self._names.pop(sent.node, None)
         self._out.add(sent.number)
         orders.pop(sent.number, None)

@@ -6,7 +6,6 @@ slots, `E` experts, `Y` classes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -443,12 +442,3 @@ def _close(
     finite = client.all_finite((following.shared, following.experts))
     report = server.report(desk, plan, verdicts, late, finite)
     return following, verdicts, report
-
-
-def page_of(post: Post, examples: Mapping[str, int]) -> str:
-    """What is known of each client, as JSON."""
-    known = {
-        name: {"examples": examples.get(name, 0), **vars(standing)}
-        for name, standing in post.standing.items()
-    }
-    return json.dumps(known, indent=2) + "\n"

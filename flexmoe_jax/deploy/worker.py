@@ -6,6 +6,7 @@ Axis legend: `G` groups of MoE layers, `K` expert slots, `E` experts, `N` exampl
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,6 +27,7 @@ from flexmoe_jax.errors import InputError, printable
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.types import Array, Download, Own, Params, PyTree, Tally, Upload
 
+_LOG = logging.getLogger(__name__)
 # Of the time that a round leaves, what a client plans to use.
 _MARGIN = 0.8
 
@@ -92,21 +94,12 @@ class Worker:
       memory: bytes that it has for training; 0 for as many experts as the config says.
       join: see `Join`.
       folder: of what the client owns.
-      say: takes a line on what happens.
     """
 
-    def __init__(
-        self,
-        name: str,
-        size: int,
-        memory: int,
-        join: Join,
-        folder: Path,
-        say: Callable[[str], None] = lambda line: None,
-    ) -> None:
+    def __init__(self, name: str, size: int, memory: int, join: Join, folder: Path) -> None:
         """Has not met the server yet."""
         self._hello = ConfigRecord({"name": name, "examples": size, "memory": memory, "setup": ""})
-        self._join, self._folder, self._say = join, folder, say
+        self._name, self._join, self._folder = name, join, folder
         self._part: _Part | None = None
 
     def answer(self, message: RecordDict) -> RecordDict:
@@ -123,19 +116,25 @@ class Worker:
                 return self._part.train(ask, message)
             return self._part.evaluate(ask, message)
         except (InputError, wire.WireError, OSError) as error:
-            self._say(f"refused: {error}")
+            _LOG.warning("%s: refused: %s", self._name, error)
             return _refusal(str(error))
         except Exception as error:  # A client that ends would be asked for ever.
             line = printable(f"{type(error).__name__}: {error}", 300)
-            self._say(f"failed: {line}")
+            _LOG.error("%s: failed: %s", self._name, line)
             return _refusal(line)
 
     def _set_up(self, message: RecordDict) -> RecordDict:
         setup = read_setup(message)
         federation, mine = self._join(setup)
-        self._part = _Part(federation, mine, setup, self._folder / setup.federation, self._say)
+        self._part = _Part(federation, mine, setup, self._folder / setup.federation)
         self._hello["setup"] = setup.federation
-        self._say(f"joined as client {setup.number}, with {mine.size} examples")
+        _LOG.info(
+            "%s: joined as client %d of %s, with %d examples",
+            self._name,
+            setup.number,
+            setup.federation,
+            mine.size,
+        )
         return RecordDict({"ready": ConfigRecord({"layout": layout_of(federation)})})
 
 
@@ -220,10 +219,9 @@ class _Part:
         mine: Mine,
         setup: Setup,
         folder: Path,
-        say: Callable[[str], None],
     ) -> None:
         self._federation, self._mine, self._setup = federation, mine, setup
-        self._site, self._say, self._folder = federation.site, say, folder
+        self._site, self._folder = federation.site, folder
         shapes = federation.layout.split(federation.shapes)
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
         self._log_share = None
@@ -256,9 +254,8 @@ class _Part:
         self._learn_pace(int(upload.examples), seconds)
         self._kept = Kept(before, after, int(down.round), experts)
         keep(self._folder, self._kept)
-        self._say(
-            f"round {int(down.round) + 1}: {float(upload.examples):.0f} examples in {seconds:.1f} s"
-        )
+        done = int(down.round) + 1, int(upload.examples), seconds
+        _LOG.info("%s: round %d: %d examples in %.1f s", self._mine.name, *done)
         answer = wire.pack_upload(
             upload, self._site.group, np.asarray(down.slots), self._site.experts
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,17 +53,16 @@ class Town:
         for number, _ in enumerate(self.files):
             self.start(number)
 
-    def start(self, number: int, node: int | None = None) -> Worker:
+    def start(self, number: int, node: int | None = None, memory: int = 0) -> Worker:
         """A client's process begins, or begins again, at a node."""
         path = self.files[number]
         arrays, tests = read_examples(path)
         worker = Worker(
             name=path.stem,
             size=len(arrays["labels"]),
-            memory=0,
+            memory=memory,
             join=partial(joining.join, path.stem, arrays, tests),
             folder=self.folder / "own" / path.stem,
-            say=self.said.append,
         )
         self.carrier.clients[100 + number if node is None else node] = worker.answer
         return worker
@@ -71,14 +72,37 @@ class Town:
         config = self.config.copy_and_resolve_references()
         config.rounds = rounds or config.rounds
         workdir = Workdir(self.folder / name)
-        post = Post(self.carrier, say=self.said.append)
+        post = Post(self.carrier)
         self.post = post
-        self.deployment = Deployment(config, workdir, post, self.said.append)
-        assert train(config, workdir, way=self.deployment.way) == "finished"
+        self.deployment = Deployment(config, workdir, post)
+        with closing(self.deployment):
+            assert train(config, workdir, way=self.deployment.way) == "finished"
         return workdir
 
 
+class _Lines(logging.Handler):
+    """What is logged, line by line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 @pytest.fixture
-def make_town(tmp_path: Path) -> Callable[..., Town]:
+def make_town(tmp_path: Path) -> Iterator[Callable[..., Town]]:
     """Makes a town; fields as `local__max_steps=3`."""
-    return lambda **fields: Town(tmp_path, small(**fields))
+    log, handler = logging.getLogger("flexmoe_jax.deploy"), _Lines()
+
+    def make(**fields: Any) -> Town:
+        town = Town(tmp_path, small(**fields))
+        town.said = handler.lines
+        return town
+
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield make
+    log.removeHandler(handler)
+    log.setLevel(logging.NOTSET)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import jax
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
 from experiments.build import build
-from experiments.deploying.checks import check_deployable
+from experiments.deploying.checks import check_deployable, read_examples
 from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax.checkpoint import Checkpoints
@@ -246,3 +249,52 @@ def test_a_client_with_another_model_takes_no_part(make_town):
 def test_what_makes_no_sense_with_real_clients_is_refused(field, value):
     with pytest.raises(InputError, match=field.replace("__", ".")):
         check_deployable(small(**{field: value}))
+
+
+def test_capacity_follows_from_what_clients_say_of_their_memory(make_town):
+    town = make_town(clients__capacity="memory")
+    with pytest.raises(InputError, match="capacity=client_0: does not say what memory it has"):
+        town.train(name="silent")
+    for number, memory in enumerate((10**9, 1, 10**9)):
+        town.start(number, memory=memory)
+    with pytest.raises(InputError, match=r"client 1 \(client_1\), needs \d+ bytes") as raised:
+        town.train(name="small")
+    town.start(1, memory=int(re.findall(r"needs (\d+) bytes", str(raised.value))[0]))
+    rows = town.train(rounds=1).read()
+    assert [row["clients/delivered"] for row in rows] == [3]
+    with np.load(town.folder / "served" / "arrays.npz") as arrays:
+        held = arrays["holds"].sum(axis=-1)
+    assert held.ravel().tolist() == [4, 1, 4]
+
+
+def test_a_page_shows_how_clients_stand(make_town):
+    town = make_town(deploy__absence=0.5)
+    town.train(rounds=1)
+    del town.carrier.clients[101]
+    town.train(rounds=2)
+    known = json.loads((town.folder / "served" / "clients.json").read_text())
+    assert {name: one["state"] for name, one in known.items()} == {
+        "client_0": "ready",
+        "client_1": "away",
+        "client_2": "ready",
+    }
+    assert known["client_1"]["late"] == 2  # Its training, and its figures.
+    page = (town.folder / "served" / "clients.html").read_text()
+    assert page.count("<tr>") == 4
+    assert "refresh" not in page
+
+
+def test_a_folder_of_texts_is_a_clients_data(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefghij" * 100)
+    (tmp_path / "b.txt").write_text("0123456789" * 100)
+    train, tests = read_examples(tmp_path, 50)
+    assert train["tokens"].shape == (34, 51)  # 900 bytes of each, every 50 an example.
+    assert tests is not None
+    assert tests["tokens"].shape == (2, 51)
+    assert bytes(train["tokens"][1][:3]) == b"abc"
+    with pytest.raises(InputError, match="--length=2000: the longest text has 1000 bytes"):
+        read_examples(tmp_path, 2000)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match=r"--data=.*no \*.txt file"):
+        read_examples(empty, 50)

@@ -44,9 +44,10 @@ def test_a_server_and_clients_train_over_flower_and_leave_nothing_behind(tmp_pat
     assert [row["clients/delivered"] for row in rows] == [2, 2]
     assert rows[-1]["eval/personal_clients"] == 2
     standing = json.loads((tmp_path / "run" / "clients.json").read_text())
+    # Trained twice, judged once.
     assert {name: one["answered"] for name, one in standing.items()} == {
-        "client_0": 2,
-        "client_1": 2,
+        "client_0": 3,
+        "client_1": 3,
     }
     assert (tmp_path / "run-clients" / "client_0").is_dir()
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,113 @@
+"""How clients stand, for whoever looks on: a page and a file that change while a run goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments.markup import html_text as escape
+from experiments.workdir import write_atomically
+from flexmoe_jax.deploy import Facts, Post
+
+_LOG = logging.getLogger(__name__)
+FILE, PAGE = "clients.json", "clients.html"
+# Seconds between two looks, here and in a browser.
+_EVERY = 2
+_STYLE_SHEET = Path(__file__).parents[1] / "reporting" / "page.css"
+_STATES = {
+    "asked": "was asked, and has not answered yet",
+    "ready": "waits to be asked",
+    "joining": "is there, and is being told about the federation",
+    "away": "is not there",
+    "out": "cannot take part as it is",
+}
+_COLUMNS = ("client", "state", "examples", "asked", "answered", "late", "refused", "seconds")
+
+
+class Board:
+    """Writes the page and the file every two seconds, and for the last time when it is closed.
+
+    Args:
+      folder: of the run.
+      post: that knows how clients stand.
+      facts: what each client said of itself.
+    """
+
+    def __init__(self, folder: Path, post: Post, facts: Sequence[Facts]) -> None:
+        """Begins at once."""
+        self._folder, self._post = folder, post
+        self._examples = {one.name: one.examples for one in facts}
+        self._over = threading.Event()
+        self._last = ""
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Writes what holds at the end."""
+        self._over.set()
+        self._thread.join()
+        self._write(live=False)
+
+    def _watch(self) -> None:
+        while not self._over.wait(_EVERY):
+            self._write(live=True)
+
+    def _write(self, *, live: bool) -> None:
+        known = {
+            name: {"examples": self._examples.get(name, 0), **shown}
+            for name, shown in self._post.shown().items()
+        }
+        page = render(known, self._folder.resolve().name, live=live)
+        if page != self._last:
+            self._last = page
+            try:
+                write_atomically(self._folder / FILE, json.dumps(known, indent=2) + "\n")
+                write_atomically(self._folder / PAGE, page)
+            except OSError as error:  # The run is worth more than its page.
+                _LOG.warning("%s: cannot be written: %s", PAGE, error.strerror or error)
+
+
+def render(known: Mapping[str, Mapping[str, object]], run: str, *, live: bool) -> str:
+    """The page.
+
+    Args:
+      known: what is known of each client, by its name.
+      run: its name.
+      live: whether the run goes on, so that a browser looks again.
+    """
+    head = "".join(f"<th{_number(column)}>{column}</th>" for column in _COLUMNS)
+    rows = "\n".join(_row(name, shown) for name, shown in known.items())
+    states = {str(shown["state"]) for shown in known.values()}
+    legend = "; ".join(f"<b>{s}</b>: {why}" for s, why in _STATES.items() if s in states)
+    again = f'<meta http-equiv="refresh" content="{_EVERY}">\n' if live else ""
+    chip = '<span class="chip">running</span>' if live else '<span class="chip">ended</span>'
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{again}'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Clients of {escape(run)} · flexmoe_jax</title>\n"
+        f"<style>\n{_STYLE_SHEET.read_text('utf-8')}</style>\n</head>\n<body>\n<main>\n"
+        f'<p class="eyebrow">Real clients</p><h1>{escape(run)}{chip}</h1>\n'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>'
+        f'</table></div>\n<p class="lead">{legend}. <b>late</b>: rounds that went on without its '
+        "answer; <b>refused</b>: answers that cannot be, with the latest reason; <b>seconds</b>: "
+        "from asking to its latest answer.</p>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _row(name: str, shown: Mapping[str, object]) -> str:
+    cells = "".join(
+        f"<td{_number(column)}>{_cell(column, shown[column])}</td>" for column in _COLUMNS[1:]
+    )
+    why = f"<br><small>{escape(shown['why'])}</small>" if shown["why"] else ""
+    return f"<tr><th>{escape(name)}{why}</th>{cells}</tr>"
+
+
+def _cell(column: str, value: object) -> str:
+    return f"{value:.1f}" if column == "seconds" and value else escape(value or "\N{EN DASH}")
+
+
+def _number(column: str) -> str:
+    return "" if column in ("client", "state") else ' class="n"'
