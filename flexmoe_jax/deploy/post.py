@@ -156,7 +156,7 @@ class Post:
         asked = {sent.number for sent in list(self._sent.values()) if sent.purpose in _ASKED}
         return {
             name: {"state": self._state_of(name, nodes, asked), **vars(standing)}
-            for name, standing in sorted(list(self.standing.items()), key=lambda x: natural(x[0]))
+            for name, standing in sorted(self.standing.items(), key=lambda x: natural(x[0]))
         }
 
     def _state_of(self, name: str, nodes: Mapping[str, int], asked: set[int]) -> str:
