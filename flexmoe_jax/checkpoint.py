@@ -64,9 +64,9 @@ class Checkpoints:
       keep: how many stay.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: str | os.PathLike[str], keep: int) -> None:
         """Only remembers the folder."""
-        self._folder, self._keep = folder.resolve(), keep
+        self._folder, self._keep = Path(folder).resolve(), keep
 
     def rounds(self) -> list[int]:
         """The saved rounds, rising; whatever else lies there is left alone."""

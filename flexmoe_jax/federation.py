@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +19,15 @@ import optax
 
 from flexmoe_jax import tasks
 from flexmoe_jax.assignment import Policy
-from flexmoe_jax.client import Codec, Learner, LocalTraining, Site, init_residual
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.client import (
+    Codec,
+    Learner,
+    LocalTraining,
+    Site,
+    check_transform,
+    init_residual,
+)
+from flexmoe_jax.errors import InputError, printable
 from flexmoe_jax.models import FLEX_MOE, Layout, Model, Ownership, check_capacity, lay_out
 from flexmoe_jax.options.assignment import AssignmentOptions
 from flexmoe_jax.options.execution import EvalOptions
@@ -34,6 +42,18 @@ from flexmoe_jax.server import (
     private,
 )
 from flexmoe_jax.types import Array, Key, Own, Params, PyTree, Routing, Server
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    "model": (Model, "a models.Model, as models.from_linen(module) makes it"),
+    "local": (LocalTraining, "a client.LocalTraining, as client.LocalTraining(optax.sgd(0.1))"),
+    "task": (tasks.Task, "a tasks.Task, as tasks.classification()"),
+    "ownership": (Ownership, "a models.Ownership"),
+    "codec": (Codec, 'a client.Codec, as client.Codec(client.make_compressor("int8"))'),
+    "admission": (Admission, "a server.Admission"),
+    "aggregator": ((Aggregator, NoneType), "a server.Aggregator, as server.mean(), or None"),
+    "fitness": (FitnessOptions, "a server.FitnessOptions"),
+    "load": ((LoadModel, NoneType), "a server.LoadModel, as server.make_load_model makes it"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +107,7 @@ class Federation:
 
     def __post_init__(self) -> None:
         """Refuses what does not fit together."""
+        self._check_kinds()
         AssignmentOptions.check(layers=self.layers, deficit_decay=self.deficit_decay)
         given = np.asarray(self.capacity)
         if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer) or not given.size:
@@ -299,6 +320,20 @@ class Federation:
         if adjusted != outputs:
             remedy = "not the model's; count each client's examples by class, or take no prior"
             raise InputError("label_share", f"{classes} classes", remedy)
+
+    def _check_kinds(self) -> None:
+        """Refuses names, numbers and modules where records and functions belong."""
+        for name, (kind, remedy) in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise InputError(name, printable(value, 60), f"give {remedy}")
+        if not callable(self.policy):
+            remedy = 'give a function Request -> Solution, as assignment.make_policy("flex")'
+            raise InputError("policy", self.policy, remedy)
+        check_transform("optimizer", self.optimizer)
+        if isinstance(self.ownership.private, str):
+            remedy = f"give a tuple of paths: ({self.ownership.private!r},)"
+            raise InputError("ownership.private", self.ownership.private, remedy)
 
     def _check_outputs(self) -> None:
         """Refuses a model that cannot be trained, or names other routings than parameters."""

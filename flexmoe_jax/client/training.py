@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 
 from flexmoe_jax.client.losses import balance_loss, router_loss, router_z_loss
 from flexmoe_jax.client.units import fractions, weights_of
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.client import LocalLoss, LocalWork
 from flexmoe_jax.options.execution import ExecutionOptions
 from flexmoe_jax.tasks import Batch, Task
@@ -64,6 +65,11 @@ class LocalTraining(LocalWork, LocalLoss):
     decay: optax.Schedule | None = None
     augment: Augment | None = None
 
+    def __post_init__(self) -> None:
+        """Refuses values outside their ranges, and what is no optimiser."""
+        super().__post_init__()
+        check_transform("optimizer", self.optimizer)
+
     def tiles(self, example_bytes: Callable[[], int]) -> int:
         """Number of equal tiles of a batch: as few as make none larger than asked for.
 
@@ -92,6 +98,16 @@ class LocalTraining(LocalWork, LocalLoss):
     def steps_per_epoch(self, size: Sizes) -> Sizes:
         """Batches that it takes to see `size` examples once; the last may be smaller."""
         return -(-size // self.batch_size)
+
+
+def check_transform(field: str, value: object) -> None:
+    """Refuses what is no optax transform.
+
+    Raises:
+      InputError: naming the field.
+    """
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        raise InputError(field, value, "give an optax transform, as optax.sgd(0.1)")
 
 
 def proximal(weight: float) -> optax.GradientTransformation:

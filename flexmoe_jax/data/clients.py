@@ -127,7 +127,8 @@ def join(
       The clients' data.
 
     Raises:
-      InputError: for no clients, or a client without examples.
+      InputError: for no clients, a client without examples, arrays of different lengths, or
+        positions outside of them.
     """
     sizes = np.array([len(part) for part in parts], np.int32)
     if sizes.size == 0 or sizes.min() == 0:
@@ -135,8 +136,10 @@ def join(
             "no clients" if sizes.size == 0 else f"client {int(sizes.argmin())} without examples"
         )
         raise InputError("parts", empty, "give at least one example to each of one or more clients")
+    rows = np.concatenate([np.asarray(part) for part in parts])
+    _check_rows(rows, {name: len(values) for name, values in arrays.items()})
     index = np.zeros((len(parts), _round_up(sizes.max())), np.int32)
-    index[np.arange(index.shape[1]) < sizes[:, None]] = np.concatenate(list(parts))
+    index[np.arange(index.shape[1]) < sizes[:, None]] = rows
     counts = np.zeros((len(parts), 0)) if counts is None else counts
     return ClientData(
         arrays={name: place(values) for name, values in arrays.items()},
@@ -145,6 +148,17 @@ def join(
         label_share=place(np.asarray(counts / sizes[:, None], np.float32)),
         owns=None if owns is None else place(np.asarray(owns, bool)),
     )
+
+
+def _check_rows(rows: np.ndarray, lengths: dict[str, int]) -> None:
+    if len(set(lengths.values())) != 1:
+        raise InputError("arrays", lengths, "give every array one entry for each example")
+    count = next(iter(lengths.values()))
+    if not np.issubdtype(rows.dtype, np.integer):
+        raise InputError("parts", rows.dtype, "give positions in the arrays: whole numbers")
+    if rows.min() < 0 or rows.max() >= count:
+        worst = rows.min() if rows.min() < 0 else rows.max()
+        raise InputError("parts", worst, f"give positions from 0 to {count - 1} in the arrays")
 
 
 def feed_cohorts(

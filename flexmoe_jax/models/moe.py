@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float
 
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.dense import Dense
 from flexmoe_jax.models.model import Model, from_linen
 from flexmoe_jax.models.ownership import EXPERT, GATE, mark
@@ -41,8 +41,15 @@ def route(logits: Float[Array, "*B E"], held: Bool[Array, " E"], top_k: int = 1)
 
     Returns:
       The routing of the batch.
+
+    Raises:
+      InputError: `held` is no mask of the E experts, or `top_k` no whole number of at least 1.
     """
-    chex.assert_shape(held, logits.shape[-1:])
+    if held.dtype != bool or held.shape != logits.shape[-1:]:
+        found = f"{held.dtype}{list(held.shape)}"
+        raise InputError("held", found, f"give a mask: bool[{logits.shape[-1]}]")
+    if not isinstance(top_k, int) or top_k < 1:
+        raise InputError("top_k", top_k, "choose a whole number of at least 1")
     may = held[None]
     masked = jnp.where(may, logits, _NEVER)
     probability = jnp.where(may, jax.nn.softmax(masked, axis=-1), 0.0)

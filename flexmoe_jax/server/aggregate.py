@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array, Key, PyTree
 
 
@@ -234,7 +235,12 @@ def trimmed_mean(trim: float) -> Aggregator:
 
     Args:
       trim: part cut off at either end, in [0, 0.5].
+
+    Raises:
+      InputError: another number.
     """
+    if not 0 <= trim <= 0.5:
+        raise InputError("trim", trim, "choose a number in [0, 0.5]")
 
     def centre(values: PyTree, weight: Array) -> PyTree:
         present = weight > 0

@@ -60,13 +60,15 @@ def chunk_test_set(
         test examples of their own.
 
     Raises:
-      InputError: arrays of different lengths, or none.
+      InputError: arrays of different lengths, or none; or a `batch_size` below 1.
     """
     mesh = mesh or client_mesh(1)
     lengths = {name: len(values) for name, values in arrays.items()}
     count = next(iter(lengths.values()), 0)
     if not count or set(lengths.values()) != {count}:
         raise InputError("test", lengths, "give arrays with one entry for each test example")
+    if batch_size < 1:
+        raise InputError("batch_size", batch_size, "choose 1 or more")
     chunks = -(-count // batch_size)
     size = -(-count // (chunks * mesh.size)) * mesh.size
     padding = chunks * size - count
@@ -107,7 +109,13 @@ def evaluate(
 
     Returns:
       What the models make of it. Clients that have never held an expert take no part.
+
+    Raises:
+      InputError: arrays where a test set belongs.
     """
+    if not isinstance(test, TestSet):
+        remedy = "give what chunk_test_set(arrays) makes of them"
+        raise InputError("test", type(test).__name__, remedy)
     # Slots rise, so an empty first slot means none held.
     evaluated = (state.clients.slots[:, :, 0] < federation.layout.experts).any(axis=1)
 

@@ -9,8 +9,28 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array, Plan
+
+
+def check_cohort(cohort: npt.ArrayLike, clients: int) -> np.ndarray:
+    """A cohort as (P,) client ids, each once.
+
+    Raises:
+      InputError: ids of no client, or one of them twice.
+    """
+    given = np.asarray(cohort)
+    if given.ndim != 1 or not given.size or not np.issubdtype(given.dtype, np.integer):
+        raise InputError("cohort", cohort, "give client ids: whole numbers (P,)")
+    if given.min() < 0 or given.max() >= clients:
+        worst = given.min() if given.min() < 0 else given.max()
+        raise InputError("cohort", worst, f"give client ids from 0 to {clients - 1}")
+    if np.bincount(given).max() > 1:
+        twice = int(np.bincount(given).argmax())
+        raise InputError("cohort", twice, "give each client once")
+    return given
 
 
 def sample_cohort(

@@ -39,7 +39,7 @@ from flexmoe_jax.simulation.blocks import (
     take_rows,
 )
 from flexmoe_jax.simulation.evaluate import evaluate
-from flexmoe_jax.simulation.plan import Arrival, Floor, Tampering, make_plan
+from flexmoe_jax.simulation.plan import Arrival, Floor, Tampering, check_cohort, make_plan
 from flexmoe_jax.simulation.probe import probe_all
 from flexmoe_jax.types import (
     Array,
@@ -141,6 +141,9 @@ def simulate(
       InputError: data that do not fit the federation.
     """
     federation.check_data(data.arrays, data.label_share)
+    for name, given in (("rows", rows), ("block_size", block_size)):
+        if given < 0:
+            raise InputError(name, given, "choose 0 or more; 0 is for automatic")
     mesh = mesh or client_mesh(1)
     everywhere = NamedSharding(mesh, PartitionSpec())
     steps = np.asarray(federation.local.steps(np.asarray(data.size)))
@@ -159,6 +162,7 @@ def simulate(
     def assign_cohort(
         state: State, cohort: np.ndarray, data: ClientData | None = None
     ) -> tuple[Solution, ...]:
+        cohort = check_cohort(cohort, federation.clients)
         if federation.fitness.probe != "all":
             return assign(state.server, cohort)
         if data is None:
@@ -200,7 +204,13 @@ def _given_profile(federation: Federation, data: ClientData) -> np.ndarray | Non
 
 
 def init(federation: Federation, key: Key) -> State:
-    """The state before the first round, (C,) clients with gates and private parts of their own."""
+    """The state before the first round, (C,) clients with gates and private parts of their own.
+
+    Raises:
+      InputError: a number where a key belongs.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise InputError("key", key.dtype, "give a key, as jax.random.key(0)")
     params, owns = init_owns(federation, key, jnp.arange(federation.clients, dtype=jnp.int32))
     begun = server.init(federation.desk, key, params.shared, params.experts, federation.clients)
     return State(begun, owns)
@@ -227,8 +237,12 @@ def _plan(
     arrival: Arrival | None = None,
 ) -> Plan:
     """See `Simulation.plan`."""
+    cohort = check_cohort(cohort, federation.clients)
     planned = steps[cohort]
     assignment = np.stack([solution.assignment for solution in solutions], axis=1)
+    if len(assignment) != len(cohort):
+        remedy = f"give the solutions of this cohort, of {len(cohort)} clients"
+        raise InputError("solutions", f"for {len(assignment)} clients", remedy)
     room = floor.rows or len(cohort)
     tampering = Tampering() if arrival is None else Tampering(arrival.tamper, arrival.noise)
     if arrival is not None:
