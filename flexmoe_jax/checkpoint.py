@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flexmoe_jax.errors import InputError, printable
+from flexmoe_jax.errors import InputError, printable, require_package
 from flexmoe_jax.reading import UnreadableError, open_regular, read_json
 from flexmoe_jax.types import State
 
@@ -62,10 +62,14 @@ class Checkpoints:
     Args:
       folder: where they lie; made if it is not there.
       keep: how many stay.
+
+    Raises:
+      InputError: Orbax is not installed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int) -> None:
         """Only remembers the folder."""
+        require_package("orbax", "checkpoint", "checkpoints are written by Orbax")
         self._folder, self._keep = Path(folder).resolve(), keep
 
     def rounds(self) -> list[int]:

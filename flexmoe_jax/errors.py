@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import unicodedata
 
 # Control characters move a terminal's cursor or colour it; formats turn the direction of writing
 # around; lone surrogates, as of file names that are no UTF-8, cannot be written at all.
 _HIDDEN = ("Cc", "Cf", "Cs")
+
+
+def require_package(module: str, extra: str, what: str) -> None:
+    """Refuses to go on without an optional package.
+
+    Args:
+      module: by which it is imported.
+      extra: of this package, which brings it.
+      what: needs it.
+
+    Raises:
+      InputError: it is not installed.
+    """
+    if importlib.util.find_spec(module) is None:
+        remedy = f"{what}: pip install 'flexmoe_jax[{extra}]'"
+        raise InputError(module, "not installed", remedy)
 
 
 def printable(text: object, most: int = 1000) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -41,3 +42,19 @@ def test_an_example(name, capsys):
     assert len(lines) < 60
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     assert SHOWS[name](capsys.readouterr().out)
+
+
+def test_the_notebook():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    cells = json.loads((FOLDER / "who_holds_what.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    known: dict = {}
+    exec(compile("\n".join(code), "who_holds_what.ipynb", "exec"), known)
+    assert known["found"].status == "optimal"
+    assert known["greedy"].load.max() > 4
+    assert known["fair"].load.max() == 4
+    assert len(pyplot.get_fignums()) == 2
+    pyplot.close("all")

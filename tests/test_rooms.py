@@ -31,6 +31,7 @@ MAY_IMPORT = {
     | {"assignment", "client", "compiling", "data", "edge", "federation", "models"}
     | {"server", "tasks"},
     "metrics": COMMON,
+    "plot": COMMON,
     "checkpoint": COMMON,
     "compiling": set(),
     "deploy": COMMON | {"client", "compiling", "federation", "server", "tasks"},

@@ -42,6 +42,7 @@ from flexmoe_jax.assignment.rounding import round_knapsack, round_shmoys_tardos
 from flexmoe_jax.assignment.scaling import rescale
 from flexmoe_jax.assignment.solution import Solution, make_solution
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.assignment import AssignmentOptions
 
 # Terms of a problem that solvers do not take; `relaxation` and `auto` take all.
 _REFUSED = MappingProxyType(
@@ -102,7 +103,7 @@ class _Answer(NamedTuple):
 
 def solve(
     problem: Problem,
-    solver: str = "relaxation",
+    solver: str = AssignmentOptions.solver,
     rounding: str = "repair",
     seed: int = 0,
     backend: str = "HIGHS",
@@ -112,10 +113,10 @@ def solve(
 
     Args:
       problem: what to solve.
-      solver: a name in `SOLVERS`. `relaxation` (CVXPY) takes every problem; `paths` (exact,
-        NumPy) and `flow` (exact, OR-Tools) take equal weights; `dual` (JAX) takes any weights;
-        `auto` chooses among them; the heuristics `greedy`, `random` and `round_robin` ignore the
-        load bounds.
+      solver: a name in `SOLVERS`. `auto`, the default, chooses: `paths` (exact, NumPy) for equal
+        weights, else `relaxation` (CVXPY and HiGHS), which takes every problem, or `dual` (JAX) for
+        large ones with diversity. `flow` (exact, OR-Tools) takes equal weights; the heuristics
+        `greedy`, `random` and `round_robin` ignore the load bounds.
       rounding: how fractions are rounded. Both ways keep capacities exactly, and load bounds to
         within an expert's largest single weight. `shmoys_tardos` is worth at least the
         relaxation; `repair` (the default) gives up to 2 % of what there is to win or lose to mend

@@ -18,6 +18,7 @@ from flexmoe_jax.assignment.engine import solve
 from flexmoe_jax.assignment.problem import Problem
 from flexmoe_jax.assignment.solution import Solution, relative_gap
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.assignment import AssignmentOptions
 
 _WORST_LAST = ("optimal", "feasible", "relaxed", "violated")
 
@@ -29,7 +30,7 @@ def solve_layers(
     load_max: npt.ArrayLike,
     *,
     expert_size: npt.ArrayLike | None = None,
-    solver: str = "relaxation",
+    solver: str = AssignmentOptions.solver,
     rounding: str = "repair",
     seed: int = 0,
     **fields: Any,

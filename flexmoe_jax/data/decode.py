@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, require_package
 from flexmoe_jax.reading import UnreadableError, require_memory
 
 Decoder = Callable[[bytes], np.ndarray]
@@ -47,6 +47,7 @@ def decode_with_opencv(encoded: bytes, channels: int) -> np.ndarray:
 
 def decode_with_pillow(encoded: bytes, channels: int) -> np.ndarray:
     """Decodes with Pillow."""
+    require_package("PIL", "data", "pictures are decoded by Pillow")
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded)) as image:
@@ -82,6 +83,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if image.shape[:2] == (height, width):
         return image
+    require_package("PIL", "data", "pictures are resized by Pillow")
     from PIL import Image
 
     flat = image[..., 0] if image.shape[-1] == 1 else np.ascontiguousarray(image)

@@ -15,7 +15,7 @@ from flexmoe_jax.data import decode, layout, npz_source, tfds_source
 from flexmoe_jax.data.apportion import apportion
 from flexmoe_jax.data.cache import Arrays, cached, default_folder
 from flexmoe_jax.data.text import TEXT, TOPICS, Corpus, corpus_of, python_topics, read_corpus
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, require_package
 from flexmoe_jax.options.data import DataOptions
 
 _DIGITS_TEST_SHARE = 0.2
@@ -195,6 +195,7 @@ def stratified_sample(
 
 def _digits(image_size: int, cache_dir: str | os.PathLike[str] | None) -> Dataset:
     """The embedded data set: (8, 8, 1) images whose grey levels 0..16 become 0..255."""
+    require_package("sklearn", "data", "the digits are scikit-learn's")
 
     def read() -> dict[str, np.ndarray]:
         # Loading scikit-learn takes longer than all else that a launch loads: once is enough.

@@ -16,7 +16,7 @@ from absl import logging
 from flexmoe_jax.data import decode, layout
 from flexmoe_jax.data.cache import Arrays
 from flexmoe_jax.data.tfds_metadata import check_metadata
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, require_package
 from flexmoe_jax.reading import UnreadableError, require_memory
 
 DEFAULT_IMAGE_SIZE = 32  # pixels a side, for data sets whose images vary in size
@@ -70,6 +70,9 @@ def read(
         or that is damaged.
     """
     with _quiet(), _refusing_damage(name, version_folder):
+        require_package(
+            "tensorflow_datasets", "data", "reads data sets of TFDS, without TensorFlow"
+        )
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(version_folder)
@@ -136,6 +139,9 @@ def read_text(name: str, version_folder: Path, domain: str) -> tuple[Texts, Text
         damaged.
     """
     with _quiet(), _refusing_damage(name, version_folder):
+        require_package(
+            "tensorflow_datasets", "data", "reads data sets of TFDS, without TensorFlow"
+        )
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(version_folder)
@@ -163,6 +169,7 @@ def download(name: str, folder: Path) -> None:
     base, config, version = layout.parse(name)
     full = base + (f"/{config}" if config else "") + (f":{version}" if version else "")
     with _quiet():
+        require_package("tensorflow_datasets", "data", "downloads data sets of TFDS")
         import tensorflow_datasets as tfds
 
         try:

@@ -48,7 +48,7 @@ def admit(
     upload: Upload,
     slots: dict[str, Array],
     steps: Int[Array, ""],
-    limits: Float[Array, 2] | None,
+    limits: Float[Array, " 2"] | None,
     sketched: int = 0,
 ) -> tuple[Arrived, Verdict]:
     """Judges one answer.

@@ -66,7 +66,7 @@ def learn_norms(
     return jnp.take_along_axis(joined, newest, axis=1)
 
 
-def norm_limits(norms: Float[Array, "4 W"], factor: float) -> Float[Array, 2]:
+def norm_limits(norms: Float[Array, "4 W"], factor: float) -> Float[Array, " 2"]:
     """The greatest lengths that are let in.
 
     Args:
@@ -99,7 +99,7 @@ def too_late(
     return (unknown & (new > factor * _median(new)[:, None])).any(axis=0)
 
 
-def part_norms(shared: PyTree, experts: PyTree) -> Float[Array, 2]:
+def part_norms(shared: PyTree, experts: PyTree) -> Float[Array, " 2"]:
     """(2,) L2 norms of ψ's part and the experts' of one update."""
     norms = [optax.tree.norm(shared), optax.tree.norm(experts)]
     return jnp.stack([jnp.asarray(norm, jnp.float32) for norm in norms])

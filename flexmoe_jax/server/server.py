@@ -121,7 +121,7 @@ def send(desk: Desk, server: Server, slots: Int[Array, "G K"], steps: Int[Array,
     return Download(server.shared, experts, slots, steps, server.round)
 
 
-def limits(desk: Desk, begun: Server) -> Float[Array, 2] | None:
+def limits(desk: Desk, begun: Server) -> Float[Array, " 2"] | None:
     """Greatest lengths (2,) of an answer's parts that others' updates allow; None for none."""
     if not desk.admission.compares:
         return None
