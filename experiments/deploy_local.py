@@ -10,8 +10,10 @@ itself, whatever ends it.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from absl import flags
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
         raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/local")
     require_flower()
     from experiments.deploying.checks import check_deployable
-    from experiments.deploying.flower import free_port
+    from experiments.deploying.flower import WARM, Warm, free_port
     from experiments.deploying.splitting import write_clients
 
     check_deployable(config)
@@ -67,7 +69,15 @@ def main(argv: list[str]) -> int:
         ]
         for path in files
     ]
-    return _run(server, joins, clients)
+    with tempfile.TemporaryDirectory(prefix="flexmoe-") as home:
+        # One for all clients: what Flower has loaded lies in memory once.
+        door = Path(home) / "warm.sock"
+        warm = Warm(door, Path(home), clients / "flower.log")
+        os.environ[WARM] = str(door)
+        try:
+            return _run(server, joins, clients)
+        finally:
+            warm.end()
 
 
 def _run(server: list[str], joins: list[list[str]], logs: Path) -> int:

@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.deploying.warm import COMMAND, write_command
+from experiments.deploying.warm import write_commands
 from flexmoe_jax.errors import InputError, printable
 
 _LOG = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ _LOG = logging.getLogger(__name__)
 _PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 # Seconds to wait for the port of a server that was killed.
 _PORT_PATIENCE = 8.0
+# Says where a process is that starts Flower's short-lived ones for several clients of a machine.
+WARM = "FLEXMOE_WARM_SOCKET"
 # Environment of all of Flower's processes: no telemetry, and tasks looked for ten times a second.
 _SETTINGS = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
 
@@ -106,6 +108,31 @@ class Process:
             self._child.wait(timeout=10)
         self._child.kill()
         self._child.wait()
+
+
+class Warm:
+    """The process that starts Flower's short-lived ones (see `warm.py`).
+
+    Args:
+      address: of its socket.
+      home: Flower's folder.
+      log: gets what it and those that it starts print.
+    """
+
+    def __init__(self, address: Path, home: Path, log: Path) -> None:
+        """Starts it."""
+        self._words = [sys.executable, "-m", "experiments.deploying.warm", str(address)]
+        self._home, self._log = home, log
+        self._process = Process(self._words, home, log)
+
+    def watch(self) -> None:
+        """Starts it again if it is gone; meanwhile Flower's own commands do its work."""
+        if self._process.ended:
+            self._process = Process(self._words, self._home, self._log)
+
+    def end(self) -> None:
+        """Ends it."""
+        self._process.end()
 
 
 def environment(home: Path) -> Mapping[str, str]:
@@ -260,16 +287,15 @@ class SuperNode:
     ) -> None:
         """Starts it; it is started again whenever it is gone."""
         self._home, self._log = home, home / "supernode.log"
-        address = home / "warm.sock"
-        write_command(home / "bin", address, Path(sys.executable).parent / COMMAND)
+        address = Path(os.environ.get(WARM) or home / "warm.sock")
+        write_commands(home / "bin", address, Path(sys.executable).parent)
         words = ["flower-supernode", f"--superlink={server}", f"--port={free_port()}"]
         words += ["--insecure"] if root is None else [f"--root-certificates={root}"]
         words += [] if key is None else [f"--auth-supernode-private-key={key}"]
         self._name = name
         self._words = [*words, "--node-config", f'socket="{socket}" name="{name}"']
         self._ended = threading.Event()
-        self._warm_words = [sys.executable, "-m", "experiments.deploying.warm", str(address)]
-        self._warm = Process(self._warm_words, home, self._log)
+        self._warm = None if WARM in os.environ else Warm(address, home, self._log)
         self._process = Process(self._words, home, self._log)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -282,13 +308,14 @@ class SuperNode:
         """Ends it."""
         self._ended.set()
         self._process.end()
-        self._warm.end()
+        if self._warm is not None:
+            self._warm.end()
 
     def _watch(self) -> None:
         said, pause = "", _PAUSE
         while not self._ended.wait(pause):
-            if self._warm.ended:
-                self._warm = Process(self._warm_words, self._home, self._log)
+            if self._warm is not None:
+                self._warm.watch()
             if not self._process.ended:
                 pause = _PAUSE
                 continue

@@ -1,12 +1,12 @@
-"""Starts Flower's client apps without loading Flower each time.
+"""Starts Flower's short-lived processes without loading Flower each time.
 
 Flower starts a process for every message to a client, and that process needs 1.6 CPU-seconds to
 load Flower, more than many clients need to train. Here, one process loads it once and forks for
-each message. Flower finds `flwr-clientapp` on its PATH: a command of ours, which hands its words to
-that process, or, should it not be there, becomes Flower's own command.
+each; what they have loaded lies in memory once. Flower finds its commands on its PATH: these are
+ours, and hand their words to that process, or, should it not be there, become Flower's own.
 
 python -m experiments.deploying.warm SOCKET                   loads Flower and forks
-python -ISE experiments/deploying/warm.py SOCKET REAL ...     hands over the words after REAL
+python -ISE experiments/deploying/warm.py SOCKET REAL ...     hands over REAL and the words after it
 """
 
 from __future__ import annotations
@@ -17,24 +17,30 @@ import shlex
 import signal
 import socket
 import sys
+from importlib import import_module
 from pathlib import Path
 
-COMMAND = "flwr-clientapp"
+# Of Flower's commands those that are worth it: for each message, and once beside each SuperNode.
+_COMMANDS = {
+    "flwr-clientapp": ("flwr.supernode.cli.flwr_clientapp", "flwr_clientapp"),
+    "flower-superexec": ("flwr.supercore.cli.flower_superexec", "flower_superexec"),
+}
 
 
-def write_command(folder: Path, address: Path, real: Path) -> None:
-    """Writes the command that Flower finds.
+def write_commands(folder: Path, address: Path, installed: Path) -> None:
+    """Writes the commands that Flower finds.
 
     Args:
       folder: to be put first on Flower's PATH; made here.
       address: socket of the process that forks.
-      real: Flower's own command.
+      installed: folder of Flower's own commands.
     """
     folder.mkdir()
-    words = [sys.executable, "-ISE", str(Path(__file__).resolve()), str(address), str(real)]
-    command = folder / COMMAND
-    command.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
-    command.chmod(0o700)
+    for name in _COMMANDS:
+        ours = [sys.executable, "-ISE", str(Path(__file__).resolve()), str(address)]
+        command = folder / name
+        command.write_text(f'#!/bin/sh\nexec {shlex.join([*ours, str(installed / name)])} "$@"\n')
+        command.chmod(0o700)
 
 
 def hand_over(address: str, real: str, words: list[str]) -> None:
@@ -42,7 +48,8 @@ def hand_over(address: str, real: str, words: list[str]) -> None:
     try:
         with socket.socket(socket.AF_UNIX) as line:
             line.connect(address)
-            line.sendall(json.dumps(words).encode() + b"\n")
+            asked = {"words": [real, *words], "environment": dict(os.environ)}
+            line.sendall(json.dumps(asked).encode() + b"\n")
             if line.recv(1):
                 return
     except OSError:
@@ -54,8 +61,8 @@ def fork_for_each(address: str) -> None:
     """Loads Flower, and forks for each command that comes to a socket; does not return."""
     import flwr.clientapp
     import flwr.serverapp  # noqa: F401  What our app loads.
-    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
+    mains = {name: getattr(import_module(at), what) for name, (at, what) in _COMMANDS.items()}
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Nobody waits for them.
     Path(address).unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as door:
@@ -64,14 +71,16 @@ def fork_for_each(address: str) -> None:
         while True:
             line, _ = door.accept()
             with line, line.makefile() as text:
-                words = json.loads(text.readline())
+                asked = json.loads(text.readline())
                 if os.fork():
                     line.sendall(b"!")
                     continue
             door.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            sys.argv = [COMMAND, *words]
-            flwr_clientapp()
+            os.environ.clear()
+            os.environ.update(asked["environment"])
+            sys.argv = asked["words"]
+            mains[Path(sys.argv[0]).name]()
             os._exit(0)
 
 
