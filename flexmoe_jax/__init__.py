@@ -10,6 +10,62 @@ The rooms can be imported by themselves: `flexmoe_jax.assignment` (NumPy in, Num
 `flexmoe_jax.simulation` maps both over many clients, for a `flexmoe_jax.federation.Federation`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexmoe_jax import (
+        assignment,
+        client,
+        data,
+        deploy,
+        edge,
+        metrics,
+        models,
+        options,
+        plot,
+        server,
+        simulation,
+        tasks,
+        types,
+    )
+    from flexmoe_jax.checkpoint import Checkpoints
+    from flexmoe_jax.errors import InputError
+    from flexmoe_jax.federation import Federation
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+_NAMES = {"Checkpoints": "checkpoint", "Federation": "federation", "InputError": "errors"}
+__all__ = [
+    "Checkpoints",
+    "Federation",
+    "InputError",
+    "__version__",
+    "assignment",
+    "client",
+    "data",
+    "deploy",
+    "edge",
+    "metrics",
+    "models",
+    "options",
+    "plot",
+    "server",
+    "simulation",
+    "tasks",
+    "types",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a room, or a name of one, when it is first asked for: not all need JAX."""
+    if name in _NAMES:
+        return getattr(import_module(f"flexmoe_jax.{_NAMES[name]}"), name)
+    if name in __all__:
+        return import_module(f"flexmoe_jax.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

@@ -7,6 +7,13 @@ import numpy as np
 
 from flexmoe_jax.types import Evaluation
 
+__all__ = [
+    "coefficient_of_variation",
+    "evaluation_figures",
+    "newcomer_figures",
+    "tuned_figures",
+]
+
 
 def coefficient_of_variation(load: np.ndarray) -> float:
     """Standard deviation over mean of (E,) loads: 0 is perfect balance, NaN that there is none."""

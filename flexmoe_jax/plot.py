@@ -15,6 +15,11 @@ import numpy.typing as npt
 
 from flexmoe_jax.errors import InputError, require_package
 
+__all__ = [
+    "holders",
+    "loads",
+]
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 

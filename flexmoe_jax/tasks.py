@@ -19,6 +19,15 @@ import optax
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array, PyTree
 
+__all__ = [
+    "Batch",
+    "Task",
+    "classification",
+    "cross_entropy",
+    "next_token",
+    "regression",
+]
+
 Batch = Mapping[str, Array]
 """Named arrays of a batch, leaves (B, ...)."""
 

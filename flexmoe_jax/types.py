@@ -17,6 +17,25 @@ if TYPE_CHECKING:
     Array = jax.Array
 else:
     Array = jax.typing.ArrayLike  # Whoever calls from outside a jit may give NumPy's, and numbers.
+__all__ = [
+    "Array",
+    "Download",
+    "Evaluation",
+    "Feedback",
+    "Key",
+    "Ledger",
+    "Own",
+    "Params",
+    "Plan",
+    "PyTree",
+    "RoundReport",
+    "Routing",
+    "Server",
+    "State",
+    "Tally",
+    "Upload",
+]
+
 Key = jax.Array
 PyTree = Any
 

@@ -35,6 +35,7 @@ from flexmoe_jax.client.training import (
     take_batch,
     train,
 )
+from flexmoe_jax.types import Download, Feedback, Own, Params, Upload
 
 __all__ = [
     "COMPRESSIONS",
@@ -42,11 +43,16 @@ __all__ = [
     "Batches",
     "Codec",
     "Compressor",
+    "Download",
+    "Feedback",
     "Judge",
     "Learner",
     "LocalTraining",
+    "Own",
+    "Params",
     "Site",
     "Trained",
+    "Upload",
     "all_finite",
     "appraise",
     "balance_loss",

@@ -44,6 +44,7 @@ from flexmoe_jax.models.ownership import (
     mark_paths,
 )
 from flexmoe_jax.models.transformer import Transformer, decoder
+from flexmoe_jax.types import Params, Routing
 
 __all__ = [
     "BACKBONES",
@@ -64,8 +65,10 @@ __all__ = [
     "MoELayer",
     "Model",
     "Ownership",
+    "Params",
     "PersonalMixture",
     "ResNet",
+    "Routing",
     "Routings",
     "Transformer",
     "check_capacity",

@@ -30,6 +30,7 @@ from flexmoe_jax.server.load import LoadModel, make_load_model
 from flexmoe_jax.server.privacy import draw_secret, epsilon, noise_key
 from flexmoe_jax.server.quarantine import learn_norms, norm_limits, too_late
 from flexmoe_jax.server.server import Desk, close, conclude, init, limits, report, send, without
+from flexmoe_jax.types import Feedback, Ledger, Server
 
 __all__ = [
     "LOAD_MODELS",
@@ -39,8 +40,11 @@ __all__ = [
     "Assign",
     "Desk",
     "Due",
+    "Feedback",
     "FitnessOptions",
+    "Ledger",
     "LoadModel",
+    "Server",
     "Sums",
     "Verdict",
     "accuracy_score",

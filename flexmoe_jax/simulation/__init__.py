@@ -33,18 +33,24 @@ from flexmoe_jax.simulation.traffic import (
     traffic,
     tree_bytes,
 )
+from flexmoe_jax.types import Evaluation, Plan, RoundReport, State, Tally
 
 __all__ = [
     "FAULTS",
     "Arrival",
     "DeviceReport",
+    "Evaluation",
     "Faults",
     "Floor",
     "Network",
     "Newcomers",
     "Payload",
+    "Plan",
+    "RoundReport",
     "Simulation",
     "Standalone",
+    "State",
+    "Tally",
     "Tampering",
     "TestSet",
     "Traffic",
