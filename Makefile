@@ -1,6 +1,7 @@
 # make run     installs into .venv and trains the main job (real handwritten digits), then writes its report.
 # make test    the same set-up with the development tools, then lint, types and all tests; T=path for some of them.
 # make quick   lint, types, and the tests that train nothing.
+# make docs    the documentation as a site, in site/.
 # make test-floor, make test-newest   all tests with the oldest packages that setup.cfg allows; with today's newest.
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ QUICK := tests/assignment/test_paths.py tests/assignment/test_policies.py tests/
 	tests/test_import.py tests/test_misuse.py tests/test_npz.py tests/test_plot.py tests/test_public.py tests/test_rooms.py
 T ?=
 
-.PHONY: run test quick lint test-floor test-newest clean
+.PHONY: run test quick lint docs test-floor test-newest clean
 
 run: $(VENV)/.experiments
 	$(BIN)/python -m experiments.train --config=experiments/configs/digits.py --workdir=runs/digits
@@ -26,6 +27,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	$(INSTALL) --editable '.[docs]'
+	$(BIN)/mkdocs build
 
 test-floor test-newest: test-%: $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)-$*
