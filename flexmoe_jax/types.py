@@ -349,7 +349,7 @@ def _total(columns: Any) -> Any:
 
 
 def _ratio(part: Any, whole: Any) -> np.ndarray:
-    """NaN where the whole is nil, or there is no part."""
+    """NaN where the whole is zero, or there is no part."""
     if part is None:
         return np.full(np.shape(whole), np.nan)
     part, whole = np.broadcast_arrays(np.asarray(part, np.float64), np.asarray(whole, np.float64))

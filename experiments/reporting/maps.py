@@ -36,6 +36,8 @@ from experiments.reporting.quantities import byte_unit, count, ratio
 from experiments.reporting.runs import Floats, Run, assigned_unit
 
 CLIENT_COLUMNS, ROUND_COLUMNS = 1000, 250
+# Kinds of examples that a picture has room for.
+MOST_KINDS = 40
 TOTALS = 1.75
 ROUND_STEPS = (1, 2, 2.5, 5, 10)
 
@@ -65,6 +67,7 @@ def client_pictures(run: Run) -> list[Picture]:
         _labels(run, order),
         _holders(run, order),
         _routing(run, order),
+        _specialisation(run),
         _fitness(run, order),
     ]
     return [picture for picture in made if picture is not None]
@@ -227,6 +230,43 @@ def _routing(run: Run, order: Order) -> Picture | None:
         [(f"Share of the client's {run.units} that its gate sent to the expert", share, scale)],
         "A column adds up to 100 %: one dark cell is a client that leans on one expert; a dark "
         f"stretch of a row is an expert that serves clients with like {run.kind}s.",
+    )
+
+
+def _specialisation(run: Run) -> Picture | None:
+    """Experts × kinds of examples: whom each expert serves."""
+    usage, counts = run.arrays.get("usage"), run.arrays.get("label_counts")
+    kinds = [str(kind) for kind in run.arrays.get("classes", ())]
+    if usage is None or counts is None or not np.nansum(usage) or not 1 < len(kinds) <= MOST_KINDS:
+        return None
+    served = shares(shares(counts).T @ np.nan_to_num(usage.astype(float)))  # (kinds, experts)
+    # Experts stand in the order of the kinds that they mostly serve, so that a diagonal shows.
+    rows = np.lexsort((-served.max(axis=0), served.argmax(axis=0)))
+    cells = served.T[rows]
+    scale = share_scale(ink.ORANGES, cells, f"of the kind's\n{run.units}")
+    height = rows_height(len(rows))
+    bottom = 0.3 + 0.075 * max(map(len, kinds)) * (len(kinds) > 12) + 0.2
+    size = (FULL, height + TOP + bottom)
+
+    def paint(figure: Figure) -> None:
+        axes = ink.axes_at(figure, LEFT, TOP, INNER, height)
+        show_matrix(axes, cells, scale, (-0.5, len(kinds) - 0.5))
+        axes.set_title(f"Share of what clients with this {run.kind} sent to the expert")
+        axes.set_xticks(range(len(kinds)), kinds, rotation=90 if len(kinds) > 12 else 0)
+        axes.tick_params(axis="x", length=0)
+        row_labels(axes, [f"expert {e}" for e in rows], height)
+        colour_bar(figure, LEFT + INNER + 0.12, min(height, BAR_HEIGHT), scale, TOP)
+
+    return Picture(
+        name="specialisation",
+        title=f"Which {run.kind}s each expert serves",
+        source=ink.draw(size, paint),
+        alt=f"Heat map, {len(rows)} experts by {len(kinds)} {run.kind}s.",
+        caption="A column adds up to 100 %. What a client sent to an expert is divided over its "
+        f"{run.kind}s as its examples are. Few dark cells a column: experts have specialised; an "
+        "even colour: it does not matter which experts a client has.",
+        wide=True,
+        size=size,
     )
 
 

@@ -37,8 +37,8 @@ class Prices(NamedTuple):
 
     Attributes:
       load: [E] λ, worth per unit of load.
-      mix: [E, F] u, worth per unit of the holders' deviation from the population; None for nil.
-      holders: [E] ν, worth of a holder where experts have a least number of them; None for nil.
+      mix: [E, F] u, worth per unit of the holders' deviation from the population; None for zeros.
+      holders: [E] ν, worth of a holder where experts have a least number of them; None for zeros.
     """
 
     load: Any
@@ -114,8 +114,8 @@ def prove(
         load, count = expert_load(problem, assignment), assignment.sum(axis=0)
         low, high = np.minimum(low, load), np.maximum(high, load)
         problem = replace(problem, holders_min=np.minimum(problem.holders_min, count))
-    nil = Prices(np.zeros(problem.experts))
-    return min(price_bound(problem, of, low, high) for of in prices or (nil,))
+    none = Prices(np.zeros(problem.experts))
+    return min(price_bound(problem, of, low, high) for of in prices or (none,))
 
 
 def require_capacities(problem: Problem, assignment: BoolArray) -> None:
@@ -156,7 +156,7 @@ def gave_way(problem: Problem, assignment: BoolArray, witness: Prices | None) ->
     low, high = count_bounds(problem)
     least = _least_violation(problem.capacity, low, high)
     if not problem.unit:
-        # Loads are nil, whoever holds what.
+        # All loads are zero, whoever holds what.
         return least > 0 or bool((problem.load_min > 0).any() or (problem.load_max < 0).any())
     count = assignment.sum(axis=0)
     missed = float(np.maximum(np.maximum(low - count, count - high), 0.0).sum())
@@ -191,7 +191,7 @@ def _has_impossible_bounds(problem: Problem) -> bool:
 def _load_bound(problem: Problem, price: FloatArray, low: FloatArray, high: FloatArray) -> float:
     """Sum over experts of the most that `λ y - μ (y - t)²` comes to."""
     if not problem.balance:
-        # An infinite bound has price nil, and nil times infinity counts as nil.
+        # The price of an infinite bound is 0, and adds nothing: 0 times infinity would be NaN.
         dear, cheap = price > 0, price < 0
         return float(high[dear] @ price[dear]) + float(low[cheap] @ price[cheap])
     target, curve, unit = problem.load_target, problem.balance, problem.unit

@@ -29,7 +29,7 @@ class View(NamedTuple):
     """A problem as it looks from prices that are nearly right.
 
     Attributes:
-      worth: [C, E] fitness less those prices, around nil for pairs that are in doubt.
+      worth: [C, E] fitness less those prices, around zero for pairs that are in doubt.
       base: [E] the prices on load.
       span: within which worth decides.
     """
@@ -40,7 +40,7 @@ class View(NamedTuple):
 
 
 def look(problem: Problem) -> View:
-    """The view from prices of nil."""
+    """The view from prices of zero."""
     span = float(np.max(np.ptp(problem.fitness, axis=1), initial=0.0)) if problem.clients else 0.0
     return View(problem.fitness, np.zeros(problem.experts), span)
 
@@ -78,7 +78,7 @@ def look_closer(
 
 
 def _estimate(problem: Problem, view: View) -> FloatArray:
-    # A price belongs to the bound that it pays for; where it may be nil, to either.
+    # A price belongs to the bound that it pays for; a price of zero belongs to either.
     low, high = effective_bounds(problem)
     seen = replace(
         problem,

@@ -168,6 +168,6 @@ def _solve_pairs(
         if found is not None or not give_way:
             return found
     program = Program(owner, expert, owners.size, problem.experts, weight=weight)
-    nil, priority = np.zeros(problem.experts), np.asarray(problem.violation_weight)
-    numbers = Numbers(fitness, capacity, low, high, nil, priority)
+    zeros, priority = np.zeros(problem.experts), np.asarray(problem.violation_weight)
+    numbers = Numbers(fitness, capacity, low, high, zeros, priority)
     return program.solve(backend, numbers, deadline, give_way)

@@ -92,7 +92,7 @@ class _Answer(NamedTuple):
 
     Attributes:
       assignment: [C, E] bool.
-      prices: each of which proves a bound; none for nil prices.
+      prices: each of which proves a bound; none for prices of zero.
       witness: prices that prove that the load bounds cannot hold, where it takes prices to do so.
     """
 

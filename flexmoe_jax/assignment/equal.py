@@ -22,7 +22,7 @@ from flexmoe_jax.assignment.paths import (
 from flexmoe_jax.assignment.prices import estimate_prices
 from flexmoe_jax.assignment.problem import BoolArray, FloatArray, Problem, seconds_left
 
-# Pairs up to which prices from nil are the faster way.
+# Pairs up to which it is faster to begin with prices of zero.
 _FEW_PAIRS = 2_000
 # The most that a whole-number cost may come to, so that sums of several stay below 2^53.
 _DEAREST = 2.0**50

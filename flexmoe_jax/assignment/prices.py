@@ -88,7 +88,7 @@ def ascend_prices(
         )
         temperatures = np.geomspace(warm, cold, steps).astype(dtype)
         prices = _newton(sample, slots, prices, temperatures)
-    # Below the last temperature a price is noise, and nil is the one that leaves bounds free.
+    # Below the last temperature a price is noise; a price of zero leaves the bounds free.
     load = xp.where(xp.abs(prices.load) > _FINE, prices.load, 0.0)
     return Prices(load * span / unit, prices.mix * span)
 

@@ -254,6 +254,6 @@ def _diagonal(values: FloatArray) -> Any:
 
 
 def _dual(constraint: Any) -> FloatArray:
-    """Dual values; nil, which prove less, from a backend that has none."""
+    """Dual values; zeros, which prove less, from a backend that has none."""
     value = constraint.dual_value
     return np.zeros(constraint.shape) if value is None else np.asarray(value, np.float64)

@@ -74,7 +74,7 @@ def rescale(problem: Problem) -> Scaled:
 
 
 def _exponent(values: float | FloatArray) -> int:
-    """The power of two that brings the largest of the values to between 1 and 2; 0 for nil."""
+    """The power of two that brings the largest of the values to between 1 and 2; 0 for zeros."""
     largest = float(np.max(np.abs(values), initial=0.0))
     return math.frexp(largest)[1] - 1 if largest else 0
 

@@ -39,7 +39,7 @@ class Solution:
         cancel to nearly nothing, |bound| counts as 1e-12 of what is summed.
       load: [E] load of each expert.
       violation: [E] how far each load lies outside its bounds, ≥ 0, in units of load.
-      status: `optimal` (within the bounds, gap nil), `feasible` (within the bounds), `relaxed`
+      status: `optimal` (within the bounds, no gap), `feasible` (within the bounds), `relaxed`
         (not all bounds can hold; some gave way) or `violated` (bounds that could hold do not:
         by rounding, within its guarantee, or because the solver ignores them). Policies add
         `fallback: REASON` where the solver failed and experts were dealt out instead.

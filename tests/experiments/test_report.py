@@ -36,6 +36,7 @@ RUN_PICTURES = {
     "labels",
     "holders",
     "routing",
+    "specialisation",
     "fitness",
 }
 

@@ -1,0 +1,1 @@
+"""The Flower app: a folder that `flwr run` takes; see app.py."""
