@@ -158,7 +158,12 @@ class Federation:
             raise
         except Exception as error:  # A model can fail in any way.
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            remedy = f"it must run on stacks of {slots} of its {self.layout.experts} experts"
+            layers = ", ".join(self.layout.layers)
+            remedy = (
+                f"it must run on stacks of {slots} of its {self.layout.experts} experts, with "
+                f"masks of the layers {layers} (each has experts and a gate), and return (outputs, "
+                "{layer: Routing})"
+            )
             raise InputError("model", reason[:300], remedy) from error
         return found
 
@@ -271,8 +276,17 @@ class Federation:
 
     @property
     def inputs(self) -> PyTree:
-        """Shapes of what the model takes of the sample."""
-        return jax.eval_shape(self.task.inputs, self.sample)
+        """Shapes of what the model takes of the sample.
+
+        Raises:
+          InputError: the sample is no batch of the arrays that the task reads.
+        """
+        try:
+            return jax.eval_shape(self.task.inputs, self.sample)
+        except (KeyError, TypeError) as error:
+            given = ", ".join(self.sample) if isinstance(self.sample, Mapping) else self.sample
+            remedy = f"give a batch of the named examples that the task reads ({error})"
+            raise InputError("sample", given, remedy) from error
 
     def draw(self, key: Key) -> Params:
         """The model's parameters before the first round, by their owners."""
@@ -310,6 +324,7 @@ class Federation:
             raise InputError("capacity", np.asarray(self.capacity).tolist(), remedy)
         outputs, _ = self.outputs
         self.task.check(arrays, jax.tree.map(lambda x: x.shape[1:], outputs))
+        self._check_units(arrays)
         if self.task.adjust is None or not (self.prior or self.local.prior):
             return
         share = jax.ShapeDtypeStruct((classes,), np.float32)
@@ -318,7 +333,10 @@ class Federation:
         except (TypeError, ValueError):
             adjusted = None
         if adjusted != outputs:
-            remedy = "not the model's; count each client's examples by class, or take no prior"
+            remedy = (
+                "not the model's: give data.join counts=data.label_counts(...), or take no prior: "
+                "Federation(prior=False)"
+            )
             raise InputError("label_share", f"{classes} classes", remedy)
 
     def _check_kinds(self) -> None:
@@ -335,6 +353,32 @@ class Federation:
             remedy = f"give a tuple of paths: ({self.ownership.private!r},)"
             raise InputError("ownership.private", self.ownership.private, remedy)
 
+    def _check_units(self, arrays: Mapping[str, Any]) -> None:
+        """Refuses a task whose functions do not tell of the same units (B, U...)."""
+        outputs, _ = self.outputs
+        count = jax.tree.leaves(outputs)[0].shape[0]
+        batch = {
+            name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in arrays.items()
+        }
+        told = {"loss": self.task.loss, "hits": self.task.hits}
+        try:
+            weight = jax.eval_shape(self.task.weight, batch).shape
+            found = {
+                name: jax.eval_shape(function, outputs, batch).shape
+                for name, function in told.items()
+                if function is not None
+            }
+        except InputError:
+            raise
+        except Exception as error:  # A task can fail in any way.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            remedy = "loss and hits take (outputs, batch), weight takes a batch"
+            raise InputError("task", reason[:300], remedy) from error
+        for name, shape in {"weight": weight, **found}.items():
+            if shape != weight or shape[:1] != (count,):
+                remedy = f"give a number for each unit, (B, U...), as weight does: here {weight}"
+                raise InputError(f"task.{name}", shape, remedy)
+
     def _check_outputs(self) -> None:
         """Refuses a model that cannot be trained, or names other routings than parameters."""
         leaves = jax.tree.leaves(nn.meta.unbox(self.shapes))
@@ -344,5 +388,6 @@ class Federation:
                 raise InputError("model", f"{path} of {leaf.dtype}", remedy)
         _, routings = self.outputs
         if sorted(routings) != sorted(self.layout.layers):
-            remedy = f"its parameters are marked for the layers {', '.join(self.layout.layers)}"
+            layers = ", ".join(self.layout.layers)
+            remedy = f"its parameters are marked for {layers}: return a Routing for each"
             raise InputError("model", f"routings of {', '.join(routings) or 'no layer'}", remedy)

@@ -13,13 +13,14 @@ import numpy as np
 import optax
 import pytest
 
-from flexmoe_jax import assignment, client, data, models, server, simulation
+from flexmoe_jax import assignment, client, data, models, server, simulation, tasks
 from flexmoe_jax.checkpoint import Checkpoints
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from tests.conftest import CAPACITY
 
 NOBODY: Any = None  # Refused before anybody looks at it.
+REQUEST = assignment.Request(np.zeros((1, 2)), np.array([1]), np.array([0]), round=0, seed=0)
 NONE_OF_TEN = np.zeros((2, 10))
 
 
@@ -54,6 +55,14 @@ class Given:
 
     def simulate(self, **options: Any) -> simulation.Simulation:
         return simulation.simulate(self.federation(), self.clients, **options)
+
+    def judge(self, test: dict[str, np.ndarray], **options: Any) -> None:
+        chunked = simulation.chunk_test_set(test, **options)
+        self.simulate().evaluate(NOBODY, chunked, self.clients.about)
+
+    def with_task(self, **functions: Any) -> None:
+        task = tasks.classification()._replace(**functions)
+        simulation.simulate(self.federation(task=task), self.clients)
 
     def with_labels(self, labels: np.ndarray) -> data.ClientData:
         return replace(self.clients, arrays={**self.clients.arrays, "labels": labels})
@@ -163,6 +172,18 @@ CASES = {
         lambda g: g.simulate().evaluate(NOBODY, g.test, g.clients.about),
         "test=dict: give what chunk_test_set(arrays) makes of them",
     ),
+    "test examples of other names": (
+        lambda g: g.judge({"pictures": g.test["images"], "labels": g.test["labels"]}),
+        "test=pictures, labels: the task reads 'images'",
+    ),
+    "test labels that the model does not know": (
+        lambda g: g.judge({**g.test, "labels": g.test["labels"] + 1}),
+        "labels=10: the model tells classes 0 to 9 apart",
+    ),
+    "test examples of clients that are not there": (
+        lambda g: g.judge(g.test, group=np.arange(100) % 8),
+        "group=7: give 0 to 6, or -1 for what is nobody's own",
+    ),
     "test examples, none at a time": (
         lambda g: simulation.chunk_test_set(g.test, batch_size=0),
         "batch_size=0: choose 1 or more",
@@ -186,6 +207,34 @@ CASES = {
     "a name for a task": (
         lambda g: g.federation(task="classification"),
         "task=classification: give a tasks.Task, as tasks.classification()",
+    ),
+    "a loss for each label": (
+        lambda g: g.with_task(loss=lambda logits, batch: logits),
+        "task.loss=(2, 10): give a number for each unit, (B, U...), as weight does: here (2,)",
+    ),
+    "a mean for a loss": (
+        lambda g: g.with_task(loss=lambda logits, batch: logits.mean()),
+        "task.loss=(): give a number for each unit",
+    ),
+    "hits for each label": (
+        lambda g: g.with_task(hits=lambda logits, batch: logits > 0),
+        "task.hits=(2, 10): give a number for each unit",
+    ),
+    "a task of other arrays": (
+        lambda g: g.federation(task=tasks.classification("x", "y")),
+        "sample=images, labels: give a batch of the named examples that the task reads ('x')",
+    ),
+    "no sample": (
+        lambda g: g.federation(sample=None),
+        "sample=None: give a batch of the named examples",
+    ),
+    "labels from 1": (
+        lambda g: data.label_counts(np.array([1, 2, 3]), [np.arange(3)], 3),
+        "labels=3: classes are 0 to 2",
+    ),
+    "numbers of experts for an assignment": (
+        lambda g: assignment.as_solution(REQUEST, np.array([[0, 2]])),
+        "assignment=int64[1, 2]: give a bool array (1, 2): who holds what",
     ),
     "a name for an aggregator": (
         lambda g: g.federation(aggregator="mean"),

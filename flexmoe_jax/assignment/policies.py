@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from flexmoe_jax.assignment.bounds import load_bounds
 from flexmoe_jax.assignment.engine import solve
@@ -57,10 +58,13 @@ class Request:
       usage: [P, E] samples that each client routed to each expert in the past; None for zeros.
       held_rounds: [P, E] rounds in which each client held each expert; None for zeros.
       descriptor: [P, F] what kind of data each client has, or None.
-      held: [P, E] bool, experts that a client has already and would not have to be sent; None for
-        none.
+      held: [P, E] bool, experts of which a client still has a copy that is as the server's, so that
+        it would not have to be sent; None for none. Not who held what last: an expert that was
+        trained since is False.
       load: [E] load that others than these clients put on the experts, and which bounds are to even
         out as well; None for none.
+      group: which MoE layers are assigned, by their order in the model: 0 where all go together.
+        With `layers="each"` a policy is asked once for each of them.
     """
 
     fitness: FloatArray
@@ -75,6 +79,7 @@ class Request:
     descriptor: FloatArray | None = None
     held: BoolArray | None = None
     load: FloatArray | None = None
+    group: int = 0
 
 
 Policy = Callable[[Request], Solution]
@@ -257,13 +262,23 @@ def _deal(request: Request, problem: Problem, deficit: FloatArray) -> BoolArray:
     return held
 
 
-def as_solution(request: Request, assignment: BoolArray) -> Solution:
+def as_solution(request: Request, assignment: npt.ArrayLike) -> Solution:
     """What a policy without load bounds answers with, for the assignment [P, E] bool that it chose.
 
-    The bound is what clients would take if loads did not matter.
+    A client may be given fewer experts than it has room for, and never more. The bound is what
+    clients would take if loads did not matter.
+
+    Raises:
+      InputError: an assignment of another shape, or of other numbers than 0 and 1.
     """
+    given = np.asarray(assignment)
+    if given.shape != request.fitness.shape or not np.isin(given, (0, 1)).all():
+        remedy = f"give a bool array {request.fitness.shape}: who holds what"
+        raise InputError("assignment", f"{given.dtype}{list(given.shape)}", remedy)
     experts = request.fitness.shape[1]
     low, high = np.zeros(experts), np.full(experts, np.inf)
     problem = Problem(request.fitness, request.capacity, low, high, request.load_weight)
     best = take_top(problem.fitness, problem.capacity)
-    return make_solution(problem, assignment, float(np.sum(problem.fitness, where=best)), 0.0)
+    return make_solution(
+        problem, given.astype(bool), float(np.sum(problem.fitness, where=best)), 0.0
+    )

@@ -232,7 +232,14 @@ def label_counts(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: i
 
     Returns:
       (C, Y) int64.
+
+    Raises:
+      InputError: a label outside of [0, Y).
     """
+    given = np.asarray(labels)
+    if given.size and not 0 <= given.min() <= given.max() < num_classes:
+        worst = given.min() if given.min() < 0 else given.max()
+        raise InputError("labels", worst, f"classes are 0 to {num_classes - 1}")
     owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     rows = np.concatenate([np.zeros(0, np.int64), *parts])
     cells = owner * num_classes + labels[rows]

@@ -239,7 +239,7 @@ def trimmed_mean(trim: float) -> Aggregator:
     Raises:
       InputError: another number.
     """
-    if not 0 <= trim <= 0.5:
+    if isinstance(trim, int | float) and not 0 <= trim <= 0.5:
         raise InputError("trim", trim, "choose a number in [0, 0.5]")
 
     def centre(values: PyTree, weight: Array) -> PyTree:

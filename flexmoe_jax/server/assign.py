@@ -80,6 +80,7 @@ def make_assign(
                 held_rounds=rounds,
                 held=fresh,
                 descriptor=None if descriptor is None else descriptor[cohort],
+                group=g,
             )
             solution = policy(replace(request, seed=_seed_of_group(seed, g)))
             check_solution(solution, cohort, capacity, desk.experts)

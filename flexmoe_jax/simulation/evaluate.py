@@ -10,6 +10,7 @@ examples where they have no class), `E` experts, `K` expert slots.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -86,6 +87,75 @@ def chunk_test_set(
     )
 
 
+class Checked:
+    """The jitted `evaluate`, which looks at a test set when it is first given it."""
+
+    def __init__(self, federation: Federation, jitted: jax.stages.Wrapped) -> None:
+        """Has seen none."""
+        self._federation, self._jitted = federation, jitted
+        self.lower, self.trace = jitted.lower, jitted.trace
+        self._seen: TestSet | None = None
+
+    def __call__(
+        self, state: State, test: TestSet, about: About, models: Params | None = None
+    ) -> Evaluation:
+        """See `evaluate`."""
+        if test is not self._seen:
+            check_test(self._federation, test, about)
+            self._seen = test
+        found: Evaluation = self._jitted(state, test, about, models)
+        return found
+
+
+def check_test(federation: Federation, test: TestSet, about: About) -> None:
+    """Refuses a test set that does not fit a federation.
+
+    Raises:
+      InputError: arrays where a test set belongs, arrays that the task or the model cannot take,
+        or groups that are nobody's.
+    """
+    if not isinstance(test, TestSet):
+        remedy = "give what chunk_test_set(arrays) makes of them"
+        raise InputError("test", type(test).__name__, remedy)
+    leaves = jax.tree.leaves(test)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or jax.process_count() > 1:
+        return  # Nobody can look at the numbers here.
+    try:
+        jax.eval_shape(federation.task.inputs, {n: x[0] for n, x in test.arrays.items()})
+    except KeyError as error:
+        remedy = (
+            f"the task reads {error}: give the test examples the names of the training examples"
+        )
+        raise InputError("test", ", ".join(test.arrays), remedy) from error
+    valid = np.asarray(test.valid).ravel()
+    federation.check(_Rows(test.arrays, valid))
+    if test.group is None:
+        return
+    group = np.asarray(test.group).ravel()[valid]
+    most = federation.clients if about.owns is None else about.owns.shape[1]
+    if group.min() < -1 or group.max() >= most:
+        worst = group.min() if group.min() < -1 else group.max()
+        raise InputError("group", worst, f"give 0 to {most - 1}, or -1 for what is nobody's own")
+
+
+class _Rows(Mapping[str, np.ndarray]):
+    """The test examples by name (M, ...), brought to the host as they are asked for."""
+
+    def __init__(self, chunks: Mapping[str, Array], valid: np.ndarray) -> None:
+        self._chunks, self._valid = chunks, valid
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        chunked = np.asarray(self._chunks[name])
+        rows: np.ndarray = chunked.reshape(-1, *chunked.shape[2:])[self._valid]
+        return rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._chunks)
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+
 def evaluate(
     federation: Federation,
     mesh: Mesh,
@@ -109,13 +179,7 @@ def evaluate(
 
     Returns:
       What the models make of it. Clients that have never held an expert take no part.
-
-    Raises:
-      InputError: arrays where a test set belongs.
     """
-    if not isinstance(test, TestSet):
-        remedy = "give what chunk_test_set(arrays) makes of them"
-        raise InputError("test", type(test).__name__, remedy)
     # Slots rise, so an empty first slot means none held.
     evaluated = (state.clients.slots[:, :, 0] < federation.layout.experts).any(axis=1)
 

@@ -38,7 +38,7 @@ from flexmoe_jax.simulation.blocks import (
     resolve_block_size,
     take_rows,
 )
-from flexmoe_jax.simulation.evaluate import evaluate
+from flexmoe_jax.simulation.evaluate import Checked, evaluate
 from flexmoe_jax.simulation.plan import Arrival, Floor, Tampering, check_cohort, make_plan
 from flexmoe_jax.simulation.probe import probe_all
 from flexmoe_jax.types import (
@@ -182,7 +182,7 @@ def simulate(
         plan=partial(_plan, federation, floor, steps, mesh),
         round=jitted(partial(run_round, federation, floor, mesh), donate_argnums=0),
         tune=jitted(partial(tune, federation, floor, mesh)),
-        evaluate=jitted(partial(evaluate, federation, mesh)),
+        evaluate=Checked(federation, jitted(partial(evaluate, federation, mesh))),
         setting=Setting(floor, np.asarray(federation.capacity, np.int64), steps, federation),
     )
 

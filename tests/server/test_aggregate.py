@@ -285,3 +285,12 @@ def test_parts_that_clients_keep_to_themselves_have_no_middle(several, aggregato
     none = aggregator.mean(total, due_of(EXPERTS))
     assert (none.shared, none.experts, none.expert_weight) == ({}, {}, {})
     assert none.shared_weight == 9
+
+
+@pytest.mark.parametrize("which", range(len(AGGREGATORS)))
+def test_means_are_the_same_in_double_precision_mode(several, which):
+    single = add_up(AGGREGATORS[which], several, SHARED, EXPERTS)
+    with jax.enable_x64():
+        double = add_up(AGGREGATORS[which], several, SHARED, EXPERTS)
+    chex.assert_trees_all_equal_dtypes(single, double)
+    chex.assert_trees_all_close(single, double, atol=1e-5)

@@ -15,7 +15,6 @@ from flexmoe_jax.server import (
     FitnessOptions,
     geometric_median,
     make_load_model,
-    trimmed_mean,
 )
 from flexmoe_jax.simulation import chunk_test_set, run_on_device
 from tests.conftest import CAPACITY
@@ -42,12 +41,11 @@ OPTIONS = {
         "deficit_decay": 0.9,
         "prior": True,
     },
-    "sparse and trimmed": {
+    "sparse and robust": {
         "codec": Codec(make_compressor("top_k")),
         "admission": Admission(norm_limit=10.0),
-        "aggregator": trimmed_mean(0.1),
+        "aggregator": geometric_median(),
     },
-    "geometric": {"aggregator": geometric_median()},
     "layer by layer, privately": {
         "admission": Admission(clip=1.0, noise_multiplier=0.1, noise="simulated"),
         "model": DEEP,
