@@ -49,9 +49,11 @@ hypothesis.settings.load_profile("default")
 LONGEST = tuple(
     Path(__file__).parent / f"{name}.py"
     for name in (
-        *("experiments/test_faults", "experiments/test_edge", "simulation/test_rounds"),
-        *("experiments/test_train", "experiments/test_processes", "experiments/test_sweep"),
-        *("simulation/test_defences", "simulation/test_on_device", "experiments/test_export"),
+        *("deploy/test_federation", "experiments/test_faults", "experiments/test_train"),
+        *("simulation/test_precision", "experiments/test_edge", "simulation/test_rounds"),
+        *("experiments/test_report", "simulation/test_defences", "experiments/test_damage"),
+        *("experiments/test_export", "experiments/test_sweep", "experiments/test_processes"),
+        *("simulation/test_on_device", "test_examples", "deploy/test_flower"),
     )
 )
 """Files that start many processes or compile many programs."""

@@ -16,13 +16,15 @@ from flexmoe_jax.types import Array, Plan
 
 
 def check_cohort(cohort: npt.ArrayLike, clients: int) -> np.ndarray:
-    """A cohort as (P,) client ids, each once.
+    """A cohort as (P,) client ids, each once; nobody where none can be reached.
 
     Raises:
       InputError: ids of no client, or one of them twice.
     """
     given = np.asarray(cohort)
-    if given.ndim != 1 or not given.size or not np.issubdtype(given.dtype, np.integer):
+    if given.shape == (0,):
+        return given.astype(np.int32)
+    if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
         raise InputError("cohort", cohort, "give client ids: whole numbers (P,)")
     if given.min() < 0 or given.max() >= clients:
         worst = given.min() if given.min() < 0 else given.max()

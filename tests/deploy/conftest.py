@@ -30,6 +30,7 @@ def small(**fields: Any) -> ConfigDict:
     config.clients.count, config.clients.capacity = 3, "1-2"
     config.model.experts, config.model.hidden, config.model.backbone = 4, 16, "mlp"
     config.local.max_steps, config.eval.every = 2, 1
+    config.partition.name = "iid"  # Of one size all clients run one program, found on disk.
     config.checkpoint.every = config.execution.devices = 1
     for field, value in fields.items():
         group, name = field.split("__")

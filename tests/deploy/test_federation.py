@@ -43,7 +43,7 @@ def parameters(workdir, like):
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
+        {"partition__name": "dirichlet"},
         {"model__gate": "private", "upload__compression": "int8", "local__epochs": 2},
         {"assignment__layers": "each", "server__aggregator": "median"},
     ],
