@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from examples.shared import digits, federate, train
+from examples.shared import show_learning
 from flexmoe_jax import models
 
 
@@ -49,7 +49,6 @@ model = models.from_functions(
     apply=lambda params, images, held: eqx.combine(params, static)(images, held),
     rules={"moe/experts/*": models.EXPERT, "moe/gate/*": models.GATE},
 )
-clients, test = digits()
-simulated, state = train(federate(model, clients), clients)
-found = simulated.evaluate(state, test, clients.about)
-print(f"a client is right on {float(found.personal_accuracy.mean()):.0%} of its own digits")
+
+if __name__ == "__main__":
+    show_learning(model)

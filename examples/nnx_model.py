@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.shared import digits, federate, train
+from examples.shared import show_learning
 from flexmoe_jax import models
 
 
@@ -41,7 +41,6 @@ model = models.from_functions(
     apply=lambda params, images, held: nnx.merge(graph, params)(images, held),
     rules={"moe/experts": models.EXPERT, "moe/gate": models.GATE},
 )
-clients, test = digits()
-simulated, state = train(federate(model, clients), clients)
-found = simulated.evaluate(state, test, clients.about)
-print(f"a client is right on {float(found.personal_accuracy.mean()):.0%} of its own digits")
+
+if __name__ == "__main__":
+    show_learning(model)

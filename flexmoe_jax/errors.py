@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import unicodedata
+from typing import Any
 
 # Control characters move a terminal's cursor or colour it; formats turn the direction of writing
 # around; lone surrogates, as of file names that are no UTF-8, cannot be written at all.
@@ -63,3 +64,21 @@ class InputError(ValueError):
         self.value = value
         self.remedy = remedy
         super().__init__(f"{printable(field)}={printable(value)}: {printable(remedy)}")
+
+
+def check_range(field: str, values: Any, least: int, most: int, what: str) -> None:
+    """Refuses an array with a number out of range.
+
+    Args:
+      field: what the user gave it as.
+      values: an array of numbers; an empty one is in range.
+      least: the smallest number that fits.
+      most: the largest.
+      what: they are, to end the sentence "give 0 to 9, ...".
+
+    Raises:
+      InputError: naming the number that is out of range.
+    """
+    if values.size and not least <= values.min() <= values.max() <= most:
+        worst = values.min() if values.min() < least else values.max()
+        raise InputError(field, worst, f"give {least} to {most}, {what}")

@@ -27,7 +27,7 @@ from flexmoe_jax.client import (
     check_transform,
     init_residual,
 )
-from flexmoe_jax.errors import InputError, printable
+from flexmoe_jax.errors import InputError, check_range, printable
 from flexmoe_jax.models import FLEX_MOE, Layout, Model, Ownership, check_capacity, lay_out
 from flexmoe_jax.options.assignment import AssignmentOptions
 from flexmoe_jax.options.execution import EvalOptions
@@ -113,9 +113,7 @@ class Federation:
         if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer) or not given.size:
             raise InputError("capacity", self.capacity, "give whole numbers, one a client: (C,)")
         experts = self.layout.experts
-        if given.min() < 0 or given.max() > experts:
-            worst = given.min() if given.min() < 0 else given.max()
-            raise InputError("capacity", worst, f"give 0 to {experts}, the number of experts")
+        check_range("capacity", given, 0, experts, "the number of experts")
         check_capacity(self.layout, given.tolist())
         if self.fitness.affinity and self.admission.private:
             remedy = "what it keeps of single updates is not private: give 0"

@@ -109,15 +109,15 @@ CASES = {
     ),
     "a trim above a half": (
         lambda g: server.trimmed_mean(0.6),
-        "trim=0.6: choose a number in [0, 0.5]",
+        "server.trim=0.6: choose a number in [0, 0.5]",
     ),
     "no expert an example": (
         lambda g: _hold([True] * 4, top_k=0),
-        "top_k=0: choose a whole number of at least 1",
+        "model.top_k=0: choose 1 or more",
     ),
     "half an expert an example": (
         lambda g: _hold([True] * 4, top_k=1.5),
-        "top_k=1.5: choose a whole number of at least 1",
+        "model.top_k=1.5: give a whole number",
     ),
     "numbers of experts for a mask": (
         lambda g: _hold([0, 2, 3, 3]),
@@ -130,11 +130,11 @@ CASES = {
     ),
     "a row that is not there": (
         lambda g: data.join(g.train, [np.array([0]), np.array([10**6])], NONE_OF_TEN),
-        "parts=1000000: give positions from 0 to 299 in the arrays",
+        "parts=1000000: give 0 to 299, positions in the arrays",
     ),
     "a row from the end": (
         lambda g: data.join(g.train, [np.array([0]), np.array([-1])], NONE_OF_TEN),
-        "parts=-1: give positions from 0",
+        "parts=-1: give 0 to 299, positions in the arrays",
     ),
     "rows by names": (
         lambda g: data.join(g.train, [np.array(["a"]), np.array(["b"])], NONE_OF_TEN),
@@ -150,11 +150,11 @@ CASES = {
     ),
     "a client that is not there": (
         lambda g: g.simulate().assign(NOBODY, np.array([1, 7])),
-        "cohort=7: give client ids from 0 to 6",
+        "cohort=7: give 0 to 6, the ids of the clients",
     ),
     "a client from the end": (
         lambda g: g.simulate().plan(np.array([-1]), ()),
-        "cohort=-1: give client ids from 0 to 6",
+        "cohort=-1: give 0 to 6, the ids of the clients",
     ),
     "a mask for a cohort": (
         lambda g: g.simulate().assign(NOBODY, CAPACITY > 1),
@@ -182,7 +182,7 @@ CASES = {
     ),
     "test examples of clients that are not there": (
         lambda g: g.judge(g.test, group=np.arange(100) % 8),
-        "group=7: give 0 to 6, or -1 for what is nobody's own",
+        "group=7: give -1 to 6, where -1 is for what is nobody's own",
     ),
     "test examples, none at a time": (
         lambda g: simulation.chunk_test_set(g.test, batch_size=0),
@@ -230,7 +230,7 @@ CASES = {
     ),
     "labels from 1": (
         lambda g: data.label_counts(np.array([1, 2, 3]), [np.arange(3)], 3),
-        "labels=3: classes are 0 to 2",
+        "labels=3: give 0 to 2, the numbers of the classes",
     ),
     "numbers of experts for an assignment": (
         lambda g: assignment.as_solution(REQUEST, np.array([[0, 2]])),
@@ -258,7 +258,7 @@ CASES = {
     ),
     "blocks below 0": (
         lambda g: g.simulate(block_size=-1),
-        "block_size=-1: choose 0 or more; 0 is for automatic",
+        "execution.client_block_size=-1: choose 0 or more",
     ),
     "a number for a key": (
         lambda g: g.simulate().init(0),

@@ -78,7 +78,7 @@ def render(known: Mapping[str, Mapping[str, object]], run: str, *, live: bool) -
       run: its name.
       live: whether the run goes on, so that a browser looks again.
     """
-    head = "".join(f"<th{_number(column)}>{column}</th>" for column in _COLUMNS)
+    head = "".join(f"<th{_alignment(column)}>{column}</th>" for column in _COLUMNS)
     rows = "\n".join(_row(name, shown) for name, shown in known.items())
     states = {str(shown["state"]) for shown in known.values()}
     legend = "; ".join(f"<b>{s}</b>: {why}" for s, why in _STATES.items() if s in states)
@@ -91,15 +91,17 @@ def render(known: Mapping[str, Mapping[str, object]], run: str, *, live: bool) -
         f"<style>\n{_STYLE_SHEET.read_text('utf-8')}</style>\n</head>\n<body>\n<main>\n"
         f'<p class="eyebrow">Real clients</p><h1>{escape(run)}{chip}</h1>\n'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>'
-        f'</table></div>\n<p class="lead">{legend}. <b>late</b>: rounds that went on without its '
-        "answer; <b>refused</b>: answers that cannot be, with the latest reason; <b>seconds</b>: "
-        "from asking to its latest answer.</p>\n</main>\n</body>\n</html>\n"
+        f'</table></div>\n<p class="lead">{legend}. What a client is <b>asked</b> for is the '
+        "training of a round, or figures of its model; <b>late</b>: how often a round went on "
+        "without its answer, to either; <b>refused</b>: answers that cannot be, with the latest "
+        "reason; <b>seconds</b>: from asking to its latest answer. All counts are since the server "
+        "was last started.</p>\n</main>\n</body>\n</html>\n"
     )
 
 
 def _row(name: str, shown: Mapping[str, object]) -> str:
     cells = "".join(
-        f"<td{_number(column)}>{_cell(column, shown[column])}</td>" for column in _COLUMNS[1:]
+        f"<td{_alignment(column)}>{_cell(column, shown[column])}</td>" for column in _COLUMNS[1:]
     )
     why = f"<br><small>{escape(shown['why'])}</small>" if shown["why"] else ""
     return f"<tr><th>{escape(name)}{why}</th>{cells}</tr>"
@@ -109,5 +111,5 @@ def _cell(column: str, value: object) -> str:
     return f"{value:.1f}" if column == "seconds" and value else escape(value or "\N{EN DASH}")
 
 
-def _number(column: str) -> str:
+def _alignment(column: str) -> str:
     return "" if column in ("client", "state") else ' class="n"'

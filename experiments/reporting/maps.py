@@ -262,9 +262,9 @@ def _specialisation(run: Run) -> Picture | None:
         title=f"Which {run.kind}s each expert serves",
         source=ink.draw(size, paint),
         alt=f"Heat map, {len(rows)} experts by {len(kinds)} {run.kind}s.",
-        caption="A column adds up to 100 %. What a client sent to an expert is divided over its "
-        f"{run.kind}s as its examples are. Few dark cells a column: experts have specialised; an "
-        "even colour: it does not matter which experts a client has.",
+        caption="A column adds up to 100 %, of the whole run. What a client sent to an expert is "
+        f"divided over its {run.kind}s as its examples are. Few dark cells a column: experts have "
+        "specialised; an even colour: it does not matter which experts a client has.",
         wide=True,
         size=size,
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexmoe_jax.data.sources import Dataset
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, check_range
 from flexmoe_jax.types import Array, PyTree
 
 
@@ -156,9 +156,7 @@ def _check_rows(rows: np.ndarray, lengths: dict[str, int]) -> None:
     count = next(iter(lengths.values()))
     if not np.issubdtype(rows.dtype, np.integer):
         raise InputError("parts", rows.dtype, "give positions in the arrays: whole numbers")
-    if rows.min() < 0 or rows.max() >= count:
-        worst = rows.min() if rows.min() < 0 else rows.max()
-        raise InputError("parts", worst, f"give positions from 0 to {count - 1} in the arrays")
+    check_range("parts", rows, 0, count - 1, "positions in the arrays")
 
 
 def feed_cohorts(
@@ -237,12 +235,10 @@ def label_counts(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: i
       InputError: a label outside of [0, Y).
     """
     given = np.asarray(labels)
-    if given.size and not 0 <= given.min() <= given.max() < num_classes:
-        worst = given.min() if given.min() < 0 else given.max()
-        raise InputError("labels", worst, f"classes are 0 to {num_classes - 1}")
+    check_range("labels", given, 0, num_classes - 1, "the numbers of the classes")
     owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     rows = np.concatenate([np.zeros(0, np.int64), *parts])
-    cells = owner * num_classes + labels[rows]
+    cells = owner * num_classes + given[rows]
     return np.bincount(cells, minlength=len(parts) * num_classes).reshape(-1, num_classes)
 
 

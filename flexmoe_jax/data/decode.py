@@ -27,6 +27,7 @@ def decoder(channels: int) -> Decoder:
       A function from an encoded image to (height, width, channels) uint8. It raises OSError for
       bytes that are no image.
     """
+    require_package("PIL", "data", "pictures are decoded by Pillow")
     if importlib.util.find_spec("cv2") is None:
         return lambda encoded: decode_with_pillow(encoded, channels)
     return lambda encoded: decode_with_opencv(encoded, channels)
@@ -47,7 +48,6 @@ def decode_with_opencv(encoded: bytes, channels: int) -> np.ndarray:
 
 def decode_with_pillow(encoded: bytes, channels: int) -> np.ndarray:
     """Decodes with Pillow."""
-    require_package("PIL", "data", "pictures are decoded by Pillow")
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded)) as image:

@@ -151,12 +151,12 @@ class Post:
             self.standing.setdefault(name, Standing())
 
     def shown(self) -> dict[str, dict[str, object]]:
-        """How each client stands now, by its name; another thread may ask."""
+        """How each client of the federation stands now, by its name; another thread may ask."""
         nodes = {name: node for node, name in list(self._names.items())}
         asked = {sent.number for sent in list(self._sent.values()) if sent.purpose in _ASKED}
         return {
-            name: {"state": self._state_of(name, nodes, asked), **vars(standing)}
-            for name, standing in sorted(self.standing.items(), key=lambda x: natural(x[0]))
+            name: {"state": self._state_of(name, nodes, asked), **vars(self.standing[name])}
+            for name in self._numbers or ()
         }
 
     def _state_of(self, name: str, nodes: Mapping[str, int], asked: set[int]) -> str:

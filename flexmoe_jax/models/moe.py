@@ -21,6 +21,7 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.models.dense import Dense
 from flexmoe_jax.models.model import Model, from_linen
 from flexmoe_jax.models.ownership import EXPERT, GATE, mark
+from flexmoe_jax.options.models import ModelOptions
 from flexmoe_jax.types import Array, PyTree, Routing
 
 # Below every logit, and finite: a client without any expert still gives numbers, not NaN.
@@ -48,8 +49,7 @@ def route(logits: Float[Array, "*B E"], held: Bool[Array, " E"], top_k: int = 1)
     if held.dtype != bool or held.shape != logits.shape[-1:]:
         found = f"{held.dtype}{list(held.shape)}"
         raise InputError("held", found, f"give a mask: bool[{logits.shape[-1]}]")
-    if not isinstance(top_k, int) or top_k < 1:
-        raise InputError("top_k", top_k, "choose a whole number of at least 1")
+    ModelOptions.check(top_k=top_k)
     may = held[None]
     masked = jnp.where(may, logits, _NEVER)
     probability = jnp.where(may, jax.nn.softmax(masked, axis=-1), 0.0)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.server import Aggregation
 from flexmoe_jax.types import Array, Key, PyTree
 
 
@@ -239,8 +239,8 @@ def trimmed_mean(trim: float) -> Aggregator:
     Raises:
       InputError: another number.
     """
-    if isinstance(trim, int | float) and not 0 <= trim <= 0.5:
-        raise InputError("trim", trim, "choose a number in [0, 0.5]")
+    if not isinstance(trim, jax.core.Tracer):
+        Aggregation.check(trim=trim)
 
     def centre(values: PyTree, weight: Array) -> PyTree:
         present = weight > 0

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flexmoe_jax import client
 from flexmoe_jax.data import About
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, check_range
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.simulation.blocks import AXIS, client_mesh, over_devices
 from flexmoe_jax.simulation.standalone import of_client
@@ -133,9 +133,7 @@ def check_test(federation: Federation, test: TestSet, about: About) -> None:
         return
     group = np.asarray(test.group).ravel()[valid]
     most = federation.clients if about.owns is None else about.owns.shape[1]
-    if group.min() < -1 or group.max() >= most:
-        worst = group.min() if group.min() < -1 else group.max()
-        raise InputError("group", worst, f"give 0 to {most - 1}, or -1 for what is nobody's own")
+    check_range("group", group, -1, most - 1, "where -1 is for what is nobody's own")
 
 
 class _Rows(Mapping[str, np.ndarray]):

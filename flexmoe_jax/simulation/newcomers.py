@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flexmoe_jax import client, server
 from flexmoe_jax.assignment import Solution
 from flexmoe_jax.data import About, ClientData
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, check_range
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.models import check_capacity
 from flexmoe_jax.simulation.blocks import (
@@ -85,9 +85,7 @@ def await_newcomers(
         remedy = f"give a whole number for each of the {newcomers} newcomers"
         raise InputError("capacity", capacity.tolist(), remedy)
     federation.check(data.arrays)
-    if capacity.min() < 0 or capacity.max() > experts:
-        worst = capacity.min() if capacity.min() < 0 else capacity.max()
-        raise InputError("capacity", worst, f"give 0 to {experts}, the number of experts")
+    check_range("capacity", capacity, 0, experts, "the number of experts")
     check_capacity(federation.layout, capacity.tolist())
     check_shortlist(federation, shortlist, int(capacity.max()))
     mesh = mesh or client_mesh(1)

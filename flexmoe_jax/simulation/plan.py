@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, check_range
 from flexmoe_jax.types import Array, Plan
 
 
@@ -26,12 +26,10 @@ def check_cohort(cohort: npt.ArrayLike, clients: int) -> np.ndarray:
         return given.astype(np.int32)
     if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
         raise InputError("cohort", cohort, "give client ids: whole numbers (P,)")
-    if given.min() < 0 or given.max() >= clients:
-        worst = given.min() if given.min() < 0 else given.max()
-        raise InputError("cohort", worst, f"give client ids from 0 to {clients - 1}")
-    if np.bincount(given).max() > 1:
-        twice = int(np.bincount(given).argmax())
-        raise InputError("cohort", twice, "give each client once")
+    check_range("cohort", given, 0, clients - 1, "the ids of the clients")
+    times = np.bincount(given)
+    if times.max() > 1:
+        raise InputError("cohort", times.argmax(), "give each client once")
     return given
 
 

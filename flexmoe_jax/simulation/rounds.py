@@ -29,6 +29,7 @@ from flexmoe_jax.assignment import Solution
 from flexmoe_jax.data import ClientData
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
+from flexmoe_jax.options.execution import ExecutionOptions
 from flexmoe_jax.simulation.blocks import (
     client_mesh,
     over_blocks,
@@ -141,9 +142,7 @@ def simulate(
       InputError: data that do not fit the federation.
     """
     federation.check_data(data.arrays, data.label_share)
-    for name, given in (("rows", rows), ("block_size", block_size)):
-        if given < 0:
-            raise InputError(name, given, "choose 0 or more; 0 is for automatic")
+    ExecutionOptions.check(client_block_size=block_size)
     mesh = mesh or client_mesh(1)
     everywhere = NamedSharding(mesh, PartitionSpec())
     steps = np.asarray(federation.local.steps(np.asarray(data.size)))

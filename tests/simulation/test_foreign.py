@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
+from examples import equinox_model, nnx_model
 from flexmoe_jax import models, simulation
 from flexmoe_jax.assignment import make_policy
 from flexmoe_jax.client import LocalTraining
@@ -58,72 +57,11 @@ def check(federation, states, losses):
 
 
 def test_an_nnx_model(clients):
-    class MoE(nnx.Module):
-        def __init__(self, features, experts, rngs):
-            shape = (experts, features, features)
-            self.experts = nnx.Param(0.2 * jax.random.normal(rngs.params(), shape))
-            self.gate = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape[:2]))
-
-        def __call__(self, x, held):
-            routing = models.route(x @ self.gate.T, held)
-            return jnp.einsum("be,edf,bd->bf", routing.combine, self.experts[...], x), routing
-
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.first, self.last = nnx.Linear(64, 16, rngs=rngs), nnx.Linear(16, 10, rngs=rngs)
-            self.moe = MoE(16, 4, rngs)
-
-        def __call__(self, images, held):
-            h = nnx.relu(self.first(images.reshape(-1, 64) / 128 - 1))
-            mixed, routing = self.moe(h, held["moe"])
-            return self.last(h + nnx.relu(mixed)), {"moe": routing}
-
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Net(nnx.Rngs(0))))
-    model = models.from_functions(
-        init=lambda key, images: nnx.to_pure_dict(nnx.state(Net(nnx.Rngs(key)))),
-        apply=lambda params, images, held: nnx.merge(graph, params)(images, held),
-        rules={"moe/experts": EXPERT, "moe/gate": GATE},
-    )
-    check(*federated(clients, model))
+    check(*federated(clients, nnx_model.model))
 
 
 def test_an_equinox_model(clients):
-    class MoE(eqx.Module):
-        experts: eqx.nn.MLP  # E of them: every array has the expert axis in front
-        gate: eqx.nn.Linear
-
-        def __init__(self, features, experts, key):
-            make = eqx.filter_vmap(lambda key: eqx.nn.MLP(features, features, 8, 1, key=key))
-            self.experts = make(jax.random.split(key, experts))
-            self.gate = eqx.nn.Linear(features, experts, key=key)
-
-        def __call__(self, x, held):
-            routing = models.route(jax.vmap(self.gate)(x), held)
-            each = eqx.filter_vmap(lambda expert: jax.vmap(expert)(x))(self.experts)
-            return jnp.einsum("be,ebd->bd", routing.combine, each), routing
-
-    class Net(eqx.Module):
-        first: eqx.nn.Linear
-        moe: MoE
-        last: eqx.nn.Linear
-
-        def __init__(self, key):
-            keys = jax.random.split(key, 3)
-            self.first, self.moe = eqx.nn.Linear(64, 16, key=keys[0]), MoE(16, 4, keys[1])
-            self.last = eqx.nn.Linear(16, 10, key=keys[2])
-
-        def __call__(self, images, held):
-            h = jax.nn.relu(jax.vmap(self.first)(images.reshape(-1, 64) / 128 - 1))
-            mixed, routing = self.moe(h, held["moe"])
-            return jax.vmap(self.last)(h + mixed), {"moe": routing}
-
-    _, static = eqx.partition(Net(jax.random.key(0)), eqx.is_array)
-    model = models.from_functions(
-        init=lambda key, images: eqx.filter(Net(key), eqx.is_array),
-        apply=lambda params, images, held: eqx.combine(params, static)(images, held),
-        rules={"moe/experts/*": EXPERT, "moe/gate/*": GATE},
-    )
-    check(*federated(clients, model))
+    check(*federated(clients, equinox_model.model))
 
 
 def test_plain_functions(clients):
