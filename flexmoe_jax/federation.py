@@ -19,14 +19,8 @@ import optax
 
 from flexmoe_jax import tasks
 from flexmoe_jax.assignment import Policy
-from flexmoe_jax.client import (
-    Codec,
-    Learner,
-    LocalTraining,
-    Site,
-    check_transform,
-    init_residual,
-)
+from flexmoe_jax.client import Codec, Learner, LocalTraining, Site, init_residual
+from flexmoe_jax.client.training import check_transform
 from flexmoe_jax.errors import InputError, check_range, printable
 from flexmoe_jax.models import FLEX_MOE, Layout, Model, Ownership, check_capacity, lay_out
 from flexmoe_jax.options.assignment import AssignmentOptions
