@@ -133,15 +133,37 @@ def build(config: ConfigDict, known: Known | None = None) -> Experiment:
     federation.check(clients.arrays)
     federation.check(examples.test)
     network = make_network(config, devices, trained, local.steps(sizes), seen)
+    return _on_stage(config, federation, examples, network, capacity[coming], mesh)
+
+
+def _on_stage(
+    config: ConfigDict,
+    federation: Federation,
+    examples: Examples,
+    network: Network,
+    coming: np.ndarray,
+    mesh: Mesh,
+) -> Experiment:
+    """A federation with its programs, its data where they are needed, and what asks how it fares.
+
+    Args:
+      config: of the run.
+      federation: all its choices.
+      examples: of its clients.
+      network: says who takes part.
+      coming: (n,) k_c of newcomers.
+      mesh: the devices.
+    """
+    clients = examples.clients
     test = simulation.chunk_test_set(examples.test, config.eval.batch_size, mesh, examples.group)
     size = config.execution.client_block_size
     simulated = simulation.simulate(
         federation, clients, rows=network.asked, block_size=size, mesh=mesh
     )
-    fed = len(trained) if config.eval.fine_tune else network.asked
+    fed = federation.clients if config.eval.fine_tune else network.asked
     feed = make_feed(config.execution.data, clients, fed, mesh)
     about = simulation.replicate(clients.about, mesh)
-    newcomers = make_judge(config, federation, examples, capacity[coming], test, mesh)
+    newcomers = make_judge(config, federation, examples, coming, test, mesh)
     tuner = make_tuner(simulated, feed, test, about) if config.eval.fine_tune else None
     return Experiment(
         simulation=simulated,

@@ -48,29 +48,13 @@ def make_judge(
     if coming is None:
         return None
     few = coming.clients.few(_BATCHES * config.local.batch_size, config.seed)
-    them = simulation.await_newcomers(
-        federation,
-        few,
-        capacity,
-        shortlist=config.clients.shortlist,
-        mesh=mesh,
-    )
+    shortlist = config.clients.shortlist
+    them = simulation.await_newcomers(federation, few, capacity, shortlist=shortlist, mesh=mesh)
     shown = simulation.replicate(few, mesh)
     if coming.group is not None:
         numbers = {"row": np.arange(len(coming.group))}
         cut = simulation.chunk_test_set(numbers, config.eval.batch_size, mesh, coming.group)
         test = test._replace(group=cut.group)
-
-    def traffic(fitness: np.ndarray, solutions: tuple[Solution, ...]) -> simulation.Traffic:
-        """What newcomers are sent, to be asked and then to hold: of a shortlist these alone."""
-        everything = simulation.probe_traffic(federation, len(capacity))
-        if not config.clients.shortlist:
-            return everything
-        asked = fitness > fitness.min(axis=(0, 2), keepdims=True) + 0.5  # (G, n, E)
-        sent = asked | np.stack([solution.assignment for solution in solutions])
-        down = simulation.traffic(sent.swapaxes(0, 1), simulation.payloads(federation)).down
-        share = config.clients.shortlist / fitness.shape[2]
-        return everything._replace(down=down, up=(everything.up * share).astype(np.int64))
 
     @cache
     def owned() -> Own:
@@ -80,7 +64,7 @@ def make_judge(
         fitness = them.probe(state.server, owned(), shown)
         solutions = them.enrol(fitness)
         evaluation = them.evaluate(state.server, owned(), solutions, test, shown.about)
-        sent = traffic(np.asarray(fitness), solutions)
+        sent = _traffic(federation, shortlist, np.asarray(fitness), solutions)
         return {
             **newcomer_figures(evaluation),
             "assignment/newcomer_status": max((s.status for s in solutions), key=fell_back),
@@ -89,6 +73,27 @@ def make_judge(
         }
 
     return judge
+
+
+def _traffic(
+    federation: Federation, shortlist: int, fitness: np.ndarray, solutions: tuple[Solution, ...]
+) -> simulation.Traffic:
+    """What newcomers are sent, to be asked and then to hold: of a shortlist these experts alone.
+
+    Args:
+      federation: of the clients that train.
+      shortlist: experts that a newcomer is asked about; 0 for all.
+      fitness: (G, n, E) what newcomers said; the least of a row for experts it was not asked about.
+      solutions: of each layer.
+    """
+    everything = simulation.probe_traffic(federation, fitness.shape[1])
+    if not shortlist:
+        return everything
+    asked = fitness > fitness.min(axis=(0, 2), keepdims=True) + 0.5
+    sent = asked | np.stack([solution.assignment for solution in solutions])
+    down = simulation.traffic(sent.swapaxes(0, 1), simulation.payloads(federation)).down
+    up = everything.up * (shortlist / fitness.shape[2])
+    return everything._replace(down=down, up=up.astype(np.int64))
 
 
 def notes_on_newcomers(config: ConfigDict, federation: Federation) -> tuple[str, ...]:

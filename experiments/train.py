@@ -76,28 +76,24 @@ def train(
       "finished", "interrupted" or "diverged".
 
     Raises:
-      InputError: if the config or the workdir cannot be used, or another process is at work there;
-        nothing is written then.
+      InputError: the config or the workdir cannot be used, or is in use; nothing is written then.
       OSError: if a file of the run cannot be written; what was written before counts.
     """
     begin = time.monotonic()
     workdir.check(config)
-    before = workdir.seconds()
+    begin -= workdir.seconds()
     way = way or SIMULATED
     experiment = way.build(config)
     require_same_inputs(experiment.inputs)
     notes = (*experiment.notes, *workdir.check_inputs(config, experiment.inputs))
-    tensorboard = TensorBoard(
-        workdir.path / "tensorboard" if config.tensorboard and workdir.writes else None
-    )
+    wanted = config.tensorboard and workdir.writes
+    tensorboard = TensorBoard(workdir.path / "tensorboard" if wanted else None)
     experiment = way.ready(experiment)
     state = experiment.simulation.init(jax.random.key(config.seed))
-
     workdir.open(config, experiment.inputs)
     checkpoints = Checkpoints(workdir.path / "checkpoints", config.checkpoint.keep)
     restored = checkpoints.restore(state, at_most=workdir.history().last)
-    if restored.state is not None:
-        state = restored.state
+    state = restored.state or state
     done = int(state.server.round)
     lost = workdir.keep_rounds(done)
     status = "finished"
@@ -105,18 +101,12 @@ def train(
     with _display(config, done, quiet=not workdir.writes) as display:
         for line in (*notes, *restored.passed_over, *lost, *begins):
             display.say(line)
-        rounds, told = run_rounds(config, experiment, state, done, way.carry), set[str]()
+        rounds = run_rounds(config, experiment, state, done, way.carry)
         try:
-            for state, metrics in rounds:
-                metrics["time/run_seconds"] = before + time.monotonic() - begin
-                workdir.append(metrics)
-                tensorboard.write(metrics)
-                display.update(metrics)
-                for line in remarks(metrics, told):
-                    display.say(f"round {metrics['round']}: {line}")
+            for state, number in _written_down(rounds, workdir, tensorboard, display, begin):
                 stopping = _anywhere(stop())
-                last = metrics["round"] == config.rounds
-                if last or stopping or metrics["round"] % config.checkpoint.every == 0:
+                last = number == config.rounds
+                if last or stopping or number % config.checkpoint.every == 0:
                     checkpoints.save(state)
                 if stopping and not last:
                     status = "interrupted"
@@ -126,8 +116,35 @@ def train(
             display.say(str(error))
     checkpoints.close()
     tensorboard.close()
-    _sum_up(workdir, experiment, state, status, done, before + time.monotonic() - begin)
+    _sum_up(workdir, experiment, state, status, done, time.monotonic() - begin)
     return status
+
+
+def _written_down(
+    rounds: Iterator[tuple[State, Metrics]],
+    workdir: Workdir,
+    tensorboard: TensorBoard,
+    display: ProgressDisplay,
+    begin: float,
+) -> Iterator[tuple[State, int]]:
+    """Passes rounds on, with their numbers, once they are recorded and shown.
+
+    Args:
+      rounds: as they are run.
+      workdir: where they are recorded.
+      tensorboard: where they are, too.
+      display: shows them.
+      begin: on `time.monotonic`, when the run would have begun had it never been interrupted.
+    """
+    told: set[str] = set()
+    for state, metrics in rounds:
+        metrics["time/run_seconds"] = time.monotonic() - begin
+        workdir.append(metrics)
+        tensorboard.write(metrics)
+        display.update(metrics)
+        for line in remarks(metrics, told):
+            display.say(f"round {metrics['round']}: {line}")
+        yield state, metrics["round"]
 
 
 def _sum_up(
@@ -200,25 +217,12 @@ def run_rounds(
     Raises:
       DivergedError: a client's loss or the model is not a number, or nothing of it can be used.
     """
-    simulation, network, carry = experiment.simulation, experiment.network, carry or play
-
-    def assign(state: State, cohort: np.ndarray, examples: ClientData) -> Assigned:
-        solutions = simulation.assign(state, cohort, examples)
-        assignment = np.stack([solution.assignment for solution in solutions], axis=1)
-        fresh = None
-        if config.edge.cache:
-            fresh = np.asarray(state.server.ledger.fresh)[:, cohort].swapaxes(0, 1)
-        sent = traffic(assignment, experiment.payload, fresh)
-        if config.fitness.probe == "all":  # What clients train they have been sent to be asked.
-            asked = probe_traffic(simulation.setting.federation, len(cohort))
-            sent = Traffic(asked.down, sent.up + asked.up, np.zeros_like(sent.cached))
-        return Assigned(cohort, solutions, sent)
-
+    network, carry = experiment.network, carry or play
     if first == config.rounds:
         return
     cohort = network.cohort(first)
     examples = experiment.feed(cohort)
-    assigned = assign(state, cohort, examples)
+    assigned = _assign(config, experiment, state, cohort, examples)
     for round_index in range(first, config.rounds):
         begin = time.monotonic()
         last = round_index + 1 == config.rounds
@@ -234,25 +238,51 @@ def run_rounds(
             **round_metrics(state, assigned, outcome, report),
             "time/round_seconds": seconds,
             "time/train_examples_per_second": float(report.examples.sum()) / seconds,
+            **privacy_spent(config, round_index + 1),
         }
         if network.devices is not None:
             metrics["time/simulated_seconds"] = outcome.seconds
-        if config.server.noise_multiplier:
-            simulated = "_simulated" if config.server.noise == "simulated" else ""
-            metrics[f"privacy/epsilon{simulated}"] = epsilon(
-                config.server.noise_multiplier, round_index + 1, config.server.delta
-            )
         evaluation = None
         if (round_index + 1) % config.eval.every == 0 or last:
-            evaluation = simulation.evaluate(state, experiment.test, experiment.about)
+            evaluation = experiment.simulation.evaluate(state, experiment.test, experiment.about)
         if not last:
-            assigned = assign(state, cohort, examples)
+            assigned = _assign(config, experiment, state, cohort, examples)
         # Only now is the evaluation waited for.
         if evaluation is not None:
             metrics |= evaluation_figures(evaluation)
             for judge in experiment.judges:
                 metrics |= judge(state)
         yield state, existing(metrics)
+
+
+def _assign(
+    config: ConfigDict,
+    experiment: Experiment,
+    state: State,
+    cohort: np.ndarray,
+    examples: ClientData,
+) -> Assigned:
+    """Deals experts out to a cohort, and counts what that sends."""
+    simulation = experiment.simulation
+    solutions = simulation.assign(state, cohort, examples)
+    assignment = np.stack([solution.assignment for solution in solutions], axis=1)
+    fresh = None
+    if config.edge.cache:
+        fresh = np.asarray(state.server.ledger.fresh)[:, cohort].swapaxes(0, 1)
+    sent = traffic(assignment, experiment.payload, fresh)
+    if config.fitness.probe == "all":  # What clients train they have been sent to be asked.
+        asked = probe_traffic(simulation.setting.federation, len(cohort))
+        sent = Traffic(asked.down, sent.up + asked.up, np.zeros_like(sent.cached))
+    return Assigned(cohort, solutions, sent)
+
+
+def privacy_spent(config: ConfigDict, rounds: int) -> Metrics:
+    """ε after so many rounds; nothing where no noise protects anybody."""
+    if not config.server.noise_multiplier:
+        return {}
+    spent = epsilon(config.server.noise_multiplier, rounds, config.server.delta)
+    simulated = "_simulated" if config.server.noise == "simulated" else ""
+    return {f"privacy/epsilon{simulated}": spent}
 
 
 def existing(metrics: Metrics) -> Metrics:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from flexmoe_jax.assignment.problem import FloatArray, IntArray
+from flexmoe_jax.assignment.problem import BoolArray, FloatArray, IntArray
 from flexmoe_jax.errors import InputError
 
 # Targets are sums of many rounds, kept in single precision: a multiple missed by rounding error
@@ -69,12 +69,7 @@ def load_bounds(
     given = float(np.sum(rows * capacity))
     there = np.zeros(experts) if load is None else np.asarray(load, np.float64)
     fair = parts * (given + float(there.sum()))
-    holders = capacity > 0
-    reachable = (
-        weight[holders].sum(axis=0)
-        if weight.ndim == 2
-        else np.full(experts, np.sum(np.broadcast_to(weight, capacity.shape), where=holders))
-    )
+    reachable = _reachable(weight, capacity > 0, experts)
     lacking = fair - there
     middle = lacking + deficit
     target = _shift_into(middle, reachable, lacking.sum())
@@ -87,6 +82,13 @@ def load_bounds(
         low = np.minimum(_ceil(low / grid), _floor(target / grid)) * grid
         high = np.maximum(_floor(high / grid), _ceil(target / grid)) * grid
     return np.clip(low, 0.0, reachable), np.clip(high, 0.0, reachable)
+
+
+def _reachable(weight: FloatArray, holders: BoolArray, experts: int) -> FloatArray:
+    """[E] load that an expert would have if every client that holds any held it."""
+    if weight.ndim == 2:
+        return np.asarray(weight[holders].sum(axis=0))
+    return np.full(experts, np.sum(np.broadcast_to(weight, holders.shape), where=holders))
 
 
 def update_deficit(

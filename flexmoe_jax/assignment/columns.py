@@ -58,10 +58,9 @@ def solve_by_columns(
     Raises:
       SolverError: the backend failed, or the deadline passed.
     """
-    direct = direct and backend == "HIGHS"
     low, high = effective_bounds(problem)
     total = float(np.sum(problem.weights.mean(axis=1) * problem.capacity))
-    view = look(problem)
+    view, direct = look(problem), direct and backend == "HIGHS"
     if start is None:
         misses = partial(_misses, problem, (low, high))
         view, prices = look_closer(problem, prices, misses, _MISS * total, deadline)

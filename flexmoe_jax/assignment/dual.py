@@ -224,27 +224,6 @@ def _mend_by_paths(worth: Array, unit: Array, low: Array, high: Array, held: Arr
     def ends(held: Array) -> tuple[Array, Array]:
         return _ends(low, high, unit * held.sum(axis=0), slip)
 
-    def swap_costs(held: Array) -> tuple[Array, Array]:
-        def row(e: Array) -> tuple[Array, Array]:
-            possible = held[:, e][:, None] & ~held
-            loss = jnp.where(possible, worth[:, e][:, None] - worth, jnp.inf)
-            return loss.min(axis=0), loss.argmin(axis=0)
-
-        return jax.lax.map(row, jnp.arange(experts))
-
-    def relax(_: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        distance, before, cost = state
-        through = distance[:, None] + cost
-        via = through.argmin(axis=0)
-        # A gain below single precision could close a path into a loop.
-        closer = through.min(axis=0) < distance - 1e-6 * jnp.abs(worth).max()
-        closer |= jnp.isinf(distance) & jnp.isfinite(through.min(axis=0))
-        return (
-            jnp.where(closer, through.min(axis=0), distance),
-            jnp.where(closer, via, before),
-            cost,
-        )
-
     def more(state: tuple[Array, Array]) -> Array:
         held, moved = state
         gives, takes = ends(held)
@@ -253,10 +232,9 @@ def _mend_by_paths(worth: Array, unit: Array, low: Array, high: Array, held: Arr
     def follow(state: tuple[Array, Array]) -> tuple[Array, Array]:
         held, _ = state
         gives, takes = ends(held)
-        cost, best = swap_costs(held)
-        distance = jnp.where(gives, 0.0, jnp.inf)
-        before = jnp.full(experts, -1)
-        distance, before, _ = jax.lax.fori_loop(0, experts, relax, (distance, before, cost))
+        cost, best = _swap_costs(worth, held)
+        # A gain below single precision could close a path into a loop.
+        distance, before = _shortest_paths(cost, gives, 1e-6 * jnp.abs(worth).max())
         reachable = jnp.where(takes, distance, jnp.inf)
         last = reachable.argmin()
 
@@ -277,6 +255,38 @@ def _mend_by_paths(worth: Array, unit: Array, low: Array, high: Array, held: Arr
 
     held, _ = jax.lax.while_loop(more, follow, (held, jnp.array(True)))
     return held
+
+
+def _swap_costs(worth: Array, held: Array) -> tuple[Array, Array]:
+    """What it costs at least to hand one client from e to f, and which client: both [E, E]."""
+
+    def row(e: Array) -> tuple[Array, Array]:
+        possible = held[:, e][:, None] & ~held
+        loss = jnp.where(possible, worth[:, e][:, None] - worth, jnp.inf)
+        return loss.min(axis=0), loss.argmin(axis=0)
+
+    return jax.lax.map(row, jnp.arange(worth.shape[1]))
+
+
+def _shortest_paths(cost: Array, gives: Array, least: Array) -> tuple[Array, Array]:
+    """Bellman and Ford's: [E] length of the path from any giving expert, and the expert before.
+
+    A path counts as shorter from a gain of `least`.
+    """
+
+    def relax(_: int, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        distance, before = found
+        through = distance[:, None] + cost
+        shortest = through.min(axis=0)
+        closer = shortest < distance - least
+        closer |= jnp.isinf(distance) & jnp.isfinite(shortest)
+        return (
+            jnp.where(closer, shortest, distance),
+            jnp.where(closer, through.argmin(axis=0), before),
+        )
+
+    start = (jnp.where(gives, 0.0, jnp.inf), jnp.full(gives.shape, -1))
+    return jax.lax.fori_loop(0, gives.shape[0], relax, start)
 
 
 def _price_of_bounds(load: Array, load_min: Array, load_max: Array) -> Array:

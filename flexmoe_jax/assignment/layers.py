@@ -9,6 +9,7 @@ Axis legend: `G` layers, `C` clients, `E` experts of a layer.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,27 +74,21 @@ def solve_layers(
     if fields:
         raise InputError(next(iter(fields)), "given", "leave it out where layers share a budget")
     size = _spread("expert_size", expert_size, (layers, experts))
-    joint = solve(
-        Problem(
-            worth.transpose(1, 0, 2).reshape(clients, layers * experts),
-            np.asarray(capacity),
-            low.ravel(),
-            high.ravel(),
-            expert_size=size.ravel(),
-        ),
-        solver,
-        rounding,
-        seed,
+    beside = worth.transpose(1, 0, 2).reshape(clients, layers * experts)
+    joint = Problem(
+        beside, np.asarray(capacity), low.ravel(), high.ravel(), expert_size=size.ravel()
     )
-    return Solution(
-        joint.assignment.reshape(clients, layers, experts).transpose(1, 0, 2),
-        joint.value,
-        joint.bound,
-        joint.gap,
-        joint.load.reshape(layers, experts),
-        joint.violation.reshape(layers, experts),
-        joint.status,
-        joint.seconds,
+    return _by_layer(solve(joint, solver, rounding, seed), layers)
+
+
+def _by_layer(joint: Solution, layers: int) -> Solution:
+    """A solution over G·E experts, with the layers in front."""
+    clients = len(joint.assignment)
+    return replace(
+        joint,
+        assignment=joint.assignment.reshape(clients, layers, -1).swapaxes(0, 1),
+        load=joint.load.reshape(layers, -1),
+        violation=joint.violation.reshape(layers, -1),
     )
 
 

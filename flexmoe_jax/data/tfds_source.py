@@ -84,20 +84,14 @@ def read(
         test = next((found for found in tests if found is not None), None)
     if train is None or test is None:
         lacking = "train" if train is None else " or ".join(_TEST_SPLITS)
-        raise InputError(
-            "data.name",
-            name,
-            f"it has no labelled {lacking} split (it has {', '.join(builder.info.splits)}); choose "
-            "another data set",
-        )
+        has = ", ".join(builder.info.splits)
+        remedy = f"it has no labelled {lacking} split (it has {has}); choose another data set"
+        raise InputError("data.name", name, remedy)
     labels = np.concatenate([train[1], test[1]])
     classes = columns.classes or tuple(str(y) for y in range(int(labels.max()) + 1))
     if labels.max() >= len(classes):
-        raise InputError(
-            "data.name",
-            name,
-            f"it has a label {labels.max()} but {len(classes)} classes; prepare it again",
-        )
+        remedy = f"it has a label {labels.max()} but {len(classes)} classes; prepare it again"
+        raise InputError("data.name", name, remedy)
     return {
         "train_images": train[0],
         "train_labels": train[1],

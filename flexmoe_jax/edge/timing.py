@@ -122,11 +122,7 @@ def run_attempt(
         raise InputError("edge.deadline", deadline, "give seconds above 0 (inf for none)")
     total = attempt.total
     reached = ~np.asarray(dropped_before, bool)
-    possible = np.where(total <= deadline, 1.0, 0.0)
-    if late == "partial":
-        left = np.maximum(deadline - attempt.download - attempt.upload, 0.0)
-        cut = (total > deadline) & (left > 0)
-        np.divide(left, np.maximum(attempt.compute, left), out=possible, where=cut)
+    possible = _possible_work(attempt, deadline, late)
     end = np.minimum(total, deadline)
     able = reached & ~np.asarray(dropped_during, bool) & (possible > 0)
     accepted = np.flatnonzero(able)
@@ -142,3 +138,13 @@ def run_attempt(
         reached=reached,
         seconds=float(np.max(until, where=awaited, initial=0.0)),
     )
+
+
+def _possible_work(attempt: Attempt, deadline: float, late: str) -> np.ndarray:
+    """(P,) part of its training that a client can do and still deliver at the deadline."""
+    possible = np.where(attempt.total <= deadline, 1.0, 0.0)
+    if late == "partial":
+        left = np.maximum(deadline - attempt.download - attempt.upload, 0.0)
+        cut = (attempt.total > deadline) & (left > 0)
+        np.divide(left, np.maximum(attempt.compute, left), out=possible, where=cut)
+    return possible

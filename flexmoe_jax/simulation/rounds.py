@@ -147,6 +147,26 @@ def simulate(
     everywhere = NamedSharding(mesh, PartitionSpec())
     steps = np.asarray(federation.local.steps(np.asarray(data.size)))
     floor = Floor(federation.clients, federation.slots, rows, block_size, mesh.size)
+    jitted = partial(jax.jit, out_shardings=everywhere)
+    return Simulation(
+        init=jitted(partial(init, federation)),
+        assign=_assigner(federation, floor, mesh, data, jitted),
+        plan=partial(_plan, federation, floor, steps, mesh),
+        round=jitted(partial(run_round, federation, floor, mesh), donate_argnums=0),
+        tune=jitted(partial(tune, federation, floor, mesh)),
+        evaluate=Checked(federation, jitted(partial(evaluate, federation, mesh))),
+        setting=Setting(floor, np.asarray(federation.capacity, np.int64), steps, federation),
+    )
+
+
+def _assigner(
+    federation: Federation,
+    floor: Floor,
+    mesh: Mesh,
+    data: ClientData,
+    jitted: Callable[[Callable[..., Array]], Callable[..., Array]],
+) -> Callable[..., tuple[Solution, ...]]:
+    """See `Simulation.assign`."""
     assign = server.make_assign(
         federation.desk,
         federation.policy,
@@ -155,7 +175,6 @@ def simulate(
         federation.seed,
         _given_profile(federation, data),
     )
-    jitted = partial(jax.jit, out_shardings=everywhere)
     ask = jitted(partial(ask_cohort, federation, floor, mesh))
 
     def assign_cohort(
@@ -175,15 +194,7 @@ def simulate(
         # Asking is a part of the assignment's time, entered once.
         return (replace(first, seconds=first.seconds + asking), *others)
 
-    return Simulation(
-        init=jitted(partial(init, federation)),
-        assign=assign_cohort,
-        plan=partial(_plan, federation, floor, steps, mesh),
-        round=jitted(partial(run_round, federation, floor, mesh), donate_argnums=0),
-        tune=jitted(partial(tune, federation, floor, mesh)),
-        evaluate=Checked(federation, jitted(partial(evaluate, federation, mesh))),
-        setting=Setting(floor, np.asarray(federation.capacity, np.int64), steps, federation),
-    )
+    return assign_cohort
 
 
 def _given_profile(federation: Federation, data: ClientData) -> np.ndarray | None:
