@@ -82,7 +82,11 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def _likeliest(logits: Array) -> Array:
-    return logits.argmax(axis=-1).astype(jnp.int32)
+    # The first of the greatest, as `argmax` has it, whose reduction of pairs is slow on a CPU.
+    greatest = logits.max(axis=-1, keepdims=True)
+    index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    index = index.reshape(*[1] * (logits.ndim - 1), -1)
+    return jnp.where(logits < greatest, jnp.int32(logits.shape[-1]), index).min(axis=-1)
 
 
 def classification(inputs: str = "images", labels: str = "labels") -> Task:
@@ -187,4 +191,5 @@ def _require(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     if name not in arrays:
         held = ", ".join(arrays) or "none"
         raise InputError("task", name, f"the examples have no such array; they have {held}")
-    return arrays[name]
+    # NumPy's: where JAX compares a byte with 256, that becomes a byte, too.
+    return np.asarray(arrays[name])

@@ -46,12 +46,11 @@ def measure(clients: int, tests: int, image: tuple[int, int, int] = (32, 32, 3))
     owned = data.build_clients(dataset, np.split(np.arange(clients), clients))
     owned = simulation.replicate(owned, mesh)
     federation = make_federation(
-        models.ConvNet(),
+        models.MoEClassifier(models.ConvNet(), CLASSES, _EXPERTS),
         owned,
         np.full(clients, _CAPACITY),
         prepare=data.standardise(dataset.train_images),
         local=client.LocalTraining(optax.sgd(0.1)),
-        experts=_EXPERTS,
     ).replace(prior=False)
     simulated = simulation.simulate(federation, owned, mesh=mesh)
     state = simulated.init(jax.random.key(0))

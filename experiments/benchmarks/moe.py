@@ -111,7 +111,7 @@ def measure_layer(held: int, batch: int, repeats: int = _REPEATS) -> Figures:
 def dense_layer(experts: PyTree, x: Array, chosen: Array, probability: Array) -> Array:
     """Every expert on every example, as `MoEClassifier` has it."""
     combine = probability[:, None] * jax.nn.one_hot(chosen, experts["b_in"].shape[0])
-    return jnp.einsum("be,bed->bd", combine, expert_mlp(experts, x))
+    return expert_mlp(experts, x, combine)
 
 
 def ragged_layer(experts: PyTree, x: Array, chosen: Array, probability: Array) -> Array:

@@ -19,7 +19,7 @@ import optax
 
 from experiments.benchmarks.process import Figures, peak_bytes, run_case
 from experiments.benchmarks.timing import set_up
-from experiments.benchmarks.workloads import make_federation
+from experiments.benchmarks.workloads import CLASSES, make_federation
 from flexmoe_jax import client, data, models, simulation
 from flexmoe_jax.errors import InputError
 
@@ -53,12 +53,11 @@ def measure(clients: int, experts: int, per_round: int) -> Figures:
     owned = rng.integers(0, len(dataset.train_labels), (clients, _EXAMPLES))
     client_data = data.build_clients(dataset, list(owned), place=np.asarray)
     federation = make_federation(
-        models.MLP(),
+        models.MoEClassifier(models.MLP(), CLASSES, experts),
         client_data,
         rng.integers(1, 5, clients),
         prepare=data.standardise(dataset.train_images),
         local=client.LocalTraining(optax.sgd(0.1), batch_size=_BATCH, balance=0.0),
-        experts=experts,
     )
     simulated = simulation.simulate(federation, client_data, mesh=mesh)
     resident = simulation.replicate(client_data, mesh)

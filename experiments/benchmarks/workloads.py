@@ -14,15 +14,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from flexmoe_jax import client, data, models, simulation
+from flexmoe_jax import client, data, models, simulation, tasks
 from flexmoe_jax.assignment import make_policy
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.models.conv import Convolution
+from flexmoe_jax.models.transformer import Attention
 from flexmoe_jax.types import Array, Plan, PyTree
 
 CLASSES = 10
 LEARNING_RATE = 0.1
-_EXPERTS, _CAPACITY = 8, 2
 
 Prepare = Callable[[Array], Array]
 
@@ -60,42 +60,82 @@ class DenseClassifier(nn.Module):
         return models.Dense(CLASSES)(self.backbone(x))
 
 
+Net = Callable[[Convolution, int], nn.Module]
+"""(a convolution's implementation, experts E or 0) -> what a client trains."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """One epoch of local training for each client of a cohort.
 
     Attributes:
-      backbone: made for a convolution's implementation.
-      image: (height, width, channels).
+      net: what clients train.
+      shape: of what goes in: an image (height, width, channels), or (tokens,).
       clients: P, all of them in the cohort.
       examples: N of each client.
       batch: B.
-      mixture: with experts and gates (FLEX-MoE), or the backbone and a head alone.
+      experts: E, with gates; 0 for the model without them.
+      capacity: of them that each client holds.
     """
 
-    backbone: Callable[[Convolution], nn.Module]
-    image: tuple[int, int, int]
+    net: Net
+    shape: tuple[int, ...]
     clients: int = 50
     examples: int = 50
     batch: int = 10
-    mixture: bool = False
+    experts: int = 0
+    capacity: int = 1
+
+    @property
+    def of_text(self) -> bool:
+        """Whether tokens go in, of which the next is told."""
+        return len(self.shape) == 1
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Of clients: Adam for text, as `configs/languages.py` has it."""
+        return optax.adam(0.003) if self.of_text else optax.sgd(LEARNING_RATE)
 
 
-def _convnet(conv: Convolution) -> nn.Module:
-    return models.ConvNet(conv=conv)
+def classify(backbone: Callable[[Convolution], nn.Module]) -> Net:
+    """Classifiers of pictures, around a backbone made for a convolution's implementation."""
 
+    def net(conv: Convolution, experts: int) -> nn.Module:
+        made = backbone(conv)
+        return models.MoEClassifier(made, CLASSES, experts) if experts else DenseClassifier(made)
+
+    return net
+
+
+def decode(depth: int, width: int, hidden: int) -> Net:
+    """Decoders of bytes, with four heads, and experts in every block."""
+
+    def net(conv: Convolution, experts: int) -> nn.Module:
+        del conv
+        return models.Transformer(experts, depth, width, 4, hidden, router=experts > 0)
+
+    return net
+
+
+_convnet = classify(lambda conv: models.ConvNet(conv=conv))
 
 WORKLOADS = {
-    "W1": Workload(lambda conv: models.MLP(()), (28, 28, 1)),
-    "W2": Workload(lambda conv: models.MLP((200, 200)), (28, 28, 1)),
-    "W3": Workload(SmallCNN, (32, 32, 3)),
+    "W1": Workload(classify(lambda conv: models.MLP(())), (28, 28, 1)),
+    "W2": Workload(classify(lambda conv: models.MLP((200, 200))), (28, 28, 1)),
+    "W3": Workload(classify(SmallCNN), (32, 32, 3)),
     "W4": Workload(_convnet, (32, 32, 3), 8, 64, 16),
     "W4b64": Workload(_convnet, (32, 32, 3), 8, 256, 64),
-    "M1": Workload(_convnet, (32, 32, 3), 8, 64, 16, mixture=True),
-    "M2": Workload(lambda conv: models.ResNet(conv=conv), (32, 32, 3), 8, 64, 16, mixture=True),
+    "M1": Workload(_convnet, (32, 32, 3), 8, 64, 16, experts=8, capacity=2),
+    "M2": Workload(
+        classify(lambda conv: models.ResNet(conv=conv)), (32, 32, 3), 8, 64, 16, 8, capacity=2
+    ),
+    "T1": Workload(decode(2, 96, hidden=256), (64,), 24, 80, 8),
+    "T1M": Workload(decode(2, 96, hidden=128), (64,), 24, 80, 8, experts=8, capacity=2),
+    "T2": Workload(decode(4, 256, hidden=256), (128,), 8, 16, 4, experts=16, capacity=4),
 }
 """W1 logistic regression, W2 MLP, W3 small CNN, W4 ConvNet (b64: in larger batches), M1 experts and
-gates on the same ConvNet, M2 on ResNet-8."""
+gates on the same ConvNet, M2 on ResNet-8; T1 a decoder of bytes, T1M with experts of the same size
+in sum as its layers, T2 a larger one."""
 
 
 class Rounds:
@@ -127,14 +167,14 @@ class Rounds:
 
 def make_rounds(workload: Workload, mesh: Mesh) -> Rounds:
     """Rounds as the framework runs them."""
-    local = client.LocalTraining(optax.sgd(LEARNING_RATE), batch_size=workload.batch, balance=0.0)
+    local = client.LocalTraining(workload.optimizer, batch_size=workload.batch, balance=0.0)
     return _make_rounds(workload, mesh, local, models.conv_auto, block_size=0)
 
 
 def make_naive_rounds(workload: Workload) -> Rounds:
     """The same rounds as `vmap` over all clients on one device, with XLA's own convolution."""
     local = client.LocalTraining(
-        optax.sgd(LEARNING_RATE), batch_size=workload.batch, balance=0.0, tile=workload.batch
+        workload.optimizer, batch_size=workload.batch, balance=0.0, tile=workload.batch
     )
     mesh = simulation.client_mesh(1)
     return _make_rounds(workload, mesh, local, models.conv_lax, block_size=workload.clients)
@@ -148,22 +188,32 @@ def _make_rounds(
     block_size: int,
 ) -> Rounds:
     count = workload.clients
-    dataset = draw_dataset(count * workload.examples, workload.image)
-    parts = np.split(np.arange(len(dataset.train_labels)), count)
-    clients = simulation.replicate(data.build_clients(dataset, parts), mesh)
+    drawn, prepare = _draw_clients(workload)
+    clients = simulation.replicate(drawn, mesh)
     federation = make_federation(
-        workload.backbone(conv),
+        workload.net(conv, workload.experts),
         clients,
-        np.full(count, _CAPACITY if workload.mixture else 1),
-        prepare=data.standardise(dataset.train_images),
+        np.full(count, workload.capacity),
+        prepare=prepare,
         local=local,
-        experts=_EXPERTS if workload.mixture else 0,
     )
     simulated = simulation.simulate(federation, clients, block_size=block_size, mesh=mesh)
     state = simulated.init(jax.random.key(0))
     cohort = np.arange(count, dtype=np.int32)
     plan = simulated.plan(cohort, simulated.assign(state, cohort))
     return Rounds(simulated.round, state, clients, plan)
+
+
+def _draw_clients(workload: Workload) -> tuple[data.ClientData, Prepare]:
+    """Noise for every client, and what is done to it first."""
+    parts = np.split(np.arange(workload.clients * workload.examples), workload.clients)
+    if workload.of_text:
+        shape = (workload.clients * workload.examples, workload.shape[0] + 1)
+        text = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        return data.join({"tokens": text}, parts), lambda tokens: tokens
+    height, width, channels = workload.shape
+    dataset = draw_dataset(workload.clients * workload.examples, (height, width, channels))
+    return data.build_clients(dataset, parts), data.standardise(dataset.train_images)
 
 
 def draw_dataset(examples: int, image: tuple[int, int, int], tests: int = 1) -> data.Dataset:
@@ -182,23 +232,28 @@ def draw_dataset(examples: int, image: tuple[int, int, int], tests: int = 1) -> 
 
 
 def make_federation(
-    backbone: nn.Module,
+    module: nn.Module,
     clients: data.ClientData,
     capacity: np.ndarray,
     *,
     prepare: Prepare,
     local: client.LocalTraining,
-    experts: int = _EXPERTS,
 ) -> Federation:
-    """A federation with the policy `flex`; of the backbone and a head alone without experts."""
-    module = models.MoEClassifier(backbone, CLASSES, experts)
-    model = models.classifier(module) if experts else models.from_linen(DenseClassifier(backbone))
+    """A federation with the policy `flex`, of a classifier or a decoder."""
+    of_text = isinstance(module, models.Transformer)
+    if isinstance(module, models.Transformer):
+        model = models.decoder(module)
+    elif isinstance(module, models.MoEClassifier):
+        model = models.classifier(module)
+    else:
+        model = models.from_linen(module)
     return Federation(
         model=model.after(prepare),
         sample={name: values[:2] for name, values in clients.arrays.items()},
         capacity=capacity,
         policy=make_policy("flex"),
         local=local,
+        task=tasks.next_token() if of_text else tasks.classification(),
     )
 
 
@@ -206,17 +261,15 @@ def training_flop(workload: Workload) -> int:
     """Floating-point operations of a round's training, counted from the shapes of the layers.
 
     Forward, two for each multiplication of a matrix product or convolution; backward, twice as many
-    again, less the gradient for the images, which nobody needs. Of the experts only the one that an
-    example is routed to counts.
+    again, less the gradient for images, which nobody needs. Of the experts only the one that an
+    example or a token is routed to counts; of attention, all pairs of tokens.
     """
-    backbone = workload.backbone(models.conv_lax)
-    image = jax.ShapeDtypeStruct((1, *workload.image), jnp.float32)
-    if workload.mixture:
-        layers = _count_layers(models.MoEClassifier(backbone, CLASSES, _CAPACITY), image)
-    else:
-        layers = _count_layers(DenseClassifier(backbone), image)
-    per_example = 2 * (3 * sum(layers) - layers[0])
-    return per_example * workload.clients * workload.examples
+    kind = jnp.int32 if workload.of_text else jnp.float32
+    held = workload.capacity if workload.experts else 0
+    module = workload.net(models.conv_lax, held)
+    layers = _count_layers(module, jax.ShapeDtypeStruct((1, *workload.shape), kind))
+    unneeded = 0 if workload.of_text else layers[0]
+    return 2 * (3 * sum(layers) - unneeded) * workload.clients * workload.examples
 
 
 def _count_layers(model: nn.Module, image: jax.ShapeDtypeStruct) -> list[int]:
@@ -232,6 +285,8 @@ def _count_layers(model: nn.Module, image: jax.ShapeDtypeStruct) -> list[int]:
             layers.append(prod(inputs[0].shape) * layer.features)
         elif isinstance(layer, models.Conv):
             layers.append(prod(output.shape) * layer.kernel_size**2 * inputs[0].shape[-1])
+        elif isinstance(layer, Attention):
+            layers.append(2 * prod(inputs[0].shape) * inputs[0].shape[1])
         elif isinstance(layer, models.Gate):
             layers.append(prod(inputs[0].shape) * layer.count)
         elif isinstance(layer, models.Experts):

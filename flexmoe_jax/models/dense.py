@@ -15,7 +15,7 @@ from jaxtyping import Num
 from flexmoe_jax.types import Array
 
 _OVER_ROWS = (((0,), (0,)), ((), ()))
-_FEW_ROWS, _FEW = 64, 32
+_FEW_ROWS, _FEW = 1024, 32
 # Kernels that no core's cache holds, and rows whose outer products take no longer than memory does.
 _LARGE, _FEWEST_ROWS = 2**20, 16
 
@@ -37,20 +37,23 @@ def kernel_gradient(x: Num[Array, "T i"], dy: Num[Array, "T o"]) -> Num[Array, "
         return reduce(add, (x[row, :, None] * dy[row] for row in range(rows)))
     if width > 4 * features and (rows > _FEW_ROWS or features <= _FEW):
         return lax.optimization_barrier(lax.dot_general(dy, x, _OVER_ROWS)).T
+    if rows <= _FEW_ROWS and width > features:
+        return lax.optimization_barrier(lax.optimization_barrier(dy.T) @ x).T
     if rows <= _FEW_ROWS:
         return lax.optimization_barrier(x.T) @ dy
     return lax.optimization_barrier(lax.dot_general(x, dy, _OVER_ROWS))
 
 
 def dot_general(x: Array, kernel: Array, dimensions: Any, *_: Any, **__: Any) -> Array:
-    """A dense layer's product of (B, D) and (D, F), for `flax.linen.Dense(dot_general=...)`."""
-    if x.ndim != 2 or jax.default_backend() != "cpu":
+    """A dense layer's product of (..., D) and (D, F), for `flax.linen.Dense(dot_general=...)`."""
+    if jax.default_backend() != "cpu":
         return lax.dot_general(x, kernel, dimensions)
-    return _product(x, kernel)
+    return product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @jax.custom_vjp
-def _product(x: Array, kernel: Array) -> Array:
+def product(x: Num[Array, "T i"], kernel: Num[Array, "i o"]) -> Num[Array, "T o"]:
+    """The product x @ kernel, whose backward pass is `kernel_gradient`."""
     return x @ kernel
 
 
@@ -63,7 +66,7 @@ def _backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     return dy @ kernel.T, kernel_gradient(x, dy)
 
 
-_product.defvjp(_forward, _backward)
+product.defvjp(_forward, _backward)
 
 
 def as_inputs(*arrays: Array | None, dtype: Any = None, inexact: bool = True) -> list[Any]:

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Bool, Float
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.models.dense import Dense
+from flexmoe_jax.models.dense import Dense, product
 from flexmoe_jax.models.model import Model, from_linen
 from flexmoe_jax.models.ownership import EXPERT, GATE, mark
 from flexmoe_jax.options.models import ModelOptions
@@ -56,6 +56,8 @@ def route(logits: Float[Array, "*B E"], held: Bool[Array, " E"], top_k: int = 1)
     chosen = lax.top_k(masked, min(top_k, logits.shape[-1]))[1]  # (B, top_k)
     selected = jax.nn.one_hot(chosen, logits.shape[-1], dtype=bool).any(axis=-2) & may
     combine = jnp.where(selected, probability, 0.0)
+    if logits.shape[-1] == 1:  # Whatever its logit: no gradient, and none to be computed.
+        combine = lax.stop_gradient(combine)
     if top_k > 1:
         combine = combine / jnp.maximum(combine.sum(axis=-1, keepdims=True), 1e-9)
     return Routing(logits, probability, selected, combine)
@@ -68,19 +70,28 @@ def mean_so_far(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     return mean * lax.rsqrt((mean**2).mean(axis=-1, keepdims=True) + 1e-6)
 
 
-def expert_mlp(experts: PyTree, x: Float[Array, "B D"]) -> Float[Array, "B E D"]:
-    """Applies every stacked expert D→H→D to every example.
+def expert_mlp(
+    experts: PyTree, x: Float[Array, "B D"], combine: Float[Array, "B E"]
+) -> Float[Array, "B D"]:
+    """Σ_e combine_e · expert_e(x), of stacked experts D→H→D.
+
+    Side by side the experts are one layer of E·H hidden units, which each example weighs by expert:
+    two products, however many experts there are.
 
     Args:
       experts: `{"w_in": (E, D, H), "b_in": (E, H), "w_out": (E, H, D), "b_out": (E, D)}`.
       x: (B, D).
+      combine: (B, E) weights of the experts, 0 for those that an example does not use.
 
     Returns:
-      (B, E, D).
+      (B, D).
     """
-    hidden = jnp.einsum("bd,edh->ebh", x, experts["w_in"]) + experts["b_in"][:, None]
-    output = jnp.einsum("ebh,ehd->ebd", nn.relu(hidden), experts["w_out"])
-    return jnp.swapaxes(output + experts["b_out"][:, None], 0, 1)
+    count, features, width = experts["w_in"].shape
+    w_in = jnp.swapaxes(experts["w_in"], 0, 1).reshape(features, count * width)
+    hidden = nn.relu(product(x, w_in) + experts["b_in"].reshape(1, -1))
+    weighed = hidden.reshape(-1, count, width) * combine[:, :, None]
+    w_out = experts["w_out"].reshape(count * width, features)
+    return product(weighed.reshape(-1, count * width), w_out) + combine @ experts["b_out"]
 
 
 class Experts(nn.Module):
@@ -97,8 +108,8 @@ class Experts(nn.Module):
     part: str = EXPERT
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E D"]:
-        """What each expert makes of each example; E is as many as there are parameters of."""
+    def __call__(self, x: Float[Array, "B D"], combine: Float[Array, "B E"]) -> Float[Array, "B D"]:
+        """What the experts make of each example; E is as many as there are parameters of."""
         fan_in = nn.initializers.variance_scaling(
             2.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
         )
@@ -114,7 +125,7 @@ class Experts(nn.Module):
             name: _param(self, name, init, self.part, shape).astype(x.dtype)
             for name, (init, shape) in shapes.items()
         }
-        return expert_mlp(experts, x)
+        return expert_mlp(experts, x, combine)
 
 
 class Gate(nn.Module):
@@ -209,9 +220,10 @@ class MoELayer(nn.Module):
         if self.with_router:
             routing = routing._replace(router=self.router(lax.stop_gradient(into_gate)))
         combine = jnp.repeat(routing.combine.astype(x.dtype), places, axis=0)
-        mixed = jnp.einsum("be,bed->bd", combine, self.expert(flat))
+        mixed = self.expert(flat, combine)
         if self.shared_experts:
-            mixed = mixed + self.shared_expert(flat).sum(axis=1)
+            whole = jnp.ones((flat.shape[0], self.shared_experts), x.dtype)
+            mixed = mixed + self.shared_expert(flat, whole)
         spread = jax.tree.map(lambda leaf: leaf.reshape(*routed.shape[:-1], -1), routing)
         self.sow("routing", "at", spread)
         return mixed.reshape(x.shape)

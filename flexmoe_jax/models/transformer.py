@@ -13,6 +13,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int
 
 from flexmoe_jax.errors import InputError
@@ -54,12 +55,31 @@ class Attention(nn.Module):
 
 def rotate(x_BxSxAxF: Float[Array, "B S A F"]) -> Float[Array, "B S A F"]:
     """Turns pairs of features by angles that grow with the position (Su et al. 2021, eq. 34)."""
+    # By NumPy: in a program they would be computed anew for every number that is turned.
     half = x_BxSxAxF.shape[-1] // 2
-    rate_F = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_SxF = jnp.arange(x_BxSxAxF.shape[1], dtype=jnp.float32)[:, None] * rate_F[None]
-    sin, cos = (f(angle_SxF)[None, :, None].astype(x_BxSxAxF.dtype) for f in (jnp.sin, jnp.cos))
-    first, second = x_BxSxAxF[..., :half], x_BxSxAxF[..., half:]
+    rate_F = 10_000.0 ** (-np.arange(half) / half)
+    angle_SxF = np.arange(x_BxSxAxF.shape[1])[:, None] * rate_F
+    sin, cos = (jnp.asarray(f(angle_SxF)[None, :, None], x_BxSxAxF.dtype) for f in (np.sin, np.cos))
+    return _turn(x_BxSxAxF, cos, sin)
+
+
+@jax.custom_vjp
+def _turn(x: Array, cos: Array, sin: Array) -> Array:
+    """Turns pairs, which stand half a row apart; backward the other way round."""
+    first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _turn_forward(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _turn(x, cos, sin), (cos, sin)
+
+
+def _turn_backward(angle: tuple[Array, Array], dy: Array) -> tuple[Array, None, None]:
+    cos, sin = angle
+    return _turn(dy, cos, -sin), None, None
+
+
+_turn.defvjp(_turn_forward, _turn_backward)
 
 
 def normalise(norm: nn.Module, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

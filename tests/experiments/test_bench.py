@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import clients, evaluate, moe, scale, startup, timing
-from experiments.benchmarks.workloads import WORKLOADS, Workload, training_flop
+from experiments.benchmarks.workloads import WORKLOADS, Workload, classify, decode, training_flop
 from flexmoe_jax import models
 from tests.limits import HANGS
 
 ROOT = Path(__file__).parents[2]
-PLAIN = Workload(lambda conv: models.MLP((8,)), (4, 4, 1), clients=3, examples=4, batch=2)
-MIXTURE = Workload(
-    lambda conv: models.MLP((8,)), (4, 4, 1), clients=8, examples=4, batch=2, mixture=True
-)
+SMALL = classify(lambda conv: models.MLP((8,)))
+PLAIN = Workload(SMALL, (4, 4, 1), clients=3, examples=4, batch=2)
+MIXTURE = Workload(SMALL, (4, 4, 1), clients=8, examples=4, batch=2, experts=8, capacity=2)
+TEXT = Workload(decode(1, 8, hidden=4), (6,), clients=2, examples=4, batch=2, experts=3)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_a_case_prints_one_json_object():
         (["assignment", "flow"], "assignment=flow: give SOLVER CLIENTS EXPERTS LOAD, or none"),
         (
             ["clients", "W5"],
-            "workload=W5: choose of W1, W2, W3, W4, W4b64, M1, M2, alone",
+            "workload=W5: choose of W1, W2, W3, W4, W4b64, M1, M2, T1, T1M, T2, alone",
         ),
         (["scale", "few"], "scale=few: give one cohort size, 1 to 100000"),
         (["moe", "W1"], "moe=W1: this suite takes no further words"),
@@ -85,6 +85,9 @@ def test_the_arithmetic_of_a_round_is_counted_from_the_layers():
     gate_and_expert = 2 * 64 + 2 * 64 * 128
     assert training_flop(WORKLOADS["M1"]) == plain + 512 * 6 * gate_and_expert
     assert training_flop(WORKLOADS["W4b64"]) == 4 * plain
+    # A block: q, k, v and out, the pairs of tokens twice, an MLP; then the head. 1,920 examples.
+    block = 64 * (4 * 96 * 96 + 2 * 64 * 96 + 2 * 96 * 256)
+    assert training_flop(WORKLOADS["T1"]) == 1920 * 6 * (2 * block + 64 * 96 * 256)
 
 
 def test_slow_contestants_have_fewer_turns(monkeypatch):
@@ -104,15 +107,16 @@ def test_clients_are_timed_against_the_naive_round():
     assert figures["gflop"] == 12 * 2 * (3 * (16 * 8 + 80) - 16 * 8) / 1e9
 
 
-def test_a_mixture_is_timed_alone():
-    figures = clients.measure("tiny", MIXTURE, reference=False)
+@pytest.mark.parametrize("workload", [MIXTURE, TEXT], ids=["pictures", "text"])
+def test_a_mixture_is_timed_alone(workload):
+    figures = clients.measure("tiny", workload, reference=False)
     assert_positive(figures, "seconds", "share_of_peak")
     assert "ratio" not in figures
 
 
 def test_a_mixture_is_compared_with_its_backbone(monkeypatch):
     def make_rounds(workload, mesh):
-        return partial(time.sleep, 0.06 if workload.mixture else 0.02)
+        return partial(time.sleep, 0.06 if workload.experts else 0.02)
 
     monkeypatch.setattr(moe, "make_rounds", make_rounds)
     figures = moe.measure_client(WORKLOADS["M1"], WORKLOADS["W4"])

@@ -84,8 +84,9 @@ def test_experts_by_hand():
         "w_out": jnp.array([[[2.0]], [[1.0]]]),
         "b_out": jnp.array([[0.0], [5.0]]),
     }
-    out = expert_mlp(experts, jnp.array([[3.0], [-1.0]]))
-    assert out.tolist() == [[[6.0], [5.0]], [[0.0], [5.0]]]
+    x = jnp.array([[3.0], [-1.0], [3.0]])
+    out = expert_mlp(experts, x, jnp.array([[1.0, 0.0], [0.5, 1.0], [0.5, 0.2]]))
+    assert out.tolist() == [[6.0], [5.0], [4.0]]
 
 
 def test_slots_compute_what_the_whole_model_computes():
@@ -119,7 +120,7 @@ def test_shared_experts_work_on_every_example_and_belong_to_everybody():
     # Without an expert of its own a client still has the shared ones.
     logits, routings = model.apply(params, x, {"mixture": jnp.zeros(4, bool)})
     features = model.trunk(params, x)
-    added = features + expert_mlp(params["shared_expert"], features).sum(axis=1)
+    added = features + expert_mlp(params["shared_expert"], features, jnp.ones((7, 2)))
     expected = added @ params["head"]["kernel"] + params["head"]["bias"]
     chex.assert_trees_all_close(logits, expected, atol=1e-5)
     assert not routings["mixture"].selected.any()

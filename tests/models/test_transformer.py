@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexmoe_jax.models import Dense
+from flexmoe_jax.models.transformer import rotate
+
+RNG = np.random.default_rng(0)
+
+
+def draw(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def test_rotation_turns_pairs_by_angles_that_grow_with_the_position():
+    x, dy = draw(2, 5, 3, 4), draw(2, 5, 3, 4)
+    turned, back = jax.vjp(rotate, x)
+    angle = np.arange(5)[:, None] * np.array([1.0, 0.01])
+    factor = np.exp(1j * angle)[None, :, None]
+
+    def turn(values, by):
+        pairs = (np.asarray(values[..., :2]) + 1j * np.asarray(values[..., 2:])) * by
+        return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+    chex.assert_trees_all_close(turned, turn(x, factor), atol=1e-5)
+    # The gradient is turned back.
+    chex.assert_trees_all_close(back(dy)[0], turn(dy, factor.conj()), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 5), (40, 30, 12), (6, 20), (2, 3, 4, 5)])
+@pytest.mark.parametrize("features", [2, 12, 40])
+def test_a_dense_layer_has_the_gradients_of_its_product(shape, features):
+    x, dy = draw(*shape), draw(*shape[:-1], features)
+    kernel = draw(shape[-1], features)
+    layer = Dense(features, use_bias=False)
+
+    def apply(kernel, x):
+        return layer.apply({"params": {"kernel": kernel}}, x)
+
+    out, back = jax.vjp(apply, kernel, x)
+    expected, plain = jax.vjp(lambda kernel, x: jnp.tensordot(x, kernel, 1), kernel, x)
+    chex.assert_trees_all_close((out, back(dy)), (expected, plain(dy)), atol=1e-4, rtol=1e-5)
