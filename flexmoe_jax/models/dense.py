@@ -27,9 +27,9 @@ def kernel_gradient(x: Num[Array, "T i"], dy: Num[Array, "T o"]) -> Num[Array, "
 
     A sum over the first axis of both its operands is what XLA's CPU backend computes worst, at a
     third of the rate of a plain product. Where dy is much the narrower, it comes first, so that the
-    result is (o, i) and turned round; else xᵀ is laid out if that is little work (few rows), or the
-    narrower of the two up to a thousand rows. A large gradient of few rows is not written to memory at all: as a sum of outer products it is
-    computed in the loop that applies it.
+    result is (o, i) and turned round. Else xᵀ is laid out if that is little work (few rows), and up
+    to a thousand rows the narrower of both. A large gradient of few rows is not written to memory
+    at all: as a sum of outer products it is computed in the loop that applies it.
     """
     if jax.default_backend() != "cpu":
         return lax.dot_general(x, dy, _OVER_ROWS)
