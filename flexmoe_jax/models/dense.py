@@ -16,8 +16,8 @@ from flexmoe_jax.types import Array
 
 _OVER_ROWS = (((0,), (0,)), ((), ()))
 _FEW_ROWS, _FEW = 64, 32
-# Up to so many rows the narrower operand is laid out anew.
-_SOME_ROWS = 1024
+# Up to so many rows the narrower operand is laid out anew, if it is wider than so much.
+_SOME_ROWS, _WIDE = 1024, 64
 # Kernels that no core's cache holds, and rows whose outer products take no longer than memory does.
 _LARGE, _FEWEST_ROWS = 2**20, 16
 
@@ -28,8 +28,8 @@ def kernel_gradient(x: Num[Array, "T i"], dy: Num[Array, "T o"]) -> Num[Array, "
     A sum over the first axis of both its operands is what XLA's CPU backend computes worst, at a
     third of the rate of a plain product. Where dy is much the narrower, it comes first, so that the
     result is (o, i) and turned round. Else xᵀ is laid out if that is little work (few rows), and up
-    to a thousand rows the narrower of both. A large gradient of few rows is not written to memory
-    at all: as a sum of outer products it is computed in the loop that applies it.
+    to a thousand rows the narrower of two wide ones. A large gradient of few rows is not written to
+    memory at all: as a sum of outer products it is computed in the loop that applies it.
     """
     if jax.default_backend() != "cpu":
         return lax.dot_general(x, dy, _OVER_ROWS)
@@ -39,9 +39,10 @@ def kernel_gradient(x: Num[Array, "T i"], dy: Num[Array, "T o"]) -> Num[Array, "
         return reduce(add, (x[row, :, None] * dy[row] for row in range(rows)))
     if width > 4 * features and (rows > _FEW_ROWS or features <= _FEW):
         return lax.optimization_barrier(lax.dot_general(dy, x, _OVER_ROWS)).T
-    if rows <= _FEW_ROWS or (rows <= _SOME_ROWS and width <= features):
+    some = rows <= _SOME_ROWS and min(width, features) > _WIDE
+    if rows <= _FEW_ROWS or (some and width <= features):
         return lax.optimization_barrier(x.T) @ dy
-    if rows <= _SOME_ROWS:
+    if some:
         return lax.optimization_barrier(lax.optimization_barrier(dy.T) @ x).T
     return lax.optimization_barrier(lax.dot_general(x, dy, _OVER_ROWS))
 
