@@ -89,9 +89,11 @@ def expert_mlp(
     count, features, width = experts["w_in"].shape
     w_in = jnp.swapaxes(experts["w_in"], 0, 1).reshape(features, count * width)
     hidden = nn.relu(product(x, w_in) + experts["b_in"].reshape(1, -1))
-    weighed = hidden.reshape(-1, count, width) * combine[:, :, None]
+    # In the type of the weights: their gradient is a sum over hidden units.
+    weighed = hidden.astype(combine.dtype).reshape(-1, count, width) * combine[:, :, None]
     w_out = experts["w_out"].reshape(count * width, features)
-    return product(weighed.reshape(-1, count * width), w_out) + combine @ experts["b_out"]
+    output = product(weighed.reshape(-1, count * width).astype(x.dtype), w_out)
+    return output + combine.astype(x.dtype) @ experts["b_out"]
 
 
 class Experts(nn.Module):
@@ -219,10 +221,10 @@ class MoELayer(nn.Module):
         routing = route(logits, held, self.top_k)
         if self.with_router:
             routing = routing._replace(router=self.router(lax.stop_gradient(into_gate)))
-        combine = jnp.repeat(routing.combine.astype(x.dtype), places, axis=0)
+        combine = jnp.repeat(routing.combine, places, axis=0)
         mixed = self.expert(flat, combine)
         if self.shared_experts:
-            whole = jnp.ones((flat.shape[0], self.shared_experts), x.dtype)
+            whole = jnp.ones((flat.shape[0], self.shared_experts), jnp.float32)
             mixed = mixed + self.shared_expert(flat, whole)
         spread = jax.tree.map(lambda leaf: leaf.reshape(*routed.shape[:-1], -1), routing)
         self.sow("routing", "at", spread)

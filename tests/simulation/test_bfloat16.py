@@ -52,16 +52,18 @@ def test_a_round_multiplies_in_bfloat16(make, clients):
 
 def test_it_trains_as_in_single_precision(make, clients, digits):
     test = chunk_test_set({"images": digits.test_images, "labels": digits.test_labels}, 100)
-    kinds, figures = [], []
+    keys = ("eval/global_accuracy", "eval/personal_accuracy", "eval/server_accuracy")
+    kinds, means = [], []
     for dtype in ("float32", "bfloat16"):
-        simulated = make(dtype)
-        state = simulated.init(jax.random.key(0))
-        for _ in range(8):
-            state, report = simulated.round(state, clients, plan_of(simulated, state))
-        found = simulated.evaluate(state, test, clients.about)
+        simulated, figures = make(dtype), []
+        for seed in range(8):  # of which one alone ends up to 0.08 away from another
+            state = simulated.init(jax.random.key(seed))
+            for _ in range(8):
+                state, report = simulated.round(state, clients, plan_of(simulated, state))
+            found = simulated.evaluate(state, test, clients.about)
+            figures.append([evaluation_figures(found)[key] for key in keys])
         kinds.append(jax.tree.map(lambda leaf: leaf.dtype, (state, report, found)))
-        figures.append(evaluation_figures(found))
+        means.append(np.mean(figures, axis=0))
     assert kinds[0] == kinds[1]
-    for key in ("eval/global_accuracy", "eval/personal_accuracy", "eval/server_accuracy"):
-        assert figures[0][key] > 0.7
-        assert abs(figures[0][key] - figures[1][key]) < 0.06
+    assert (means[0] > 0.8).all()
+    assert np.abs(means[0] - means[1]).max() < 0.04
