@@ -133,15 +133,15 @@ def build(config: ConfigDict, known: Known | None = None) -> Experiment:
     federation.check(clients.arrays)
     federation.check(examples.test)
     network = make_network(config, devices, trained, local.steps(sizes), seen)
-    return _on_stage(config, federation, examples, network, capacity[coming], mesh)
+    return _with_programs(config, federation, examples, network, capacity[coming], mesh)
 
 
-def _on_stage(
+def _with_programs(
     config: ConfigDict,
     federation: Federation,
     examples: Examples,
     network: Network,
-    coming: np.ndarray,
+    newcomers: np.ndarray,
     mesh: Mesh,
 ) -> Experiment:
     """A federation with its programs, its data where they are needed, and what asks how it fares.
@@ -151,7 +151,7 @@ def _on_stage(
       federation: all its choices.
       examples: of its clients.
       network: says who takes part.
-      coming: (n,) k_c of newcomers.
+      newcomers: (n,) their k_c.
       mesh: the devices.
     """
     clients = examples.clients
@@ -163,7 +163,7 @@ def _on_stage(
     fed = federation.clients if config.eval.fine_tune else network.asked
     feed = make_feed(config.execution.data, clients, fed, mesh)
     about = simulation.replicate(clients.about, mesh)
-    newcomers = make_judge(config, federation, examples, coming, test, mesh)
+    judge = make_judge(config, federation, examples, newcomers, test, mesh)
     tuner = make_tuner(simulated, feed, test, about) if config.eval.fine_tune else None
     return Experiment(
         simulation=simulated,
@@ -179,7 +179,7 @@ def _on_stage(
         inputs=inputs_of(config, examples),
         personal=examples.personal,
         notes=notes_of(config, examples, federation),
-        judges=tuple(judge for judge in (newcomers, tuner) if judge is not None),
+        judges=tuple(asks for asks in (judge, tuner) if asks is not None),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.build import build
 from experiments.configs import digits
-from experiments.train import run_rounds
+from experiments.rounds import run_rounds
 
 GOLDEN = Path(__file__).parent / "golden" / "digits.json"
 FIGURES = (

@@ -240,9 +240,9 @@ def make_federation(
     local: client.LocalTraining,
 ) -> Federation:
     """A federation with the policy `flex`, of a classifier or a decoder."""
-    of_text = isinstance(module, models.Transformer)
+    task = tasks.classification()
     if isinstance(module, models.Transformer):
-        model = models.decoder(module)
+        model, task = models.decoder(module), tasks.next_token()
     elif isinstance(module, models.MoEClassifier):
         model = models.classifier(module)
     else:
@@ -253,7 +253,7 @@ def make_federation(
         capacity=capacity,
         policy=make_policy("flex"),
         local=local,
-        task=tasks.next_token() if of_text else tasks.classification(),
+        task=task,
     )
 
 

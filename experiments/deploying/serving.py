@@ -18,7 +18,8 @@ from experiments.deploying.board import Board
 from experiments.deploying.checks import check_deployable
 from experiments.examples import Examples, load_examples
 from experiments.fields import read
-from experiments.train import Assigned, Carried, Way
+from experiments.rounds import Assigned, Carried
+from experiments.train import Way
 from experiments.workdir import Workdir, as_json, write_atomically
 from flexmoe_jax import data, edge
 from flexmoe_jax.data import ClientData

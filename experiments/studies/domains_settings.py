@@ -3,7 +3,7 @@
     python -m experiments.sweep --study=experiments/studies/domains_settings.py --data_dir=FOLDER \
         --workdir=runs/domains_settings
 
-FOLDER and methods are those of `domains`. On one core a run takes six to eight minutes.
+FOLDER and methods are those of `domains`.
 """
 
 from __future__ import annotations

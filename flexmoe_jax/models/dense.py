@@ -17,7 +17,7 @@ from flexmoe_jax.types import Array
 _OVER_ROWS = (((0,), (0,)), ((), ()))
 _FEW_ROWS, _FEW = 64, 32
 # Up to so many rows the narrower operand is laid out anew, if it is wider than so much.
-_SOME_ROWS, _WIDE = 1024, 64
+_MEDIUM_ROWS, _WIDE = 1024, 64
 # Kernels that no core's cache holds, and rows whose outer products take no longer than memory does.
 _LARGE, _FEWEST_ROWS = 2**20, 16
 
@@ -39,10 +39,10 @@ def kernel_gradient(x: Num[Array, "T i"], dy: Num[Array, "T o"]) -> Num[Array, "
         return reduce(add, (x[row, :, None] * dy[row] for row in range(rows)))
     if width > 4 * features and (rows > _FEW_ROWS or features <= _FEW):
         return lax.optimization_barrier(lax.dot_general(dy, x, _OVER_ROWS)).T
-    some = rows <= _SOME_ROWS and min(width, features) > _WIDE
-    if rows <= _FEW_ROWS or (some and width <= features):
+    narrower_anew = rows <= _MEDIUM_ROWS and min(width, features) > _WIDE
+    if rows <= _FEW_ROWS or (narrower_anew and width <= features):
         return lax.optimization_barrier(x.T) @ dy
-    if some:
+    if narrower_anew:
         return lax.optimization_barrier(lax.optimization_barrier(dy.T) @ x).T
     return lax.optimization_barrier(lax.dot_general(x, dy, _OVER_ROWS))
 

@@ -15,8 +15,9 @@ from experiments.configs import base, digits
 from experiments.edge import check_model
 from experiments.examples import load_partitioned
 from experiments.report import write_report
+from experiments.rounds import run_rounds
 from experiments.studies.methods import METHODS
-from experiments.train import run_rounds, train
+from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax import models
 from flexmoe_jax.errors import InputError

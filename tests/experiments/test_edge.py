@@ -15,7 +15,8 @@ from experiments.build import build, make_aggregator, make_codec
 from experiments.configs import digits, emnist_digits
 from experiments.edge import capacity_in_memory
 from experiments.fields import read
-from experiments.train import DivergedError, check_health, train
+from experiments.rounds import DivergedError, check_health
+from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax import models, server, simulation
 from flexmoe_jax.edge import TIERS
