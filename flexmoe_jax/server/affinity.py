@@ -24,6 +24,7 @@ of a sketch, `M` landmarks: the clients that the centres are found from, `R` pri
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -38,6 +39,8 @@ _LANDMARKS, _KINDS, _STEPS = 512, 8, 30
 # Least and most searches, what they may cost in clients times pairs of kinds, and how many of them
 # are followed to the end (successive halving; Jamieson and Talwalkar 2016).
 _SEARCHES, _WORK, _FINALISTS = (16, 100), 3_000_000, 8
+# More threads than this wait for the interpreter's lock more than they compute.
+_THREADS = 2
 # λ, in clients that each centre has on average.
 _RIDGE = 0.2
 # An expert of a client's kind that is not its own is worth so much of one that is.
@@ -145,20 +148,24 @@ def _find_kinds(
     shuffled = [rng.permuted(profiles, axis=0) for _ in range(2)]
     of_shuffled = [chance @ np.linalg.svd(chance, full_matrices=False)[2].T for chance in shuffled]
     numbers = np.unique(np.geomspace(2, experts, _KINDS).round().astype(int))
-    best, gap = None, -np.inf
+    most = room.max()
+    tried, searches = [], []
     for kinds, once in itertools.product(numbers, (True, False)):
-        most = room.max()
         if (kinds < most) if once else (most == 1):  # Too few, or no other way than once.
             continue
-        searches = int(np.clip(_WORK // (len(room) * kinds**2), *_SEARCHES))
-        centres, explained = _search(
-            profiles @ axes[: kinds - 1].T, room, kinds, once, rng, searches
-        )
-        chance = [
-            _search(points[:, : kinds - 1], room, kinds, once, rng, searches // 4)[1]
-            for points in of_shuffled
-        ]
-        by_chance = float(np.mean(chance))
+        tried.append((kinds, once))
+        count = int(np.clip(_WORK // (len(room) * kinds**2), *_SEARCHES))
+        parts = count, count // 4, count // 4
+        for points, part in zip((profiles @ axes.T, *of_shuffled), parts, strict=True):
+            wish = rng.random((part, len(room), kinds))
+            searches.append((points[:, : kinds - 1], room, wish, once))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(_search, *zip(*searches, strict=True)))
+    best, gap = None, -np.inf
+    for (kinds, once), (centres, explained), *chance in zip(
+        tried, found[::3], found[1::3], found[2::3], strict=True
+    ):
+        by_chance = float(np.mean([explained for _, explained in chance]))
         if explained - by_chance > gap:
             gap = explained - by_chance
             beyond = max(gap, 0.0) / max(total - by_chance, 1e-12)
@@ -168,16 +175,18 @@ def _find_kinds(
 
 
 def _search(
-    points: np.ndarray,
-    room: np.ndarray,
-    kinds: int,
-    once: bool,
-    rng: np.random.Generator,
-    searches: int,
+    points: np.ndarray, room: np.ndarray, wish: np.ndarray, once: bool
 ) -> tuple[np.ndarray, float]:
-    """The best of several searches: centres (D, R), and the squares that they explain."""
+    """The best of several searches: centres (D, R), and the squares that they explain.
+
+    Args:
+      points: (M, R).
+      room: (M,) k_c.
+      wish: (S, M, D) uniform draws, from which searches begin.
+      once: whether a client has no kind more than once.
+    """
+    searches, _, kinds = wish.shape
     ridge = _RIDGE * len(room) / (kinds * room.mean()) * np.eye(kinds)
-    wish = rng.random((searches, len(room), kinds))
     rank = wish.argsort(axis=2).argsort(axis=2)
     made_of = (rank < room[:, None]) if once else _draw(wish, room)
     least = np.full(searches, np.inf)
@@ -216,31 +225,35 @@ def _take_apart(
 
     One after the other, then exchanged as long as it helps.
     """
+    most, kinds = int(room.max()), centres.shape[1]
     inner = centres @ centres.swapaxes(1, 2)
     length = np.einsum("sdd->sd", inner)[:, None]
     reach = points @ centres.swapaxes(1, 2)  # (S, M, D)
     made_of = np.zeros(reach.shape)
-    for step in range(int(room.max())):
+    for step in range(most):
         cost = length - 2 * ((step + 1) * reach - made_of @ inner)
         if once:
             cost[made_of > 0] = np.inf
-        chosen = cost.argmin(axis=2)[:, :, None] == np.arange(centres.shape[1])
+        chosen = cost.argmin(axis=2)[:, :, None] == np.arange(kinds)
         made_of += chosen & (room > step)[:, None]
-    apart = (length.swapaxes(1, 2) + length - 2 * inner)[:, None]  # (S, 1, D leaves, D comes)
-    for _ in range(2 * int(room.max())):
-        pull = room[:, None] * reach - made_of @ inner
-        change = apart + 2 * (pull[..., :, None] - pull[..., None, :])
-        change = np.where(made_of[..., :, None] > 0, change, np.inf)
-        if once:
-            change = np.where(made_of[..., None, :] > 0, np.inf, change)
-        flat = change.reshape(*made_of.shape[:2], -1)
-        pair = flat.argmin(axis=2)
-        better = np.nonzero(np.take_along_axis(flat, pair[..., None], axis=2)[..., 0] < -1e-9)
-        if not len(better[0]):
+    apart = length.swapaxes(1, 2) + length - 2 * inner  # (S, D leaves, D comes)
+    pull = 2 * (room[:, None] * reach - made_of @ inner).reshape(-1, kinds)
+    held = made_of.reshape(-1, kinds)
+    going = np.arange(len(held))  # A point at which no exchange helps has come to its end.
+    search = going // len(points)
+    for _ in range(2 * most):
+        has, own = held[going] > 0, pull[going]
+        leaves, comes = np.where(has, own, np.inf), np.where(has & once, -np.inf, own)
+        change = leaves[:, :, None] - comes[:, None] + apart[search[going]]
+        flat = change.reshape(len(going), -1)
+        pair = flat.argmin(axis=1)
+        better = flat[np.arange(len(going)), pair] < -1e-9
+        going, (left, came) = going[better], np.divmod(pair[better], kinds)
+        if not len(going):
             break
-        leaves, comes = np.divmod(pair[better], centres.shape[1])
-        made_of[(*better, leaves)] -= 1
-        made_of[(*better, comes)] += 1
+        held[going, left] -= 1
+        held[going, came] += 1
+        pull[going] += 2 * (inner[search[going], left] - inner[search[going], came])
     return made_of
 
 

@@ -173,7 +173,9 @@ def collect(centre: Centre) -> Aggregator:
         return Collected(jnp.zeros((), jnp.int32), none)
 
     def add(total: Collected, block: Arrived) -> Collected:
-        put = partial(lax.dynamic_update_slice_in_dim, start_index=total.rows, axis=0)
+        def put(room: Array, new: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(room, new.astype(room.dtype), total.rows, axis=0)
+
         rows = total.rows + block.weight.shape[0]
         return Collected(rows, jax.tree.map(put, total.updates, block))
 
@@ -309,4 +311,8 @@ def count_of(stack: PyTree) -> int:
 def _add(contraction: str, totals: PyTree, weight: Array, updates: PyTree) -> PyTree:
     # Full precision: on accelerators the default would round the updates to 10 bits or fewer.
     product = partial(jnp.einsum, contraction, precision=lax.Precision.HIGHEST)
-    return jax.tree.map(lambda total, update: total + product(weight, update), totals, updates)
+
+    def add(total: Array, update: Array) -> Array:
+        return total + product(weight, update).astype(total.dtype)
+
+    return jax.tree.map(add, totals, updates)

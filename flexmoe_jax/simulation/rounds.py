@@ -314,12 +314,14 @@ def run_round(
         federation, floor, mesh, state.server, table, data, plan, key
     )
 
-    def gather(total: Any) -> Any:
-        # Whole on every device before a robust mean's loops: if devices exchange updates within
-        # them, XLA's CPU devices can come to wait for each other in different exchanges, for ever.
+    def gather(shared_out: Any) -> Any:
         everywhere = NamedSharding(mesh, PartitionSpec())
-        return lax.with_sharding_constraint(total, everywhere) if mesh.size > 1 else total
+        return lax.with_sharding_constraint(shared_out, everywhere) if mesh.size > 1 else shared_out
 
+    # Whole on every device before the server goes on. Else devices exchange parts within a median's
+    # sort, which takes longer than all of it, and within a robust mean's loops, where XLA's CPU
+    # devices can come to wait for each other in different exchanges, for ever.
+    owns, verdicts = gather((owns, verdicts))
     following, verdicts, late = server.conclude(
         desk, federation.aggregation, state.server, total, verdicts, plan, gather
     )

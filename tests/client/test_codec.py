@@ -19,7 +19,10 @@ from flexmoe_jax.client import (
 )
 from flexmoe_jax.errors import InputError
 
-UPDATE = {"w": jnp.array([[0.5, -4.0, 0.25], [0.0, 1.0, -0.125]]), "b": jnp.array([2.0])}
+UPDATE = {
+    "w": jnp.array([[0.5, -4.0, 0.25], [0.0, 1.0, -0.125]], jnp.float32),
+    "b": jnp.array([2.0], jnp.float32),
+}
 
 
 def round_trip(compressor: Compressor, tree):
@@ -74,10 +77,11 @@ def test_errors_stay_within_what_each_promises(x):
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_every_expert_is_compressed_by_itself(name):
     codec = Codec(make_compressor(name, 0.5))
-    experts = {"a": {"w": jnp.array([[0.5, -4.0, 0.25, 0.125], [100.0, 1.0, 2.0, -3.0]])}}
+    weights = jnp.array([[0.5, -4.0, 0.25, 0.125], [100.0, 1.0, 2.0, -3.0]], jnp.float32)
+    experts = {"a": {"w": weights}}
     sent = encode(codec, UPDATE, experts)
     shared, arrived = decode(codec, sent, (UPDATE, experts))
-    alone = [round_trip(codec.compressor, experts["a"]["w"][k]) for k in range(2)]
+    alone = [round_trip(codec.compressor, weights[k]) for k in range(2)]
     assert np.array_equal(arrived["a"]["w"], alone)
     whole = round_trip(codec.compressor, UPDATE)
     assert all(np.array_equal(shared[name], whole[name]) for name in UPDATE)

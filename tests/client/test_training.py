@@ -262,9 +262,10 @@ def test_largest_array_by_hand():
     # 5 and 7 numbers in, 35 of four bytes on the way, in a loop and behind a call; 7 out.
     @jax.jit
     def body(i, x):
-        return x + (jnp.ones(5)[:, None] * x).sum(axis=0)
+        return x + (jnp.ones((5, 1), jnp.float32) * x).sum(axis=0)
 
-    assert largest_array(lambda x: jax.lax.fori_loop(0, 3, body, x), jnp.ones(7)) == 4 * 35
+    numbers = jnp.ones(7, jnp.float32)
+    assert largest_array(lambda x: jax.lax.fori_loop(0, 3, body, x), numbers) == 4 * 35
 
 
 MOVED = Params({"w": jnp.array(4.0)}, {"w": jnp.array([4.5])}, {"g": jnp.array(9.0)}, {})

@@ -222,7 +222,8 @@ def test_exploration_moves_holders_on_the_device_too(make_simulation, clients):
         state = flexible.init(key)
         ledger = state.server.ledger
         ranked = jax.random.permutation(key, ledger.fitness.size).reshape(ledger.fitness.shape)
-        server = state.server._replace(ledger=ledger._replace(fitness=ranked / 100.0))
+        fitness = ranked.astype(jnp.float32) / 100.0
+        server = state.server._replace(ledger=ledger._replace(fitness=fitness))
         run = jax.jit(run_on_device(flexible, 4))
         plans = run(state._replace(server=server), clients)[1].plan.slots
         return [row.tobytes() for row in np.asarray(plans)]
