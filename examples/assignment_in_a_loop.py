@@ -1,7 +1,8 @@
-"""The assignment by itself, in a training loop of plain JAX and optax.
+"""The assignment alone, in a training loop of plain JAX and optax.
 
-Twelve clients each follow one of four laws y = w·x. Four experts are shared out, one a client; each
-round the optimisation gives every client an expert that fits it, and every expert three clients.
+Each of twelve clients follows one of four laws y = w·x. There are four experts, and a client holds
+one. In each round the optimisation assigns every client an expert that fits it, and three clients
+to every expert.
 """
 
 import jax
@@ -23,13 +24,13 @@ opt_state = optimizer.init(experts)
 
 
 def losses(experts):
-    """(C, E) mean squared error of each client under each expert."""
+    """Returns (C, E), the mean squared error of each client under each expert."""
     return ((jnp.einsum("cnf,ef->cen", x, experts) - y[:, None]) ** 2).mean(axis=-1)
 
 
 @jax.jit
 def train(experts, opt_state, assignment):
-    """One step of every expert on the clients that hold it."""
+    """Trains every expert for one step on the clients that hold it."""
 
     def loss(experts):
         return jnp.sum(losses(experts), where=assignment) / CLIENTS

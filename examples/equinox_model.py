@@ -1,4 +1,4 @@
-"""The MoE layer in a model of Equinox, federated."""
+"""An Equinox model with an MoE layer, trained in a federation."""
 
 import equinox as eqx
 import jax
@@ -9,7 +9,7 @@ from flexmoe_jax import models
 
 
 class MoE(eqx.Module):
-    """Experts: every array of the MLP has the expert axis in front."""
+    """An MoE layer; every array of the MLP has the expert axis in front."""
 
     experts: eqx.nn.MLP
     gate: eqx.nn.Linear
@@ -26,7 +26,7 @@ class MoE(eqx.Module):
 
 
 class Net(eqx.Module):
-    """A layer, the experts, a layer."""
+    """A linear layer, a residual MoE layer, a linear layer."""
 
     first: eqx.nn.Linear
     moe: MoE

@@ -1,6 +1,6 @@
-"""Experts placed on servers: the assignment engine without any federation.
+"""Placement of experts on servers: the assignment engine without any federation.
 
-Each expert is wanted more in some places than in others; a server has memory for two or three; and
+The demand for an expert differs between servers. A server has memory for two or three experts, and
 every expert needs three or four copies.
 """
 

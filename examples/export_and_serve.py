@@ -1,4 +1,4 @@
-"""One client's model as bytes that need JAX alone to run: no Flax, and nothing of this package."""
+"""Export one client's model as bytes that need only JAX to run: no Flax, and not this package."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ clients, test = digits()
 federation = federate(classifier(), clients)
 simulated, state = train(federation, clients)
 
-# Parameters by their paths, of the experts that client 3 holds and no others; a function of them.
+# The parameters of client 3 by path, with only the experts that it holds, and the model function.
 mine = simulation.client_model(federation, state, 3)
 (batch,) = export.symbolic_shape("batch")
 shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in mine.params.items()}

@@ -1,4 +1,4 @@
-"""A client that comes when training is over: which experts suit it, and how it fares with them."""
+"""A client that joins after training: which experts suit it, and how accurate it is with them."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ trained = clients.of(known)
 federation = federate(classifier(), trained, ownership=models.Ownership(shared_gate=True))
 simulated, state = train(federation, trained, rounds=8)
 
-# The newcomers try every expert on a few of their examples, and get the two that suit them best.
+# The newcomers try every expert on a few of their examples, and get the two that fit them best.
 newcomers = clients.of(coming)
 few = newcomers.few(32, seed=0)
 arrival = simulation.await_newcomers(federation, few, capacity=np.array([2, 2]))

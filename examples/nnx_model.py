@@ -1,4 +1,4 @@
-"""The MoE layer in a model of Flax NNX, federated."""
+"""A Flax NNX model with an MoE layer, trained in a federation."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from flexmoe_jax import models
 
 
 class MoE(nnx.Module):
-    """Experts that are matrices, and a gate with a row for each."""
+    """An MoE layer: each expert is a matrix, and the gate has a row for each expert."""
 
     def __init__(self, features, experts, rngs):
         self.experts = nnx.Param(
@@ -23,7 +23,7 @@ class MoE(nnx.Module):
 
 
 class Net(nnx.Module):
-    """A layer, the experts, a layer."""
+    """A linear layer, a residual MoE layer, a linear layer."""
 
     def __init__(self, rngs):
         self.first, self.last = nnx.Linear(64, 16, rngs=rngs), nnx.Linear(16, 10, rngs=rngs)

@@ -1,4 +1,4 @@
-"""A policy, a score, an aggregator and a participation of one's own: each is a plain function."""
+"""A custom policy, score, aggregator and participation: each is a plain function."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,20 +8,20 @@ from flexmoe_jax import assignment, server
 
 
 def curious(request: assignment.Request) -> assignment.Solution:
-    """Policy: the fittest experts, but every third round whichever."""
+    """Policy: the fittest experts, but random ones in every third round."""
     rng = np.random.default_rng([request.seed, request.round])
     worth = request.fitness if request.round % 3 else rng.random(request.fitness.shape)
     return assignment.solve(assignment.Problem(worth, request.capacity, 0, np.inf), "greedy")
 
 
 def surprise(feedback):
-    """Score: how much better than chance an expert was on a client's examples, in nats each."""
+    """Score: how much better than chance an expert is on a client's examples, in nats a sample."""
     used = jnp.maximum(feedback.usage, 1.0)
     return jnp.where(feedback.usage > 0, jnp.log(10.0) - feedback.loss / used, 0.0)
 
 
 def cautious() -> server.Aggregator:
-    """Aggregator: the mean, but only half of it."""
+    """Aggregator: half of the mean update."""
     usual = server.mean()
 
     def half(total, due):
@@ -35,7 +35,7 @@ def cautious() -> server.Aggregator:
 
 
 def night_shift(round_index: int) -> np.ndarray:
-    """Participation: even clients by day, odd ones by night."""
+    """Participation: clients with even numbers by day, odd numbers by night."""
     return np.arange(round_index % 2, 10, 2)
 
 

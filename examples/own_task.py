@@ -1,7 +1,7 @@
-"""A task of one's own: the median of a quantity instead of its mean, by another loss.
+"""A custom task: predict the median of a quantity instead of its mean, with another loss.
 
-A task is a record of functions; this one is `regression` with its loss replaced. Clients are
-factories with machines of four makes, which age at different paces; sensors fail now and then.
+A task is a record of functions; this one is `regression` with another loss. Clients are factories
+with machines of four makes, which wear at different rates; sensors fail now and then.
 """
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ from flexmoe_jax import client, data, models, server, simulation, tasks
 
 
 class Net(nn.Module):
-    """A linear layer, a residual MoE layer, a number."""
+    """A linear layer, a residual MoE layer, and a linear layer with one output."""
 
     @nn.compact
     def __call__(self, x):
@@ -24,7 +24,7 @@ class Net(nn.Module):
 
 
 def absolute(outputs, batch):
-    """|y - f(x)|, whose best f is the median."""
+    """Returns |y - f(x)|; the median minimises its mean."""
     return jnp.abs(outputs - batch["wear"]).mean(axis=-1)
 
 
@@ -45,7 +45,7 @@ federation = federate(
     task=robust,
     capacity=np.ones(factories, int),
     local=client.LocalTraining(optax.adam(0.02), batch_size=16, epochs=5),
-    # Nothing is right or wrong here; and whose updates point the same way is served alike.
+    # The score is the loss: there is no accuracy. Clients with similar updates share experts.
     fitness=server.FitnessOptions(score="loss", affinity=3.0),
 )
 simulated, state = train(federation, clients, rounds=20)

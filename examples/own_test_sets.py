@@ -1,7 +1,7 @@
-"""Clients that bring their own test examples, as they must where their data follow other rules.
+"""Clients with their own test examples, which they need if their data follow different rules.
 
-Half of the clients hang their pictures upside down. A test set for all could not tell how well a
-client is served: the same picture has another meaning there.
+Half of the clients have their pictures upside down. A common test set cannot measure how well a
+client is served, since the same picture has another meaning there.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ test_owner = np.arange(len(found.test_labels)) % clients  # and of each to test 
 
 
 def hung(images, owner):
-    """Pictures as their owners hang them."""
+    """Turns the pictures of clients with odd numbers upside down."""
     return np.where((owner % 2 == 1)[:, None, None, None], images[:, ::-1], images)
 
 

@@ -1,4 +1,4 @@
-"""What the examples share: pictures of digits dealt out to clients, and some rounds."""
+"""Code that the examples share: digits distributed over clients, a model, and some rounds."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from flexmoe_jax.federation import Federation
 
 
 def digits(clients: int = 10):
-    """Clients that each see three of ten digits, and a test set for all."""
+    """Returns clients that each have three of ten digits, and a common test set."""
     found = data.load(data.DataOptions("digits", train_limit=600, test_limit=200))
     skew = data.PartitionOptions("k_class", classes_per_client=3)
     parts = data.partition(skew, found.train_labels, clients, seed=0)
@@ -18,13 +18,13 @@ def digits(clients: int = 10):
 
 
 def classifier():
-    """Four experts of 16 hidden units behind a small backbone."""
+    """Returns a model with four experts of 16 hidden units behind a small backbone."""
     module = models.MoEClassifier(models.MLP((32,)), classes=10, experts=4, hidden=16)
     return models.classifier(module).after(lambda images: images / 128 - 1)
 
 
 def federate(model, clients, **choices):
-    """A federation in which a client holds two experts, but for other choices."""
+    """Returns a federation in which each client holds two experts; `choices` change the default."""
     usual = {
         "capacity": np.full(len(clients.size), 2),
         "policy": assignment.make_policy("flex"),
@@ -35,7 +35,11 @@ def federate(model, clients, **choices):
 
 
 def train(federation, clients, rounds: int = 5, cohorts=None):
-    """The simulation, and its state after some rounds of these clients: cohorts(round) or all."""
+    """Trains for some rounds with the clients of `cohorts(round)`, by default with all clients.
+
+    Returns:
+      the simulation and its final state.
+    """
     simulated = simulation.simulate(federation, clients)
     state = simulated.init(jax.random.key(0))
     for t in range(rounds):
@@ -49,7 +53,7 @@ def train(federation, clients, rounds: int = 5, cohorts=None):
 
 
 def show_learning(model):
-    """Federates a model, and prints how well it serves its clients."""
+    """Trains a model in a federation, and prints its accuracy on the clients' own digits."""
     clients, test = digits()
     simulated, state = train(federate(model, clients), clients)
     found = simulated.evaluate(state, test, clients.about)

@@ -1,13 +1,14 @@
-"""Benchmarks: `python -m experiments.bench SUITE` prints one JSON object a line.
+"""Benchmarks: `python -m experiments.bench SUITE` prints one JSON object per line.
 
-Suites, each a module of `experiments.benchmarks`, which says what its figures mean:
+Each suite is a module of `experiments.benchmarks`; its docstring explains the figures:
 
 - `assignment`: solvers, by problem size; `assignment SOLVER CLIENTS EXPERTS LOAD` for one case.
-- `clients`: a round of training, against the naive one, by workload; `clients W1` for one workload,
-  and `clients W1 alone` without the naive round, which is slow.
-- `startup`: from launch to the first round, before and after programs are compiled.
-- `moe`: what the mixture costs a client, and two ways to compute its experts.
-- `evaluate`: all clients' models on a test set, against running each of them whole.
+- `clients`: a training round compared with a naive round, by workload; `clients W1` for one
+  workload, and `clients W1 alone` without the naive round, which is slow.
+- `startup`: time from launch to the first round, before and after programs are compiled.
+- `moe`: the cost of the mixture for a client, and two ways to compute its experts.
+- `evaluate`: evaluation of all clients' models on a test set, compared with running each whole
+  model.
 - `scale`: rounds of a federation of 100,000 clients; `scale P` for one cohort size.
 """
 
@@ -26,11 +27,11 @@ SUITES = ("assignment", "clients", "startup", "moe", "evaluate", "scale")
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the suite that the command line names; returns the exit code."""
+    """Runs the suite named on the command line and returns the exit code."""
     try:
         if not arguments or arguments[0] not in SUITES:
             raise InputError("suite", " ".join(arguments), f"give one of {', '.join(SUITES)}")
-        # Only this suite is imported: JAX would count as memory of a solver that does not need it.
+        # Import only this suite: a solver that does not need JAX would be charged for its memory.
         suite = importlib.import_module(f"experiments.benchmarks.{arguments[0]}")
         for figures in suite.run(arguments[1:]):
             print(json.dumps(figures), flush=True)
@@ -43,10 +44,10 @@ def main(arguments: list[str]) -> int:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        # A process of the suite, which has said why.
+        # A process of the suite failed and has already printed the reason.
         return error.returncode if error.returncode > 0 else 128 - error.returncode
     except OSError as error:
-        # Figures that nobody can read are not worth minutes; what is left of them goes nowhere.
+        # No reader is left, so stop instead of measuring for minutes; discard buffered output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 128 + signal.SIGPIPE

@@ -1,4 +1,4 @@
-"""Turns a config into a federation, refusing what cannot work before anything is written."""
+"""Builds a federation from a config, and rejects invalid configs before anything is written."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ class Experiment:
     """A federation and its data.
 
     Attributes:
-      simulation: init, assign, plan, round, evaluate.
-      feed: the training examples of a cohort's clients, or of all clients.
-      about: what is known of the clients, for whoever judges their models.
+      simulation: the functions init, assign, plan, round, evaluate.
+      feed: provides the training examples of a cohort's clients, or of all clients.
+      about: facts about the clients that the evaluation of their models needs.
       test: the test set.
-      prepare: inputs as they lie there -> inputs as the model takes them.
+      prepare: maps raw inputs to the inputs that the model takes.
       classes: names of the Y classes.
-      label_counts: (C, Y) training examples of each client by class; None where only they know.
+      label_counts: (C, Y) training examples of each client by class; None if only the clients know.
       capacity: (C,) k_c.
-      network: who takes part in a round, and what arrives.
-      payload: bytes of what travels, by group of MoE layers.
-      inputs: hashes of what it reads; see `inputs_of`.
-      personal: what personal accuracy is measured on, in words.
-      notes: sentences on what a user should know before trusting the figures.
-      judges: say of a state what is asked beside the evaluation: how newcomers fare, what clients'
-        models are worth once fine-tuned.
+      network: decides which clients take part in a round and which updates arrive.
+      payload: bytes transferred, by group of MoE layers.
+      inputs: hashes of the files that the run reads; see `inputs_of`.
+      personal: description of the data that personal accuracy is measured on.
+      notes: sentences that a user should read before trusting the figures.
+      judges: compute figures of a state in addition to the evaluation: the results of newcomers,
+        and of clients' models after fine-tuning.
     """
 
     simulation: Simulation
@@ -79,11 +79,11 @@ class Experiment:
 
 
 class Known(NamedTuple):
-    """What real clients have said of themselves.
+    """Information that real clients have reported about themselves.
 
     Attributes:
-      examples: of which the clients' own are not known.
-      devices: of the clients, with their memory; None where nobody was asked.
+      examples: the examples; the clients' own ones are not known here.
+      devices: the clients' devices, with their memory; None if clients were not asked for it.
     """
 
     examples: Examples
@@ -94,14 +94,14 @@ def build(config: ConfigDict, known: Known | None = None) -> Experiment:
     """Builds the experiment that a config describes.
 
     Args:
-      config: of the run.
-      known: of real clients; None for clients to be simulated.
+      config: the config of the run.
+      known: information about real clients; None to simulate clients.
 
     Raises:
       InputError: naming the field, the value and the remedy.
     """
     check_fields(config)
-    # All that can be refused without the data comes first.
+    # Checks that do not need the data come first.
     task = make_task(config.task.name)
     load = load_model_name(config.assignment.load, config.clients.capacity)
     chosen = choices(config, load)
@@ -144,14 +144,14 @@ def _with_programs(
     newcomers: np.ndarray,
     mesh: Mesh,
 ) -> Experiment:
-    """A federation with its programs, its data where they are needed, and what asks how it fares.
+    """Adds the programs, the placed data and the judges to a federation.
 
     Args:
-      config: of the run.
-      federation: all its choices.
-      examples: of its clients.
-      network: says who takes part.
-      newcomers: (n,) their k_c.
+      config: the config of the run.
+      federation: the federation with all its options.
+      examples: the examples of its clients.
+      network: decides which clients take part.
+      newcomers: (n,) k_c of the newcomers.
       mesh: the devices.
     """
     clients = examples.clients
@@ -189,12 +189,12 @@ def finished(
     classes: int,
     prepare: Callable[[Array], Array],
 ) -> models.Model:
-    """The model of so many classes, in the config's precision, after what is done to inputs."""
+    """Makes the model for `classes` classes, in the config's precision, applied after `prepare`."""
     return make_model(classes).computed_in(config.model.dtype).after(prepare)
 
 
 def choices(config: ConfigDict, load: str) -> dict[str, Any]:
-    """What a federation does that does not depend on its data, as fields of `Federation`."""
+    """Returns the options of a federation that do not depend on data, as `Federation` fields."""
     return {
         "policy": make_policy(read(AssignmentOptions, config), load),
         "local": local_training(config),
@@ -212,7 +212,7 @@ def choices(config: ConfigDict, load: str) -> dict[str, Any]:
 
 
 def make_task(name: str) -> Task:
-    """What is learnt."""
+    """Returns the learning task with this name."""
     if name not in TASKS:
         near, all_of_them = nearest(name, TASKS), ", ".join(TASKS)
         remedy = f"did you mean {near}? choose one of {all_of_them}"
@@ -221,13 +221,13 @@ def make_task(name: str) -> Task:
 
 
 def make_policy(options: AssignmentOptions, load: str) -> assignment.Policy:
-    """Who holds which expert."""
+    """Makes the policy that decides which client holds which expert."""
     given = asdict(options)
     return assignment.make_policy(given.pop("policy"), weighted=load != "clients", **given)
 
 
 def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
-    """Checks the model's fields, and returns what makes the model of so many classes."""
+    """Checks the model's fields, and returns a function: number of classes -> model."""
     options = read(ModelOptions, config)
     if options.whole_experts:
         if options.router:
@@ -254,7 +254,7 @@ def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
 
 
 def _with_stages(backbone: nn.Module, options: ModelOptions) -> nn.Module:
-    """A ResNet with a MoE layer after some of its stages."""
+    """Adds a MoE layer after some stages of a ResNet."""
     stages = [part.strip() for part in options.moe_stages.split(",")]
     if not isinstance(backbone, models.ResNet) or not set(stages) <= {"1", "2", "3"}:
         remedy = "name stages of resnet, as 1,2,3; empty for experts after any backbone"
@@ -306,7 +306,7 @@ def _decoder(options: ModelOptions, length: int) -> models.Model:
 
 
 def given_capacity(config: ConfigDict, devices: edge.Devices | None) -> np.ndarray | None:
-    """k_c (C,) as the config has it; None where devices' memory decides."""
+    """Returns k_c (C,) as given in the config; None if the devices' memory determines it."""
     options, experts = config.clients, config.model.experts
     if options.capacity == "memory":
         if devices is None:
@@ -319,7 +319,7 @@ def given_capacity(config: ConfigDict, devices: edge.Devices | None) -> np.ndarr
 
 
 def local_training(config: ConfigDict) -> client.LocalTraining:
-    """How clients train."""
+    """Makes the clients' local training from the config."""
     options = read(LocalSteps, config)
     return client.LocalTraining(
         local_optimizer(options),
@@ -332,15 +332,15 @@ def local_training(config: ConfigDict) -> client.LocalTraining:
 
 
 def make_feed(where: str, clients: data.ClientData, most: int, mesh: Mesh) -> data.Feed:
-    """Training examples that stay on the devices, or are sent there cohort by cohort.
+    """Makes a feed whose examples stay on the devices, or are sent there cohort by cohort.
 
     Args:
       where: see `ExecutionOptions.data`.
-      clients: their examples, on the host.
-      most: clients of the largest cohort.
+      clients: the clients' examples, on the host.
+      most: number of clients in the largest cohort.
       mesh: the devices.
     """
-    # None where a device does not say: a CPU.
+    # None if a device does not report its memory, as a CPU.
     memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     too_large = memory and simulation.tree_bytes(clients.arrays) > memory / 2
     if where == "host" or (where == "auto" and too_large):
@@ -350,11 +350,11 @@ def make_feed(where: str, clients: data.ClientData, most: int, mesh: Mesh) -> da
 
 
 def inputs_of(config: ConfigDict, examples: Examples) -> dict[str, str]:
-    """Hashes of what a run reads, by name: `data.train_images`, ..., `edge.tiers`.
+    """Returns hashes of the inputs of a run, by name: `data.train_images`, ..., `edge.tiers`.
 
     Args:
-      config: of the run.
-      examples: as the run has them, within its limits.
+      config: the config of the run.
+      examples: the examples that the run uses, after its limits are applied.
 
     Raises:
       InputError: one of the user's files cannot be read.
@@ -372,7 +372,7 @@ def inputs_of(config: ConfigDict, examples: Examples) -> dict[str, str]:
 
 
 def notes_of(config: ConfigDict, examples: Examples, federation: Federation) -> tuple[str, ...]:
-    """What a user should know before trusting the figures."""
+    """Returns the notes that a user should read before trusting the figures."""
     return (
         *examples.notes,
         *notes_on_privacy(read(Admission, config)),
@@ -381,7 +381,7 @@ def notes_of(config: ConfigDict, examples: Examples, federation: Federation) -> 
 
 
 def notes_on_privacy(options: Admission) -> tuple[str, ...]:
-    """What a user should know of the noise before trusting its ε."""
+    """Returns the notes about the noise that a user should read before trusting its ε."""
     if not (options.private and options.simulated_noise):
         return ()
     return (
@@ -391,19 +391,19 @@ def notes_on_privacy(options: Admission) -> tuple[str, ...]:
 
 
 def make_ownership(options: ModelOptions) -> models.Ownership:
-    """Which parts of the model are averaged, and which stay with their clients."""
+    """Decides which parts of the model are averaged, and which stay with their clients."""
     private = tuple(part.strip() for part in options.private.split(",") if part.strip())
     return models.Ownership(private, options.gate == "shared")
 
 
 def make_codec(options: UploadOptions) -> client.Codec:
-    """How updates travel."""
+    """Makes the codec, which decides how updates are compressed for transfer."""
     compressor = client.make_compressor(options.compression, options.kept)
     return client.Codec(compressor, options.error_feedback)
 
 
 def make_aggregator(options: Aggregation) -> server.Aggregator | None:
-    """How the server makes one update of many; None for the weighted mean."""
+    """Returns the function that combines many updates into one; None for the weighted mean."""
     aggregators: dict[str, server.Aggregator | None] = {
         "mean": None,
         "median": server.trimmed_mean(0.5),
@@ -414,7 +414,10 @@ def make_aggregator(options: Aggregation) -> server.Aggregator | None:
 
 
 def make_decay(name: str, rounds: int) -> optax.Schedule | None:
-    """The factor on clients' steps by round: from 1 in the first towards 0 after the last."""
+    """Returns the schedule of the clients' learning rate: a factor by round, from 1 towards 0.
+
+    The factor is 1 in the first round and would reach 0 after the last.
+    """
     decays = {
         "none": None,
         "linear": optax.linear_schedule(1.0, 0.0, rounds),
@@ -424,7 +427,7 @@ def make_decay(name: str, rounds: int) -> optax.Schedule | None:
 
 
 def augmentation(name: str) -> client.Augment | None:
-    """How training images are changed at random."""
+    """Returns the random augmentation of training images; None for no augmentation."""
     if name not in ("none", *data.AUGMENTATIONS):
         raise InputError(
             "local.augment", name, f"choose one of none, {', '.join(data.AUGMENTATIONS)}"
@@ -436,14 +439,14 @@ def augmentation(name: str) -> client.Augment | None:
 
 
 def check_augmentation(local: client.LocalTraining, name: str, sample: Mapping[str, Any]) -> None:
-    """Refuses to change at random what are no images."""
+    """Rejects augmentation if the examples are not images."""
     if local.augment is not None and np.ndim(sample.get("images", 0)) != 4:
         remedy = "the examples are not images of (height, width, channels); say none"
         raise InputError("local.augment", name, remedy)
 
 
 def local_optimizer(options: LocalSteps) -> optax.GradientTransformation:
-    """The clients' optimiser."""
+    """Makes the clients' optimiser."""
     steps = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
     if options.proximal:
         steps.append(client.proximal(options.proximal))

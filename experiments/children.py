@@ -1,4 +1,4 @@
-"""A run in a process of its own, which is asked to stop with this one and does not outlive it."""
+"""Runs commands in child processes that stop together with this process and do not outlive it."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from typing import BinaryIO
 
 from experiments.endings import Wish
 
-# Of what a child's libraries say; the end tells why it ended.
+# Bytes kept of the output of a child's libraries; its end shows why the child ended.
 _KEPT_BYTES = 2**16
 
 
 class Runner:
-    """Runs commands, one after the other, as a context manager.
+    """Runs commands one after the other, as a context manager.
 
-    A first SIGINT, SIGTERM or SIGHUP closes the child's standard input, which `experiments.train
-    --end_with_input` takes as the wish to finish its round and save. So does the end of this
-    process, whatever ends it. A second signal is passed on as SIGTERM.
+    The first SIGINT, SIGTERM or SIGHUP closes the child's standard input. `experiments.train
+    --end_with_input` then finishes its round and saves. The end of this process, for any reason,
+    has the same effect. A second signal is passed on as SIGTERM.
     """
 
     def __init__(self) -> None:
-        """Signals are caught once the context is entered."""
+        """Prepares the runner; signals are caught once the context is entered."""
         self._wish = Wish(passed_on=self._pass_on)
         self._child: subprocess.Popen[bytes] | None = None
         self._line: socket.socket | None = None
 
     def __enter__(self) -> Runner:
-        """Catches signals from here on."""
+        """Starts to catch signals."""
         self._wish.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Signals do again what they did before."""
+        """Restores the former signal handlers."""
         self._wish.__exit__(*error)
 
     @property
     def caught(self) -> int:
-        """Number of the first signal; 0 where there was none."""
+        """Number of the first signal; 0 if there was none."""
         return self._wish.number
 
     def run(self, words: Sequence[str], log: BinaryIO | None = None) -> tuple[int, str]:
-        """Runs a command to its end.
+        """Runs a command and waits until it ends.
 
-        The child is in a process group of its own: a terminal's Ctrl-C comes to this process alone.
+        The child has its own process group, so a terminal's Ctrl-C reaches only this process.
 
         Args:
-          words: of the command.
-          log: gets all that the child prints; by default it prints where this process does.
+          words: the words of the command.
+          log: receives the child's output; by default the child prints where this process does.
 
         Returns:
-          the exit code, minus the signal's number for a child that a signal ended; and the last of
-          what the child sent up its standard input.
+          the exit code, or minus the signal's number if a signal ended the child; and the end of
+          what the child wrote to its standard input, which is a socket to this process.
         """
         ours, theirs = socket.socketpair()
         with ours:
@@ -92,7 +92,7 @@ class Runner:
 
 
 class _Tail(threading.Thread):
-    """Keeps the last of what comes from a child, which must not wait for a reader."""
+    """Reads what a child sends, so that the child never blocks, and keeps only the end of it."""
 
     def __init__(self, line: socket.socket) -> None:
         super().__init__(daemon=True)

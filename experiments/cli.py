@@ -1,4 +1,4 @@
-"""Command lines that refuse bad input in one line, with exit code 2."""
+"""Command lines that reject invalid input with a one-line message and exit code 2."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from flexmoe_jax.options import KINDS
 def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Runs `main` under absl, and exits with the code that it returns.
 
-    An `InputError` becomes one line on stderr and exit code 2, a file that cannot be read or
-    written one line and exit code 1. Output that nobody can read any more ends nothing.
+    An `InputError` is printed as one line on stderr, with exit code 2. A file that cannot be read
+    or written gives one line and exit code 1. The program continues if its output has no reader.
     """
     tolerate_lost_output()
 
@@ -44,18 +44,18 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def refuse_words(argv: Sequence[str]) -> None:
-    """Refuses what a launcher that takes flags alone was given beside them.
+    """Rejects positional arguments, for launchers that take only flags.
 
     Raises:
-      InputError: naming the first.
+      InputError: naming the first argument.
     """
     if len(argv) > 1:
-        # absl reads no flags behind it.
+        # absl parses no flags after a positional argument.
         raise InputError("argument", argv[1], "give flags alone, as --name=value, and no bare --")
 
 
 def user_path(field: str, given: str) -> Path:
-    """The path that a user gave, with `~` and `~name` as a shell has them.
+    """Returns the path that a user gave, with `~` and `~name` expanded as in a shell.
 
     Raises:
       InputError: there is no such user.
@@ -78,15 +78,15 @@ def flat_fields(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, o
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The name most like the one given."""
+    """Returns the most similar of `names`."""
     return difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]
 
 
 class _ConfigParser(flags.ArgumentParser):
-    """Loads a config file; the flag itself, of ml_collections, takes the overrides.
+    """Loads a config file; the ml_collections flag itself handles the overrides.
 
     Attributes:
-      config: what was loaded last; None where nothing was.
+      config: the config that was loaded last; None if none was loaded.
     """
 
     def __init__(self, name: str) -> None:
@@ -107,18 +107,18 @@ class _ConfigParser(flags.ArgumentParser):
         return config
 
 
-# Where ml_collections looks for overrides; by itself it would look into no flag file.
+# The words in which ml_collections looks for overrides; by itself it does not read flag files.
 _words: list[str] = []
 
 
 def define_config(name: str, help_string: str) -> None:
-    """Defines the flag of a config file, `--NAME=FILE`, and its overrides, `--NAME.field=value`."""
+    """Defines the config flag `--NAME=FILE` and its overrides `--NAME.field=value`."""
     config_flags.DEFINE_config_file(name, None, help_string, sys_argv=_words)
     flags.FLAGS[name].parser = _ConfigParser(name)
 
 
 def read_config(name: str) -> config_dict.ConfigDict:
-    """The config of a flag.
+    """Returns the config of a flag.
 
     Raises:
       InputError: no file was given, or its config lacks a field.
@@ -142,12 +142,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         _words[:] = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
         return list(flags.FLAGS(argv))
-    except Exception as error:  # ml_collections raises what it comes upon
+    except Exception as error:  # ml_collections passes on any exception
         _refuse(_explained(_words, error))
 
 
 def _explained(words: Sequence[str], error: Exception) -> str:
-    """The line on what is wrong with a command line."""
+    """Returns a line that explains the error in a command line."""
     cause = error.__cause__ or error.__context__
     if isinstance(cause, InputError):
         return str(cause)
@@ -171,7 +171,7 @@ def _explained(words: Sequence[str], error: Exception) -> str:
 def _of_overrides(
     flag: str, config: config_dict.ConfigDict, names: Sequence[str], line: str
 ) -> str:
-    """The line on an override that does not fit its config; empty where all seem to."""
+    """Returns a line about an override that does not fit its config; empty if none is found."""
     fields = flat_fields(config)
     groups = {field[: dot.start()] for field in fields for dot in re.finditer(r"\.", field)}
     for name in names:

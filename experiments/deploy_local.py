@@ -3,9 +3,9 @@
     python -m experiments.deploy_local --config=experiments/configs/digits.py --clients=4 \
         --workdir=runs/local
 
-The config's data set is dealt out as in a simulation, one file a client, in WORKDIR-clients; then
-it starts `experiments.serve` and as many `experiments.join` on loopback, and ends them all with
-itself, whatever ends it.
+The config's data set is split as in a simulation, into one file per client in WORKDIR-clients. The
+launcher then starts `experiments.serve` and one `experiments.join` per client on loopback. They all
+end when the launcher ends, for any reason.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
       exit code of the server.
 
     Raises:
-      InputError: flags or config cannot be used; nothing is written then.
+      InputError: the flags or the config are invalid; nothing is written then.
     """
     refuse_words(argv)
     config = read_config("config")
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
         for path in files
     ]
     with tempfile.TemporaryDirectory(prefix="flexmoe-") as home:
-        # One for all clients: what Flower has loaded lies in memory once.
+        # All clients share this process, so that Flower's modules are in memory only once.
         door = Path(home) / "warm.sock"
         warm = Warm(door, Path(home), clients / "flower.log")
         os.environ[WARM] = str(door)
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(server: list[str], joins: list[list[str]], logs: Path) -> int:
-    """Runs the server to its end, with the clients beside it."""
+    """Runs the server to its end, together with the clients."""
     children: list[subprocess.Popen[bytes]] = []
 
     def pass_on(times: int) -> None:
@@ -110,7 +110,7 @@ def _run(server: list[str], joins: list[list[str]], logs: Path) -> int:
 
 
 def _start(words: list[str], log: Path | None) -> subprocess.Popen[bytes]:
-    """A process in a group of its own, which ends when its standard input is closed."""
+    """Starts a process in its own group; it ends when its standard input is closed."""
     output = None if log is None else log.open("ab")
     try:
         return subprocess.Popen(

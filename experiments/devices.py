@@ -1,4 +1,4 @@
-"""Prepares JAX before a launcher first uses it: devices, processes, programs kept on disk."""
+"""Prepares JAX before its first use: devices, processes, and the cache of compiled programs."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from flexmoe_jax.data.cache import default_folder
 from flexmoe_jax.errors import InputError
 
 _PLATFORM = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
-# A peer whose machine is gone says no goodbye; JAX's own limit is 100 s.
+# A peer whose machine fails sends no message; JAX's default limit is 100 s.
 _HEARTBEAT_SECONDS = 30
-# Processes that have found each other import JAX at about the same pace.
+# Processes that have found each other take about the same time to import JAX.
 _CONNECT_SECONDS = 60
 
 
 def prepare_devices(devices: int, program: Program | None = None) -> None:
-    """Joins the run's processes, splits a CPU into devices, and keeps compiled programs.
+    """Joins the run's processes, splits a CPU into devices, and caches compiled programs.
 
-    A CPU becomes as many devices as it has cores, since one device alone leaves cores idle between
-    matrix products; or `devices` of them over all processes, where that is given. Programs are kept
-    in the user's cache folder, unless `JAX_COMPILATION_CACHE_DIR` names another.
+    A CPU is split into one device per core, since a single device leaves cores idle between matrix
+    products. If `devices` is given, it is the number of devices over all processes. Compiled
+    programs are kept in the user's cache folder, unless `JAX_COMPILATION_CACHE_DIR` names another.
 
     Args:
-      devices: how many the run is to use; 0 for all.
-      program: the processes that share the run; None for this one alone.
+      devices: number of devices that the run uses; 0 for all.
+      program: the processes that share the run; None if this process is alone.
 
     Raises:
-      InputError: the processes cannot be joined, or there is no such platform as `JAX_PLATFORMS`
-        asks for.
+      InputError: the processes cannot be joined, or the platform in `JAX_PLATFORMS` does not
+        exist.
     """
     if program is not None:
         _join(program)
@@ -57,13 +57,13 @@ def _join(program: Program) -> None:
             program.coordinator or None,
             None if found else program.size,
             None if found else program.number,
-            # What JAX would read of the variables of a batch queue was read before, with care.
+            # `find_program` has already read the batch queue's variables, with stricter checks.
             cluster_detection_method=None if found else "deactivate",
             initialization_timeout=program.seconds if found else _CONNECT_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             coordinator_bind_address=None if found else bind_address(program),
         )
-    except Exception as error:  # JAX's detection raises what it comes upon
+    except Exception as error:  # JAX's detection can raise any exception
         said = " ".join(str(error).split())
         if found:
             remedy = f"no Slurm step, mpirun or TPU pod is known to have started this ({said})"
@@ -73,13 +73,14 @@ def _join(program: Program) -> None:
 
 
 def require_same_inputs(inputs: Mapping[str, str]) -> None:
-    """Refuses processes of one run that read different data.
+    """Rejects a run whose processes read different data.
 
     Args:
-      inputs: hashes of what this process reads.
+      inputs: hashes of the data that this process reads.
 
     Raises:
-      InputError: naming a process that reads others than process 0; the same in all.
+      InputError: naming a process whose data differ from those of process 0; all processes raise
+        the same error.
     """
     if jax.process_count() == 1:
         return
@@ -93,7 +94,7 @@ def require_same_inputs(inputs: Mapping[str, str]) -> None:
 
 
 def _require_platform() -> None:
-    """Finds out before data are read for minutes that there is nothing to compute on."""
+    """Checks that a device exists, before minutes are spent on reading data."""
     try:
         jax.devices()
     except RuntimeError as error:
@@ -103,12 +104,12 @@ def _require_platform() -> None:
 
 
 def _default_devices() -> int:
-    """One a core; one alone where JAX is told not to compile, since sharing out is compiled."""
+    """Returns one device per core; one in all if jit is off, since sharding needs compilation."""
     return 1 if jax.config.values["jax_disable_jit"] else _cores()
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Turns the fields of a config about devices and links into capacities and a network."""
+"""Makes capacities and a network from the config's fields about devices and links."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from flexmoe_jax.types import Array, Params, PyTree
 
 
 def check_model(model: models.Model, task: Task, sample: Batch, name: str) -> None:
-    """Refuses a backbone that cannot be trained as the rounds train it, without computing anything.
+    """Rejects a backbone that the rounds cannot train, without computing anything.
 
     Args:
-      model: around the backbone.
-      task: what is learnt.
+      model: the model around the backbone.
+      task: the learning task.
       sample: two examples.
-      name: of the backbone.
+      name: name of the backbone.
 
     Raises:
-      InputError: naming what does not fit.
+      InputError: naming the part that does not fit.
     """
 
     def trace(sample: Batch) -> tuple[PyTree, PyTree]:
-        # As the rounds do: from parameters alone.
+        # As in the rounds, the outputs depend on the parameters alone.
         inputs = task.inputs(sample)
         params = model.init(jax.random.key(0), inputs)
         features = model.trunk(params, inputs)
@@ -61,7 +61,7 @@ def capacity_in_memory(
     config: ConfigDict,
     ownership: models.Ownership,
 ) -> np.ndarray:
-    """k_c (C,): how many experts each client's device has room to train."""
+    """Returns k_c (C,): the number of experts that each client's device has memory to train."""
     assert devices is not None  # See `build.given_capacity`.
     (inputs,) = (sample[name] for name in ("images", "tokens") if name in sample)
     batch = jax.ShapeDtypeStruct((config.local.batch_size, *inputs.shape[1:]), inputs.dtype)
@@ -83,10 +83,10 @@ def capacity_in_memory(
 
 
 def _activations(model: models.Model, layout: models.Layout, params: Params, batch: PyTree) -> int:
-    """Bytes of the outputs of all layers.
+    """Returns the bytes of the outputs of all layers.
 
-    What this program keeps for its way back is more: windows of convolutions laid out as rows,
-    which make them quick here and which no small device would keep.
+    This program keeps more for its backward pass: the windows of convolutions, stored as rows.
+    They make convolutions fast here, but a small device would not keep them.
     """
 
     def outputs(params: Params, inputs: Array) -> list[PyTree]:
@@ -107,7 +107,7 @@ def _activations(model: models.Model, layout: models.Layout, params: Params, bat
 
 
 def make_devices(options: EdgeOptions, clients: int, seed: int) -> edge.Devices | None:
-    """The clients' devices; None if the config names no mix of them."""
+    """Makes the clients' devices; None if the config names no mix of devices."""
     tiers = edge.read_tiers(options.tiers) if options.tiers else edge.TIERS
     if options.mix:
         return edge.deal_devices(edge.parse_mix(options.mix), clients, seed, tiers)
@@ -118,7 +118,7 @@ def make_devices(options: EdgeOptions, clients: int, seed: int) -> edge.Devices 
 
 
 def _among(availability: edge.Availability, clients: np.ndarray) -> edge.Availability:
-    """The same of some clients alone."""
+    """Restricts an availability to some clients."""
     return lambda round_index: availability(round_index)[clients]
 
 
@@ -129,14 +129,14 @@ def make_network(
     steps: np.ndarray,
     examples: np.ndarray,
 ) -> simulation.Network:
-    """Who takes part in a round, and what arrives.
+    """Makes the network, which decides which clients take part and which updates arrive.
 
     Args:
-      config: of the run.
-      devices: of all clients, newcomers included; None for none.
-      clients: (C,) numbers among them of those who train.
-      steps: (C,) local steps of each of these in a round.
-      examples: (C,) examples that each trains on in a round, counted once a step.
+      config: the config of the run.
+      devices: devices of all clients, newcomers included; None if devices are not modelled.
+      clients: (C,) numbers of the clients that train, among all clients.
+      steps: (C,) local steps of each training client in a round.
+      examples: (C,) examples that each trains on in a round, counted at every step.
     """
     options = read(EdgeOptions, config)
     if options.availability in ("independent", "markov") and devices is None:

@@ -1,6 +1,6 @@
-"""How a launcher ends: by signals, without its output's reader, without its parent.
+"""Handles the end of a launcher: by a signal, or after its output's reader or its parent is gone.
 
-Imports nothing that takes time, so that it can be in force while the rest is imported.
+This module imports nothing slow, so that it is active while the rest is imported.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import TextIO
 
 # Windows has no SIGHUP.
 NUMBERS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n))
-# A closing terminal, `timeout` or a batch queue may send one wish to stop as several signals.
+# A closing terminal, `timeout` or a batch queue may send several signals for one stop request.
 _ONE_WISH_SECONDS = 1.0
 
 
 def at_once(line: str) -> Callable[[int, FrameType | None], None]:
-    """A signal's handler that prints a line and ends the process with 128 + the signal's number.
+    """Returns a signal handler that prints a line and exits with 128 + the signal's number.
 
-    It unwinds nothing: an exception raised in the middle of an import, or of a library's clean-up,
-    comes out as pages of other errors.
+    The handler does not unwind the stack: an exception raised in the middle of an import, or of a
+    library's clean-up, would show up as pages of other errors.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -40,35 +40,36 @@ def at_once(line: str) -> Callable[[int, FrameType | None], None]:
 
 
 class Wish:
-    """The wish to stop, as a context manager: the first of SIGINT, SIGTERM and SIGHUP is noted.
+    """A stop request, as a context manager: records the first SIGINT, SIGTERM or SIGHUP.
 
-    Another SIGINT or SIGTERM, a second later or more, ends the process at once. Signals that were
-    ignored before, as under `nohup` or in the background of a script, stay ignored.
+    Another SIGINT or SIGTERM, one second later or more, ends the process at once. Signals that were
+    already ignored, as under `nohup` or in the background of a script, stay ignored.
 
     Args:
       line: printed when the process ends at once.
-      passed_on: called with how many times a stop was wished for, 1 or 2, in place of the end.
+      passed_on: called with the number of stop requests, 1 or 2. If given, the process does not end
+        at once.
 
     Attributes:
-      number: of the first signal; 0 as long as there was none.
+      number: number of the first signal; 0 as long as there was none.
     """
 
     def __init__(self, line: str = "", passed_on: Callable[[int], None] | None = None) -> None:
-        """Nothing is noted before the context is entered."""
+        """Prepares the request; signals are recorded once the context is entered."""
         self.number = 0
         self._at_once, self._passed_on = at_once(line), passed_on
         self._when = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Wish:
-        """Notes signals from here on."""
+        """Starts to record signals."""
         for number in NUMBERS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Signals do again what they did before."""
+        """Restores the former signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -76,7 +77,7 @@ class Wish:
         first = not self.number
         if first:
             self.number, self._when = number, time.monotonic()
-        # A hang-up is said again by everyone who notices it: kernel, shell, session.
+        # Kernel, shell and session may each send SIGHUP, so a repeated one does not count.
         elif number not in (signal.SIGINT, signal.SIGTERM) or self._just_said():
             return
         if self._passed_on:
@@ -91,7 +92,8 @@ class Wish:
 def end_with_input() -> None:
     """Sends this process SIGTERM once its standard input is closed.
 
-    A parent that keeps the other end, and says nothing, is thus missed even after `kill -9`.
+    The parent keeps the other end open and writes nothing. The process thus notices that its
+    parent is gone, even after `kill -9`.
     """
 
     def wait() -> None:
@@ -104,10 +106,10 @@ def end_with_input() -> None:
 
 
 class _Output(io.FileIO):
-    """A file descriptor that goes silent, for libraries too, once it cannot be written to."""
+    """A file descriptor that discards output, of libraries too, once a write to it fails."""
 
     def write(self, data: bytes | bytearray | memoryview) -> int | None:  # type: ignore[override]
-        """Writes what it can; says that all was written where nothing ever will be."""
+        """Writes the data; after a failure it discards them and reports them as written."""
         try:
             return super().write(data)
         except OSError:
@@ -118,13 +120,13 @@ class _Output(io.FileIO):
 
 
 def tolerate_lost_output() -> None:
-    """Standard output and error go silent when their terminal, pipe or disk no longer takes them.
+    """Makes standard output and error discard text that their terminal, pipe or disk rejects.
 
-    What a launcher computes and writes to files must not end with whoever looks on; so a letter
-    that the terminal has not, too, is replaced.
+    A launcher must go on computing and writing files when its output is lost. For the same reason,
+    characters that the terminal cannot encode are replaced.
     """
     with suppress(OSError):
-        # Of descriptors that were closed at the start, no file of ours may take the number.
+        # Occupy descriptors 0 to 2 if they were closed at start, so that no file of ours gets them.
         while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
         os.close(free)
@@ -139,7 +141,7 @@ def _stream(descriptor: int, like: TextIO | None) -> TextIO:
         io.BufferedWriter(_Output(descriptor, "w", closefd=False)),  # type: ignore[type-var]
         encoding=getattr(like, "encoding", None) or "utf-8",
         errors="replace",
-        # What `python -u` does not buffer at all is written line by line.
+        # Output that `python -u` leaves unbuffered is written line by line.
         line_buffering=any(
             getattr(like, how, False) for how in ("line_buffering", "write_through")
         ),
@@ -147,10 +149,10 @@ def _stream(descriptor: int, like: TextIO | None) -> TextIO:
 
 
 def library_errors_to_parent() -> None:
-    """What C++ libraries say on standard error goes up standard input to the parent from now on.
+    """Redirects the error messages of C++ libraries to the parent, through standard input.
 
-    Python's own lines stay where they were. The parent knows whether the others are worth showing:
-    JAX says in fifty of them that another process is gone, and aborts.
+    Python's own lines still go to standard error. The parent decides whether the other lines are
+    worth showing: JAX prints fifty of them when another process is gone, and aborts.
     """
     sys.stderr.flush()
     sys.stderr = _stream(os.dup(2), sys.stderr)

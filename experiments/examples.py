@@ -1,4 +1,4 @@
-"""Turns the fields of a config about data into what clients learn from and are tested on."""
+"""Makes the clients' training and test examples from the config's fields about data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexmoe_jax import data
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array
 
-# What personal figures are measured on.
+# Descriptions of the data that personal figures are measured on.
 OWN_EXAMPLES = "clients' own test examples"
 OWN_DOMAINS = "test text of each client's own domains"
 OWN_RULES = "test examples of each client's own rules and classes"
@@ -23,11 +23,11 @@ COMMON_EXAMPLES = "common test set, weighted to each client's label shares"
 
 @dataclass(frozen=True)
 class Newcomers:
-    """Clients that are kept out of training; on the host.
+    """Clients that are kept out of training. The arrays are on the host.
 
     Attributes:
-      clients: their training examples, of which they are to show a few.
-      group: as in `Examples`, with the newcomers' numbers among themselves.
+      clients: the newcomers' training examples; only a few of them are used to probe experts.
+      group: as in `Examples`, with newcomers numbered from 0.
     """
 
     clients: data.ClientData
@@ -36,18 +36,19 @@ class Newcomers:
 
 @dataclass(frozen=True)
 class Examples:
-    """What is learnt from, and tested on; on the host.
+    """The training and test examples. The arrays are on the host.
 
     Attributes:
-      clients: training examples, and whose they are; without newcomers, as all below.
+      clients: training examples and their owners; newcomers are left out, here and below.
       test: named test examples, leaves (M, ...).
-      group: (M,) int, the group that each of these is of (see `data.About`); None for none.
+      group: (M,) int, the group of each test example (see `data.About`); None for no groups.
       classes: names of the Y classes, or of the F domains of text.
-      counts: (C, Y) training examples of each client by class or domain; None where only they know.
-      prepare: inputs as they lie there -> inputs as the model takes them.
-      hashes: of what was read, by name.
-      personal: what personal figures are measured on, in words.
-      notes: sentences on what a user should know before trusting the figures.
+      counts: (C, Y) training examples of each client by class or domain; None if only the clients
+        know.
+      prepare: maps raw inputs to the inputs that the model takes.
+      hashes: hashes of the data that were read, by name.
+      personal: description of the data that personal figures are measured on.
+      notes: sentences that a user should read before trusting the figures.
       newcomers: clients that are kept out of training; None for none.
     """
 
@@ -64,12 +65,12 @@ class Examples:
 
     @property
     def sample(self) -> dict[str, Any]:
-        """Two of the clients' examples."""
+        """The first two of the clients' examples."""
         return {name: np.asarray(values[:2]) for name, values in self.clients.arrays.items()}
 
 
 def load_examples(config: ConfigDict) -> Examples:
-    """Loads what the config names, and gives every training example to a client.
+    """Loads the data set of the config, and assigns every training example to a client.
 
     Raises:
       InputError: naming the field, the value and the remedy.
@@ -106,7 +107,7 @@ def _images(config: ConfigDict) -> Examples:
         personal, notes = OWN_RULES, (*notes, *notes_on_rules(config.partition.rule, ceiling))
     trained = dataset.train_images
     if config.clients.newcomers:
-        # Nothing of theirs is known before they come, their pixels' mean and deviation included.
+        # Newcomers' data are unknown during training: leave them out of the mean and deviation.
         numbers, _ = split_clients(config)
         trained = trained[np.sort(np.concatenate([parts[c] for c in numbers]))]
     clients = data.build_clients(dataset, parts, place=np.asarray)
@@ -155,7 +156,7 @@ def _text(config: ConfigDict) -> Examples:
 
 
 def notes_on_rules(name: str, ceiling: float) -> tuple[str, ...]:
-    """Says what no model can do that is the same for all clients."""
+    """Returns a note on the accuracy limit of any model that is the same for all clients."""
     if ceiling == 1:
         return ()
     return (
@@ -166,12 +167,12 @@ def notes_on_rules(name: str, ceiling: float) -> tuple[str, ...]:
 
 
 def split_clients(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the clients that train, and of the newcomers; both rising."""
+    """Returns the numbers of the training clients and of the newcomers, each in rising order."""
     return data.draw_newcomers(config.clients.count, config.clients.newcomers, config.seed)
 
 
 def _apart(examples: Examples, config: ConfigDict) -> Examples:
-    """Newcomers apart from the clients that train; both are numbered anew."""
+    """Separates newcomers from the clients that train; each set is renumbered from 0."""
     trained, coming = split_clients(config)
     if not coming.size:
         return examples
@@ -179,7 +180,8 @@ def _apart(examples: Examples, config: ConfigDict) -> Examples:
     def group_of(numbers: np.ndarray) -> np.ndarray | None:
         if examples.group is None or examples.clients.owns is not None:
             return examples.group
-        place = np.full(config.clients.count + 1, -1, np.int32)  # The last for test rows of nobody.
+        # The last entry stands for test rows without an owner, which have group -1.
+        place = np.full(config.clients.count + 1, -1, np.int32)
         place[numbers] = np.arange(len(numbers))
         return place[examples.group]
 
@@ -193,7 +195,7 @@ def _apart(examples: Examples, config: ConfigDict) -> Examples:
 
 
 def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray, ...]]:
-    """Loads a data set of images and gives every training example to a client."""
+    """Loads an image data set and assigns every training example to a client."""
     options, clients = read(data.PartitionOptions, config), config.clients.count
 
     def accept(classes: int, examples: int, owners: int) -> None:
@@ -213,9 +215,9 @@ def load_partitioned(config: ConfigDict) -> tuple[data.Dataset, tuple[np.ndarray
 
 
 def test_owner(dataset: data.Dataset, partition: str) -> np.ndarray | None:
-    """The client (M,) that each test example is one of; None where clients have none of their own.
+    """Returns the owner (M,) of each test example; None if clients have no test examples.
 
-    Only natural clients are those who own the examples of the data set.
+    Only in a natural partition are the clients the owners of the data set's examples.
     """
     if partition != "natural" or dataset.train_clients is None or dataset.test_clients is None:
         return None
@@ -223,7 +225,7 @@ def test_owner(dataset: data.Dataset, partition: str) -> np.ndarray | None:
 
 
 def notes_on(dataset: data.Dataset, partition: str) -> tuple[str, ...]:
-    """Sentences on what a user should know of the data before trusting the figures."""
+    """Returns notes on the data that a user should read before trusting the figures."""
     notes = [*dataset.notes, *data.doubts(dataset.train_images, dataset.test_images)]
     owned = {"train_clients": dataset.train_clients, "test_clients": dataset.test_clients}
     given = [name for name, ids in owned.items() if ids is not None]

@@ -4,13 +4,13 @@
 
 DIR then holds the parameters (safetensors), the compiled function of parameters and raw inputs
 (StableHLO, for any batch size), a description of both (JSON) and a text on how to load them.
-`assembled` is all experts in one model, which exists where no part of it stays with clients;
-`client:7` is the model of client 7, with the experts that it holds and no others, and with the
-logarithm of its label shares added to its outputs where the run evaluates with `eval.prior`.
+`assembled` is one model with all experts; it exists only if no part of the model stays with the
+clients. `client:7` is the model of client 7, with only the experts that this client holds. If the
+run evaluates with `eval.prior`, the logarithm of its label shares is added to its outputs.
 
-The model is that of the newest whole checkpoint, also of a run that is not finished: its round is
-said, and stands in the description. The run itself is left as it is. The data are read once more,
-for what is done to inputs; --data_dir says where they are if they have moved.
+The model comes from the newest complete checkpoint, also if the run is not finished: the round is
+printed, and is part of the description. The run itself is not changed. The data are read again, to
+compute the preprocessing of inputs; --data_dir says where they are if they have moved.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ ASSEMBLED = "assembled"
 
 
 def export(workdir: Path, what: str, target: Path, data_dir: str | None = None) -> list[str]:
-    """Writes a model of a run into a folder, which is there when all its files are.
+    """Writes a model of a run into a folder, which appears only when all its files are written.
 
     Args:
-      workdir: of the run.
+      workdir: folder of the run.
       what: `assembled`, or `client:N`.
-      target: the folder to write; must not be there, or be empty.
-      data_dir: where the run's data are now; None for where they were.
+      target: the folder to write; it must not exist, or must be empty.
+      data_dir: the present folder of the run's data; None if they have not moved.
 
     Returns:
-      Sentences on what a user should know of the model.
+      Sentences that a user of the model should read.
 
     Raises:
       InputError: there is no such model, or the folder cannot be used; nothing is written then.
       OSError: a file cannot be read or written; nothing is left behind.
     """
     client = check(workdir, what, target)
-    # Whoever gave a wrong folder need not wait for JAX.
+    # Import JAX only now, so that a wrong folder is reported at once.
     from experiments.portable import make_portable
 
     portable = make_portable(workdir, client, data_dir)
@@ -57,10 +57,10 @@ def export(workdir: Path, what: str, target: Path, data_dir: str | None = None) 
 
 
 def check(workdir: Path, what: str, target: Path) -> int | None:
-    """Refuses what can be refused without the run's data.
+    """Checks the arguments as far as possible without the run's data.
 
     Returns:
-      The client whose model is asked for; None for all experts together.
+      The client whose model is exported; None for all experts together.
 
     Raises:
       InputError: see `export`.
@@ -77,10 +77,10 @@ def check(workdir: Path, what: str, target: Path) -> int | None:
 
 
 def client_number(what: str) -> int | None:
-    """The client that is asked for; None for all experts together.
+    """Returns the number of the client in `what`; None for all experts together.
 
     Raises:
-      InputError: neither is.
+      InputError: `what` is neither `assembled` nor `client:N`.
     """
     if what == ASSEMBLED:
         return None
@@ -92,10 +92,10 @@ def client_number(what: str) -> int | None:
 
 
 def check_target(target: Path) -> None:
-    """Refuses a folder that is there and holds anything.
+    """Rejects a target that exists, unless it is an empty folder.
 
     Raises:
-      InputError: it does, or is something else.
+      InputError: the folder is not empty, or the target is not a folder.
     """
     if not os.path.lexists(target):
         return
@@ -106,10 +106,10 @@ def check_target(target: Path) -> None:
 
 
 def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
-    """Writes a folder of files, which gets its name in one step.
+    """Writes a folder of files under a temporary name, and renames it in one step.
 
     Raises:
-      OSError: it cannot be written; nothing is left behind but folders above it.
+      OSError: the folder cannot be written; only its parent folders may be left behind.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent.resolve()))
@@ -119,7 +119,7 @@ def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        # A temporary folder is for its owner alone.
+        # mkdtemp gives access to the owner alone; use the usual permissions.
         unfinished.chmod(0o777 & ~_umask())
         os.replace(unfinished, target)
     except OSError as error:
@@ -137,7 +137,7 @@ def _umask() -> int:
 
 
 def main(argv: list[str]) -> None:
-    """Exports from the run in `argv[1]`, and prints where the files are."""
+    """Exports a model of the run in `argv[1]`, and prints where the files are."""
     if len(argv) != 2:
         raise InputError("WORKDIR", " ".join(argv[1:]) or "(none)", "give the folder of one run")
     given = flags.FLAGS
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Declared here, so that whoever imports `export` gets no flags along with it.
+    # Defined here, so that importing `export` defines no flags.
     flags.DEFINE_string("what", None, "assembled, or client:N for the model of client N")
     flags.DEFINE_string("to", None, "the folder to write")
     flags.DEFINE_string("data_dir", None, "where the run's data are, if they have moved")

@@ -1,4 +1,4 @@
-"""Checks of a config as a whole, and the clients' capacities."""
+"""Checks a config as a whole, and computes the clients' capacities."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Record = TypeVar("Record", bound=Options)
 
 
 def read(record: type[Record], config: ConfigDict) -> Record:
-    """The options of a config that a record has.
+    """Reads the options of a record from a config.
 
     Raises:
-      InputError: one does not fit.
+      InputError: a value does not fit its option.
     """
     return record.read(flat_fields(config))
 
 
 def check_fields(config: ConfigDict) -> None:
-    """Refuses what needs no data to be seen: fields that are none, values that do not fit.
+    """Rejects unknown fields and invalid values, as far as this needs no data.
 
     Raises:
       InputError: naming the field, the value and the remedy.
@@ -46,20 +46,20 @@ def check_fields(config: ConfigDict) -> None:
 
 
 def client_capacities(given: object, clients: int, experts: int, seed: int) -> np.ndarray:
-    """Deals capacities out to clients.
+    """Assigns capacities to clients.
 
     Args:
-      given: a number, a range as "1-4", or a list of numbers. A range or list is dealt out evenly,
-        in an order drawn from the seed.
+      given: a number, a range as "1-4", or a list of numbers. The values of a range or list are
+        distributed evenly, in an order drawn from the seed.
       clients: C.
       experts: E.
-      seed: of the run.
+      seed: seed of the run.
 
     Returns:
       (C,) int64 k_c.
 
     Raises:
-      InputError: for what is none of these, and for a capacity below 1 or above E.
+      InputError: the value is none of these, or a capacity is below 1 or above E.
     """
     choices = _capacity_choices(given)
     if not all(1 <= choice <= experts for choice in choices):
@@ -69,17 +69,17 @@ def client_capacities(given: object, clients: int, experts: int, seed: int) -> n
 
 
 def load_model_name(load: str, capacity: object) -> str:
-    """The load model that `assignment.load` stands for, given `clients.capacity`.
+    """Returns the name of the load model that `assignment.load` selects.
 
-    `auto` counts holders where capacities are equal, which makes their number even to the last one.
-    Where capacities differ, a client of one expert puts all its load on it and one of four a
-    quarter on each: there it weighs the use foreseen.
+    With equal capacities, `auto` counts the holders of each expert: their numbers then differ by at
+    most one. With different capacities, a client with one expert puts its whole load on it, and a
+    client with four puts a quarter on each. There `auto` weighs holders by their expected usage.
     """
     if load != "auto":
         return load
     if capacity == "memory":
         return "usage"
-    # A range may be as long as it likes: its second is another already.
+    # A long range costs nothing here: its second value already differs from the first.
     choices = _capacity_choices(capacity)
     return "clients" if all(choice == choices[0] for choice in choices) else "usage"
 

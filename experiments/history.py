@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a round, read line by line, whatever became of the file."""
+"""Reads metrics.jsonl, with one JSON object per round, line by line, even if it is damaged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexmoe_jax.reading import UnreadableError, open_regular, parse_json
 
 Metrics = dict[str, Any]
 
-# Bytes of the file, enough for half a million rounds of 64 experts, and of a line.
+# Most bytes of the file, enough for half a million rounds of 64 experts, and of a line.
 _MOST_BYTES, _LONGEST_LINE = 2**30, 2**24
 _MOST_ROUNDS = 2**31 - 1
 
@@ -20,9 +20,9 @@ class History(NamedTuple):
     """The rounds that a run recorded.
 
     Attributes:
-      rows: rising in `round`, one for each round that can be read.
-      unread: whole lines that cannot, or tell a round out of order.
-      repeated: lines of rounds that a later line tells again, which counts.
+      rows: one row for each round that can be read, in rising order of `round`.
+      unread: number of whole lines that cannot be read, or whose round is out of order.
+      repeated: number of lines replaced by a later line for the same round.
     """
 
     rows: tuple[Metrics, ...] = ()
@@ -31,22 +31,22 @@ class History(NamedTuple):
 
     @property
     def last(self) -> int:
-        """Number of the last round that can be read, 0 for none."""
+        """Number of the last round that can be read; 0 if there is none."""
         return int(self.rows[-1]["round"]) if self.rows else 0
 
 
 def read_history(path: Path, most_rounds: object = None) -> History:
-    """Reads metrics.jsonl; a file that is not there has no rounds.
+    """Reads metrics.jsonl; a missing file has no rounds.
 
-    The end of the last line may be missing: a process was killed, or is still writing.
+    The last line may be incomplete: a process was killed, or is still writing.
 
     Args:
-      path: of the file.
-      most_rounds: of the run, where that is known; what claims to be of a later round is damaged.
+      path: path of the file.
+      most_rounds: rounds of the run, if known; a line with a higher round counts as damaged.
 
     Raises:
-      UnreadableError: it is no file of that kind, or too large.
-      OSError: the system does not let us.
+      UnreadableError: it is not a regular file, or it is too large.
+      OSError: the operating system denies access.
     """
     known = isinstance(most_rounds, int) and 0 < most_rounds < _MOST_ROUNDS
     most = most_rounds if isinstance(most_rounds, int) and known else _MOST_ROUNDS
@@ -71,17 +71,17 @@ def read_history(path: Path, most_rounds: object = None) -> History:
 
 
 def fell_back(status: str) -> bool:
-    """Whether an assignment of this status was dealt out, since no solver answered in time."""
+    """Returns whether the status says that no solver answered in time and a fallback was used."""
     return status.startswith("fallback")
 
 
 def missing_rounds(rows: Sequence[Metrics], last: int) -> int:
-    """How many of the rounds 1 to `last` are not among the rows."""
+    """Returns the number of rounds from 1 to `last` that are missing from the rows."""
     return last - sum(row["round"] <= last for row in rows)
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines that are not blank; of one that is too long only its end, which is no JSON."""
+    """Yields the lines that are not blank; of a line too long, only its end, which is not JSON."""
     while line := file.readline(_LONGEST_LINE):
         while len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
             line = b"..." + file.readline(_LONGEST_LINE - 3)
@@ -107,7 +107,7 @@ def _neighbours(
 
 
 def _misplaced(before: Metrics | None, row: Metrics | None, after: Metrics | None) -> bool:
-    """Whether the lines around a row say that its number is wrong."""
+    """Returns whether the lines before and after a row show that its number is wrong."""
     if before is None or row is None or after is None:
         return False
     expected = before["round"] + 1

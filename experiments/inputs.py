@@ -1,7 +1,7 @@
-"""What a run reads beside its config: the data and the user's files. It goes on with these alone.
+"""The inputs of a run beside its config: the data and the user's files.
 
-Their hashes lie in the run's folder, as inputs.json, so that a run may be moved with its data, and
-is not continued on others that have taken their place.
+A run is continued only with the same inputs. Their hashes are in the run's folder, in inputs.json.
+A run may thus be moved together with its data, but is not continued on data that replaced them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILE = "inputs.json"
 
 
 def may_have_moved(field: str, one: object, other: object) -> bool:
-    """Whether two values of a field may name one file in two places, so that its hash decides."""
+    """Returns whether two values of a field may name the same file, so that its hash decides."""
     if not (isinstance(one, str) and isinstance(other, str)):
         return False
     both = {one, other}
@@ -33,24 +33,24 @@ def may_have_moved(field: str, one: object, other: object) -> bool:
 
 
 def read_inputs(folder: Path) -> dict[str, str] | None:
-    """The hashes in a run's folder; None where there are none, as of an older run.
+    """Reads the hashes in a run's folder; None if there are none, as in an older run.
 
     Raises:
       UnreadableError: the file is damaged.
-      OSError: the system does not let us read it.
+      OSError: the operating system denies access.
     """
     try:
         content = read_json(folder / FILE)
     except FileNotFoundError:
         return None
-    # A hash of the hashes: a changed bit of theirs must not look like changed data.
+    # A hash over all hashes, so that a damaged file does not look like changed data.
     if content.pop("all", None) != _of_all(content):
         raise UnreadableError("is damaged")
     return content
 
 
 def inputs_text(inputs: Mapping[str, str]) -> str:
-    """The content of inputs.json."""
+    """Returns the content of inputs.json."""
     return json.dumps({**inputs, "all": _of_all(inputs)}, indent=2) + "\n"
 
 
@@ -61,16 +61,16 @@ def _of_all(inputs: Mapping[str, object]) -> str:
 def check_inputs(
     folder: Path, known: Mapping[str, str], config: ConfigDict, inputs: Mapping[str, str]
 ) -> None:
-    """Refuses to go on with a run on other data than it began with.
+    """Refuses to continue a run on data other than those it began with.
 
     Args:
-      folder: of the run.
-      known: hashes of what it began with.
-      config: of the run as it is to go on.
-      inputs: hashes of what it would go on with.
+      folder: folder of the run.
+      known: hashes of the inputs that the run began with.
+      config: config of the continued run.
+      inputs: hashes of the inputs that the run would continue with.
 
     Raises:
-      InputError: naming what differs.
+      InputError: naming the input that differs.
     """
     changed = [n for n in sorted({*known, *inputs}) if known.get(n) != inputs.get(n)]
     if not changed:

@@ -3,10 +3,10 @@
     python -m experiments.join --server=HOST:8080 --name=anna --data=anna.npz --certificate=ca.crt
 
 The file holds the client's own examples: arrays `train_images` and `train_labels`, or
-`train_tokens`, and `test_` arrays of the same names if it is to be judged by its own. A folder of
-texts (`*.txt`, UTF-8) is taken as well, whose last tenths the client is judged by. All of it stays
-on this machine, and so does what is the client's own in the model, in --folder: private parts and
-gates, and what compression keeps back. The same command goes on after whatever ended it.
+`train_tokens`, and `test_` arrays of the same names if the client has test examples of its own. A
+folder of texts (`*.txt`, UTF-8) also works; the last tenth of each text is then for testing. All
+examples stay on this machine. So does the client's own part of the model, in --folder: private
+parts, gates, and the residuals of compression. The same command continues after any interruption.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _KEY = flags.DEFINE_string("key", None, "Private key of this client, where the s
 
 
 def main(argv: list[str]) -> int:
-    """Takes part until it is told to end.
+    """Takes part in a federation until a signal ends it.
 
     Returns:
       exit code: 128 + the number of the signal that ended it.
 
     Raises:
-      InputError: flags or data cannot be used.
+      InputError: the flags or the data are invalid.
     """
     refuse_words(argv)
     server, name, data = (_given(flag) for flag in (_SERVER, _NAME, _DATA))
@@ -83,17 +83,17 @@ def _file(flag: flags.FlagHolder[str | None]) -> Path | None:
 
 
 def join(server: str, name: str, data: Path, root: Path | None, key: Path | None) -> int:
-    """Answers the server's messages until a signal comes."""
+    """Answers the server's messages until a signal arrives."""
     from experiments.deploying.checks import read_examples
 
     arrays, tests = read_examples(data, _LENGTH.value)
-    # Whoever gave a wrong file need not wait for JAX.
+    # Import JAX only now, so that a wrong file is reported at once.
     from experiments.deploying import joining
     from experiments.deploying.flower import SuperNode
     from experiments.devices import prepare_devices
     from flexmoe_jax.deploy import Worker, answer_calls
 
-    prepare_devices(1)  # Also keeps compiled programs, so that a new start is a quick one.
+    prepare_devices(1)  # This also caches compiled programs, which makes a restart fast.
     size = len(next(iter(arrays.values())))
     folder = user_path("--folder", _FOLDER.value or f"clients/{name}")
     over = threading.Event()

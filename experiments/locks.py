@@ -1,4 +1,4 @@
-"""A file that one process at a time may have open: a lock that ends with its owner."""
+"""File locks: one process at a time holds a lock, and the lock ends with that process."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# What file systems without locks answer: Lustre mounted without `flock`, some FUSE ones.
+# Errors of file systems without locks: Lustre mounted without `flock`, some FUSE file systems.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class TakenError(Exception):
-    """Another process has the lock."""
+    """Another process holds the lock."""
 
 
 def take(path: Path, wait: bool = False) -> BinaryIO:
-    """Opens a file for appending that nobody else has open in this way.
+    """Opens a file for appending and locks it.
 
-    The lock is the open file's: it ends when the file is closed, or its process, even by `kill -9`.
-    No process that this one starts keeps it. Where the file system has no locks, a line on standard
-    error says so, and the file is opened all the same.
+    The lock belongs to the open file. It ends when the file is closed or the process ends, even by
+    `kill -9`. Child processes do not inherit it. If the file system has no locks, a line on
+    standard error says so, and the file is opened without a lock.
 
     Args:
-      path: of the file, made if it is not there; it stays.
-      wait: until the others are done.
+      path: path of the file; it is created if missing, and is never deleted.
+      wait: wait until other processes have released the lock.
 
     Raises:
-      TakenError: another process, or another part of this one, has it open.
+      TakenError: another process, or another part of this one, holds the lock.
       OSError: the file cannot be opened.
     """
-    # A pipe of that name would wait for whoever reads it.
+    # Without O_NONBLOCK, opening a named pipe would wait for a reader.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
     file = os.fdopen(os.open(path, flags, 0o666), "ab")
     try:
@@ -80,10 +80,10 @@ def _close(file: BinaryIO | None) -> None:
 
 @contextmanager
 def lock(path: Path, wait: bool = False) -> Iterator[BinaryIO | None]:
-    """`take` as a context manager, which makes the folder, too.
+    """Runs `take` as a context manager, and creates the folder if needed.
 
     Yields:
-      The file, or None while another process has it.
+      The file, or None if another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

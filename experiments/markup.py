@@ -1,7 +1,7 @@
-"""Text from files and users as each format shows it: one function a format, for every text.
+"""Escapes text from files and users, with one function per output format.
 
-Names and values come from config.json, study.json and folders, so they may hold anything: what a
-browser would run, a spreadsheet would reckon, or a terminal would obey.
+Names and values come from config.json, study.json and folders. They may contain anything: code that
+a browser would run, a formula for a spreadsheet, or control sequences for a terminal.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 
 from flexmoe_jax.errors import printable
 
-# Characters of a text; captions of ours are the longest.
+# Most characters of a text; our own captions are the longest.
 _MOST = 10_000
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -27,7 +27,7 @@ _LATEX = {
     "<": r"$<$",
     ">": r"$>$",
     "±": r"$\pm$",
-    # After `\\` both would be read as its arguments.
+    # After `\\`, LaTeX would read both as arguments of it.
     "[": "{[}",
     "*": "{*}",
     "\N{MINUS SIGN}": r"$-$",
@@ -35,20 +35,20 @@ _LATEX = {
     "·": r"$\cdot$",
     "\N{NO-BREAK SPACE}": "~",
 }
-# What opens a tag, an entity, a link, code or emphasis, or ends a cell.
+# Characters that open a tag, an entity, a link, code or emphasis, or that end a cell.
 _MARKDOWN = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|[\\`|\[\]*]")
-# Where a cell begins, and where one would that is split at another separator: what a spreadsheet
-# takes for a formula there, in wide letters, too (OWASP, "CSV injection").
+# The start of a cell, also if cells were split at another separator, before a character that starts
+# a formula in a spreadsheet, full-width forms included (OWASP, "CSV injection").
 _FORMULA = re.compile(r"(^|[;,|\t])(\s*)(?=[=+\-@\uFF1D\uFF0B\uFF0D\uFF20])")
 
 
 def html_text(text: object) -> str:
-    """Text, or an attribute's value, that a browser shows as it stands."""
+    """Escapes text for HTML, as content or as an attribute's value."""
     return html.escape(printable(text, _MOST))
 
 
 def markdown_text(text: object) -> str:
-    """Text that Markdown shows as it stands, in a line of its own or in a table's cell."""
+    """Escapes text for Markdown, on a separate line or in a table cell."""
     return _MARKDOWN.sub(_quoted, printable(text, _MOST))
 
 
@@ -57,12 +57,12 @@ def _quoted(match: re.Match[str]) -> str:
 
 
 def latex_text(text: object) -> str:
-    """Text that LaTeX prints as it stands."""
+    """Escapes text for LaTeX."""
     return "".join(_LATEX.get(character, character) for character in printable(text, _MOST))
 
 
 def csv_text(text: object) -> str:
-    """A cell that a spreadsheet shows and does not reckon; numbers stay numbers."""
+    """Escapes a CSV cell so that a spreadsheet does not evaluate it; numbers stay numbers."""
     shown = printable(text, _MOST)
     try:
         float(shown)

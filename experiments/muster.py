@@ -1,9 +1,10 @@
-"""The processes of a program find each other, and that they mean the same, before JAX is loaded.
+"""Lets the processes of a program find each other and compare configs, before JAX is loaded.
 
-JAX's own coordination aborts a process where another does not come, comes twice, or has another
-configuration in mind. Here process 0 listens at the coordinator's address first; each of the others
-sends it a line of JSON, and is told in a line that all begin, or why not. Then the port is JAX's.
-Nothing is authenticated, here or there: such a port belongs on a private network.
+JAX's own coordination aborts a process if another one does not arrive, arrives twice, or has a
+different configuration. Here, process 0 first listens at the coordinator's address. Each other
+process sends it a line of JSON, and receives a line that says that all begin, or why they do not.
+Afterwards JAX uses the port. Neither this exchange nor JAX's is authenticated: use such a port only
+on a private network.
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ from flexmoe_jax.errors import InputError
 
 Card = dict[str, Any]
 
-# Longer lines, and more callers than these beside our own, are strangers'.
+# Longer lines, or more connections than these beside our own, come from other programs.
 _LONGEST, _STRANGERS = 2**20, 64
 _SILENT_SECONDS, _RETRY_SECONDS, _PATIENCE_SECONDS = 2.0, 0.2, 2.0
-# Where the data lie may differ from machine to machine.
+# The location of the data may differ between machines.
 _LOCAL_FIELDS = ("data.dir", "data.download")
 
 
 def muster(program: Program, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Waits until all processes of a program are there.
+    """Waits until all processes of a program have arrived.
 
     Args:
-      program: its processes, and which of them this is.
-      config: flat config, which must be the same in all.
-      say: shows a line while there is nothing to do but wait.
+      program: the processes of the program, and the number of this one.
+      config: flat config, which must be the same in all processes.
+      say: shows a line while this process waits.
 
     Raises:
-      InputError: they did not all come in time, or do not fit together.
+      InputError: some processes did not arrive in time, or their configs or versions differ.
     """
     same = {name: metadata.version(name) for name in ("flexmoe_jax", "jax", "jaxlib")}
     same |= {name: value for name, value in config.items() if name not in _LOCAL_FIELDS}
     card = {"process": program.number, "count": program.size, "same": same}
-    # As it looks to whoever reads it: a tuple is a list in JSON.
+    # Convert the card to the form that a receiver sees: in JSON, a tuple becomes a list.
     card = json.loads(json.dumps(card))
     if program.number == 0:
         _gather(program, card, _Wait(program, say))
@@ -55,12 +56,12 @@ def muster(program: Program, config: Mapping[str, Any], say: Callable[[str], Non
 
 
 def bind_address(program: Program) -> str:
-    """Where process 0 listens: at the address that all were given, not at every one it has."""
+    """Returns the address where process 0 listens: the given one, not all addresses of the host."""
     return os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or program.coordinator
 
 
 class _Wait:
-    """The time that is left, and what to show meanwhile."""
+    """Tracks the remaining waiting time, and shows messages while waiting."""
 
     def __init__(self, program: Program, say: Callable[[str], None]) -> None:
         self._begin, self._seconds = time.monotonic(), program.seconds
@@ -76,11 +77,11 @@ class _Wait:
 
 
 class _StrayError(Exception):
-    """A caller that belongs elsewhere; the others go on without it."""
+    """A connection that does not belong to this program; the others continue without it."""
 
 
 def _gather(program: Program, card: Card, wait: _Wait) -> None:
-    """As process 0: lets the others in, and begins when all are there."""
+    """Runs process 0's part: accepts the others, and lets all begin once all have arrived."""
     come: dict[int, socket.socket] = {}
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(program))
@@ -113,7 +114,7 @@ def _dismiss(
     hear: Callable[[], None],
     seconds: float,
 ) -> None:
-    """Tells all why nothing begins; those that call within some seconds, too."""
+    """Tells all processes why the run does not begin, including those that call a little later."""
     told: set[int] = set()
     end = time.monotonic() + seconds
     while True:
@@ -122,7 +123,7 @@ def _dismiss(
             told.add(number)
         if len(told) >= others or time.monotonic() >= end:
             return
-        # Whatever else does not fit, one reason is enough.
+        # One reason is enough: ignore further mismatches.
         with suppress(InputError):
             hear()
 
@@ -134,7 +135,7 @@ def _listen(program: Program) -> socket.socket:
         listener = socket.socket(family, kind, proto)
         with ExitStack() as undo:
             undo.callback(listener.close)
-            # Calls of an earlier program may linger for a minute.
+            # Connections of an earlier program may block the port for a minute.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             listener.listen(program.size + _STRANGERS)
@@ -147,7 +148,7 @@ def _listen(program: Program) -> socket.socket:
 
 
 def _reached_from(program: Program, listener: socket.socket) -> str:
-    """A remark, where a host's name leads no further than the host: as Debian sets its own up."""
+    """Returns a remark if the host's name resolves to loopback, as in Debian's default setup."""
     address = listener.getsockname()[0]
     only_here = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     if not only_here or program.address()[0] in ("localhost", address):
@@ -186,7 +187,7 @@ def _hear(
     card: Card,
     come: dict[int, socket.socket],
 ) -> None:
-    """Takes what a caller sends: a card, a part of one, or an end."""
+    """Reads what a caller sends: a card, a part of a card, or the end of the connection."""
     call: Any = key.fileobj
     try:
         data = call.recv(2**16)
@@ -215,7 +216,7 @@ def _hear(
 
 
 def _admit(theirs: Card, ours: Card, come: Mapping[int, socket.socket]) -> int:
-    """The number of a caller that belongs here."""
+    """Returns the process number of a caller that belongs to this program."""
     number, count = theirs.get("process"), ours["count"]
     if not isinstance(theirs.get("same"), dict):
         raise _StrayError("process 0 is of another version of flexmoe_jax")
@@ -231,7 +232,7 @@ def _admit(theirs: Card, ours: Card, come: Mapping[int, socket.socket]) -> int:
 def _compare(number: int, theirs: Card, ours: Card) -> None:
     for name in sorted(ours.keys() | theirs.keys()):
         here, there = ours.get(name), theirs.get(name)
-        # As text: one NaN is as good as another. What files hold is compared once they are read.
+        # Compare as text, so that NaN equals NaN. File contents are compared after they are read.
         if json.dumps(here) != json.dumps(there) and not may_have_moved(name, here, there):
             remedy = (
                 f"process {number} has {there}; give all processes of a run the same, or start "
@@ -241,7 +242,7 @@ def _compare(number: int, theirs: Card, ours: Card) -> None:
 
 
 def _call(program: Program, card: Card, wait: _Wait) -> None:
-    """As any other process: calls process 0 until it says that all begin."""
+    """Runs any other process's part: calls process 0 until it says that all begin."""
     why = "nobody listens there"
     while wait.left() > 0:
         wait.show(f"waiting for process 0 at {program.coordinator}")
@@ -269,10 +270,10 @@ def _call(program: Program, card: Card, wait: _Wait) -> None:
 
 
 def _lines(call: socket.socket, wait: _Wait) -> Iterator[Card]:
-    """What process 0 says; ends with the call, or with anything that is not ours."""
+    """Yields process 0's messages, until the connection ends or an unknown message arrives."""
     rest = b""
     while len(rest) < _LONGEST:
-        # It is process 0 that knows who is missing when time is up.
+        # Wait a little longer than process 0: only it knows which processes are missing.
         call.settimeout(max(0.0, wait.left()) + _PATIENCE_SECONDS)
         data = call.recv(4096)
         *whole, rest = (rest + data).split(b"\n")
@@ -285,7 +286,7 @@ def _lines(call: socket.socket, wait: _Wait) -> Iterator[Card]:
 
 
 def _json(line: bytes) -> Card:
-    """A line's object, empty where it holds none."""
+    """Returns the JSON object of a line; empty if the line has none."""
     with suppress(ValueError, RecursionError):
         said = json.loads(line)
         return said if isinstance(said, dict) else {}

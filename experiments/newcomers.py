@@ -1,4 +1,4 @@
-"""How clients fare that a run keeps out of training: probed, given experts and tested."""
+"""Evaluates newcomers, clients kept out of training: they are probed, given experts and tested."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from flexmoe_jax.simulation import TestSet
 from flexmoe_jax.types import Own, State
 
 Judge = Callable[[State], Metrics]
-"""State of a federation -> the figures of its newcomers."""
+"""Maps the state of a federation to figures, such as those of its newcomers."""
 
-# A few batches of a client's: enough to tell experts apart by what they make of the same examples.
+# Batches per client for probing: enough to compare experts on the same examples.
 _BATCHES = 4
 
 
@@ -34,12 +34,12 @@ def make_judge(
     test: TestSet,
     mesh: Mesh,
 ) -> Judge | None:
-    """What says how newcomers fare; None where there are none.
+    """Makes the function that evaluates newcomers; None if there are no newcomers.
 
     Args:
-      config: of the run.
-      federation: of the clients that train.
-      examples: of them, and of the newcomers.
+      config: the config of the run.
+      federation: the federation of the clients that train.
+      examples: examples of these clients, and of the newcomers.
       capacity: (n,) k_c of the newcomers.
       test: the test set of the clients that train.
       mesh: the devices.
@@ -78,13 +78,16 @@ def make_judge(
 def _traffic(
     federation: Federation, shortlist: int, fitness: np.ndarray, solutions: tuple[Solution, ...]
 ) -> simulation.Traffic:
-    """What newcomers are sent, to be asked and then to hold: of a shortlist these experts alone.
+    """Computes the bytes sent to newcomers to probe experts, and then to hold some of them.
+
+    With a shortlist, a newcomer downloads only the experts on it and those it is assigned.
 
     Args:
-      federation: of the clients that train.
-      shortlist: experts that a newcomer is asked about; 0 for all.
-      fitness: (G, n, E) what newcomers said; the least of a row for experts it was not asked about.
-      solutions: of each layer.
+      federation: the federation of the clients that train.
+      shortlist: number of experts that a newcomer probes; 0 for all.
+      fitness: (G, n, E) fitness that newcomers report; experts that a newcomer does not probe have
+        the lowest value of its rows.
+      solutions: the assignment of each layer group.
     """
     everything = simulation.probe_traffic(federation, fitness.shape[1])
     if not shortlist:
@@ -97,7 +100,7 @@ def _traffic(
 
 
 def notes_on_newcomers(config: ConfigDict, federation: Federation) -> tuple[str, ...]:
-    """What a user should know of newcomers before trusting their figures."""
+    """Returns notes on newcomers that a user should read before trusting their figures."""
     kept = {"gate": "gates", "private": "private parts"}.items()
     untrained = [words for owner, words in kept if owner in federation.layout.owner]
     if not config.clients.newcomers or not untrained:

@@ -1,4 +1,4 @@
-"""All options, in the order of a config, and their table: docs/options.md.
+"""All options, in the order of a config, and their table in docs/options.md.
 
 python -m experiments.options > docs/options.md
 """
@@ -79,7 +79,7 @@ RECORDS: tuple[type[Options], ...] = (
     CheckpointOptions,
     DisplayOptions,
 )
-"""Records of all options; those of one section stand together."""
+"""Records of all options; records of the same section are adjacent."""
 
 
 _HEAD = """# Options
@@ -92,7 +92,7 @@ name.
 
 
 def describe() -> str:
-    """A Markdown table of each record."""
+    """Returns a Markdown document with a table for each record."""
     lines = [_HEAD]
     for record in RECORDS:
         lines += [f"## {_summary(record)} (`{record.__name__}`)", ""]

@@ -1,4 +1,4 @@
-"""A model of a run as files: parameters, compiled function, description, and how to load them."""
+"""Converts a run's model to files: parameters, compiled function, description and README."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Portable(NamedTuple):
     """A model as files.
 
     Attributes:
-      files: their content by name.
-      notes: sentences on what a user should know of the model.
+      files: content of each file, by name.
+      notes: sentences that a user of the model should read.
     """
 
     files: dict[str, bytes]
@@ -41,15 +41,15 @@ class Portable(NamedTuple):
 
 
 def make_portable(folder: Path, client: int | None, data_dir: str | None = None) -> Portable:
-    """Takes a model out of a run.
+    """Extracts a model from a run.
 
     Args:
-      folder: of the run, which is left as it is.
-      client: whose model; None for that of all experts together.
-      data_dir: where the run's data are now; None for where they were.
+      folder: folder of the run; it is not changed.
+      client: number of the client whose model is exported; None for all experts together.
+      data_dir: the present folder of the run's data; None if they have not moved.
 
     Raises:
-      InputError: the folder holds no such model, or other data have taken the place of the run's.
+      InputError: the folder holds no such model, or the run's data have been replaced.
     """
     workdir = Workdir(folder, writes=False)
     config = run_config(workdir, data_dir)
@@ -93,7 +93,7 @@ def _standing(done: int, rounds: int) -> tuple[str, ...]:
 
 
 def run_config(workdir: Workdir, data_dir: str | None) -> ConfigDict:
-    """The config that a run was made from, to be computed on one device.
+    """Returns the config of a run, changed to use one device.
 
     Raises:
       InputError: the folder holds no run, or one of another version.
@@ -119,7 +119,7 @@ def run_config(workdir: Workdir, data_dir: str | None) -> ConfigDict:
 
 
 def standalone(experiment: Experiment, state: State, client: int | None) -> Standalone:
-    """The model that is asked for, as evaluation runs it."""
+    """Returns the requested model, in the form that evaluation uses."""
     federation = experiment.simulation.setting.federation
     if client is None:
         return simulation.assembled_model(federation, state)
@@ -129,10 +129,10 @@ def standalone(experiment: Experiment, state: State, client: int | None) -> Stan
 
 
 def compiled(experiment: Experiment, config: ConfigDict, model: Standalone) -> export.Exported:
-    """The function of parameters and raw inputs, for any number of them (and any length of text).
+    """Compiles the function of parameters and raw inputs, for any batch size and text length.
 
     Raises:
-      InputError: the model cannot be compiled without knowing how many.
+      InputError: the model cannot be compiled for an unknown batch size.
     """
     inputs = experiment.simulation.setting.federation.inputs
     spec = ", ".join(map(str, ("b", *inputs.shape[1:])))
@@ -145,7 +145,7 @@ def compiled(experiment: Experiment, config: ConfigDict, model: Standalone) -> e
     try:
         try:
             return export.export(function, platforms=PLATFORMS)(*arguments)
-        except NotImplementedError:  # A part of it exists on some platforms alone.
+        except NotImplementedError:  # Some operation does not exist on all platforms.
             return export.export(function)(*arguments)
     except Exception as error:  # A user's backbone can fail in any way.
         reason = " ".join(str(error).split())[:300]
@@ -154,14 +154,14 @@ def compiled(experiment: Experiment, config: ConfigDict, model: Standalone) -> e
 
 
 def limits(config: ConfigDict) -> tuple[str, ...]:
-    """What sizes that may be any have to keep to nevertheless."""
+    """Returns the constraints on variable sizes."""
     if config.task.name == "next_token" and config.model.positions == "learnt":
         return (f"s <= {config.data.length}",)
     return ()
 
 
 def describe(experiment: Experiment, config: ConfigDict, model: Standalone) -> dict[str, Any]:
-    """What a user of the files has to know of the model."""
+    """Returns the description of the model that a user of the files needs."""
     description: dict[str, Any] = {
         "task": config.task.name,
         "data": config.data.name,
@@ -186,13 +186,13 @@ def describe(experiment: Experiment, config: ConfigDict, model: Standalone) -> d
 
 
 def _shape(aval: Any) -> dict[str, Any]:
-    """Type and shape; sizes that may be any are names."""
+    """Returns type and shape of an array; variable sizes are given by name."""
     sides = [side if isinstance(side, int) else str(side) for side in aval.shape]
     return {"dtype": str(aval.dtype), "shape": sides}
 
 
 def read_me(description: dict[str, Any]) -> str:
-    """How to load the files, in Markdown."""
+    """Returns the README, in Markdown, which explains how to load the files."""
     function, name = description["function"], description["model"]
     inputs, outputs = function["inputs"], function["outputs"]
     some = ["3" if side == "b" else "8" if side == "s" else side for side in inputs["shape"]]

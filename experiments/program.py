@@ -1,8 +1,8 @@
-"""Which processes are one run: as the flags say, or the launcher that started them.
+"""Finds the processes that share one run, from the flags or from the launcher that started them.
 
-A variable of a batch queue says little by itself: a shell inside an allocation has them too, and
-hands them on to all that it starts. So a process is alone unless it is asked to join others, or
-Slurm says that it started this very process as one task of several.
+A batch queue's environment variables alone prove little: a shell inside an allocation has them too,
+and passes them on to every program that it starts. So a process is alone unless the user asks it to
+join others, or Slurm started exactly this process as one of several tasks.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _SECONDS = flags.DEFINE_integer(
     "join_seconds", 15, "How long to wait for the other processes of the run.", lower_bound=1
 )
 
-# From here on: the range in which JAX, too, looks for a port.
+# The range of ports from which JAX, too, chooses its port.
 _FIRST_PORT, _PORTS = 61440, 4096
 
 
 class Program(NamedTuple):
-    """One run over several processes, and which of them this is.
+    """A run over several processes, with the number of this process.
 
     Attributes:
-      coordinator: host:port of process 0; empty where JAX finds the others by itself.
-      size: number of processes; 0 where JAX finds them.
-      number: of this process, from 0.
-      local: number of this process on its machine, for a GPU of its own; None for all devices.
+      coordinator: host:port of process 0; empty if JAX finds the others by itself.
+      size: number of processes; 0 if JAX finds them.
+      number: number of this process, from 0.
+      local: number of this process on its machine, which selects its GPU; None for all devices.
       seconds: how long to wait for the others.
     """
 
@@ -54,10 +54,10 @@ class Program(NamedTuple):
     seconds: int = 15
 
     def address(self) -> tuple[str, int]:
-        """Host and port of the coordinator.
+        """Returns host and port of the coordinator.
 
         Raises:
-          InputError: it is not of the form host:port.
+          InputError: the address is not of the form host:port.
         """
         host, colon, port = self.coordinator.rpartition(":")
         if not (colon and host and port.isdecimal() and 0 < int(port) < 2**16):
@@ -67,7 +67,7 @@ class Program(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What the flags say of other processes; None where they say nothing."""
+    """The flags about other processes; None for a flag that is not given."""
 
     distributed: str | None = None
     coordinator: str | None = None
@@ -77,25 +77,25 @@ class Asked(NamedTuple):
 
 
 def asked() -> Asked:
-    """The flags of this process."""
+    """Returns the flags of this process."""
     return Asked(
         _DISTRIBUTED.value, _COORDINATOR.value, _PROCESS.value, _PROCESSES.value, _SECONDS.value
     )
 
 
 def find_program(asked: Asked, environ: Mapping[str, str], pid: int) -> Program | None:
-    """The program of several processes that this one belongs to.
+    """Finds the program of several processes that this process belongs to.
 
     Args:
-      asked: what the flags say.
-      environ: variables of this process.
-      pid: its number in the system.
+      asked: the flags about other processes.
+      environ: environment variables of this process.
+      pid: process id of this process.
 
     Returns:
-      None where it is alone.
+      The program; None if this process is alone.
 
     Raises:
-      InputError: flags that do not fit together, or nothing to join where that was asked for.
+      InputError: the flags do not fit together, or the processes to join cannot be found.
     """
     if (program := _from_flags(asked)) is not None:
         return program if program.size > 1 else None
@@ -113,7 +113,7 @@ def find_program(asked: Asked, environ: Mapping[str, str], pid: int) -> Program 
 
 
 def advice(asked: Asked, environ: Mapping[str, str]) -> str:
-    """What to say to a process that is alone among others; empty where nothing looks like it."""
+    """Returns advice for a process that runs alone beside other tasks; empty if there are none."""
     if asked.distributed or asked.coordinator:
         return ""
     for name, kind in (("SLURM_STEP_NUM_TASKS", "Slurm step"), ("OMPI_COMM_WORLD_SIZE", "mpirun")):
@@ -158,7 +158,7 @@ def _of_launcher(environ: Mapping[str, str]) -> Program:
 
 
 def _is_task(environ: Mapping[str, str], pid: int) -> bool:
-    """Whether Slurm started this very process as one of several tasks."""
+    """Returns whether Slurm started exactly this process as one of several tasks."""
     return (
         _number(environ, "SLURM_TASK_PID") == pid
         and (_number(environ, "SLURM_STEP_NUM_TASKS") or 0) > 1
@@ -167,7 +167,7 @@ def _is_task(environ: Mapping[str, str], pid: int) -> bool:
 
 
 def _is_tpu_pod(environ: Mapping[str, str]) -> bool:
-    """Whether this machine's TPU is a part of a larger one, which no process can use alone."""
+    """Returns whether this machine's TPU is part of a pod, which one process cannot use alone."""
     platforms = environ.get("JAX_PLATFORMS", "")
     return (
         "," in environ.get("TPU_WORKER_HOSTNAMES", "")
@@ -180,7 +180,7 @@ def _of_slurm(environ: Mapping[str, str]) -> Program:
     nodes = environ.get("SLURM_STEP_NODELIST", "")
     if not nodes:
         raise _not_found("no step of Slurm around this: start it with srun")
-    # `SLURM_NTASKS` is the allocation's outside a step.
+    # Outside a step, `SLURM_NTASKS` belongs to the allocation.
     size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
     count, number = _required(environ, size), _required(environ, "SLURM_PROCID")
     job, step = _required(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID") or 0
@@ -194,7 +194,7 @@ def _of_slurm(environ: Mapping[str, str]) -> Program:
 def _of_open_mpi(environ: Mapping[str, str]) -> Program:
     size, rank = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"
     count, number = _required(environ, size), _required(environ, rank)
-    # Open MPI 4 says where it was started; later ones name the job alone.
+    # Open MPI 4 gives the address where it was started; later versions give only the job's name.
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
     job = uri or environ.get("PMIX_NAMESPACE", "")
     address = re.search(r"tcp://([^,:]+)|tcp6://\[([^],]+)", uri)
@@ -220,13 +220,13 @@ def _numbered(program: Program) -> Program:
 
 
 def _port(environ: Mapping[str, str], job: int) -> str:
-    """A port that all tasks of a job name, and another job hardly."""
+    """Returns a port that is the same for all tasks of a job, and most likely differs by job."""
     return environ.get("JAX_COORDINATOR_PORT") or str(_FIRST_PORT + job % _PORTS)
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:
     given = environ.get(name, "")
-    # More digits than any counter has are no number, but work for `int`.
+    # A number with more digits than any counter is not valid, and would only cost `int` time.
     return int(given) if re.fullmatch(r"[0-9]{1,18}", given) else None
 
 

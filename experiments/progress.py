@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: a row per evaluation, and a bar on a terminal."""
+"""Shows the progress of a run: one row per evaluation, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from flexmoe_jax.errors import printable
 
 
 def columns(task: str, newcomers: bool = False) -> tuple[tuple[str, str, str], ...]:
-    """Heading, key in metrics.jsonl and format of each; accuracies alone tell of classes."""
+    """Returns heading, key in metrics.jsonl and format of each column.
+
+    Only classification has accuracies; the other tasks show losses.
+    """
     measure = "accuracy" if task == "classification" else "loss"
     judged = ("personal", "global", "server", *(["newcomer"] if newcomers else []))
     return (
@@ -29,14 +32,14 @@ def columns(task: str, newcomers: bool = False) -> tuple[tuple[str, str, str], .
 
 
 class ProgressDisplay:
-    """Live display of a run, to be used as a context manager.
+    """Live display of a run, used as a context manager.
 
     Args:
       rounds: T.
       done: rounds completed before this start.
-      quiet: shows nothing, as in all processes of a run but one.
-      task: what is learnt; decides which figures are shown, and in what losses are told.
-      newcomers: whether some clients are kept out of training, who then have a column.
+      quiet: show nothing; only one process of a run has a display.
+      task: the learning task; it determines which figures are shown, and the unit of losses.
+      newcomers: whether some clients are kept out of training; they then have a column.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class ProgressDisplay:
     def update(self, metrics: Mapping[str, object]) -> None:
         """Shows a finished round."""
         done, now = int(str(metrics["round"])), time.monotonic()
-        # The first round compiles, so the pace is taken from its end.
+        # The first round includes compilation, so the pace is measured from its end.
         self._start = self._start or (now, done)
         paced = done - self._start[1]
         left = (now - self._start[0]) / paced * (self._rounds - done) if paced else None

@@ -2,9 +2,9 @@
 
     python -m experiments.report DIR [DIR ...] [--out FILE]
 
-One workdir gives DIR/report/index.html, several give a comparison, report.html in the folder that
-they share, unless --out says otherwise. A run that is still going can be reported, too. The folder
-of a sweep gives the page of its study, with all seeds of a method in one line.
+One workdir gives DIR/report/index.html. Several give a comparison, report.html in their common
+parent folder, unless --out says otherwise. A run that is not finished can be reported, too. The
+folder of a sweep gives the page of its study, with all seeds of a method in one line.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | Path | N
     """Writes the page of one workdir or study, or the comparison of several workdirs.
 
     Args:
-      workdirs: folders that training runs wrote, or the one that a sweep wrote; one named twice
-        counts once.
+      workdirs: folders that training runs wrote, or the one that a sweep wrote; a folder given
+        twice counts once.
       out: the file to write; by default DIR/report/index.html for one workdir and report.html in
-        the common parent for several. Replaced at once when the page is complete.
+        the common parent for several. It is replaced in one step when the page is complete.
 
     Returns:
       the path of the page.
@@ -46,7 +46,7 @@ def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | Path | N
     if page.is_dir():
         raise InputError("out", page, f"is a folder; give a file such as {page / 'report.html'}")
 
-    # Matplotlib takes most of a second to import; whoever gave a wrong folder need not wait for it.
+    # Matplotlib takes most of a second to import: do it after the folders have been checked.
     from experiments.reporting.page import render
     from experiments.studying.page import render_study
 
@@ -61,7 +61,7 @@ def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | Path | N
 
 
 def default_out(folders: Sequence[Path]) -> Path:
-    """Where the page goes unless the user says: into the run, or beside the runs."""
+    """Returns the default path of the page: in the run's folder, or beside several runs."""
     if len(folders) == 1:
         return folders[0] / "report" / "index.html"
     return Path(os.path.commonpath([f.resolve() for f in folders])) / "report.html"
@@ -78,6 +78,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Declared here, so that whoever imports `write_report` gets no flag along with it.
+    # Defined here, so that importing `write_report` defines no flag.
     flags.DEFINE_string("out", None, "the HTML file to write")
     run_cli(main)

@@ -1,4 +1,4 @@
-"""One round after another: assigned, carried, looked at and put into numbers."""
+"""Runs rounds one after another: assigns experts, trains, checks the result and reports metrics."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from flexmoe_jax.types import RoundReport, State
 
 
 class DivergedError(RuntimeError):
-    """The training loss, or the model, is no longer a number."""
+    """The training loss or the model is not a number, or no update of a round can be used."""
 
 
 class Assigned(NamedTuple):
-    """A round before it begins: who is asked (P,), what each would hold, and its bytes."""
+    """A round before it begins: the cohort (P,), the experts assigned to it, and the traffic."""
 
     cohort: np.ndarray
     solutions: tuple[Solution, ...]
@@ -34,18 +34,19 @@ class Assigned(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Wall time of the assignment."""
+        """Wall time that the solvers took for the assignment."""
         return sum(solution.seconds for solution in self.solutions)
 
 
 class Carried(NamedTuple):
-    """A round that was carried to its end, or is on its way there on the device.
+    """A round that is finished, or is still being computed on the device.
 
     Attributes:
-      state: after it.
-      clients: (P,) of its plan.
-      outcome: what became of each client's work.
-      report: of the round.
+      state: the state after the round.
+      clients: (P,) clients of the round's plan.
+      outcome: each client's share of work, whether the client was reached and its update delivered,
+        and the seconds of the round.
+      report: the report of the round.
     """
 
     state: State
@@ -55,11 +56,11 @@ class Carried(NamedTuple):
 
 
 Carry = Callable[[Experiment, State, ClientData, Assigned], Carried]
-"""(experiment, state, the cohort's examples, who holds what) -> the round, carried."""
+"""(experiment, state, the cohort's examples, assigned experts) -> the round after training."""
 
 
 def play(experiment: Experiment, state: State, examples: ClientData, assigned: Assigned) -> Carried:
-    """Carries a round by simulating it."""
+    """Carries out a round by simulation."""
     simulation, done = experiment.simulation, int(state.server.round)
     arrival, outcome = experiment.network.play(assigned.cohort, assigned.traffic, done)
     plan = simulation.plan(assigned.cohort, assigned.solutions, arrival)
@@ -75,16 +76,16 @@ def run_rounds(
     first: int = 0,
     carry: Carry | None = None,
 ) -> Iterator[tuple[State, Metrics]]:
-    """Runs rounds from number `first` (from 0) to the last, one each time the next is asked for.
+    """Runs rounds from number `first` (from 0) to the last, one per step of the iterator.
 
-    While the device trains a cohort, the host sends the examples of the next, if they are not there
-    already; while it evaluates, the host assigns the next round's experts.
+    While the device trains a cohort, the host sends the examples of the next cohort, if they are
+    not on the device yet. While the device evaluates, the host assigns the next round's experts.
 
     Yields:
       The new state, which the next round consumes, and the round's line of metrics.jsonl.
 
     Raises:
-      DivergedError: a client's loss or the model is not a number, or nothing of it can be used.
+      DivergedError: a client's loss or the model is not a number, or no update can be used.
     """
     network, carry = experiment.network, carry or play
     if first == config.rounds:
@@ -116,7 +117,7 @@ def run_rounds(
             evaluation = experiment.simulation.evaluate(state, experiment.test, experiment.about)
         if not last:
             assigned = _assign(config, experiment, state, cohort, examples)
-        # Only now is the evaluation waited for.
+        # The host waits for the evaluation only here.
         if evaluation is not None:
             metrics |= evaluation_figures(evaluation)
             for judge in experiment.judges:
@@ -131,7 +132,7 @@ def _assign(
     cohort: np.ndarray,
     examples: ClientData,
 ) -> Assigned:
-    """Deals experts out to a cohort, and counts what that sends."""
+    """Assigns experts to a cohort, and computes the traffic of the round."""
     simulation = experiment.simulation
     solutions = simulation.assign(state, cohort, examples)
     assignment = np.stack([solution.assignment for solution in solutions], axis=1)
@@ -139,14 +140,14 @@ def _assign(
     if config.edge.cache:
         fresh = np.asarray(state.server.ledger.fresh)[:, cohort].swapaxes(0, 1)
     sent = traffic(assignment, experiment.payload, fresh)
-    if config.fitness.probe == "all":  # What clients train they have been sent to be asked.
+    if config.fitness.probe == "all":  # Clients already have the experts, from probing.
         asked = probe_traffic(simulation.setting.federation, len(cohort))
         sent = Traffic(asked.down, sent.up + asked.up, np.zeros_like(sent.cached))
     return Assigned(cohort, solutions, sent)
 
 
 def privacy_spent(config: ConfigDict, rounds: int) -> Metrics:
-    """ε after so many rounds; nothing where no noise protects anybody."""
+    """Returns ε after a number of rounds; no figure if no noise is added."""
     if not config.server.noise_multiplier:
         return {}
     spent = epsilon(config.server.noise_multiplier, rounds, config.server.delta)
@@ -155,14 +156,14 @@ def privacy_spent(config: ConfigDict, rounds: int) -> Metrics:
 
 
 def existing(metrics: Metrics) -> Metrics:
-    """Leaves out figures that do not exist, as the balance of a round without load."""
+    """Leaves out figures that are NaN, as the balance of a round without load."""
     return {key: value for key, value in metrics.items() if value == value}
 
 
 def round_metrics(
     state: State, assigned: Assigned, outcome: Outcome, report: RoundReport
 ) -> Metrics:
-    """What a round says of itself: loss, balance, assignment, clients and bytes."""
+    """Returns the metrics of a round: loss, balance, assignment, clients and bytes."""
     traffic, ledger = assigned.traffic, state.server.ledger
     solution = worst(assigned.solutions)
     load = np.stack([one.load for one in assigned.solutions])
@@ -190,12 +191,12 @@ def round_metrics(
 
 
 def worst(solutions: Sequence[Solution]) -> Solution:
-    """Of the solutions for several layers the one with the largest gap, or that fell back."""
+    """Returns the layers' worst solution: one that fell back, or else the one of largest gap."""
     return max(solutions, key=lambda one: (fell_back(one.status), one.gap))
 
 
 def imbalance(load: np.ndarray) -> float:
-    """Mean over groups of MoE layers of the coefficient of variation of loads (G, E)."""
+    """Returns the coefficient of variation of loads (G, E), averaged over groups of MoE layers."""
     return float(np.mean([coefficient_of_variation(one) for one in load]))
 
 
@@ -206,16 +207,16 @@ def check_health(
     round_index: int,
     config: ConfigDict,
 ) -> None:
-    """Stops a run whose loss or model is no longer a number, or none of whose updates can be used.
+    """Stops a run if its loss or model is not a number, or if no update can be used.
 
-    That all updates of a small cohort are refused is no fault of the run if all of it is faulty.
+    If all clients of a small cohort are faulty, their updates may all be rejected without an error.
 
     Args:
-      report: of the round.
-      clients: (P,) of the plan.
+      report: the report of the round.
+      clients: (P,) clients of the plan.
       faulty: (C,) bool, clients whose updates are tampered with.
-      round_index: of the round, from 0.
-      config: of the run.
+      round_index: number of the round, from 0.
+      config: the config of the run.
 
     Raises:
       DivergedError: naming the round, the clients and the learning rate.

@@ -3,14 +3,14 @@
     python -m experiments.serve --config=experiments/configs/digits.py --workdir=runs/served \
         --config.clients.count=4 --host=192.0.2.7 --certificates=keys --client_keys=clients
 
-Clients come with `python -m experiments.join`; the first round begins once `clients.count` of them
-are there. The run's folder is that of `experiments.train`, and the same command goes on after
-whatever ended it. The data set that the config names is the server's own: its test split is the
-common test set, and the rest gives classes, shapes and the mean and deviation of inputs.
+Clients connect with `python -m experiments.join`; the first round begins once `clients.count` of
+them are connected. The run's folder is like that of `experiments.train`, and the same command
+continues after any interruption. The data set in the config is the server's own: its test split is
+the common test set, and the rest gives classes, shapes and the mean and deviation of inputs.
 
-Flower's SuperLink carries the messages, and is started again should it fail. Outside of this
-machine it needs certificates (`--make_certificates=DIR` writes some for a try-out), and the public
-keys of the clients that may come.
+Flower's SuperLink transports the messages, and is restarted if it fails. To serve other machines,
+it needs certificates (`--make_certificates=DIR` writes some for a trial), and the public keys of
+the clients that may connect.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
       exit code: 0, or 1 if the run diverged, or 128 + the number of the signal that ended it.
 
     Raises:
-      InputError: flags or config cannot be used; nothing is written then.
+      InputError: the flags or the config are invalid; nothing is written then.
     """
     refuse_words(argv)
     if _MAKE.value:
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
 
 
 def serve(config: ConfigDict, folder: Path) -> int:
-    """Starts Flower, and trains with the clients that come."""
+    """Starts Flower, and trains with the clients that connect."""
     from experiments.deploying.checks import check_deployable
     from experiments.deploying.flower import SuperLink, read_keys, read_tls, require_free
 
@@ -91,7 +91,7 @@ def serve(config: ConfigDict, folder: Path) -> int:
     if keys is not None and tls is None:
         raise InputError("--client_keys", given[1], "needs --certificates=DIR as well")
     require_free(_HOST.value, _PORT.value)
-    # Whoever gave a wrong flag need not wait for JAX.
+    # Import JAX only now, so that a wrong flag is reported at once.
     from experiments.deploying.serving import Deployment
     from experiments.devices import prepare_devices
     from experiments.train import train
@@ -99,7 +99,7 @@ def serve(config: ConfigDict, folder: Path) -> int:
     from flexmoe_jax.deploy import FlowerCarrier, Post
 
     prepare_devices(1)
-    config.checkpoint.every = 1  # A client that was told of a round does not go back behind it.
+    config.checkpoint.every = 1  # Clients cannot return to a round before the last one they know.
     workdir = Workdir(folder)
     workdir.keep_others_out(create=False)
     with tempfile.TemporaryDirectory(prefix="flexmoe-") as home:

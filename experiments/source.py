@@ -1,4 +1,4 @@
-"""Python files that users write: configs and studies."""
+"""Runs Python files that users write: configs and studies."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from flexmoe_jax.errors import InputError
 
 
 def call_in_file(field: str, path: Path, function: str, *arguments: str, examples: str) -> object:
-    """Runs a Python file, and a function that it defines.
+    """Runs a Python file, and calls a function that it defines.
 
     Args:
       field: the flag that names the file.
-      path: of the file.
-      function: its name.
-      *arguments: of the function.
+      path: path of the file.
+      function: name of the function.
+      *arguments: arguments of the function.
       examples: folder of `experiments` that holds files of this kind.
 
     Returns:
-      what the function does.
+      the return value of the function.
 
     Raises:
-      InputError: there is no such file or function, or either fails, with the line where it does.
+      InputError: the file or function does not exist, or fails; the message names the line.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise InputError(field, path, f"{what}; experiments/{examples}/ holds examples")
-    # Dataclasses look their module up under its name.
+    # Dataclasses look up their module in `sys.modules` by its name.
     name = f"{function}_of_{path.stem}"
     loader = importlib.machinery.SourceFileLoader(name, str(path))
     spec = importlib.machinery.ModuleSpec(name, loader, origin=str(path))
@@ -50,7 +50,7 @@ def call_in_file(field: str, path: Path, function: str, *arguments: str, example
 
 
 def _where(error: BaseException, path: Path) -> str:
-    """What went wrong, and in which line of the file."""
+    """Describes an error, with the line of the file where it occurred."""
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)

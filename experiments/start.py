@@ -1,7 +1,7 @@
-"""One start of a training run: flags, the processes that share it, signals, and how it ends.
+"""Starts a training run: handles flags, the processes that share it, signals, and its end.
 
-What takes seconds to import is imported late: bad flags are refused at once, and a process that
-only watches over another one stays small.
+Modules that take seconds to import are imported late. Invalid flags are thus rejected at once, and
+a process that only watches another one needs little memory.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _REPORT = flags.DEFINE_bool(
     "report", True, "Write the report's page at the end; without it: python -m experiments.report."
 )
 
-# In what JAX and the libraries below it say when another process of the program is gone.
+# Words in the messages of JAX and its libraries when another process of the program is gone.
 _LOST = ("gloo", "nccl", "coordination", "distributed service", "heartbeat")
 _LAST_WORDS_SECONDS = 2.0
 
 
 def run() -> NoReturn:
-    """`python -m experiments.train`, to its end."""
-    # For --help, which knows the flags of the module that was started.
+    """Runs `python -m experiments.train` to its end."""
+    # --help shows only the flags of the started module, so register these flags for it.
     ours = (__name__, find_program.__module__)
     found = [flag for module in ours for flag in flags.FLAGS.get_flags_for_module(module)]
     for flag in [flags.FLAGS["config"], *found]:
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
       ended it, with everything saved.
 
     Raises:
-      InputError: flags or config cannot be used; nothing is written then.
+      InputError: the flags or the config are invalid; nothing is written then.
     """
     refuse_words(argv)
     config = read_config("config")
@@ -93,9 +93,9 @@ def _alone(config: ConfigDict, folder: Path) -> int:
 
 
 def _together(config: ConfigDict, folder: Path, program: Program) -> int:
-    """As a child that `_watch` started: ends at once where it fails, alone or with the others.
+    """Trains in a child started by `_watch`; exits at once on error, even if no other child fails.
 
-    A usual exit would wait for processes that wait for this one, for minutes.
+    A normal exit would wait minutes for other processes, which in turn wait for this one.
     """
     library_errors_to_parent()
     try:
@@ -107,7 +107,7 @@ def _together(config: ConfigDict, folder: Path, program: Program) -> int:
         else:
             traceback.print_exc()
         if program.number == 0:
-            # The others may have the same to say, and end when process 0 does.
+            # The other processes end with process 0; give them time to print the same error.
             time.sleep(_LAST_WORDS_SECONDS)
         _leave(1 if line or not isinstance(error, InputError) else 2)
 
@@ -132,7 +132,7 @@ def _train(config: ConfigDict, folder: Path, program: Program | None) -> int:
         workdir.keep_others_out(create=False)
         status = train(config, workdir, stop=lambda: wish.number > 0)
         if program is not None:
-            # Nobody need wait for the report.
+            # The other processes need not wait for the report.
             jax.distributed.shutdown()
         if workdir.writes and not _REPORT.value:
             print(status)
@@ -142,14 +142,14 @@ def _train(config: ConfigDict, folder: Path, program: Program | None) -> int:
             page = write_report([folder], folder / "report" / "index.html")
             print(f"{status} · report: {printable(page)}")
     if status == "interrupted":
-        # Another process of the program may have been the one to be asked.
+        # The signal may have reached another process of the program.
         return 128 + (wish.number or SIGTERM)
     return 1 if status == "diverged" else 0
 
 
 def _fault(error: Exception, folder: Path) -> str:
-    """The line on a file that fails; empty for any other error."""
-    # The report wraps what it cannot write, as if the user had chosen the file.
+    """Returns a line about a file that cannot be read or written; empty for any other error."""
+    # `write_report` raises an InputError for a page that it cannot write, caused by an OSError.
     fault = error if isinstance(error, OSError) else error.__cause__
     if not isinstance(fault, OSError):
         return ""
@@ -160,7 +160,7 @@ def _fault(error: Exception, folder: Path) -> str:
 
 
 def _lost(said: str, folder: Path) -> str:
-    """The line on a process that is gone; empty where that is not what was said."""
+    """Returns a line about a lost process; empty if the error is not about a lost process."""
     if not any(word in said.lower() for word in _LOST):
         return ""
     return (
@@ -170,10 +170,10 @@ def _lost(said: str, folder: Path) -> str:
 
 
 def _watch(program: Program, config: ConfigDict, folder: Path) -> int:
-    """Runs this process's part of a program in a child.
+    """Runs this process's part of a program in a child process.
 
-    JAX aborts a process whose peers are gone, from a thread of its own, with a core dump. The one
-    that watches says it in a line.
+    If a peer is gone, JAX aborts the process from a background thread, with a core dump. The
+    watching process reports this in one line.
     """
     from experiments.workdir import Workdir, as_json, flatten
 
@@ -194,7 +194,7 @@ def _watch(program: Program, config: ConfigDict, folder: Path) -> int:
     if program.local is not None:
         os.environ.setdefault("JAX_LOCAL_DEVICE_IDS", str(program.local))
     with Runner() as runner:
-        # What the user gave comes last, and counts.
+        # The user's flags come last and take precedence.
         words = [sys.executable, "-m", "experiments.train", *ours, *sys.argv[1:]]
         code, said = runner.run(words)
     if code >= 0:

@@ -2,14 +2,15 @@
 
     python -m experiments.sweep --study=experiments/studies/digits_smoke.py --workdir=runs/smoke
 
-Runs that are done are skipped and half-done ones continued, so the same command goes on from
-wherever the last one stopped; several sweeps on one folder share the work. Ctrl-C ends after the
-round at work, and so does whatever ends the sweep, even kill -9. At the end stand the table
-(DIR/table.md) and the page (DIR/report/index.html). A run that is not what an edited study asks for
-is `other config`: it goes on if it lacks rounds alone, and is refused otherwise.
+Finished runs are skipped and unfinished ones continued, so the same command continues where the
+last one stopped. Several sweeps on one folder share the work. Ctrl-C stops after the current round;
+so does any other end of the sweep, even kill -9. At the end the sweep writes the table
+(DIR/table.md) and the page (DIR/report/index.html). A run whose config differs from that of an
+edited study has the status `other config`: it continues if only rounds are missing, and is refused
+otherwise.
 
-On a cluster, either one job of an array a share (`--index=$SLURM_ARRAY_TASK_ID --count=16`), or let
-the sweep submit its own (`--runner=slurm --count=16 --slurm_partition=gpu --gpus=1`).
+On a cluster, run one job of an array per share (`--index=$SLURM_ARRAY_TASK_ID --count=16`), or let
+the sweep submit its own jobs (`--runner=slurm --count=16 --slurm_partition=gpu --gpus=1`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from flexmoe_jax.errors import InputError
 
 
 def main(argv: list[str]) -> int:
-    """Runs, submits or lists what the flags say; returns the exit code."""
+    """Runs, submits or lists the study, as the flags say; returns the exit code."""
     refuse_words(argv)
     given = flags.FLAGS
     if not given.study:

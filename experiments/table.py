@@ -2,8 +2,8 @@
 
     python -m experiments.table DIR [--target=0.6] [--reference=METHOD]
 
-DIR is the --workdir of a sweep, which need not be finished: what is missing is said. The same runs
-give the same bytes. Needs nothing of the machine that ran the sweep.
+DIR is the --workdir of a sweep. The sweep need not be finished: missing runs are listed. The same
+runs give the same bytes. The tables can be written on any machine.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ def write_tables(
     """Writes the tables of a study into its folder.
 
     Args:
-      folder: of the study.
-      target: client-global accuracy in (0, 1] to which rounds, bytes and seconds are counted.
+      folder: folder of the study.
+      target: client-global accuracy in (0, 1]; the tables show the rounds, bytes and seconds that
+        a method needs to reach it.
       reference: the method that all others are compared with; empty for the study's choice.
 
     Returns:
       the paths of the Markdown, CSV and LaTeX files.
 
     Raises:
-      InputError: the folder holds no study, or the study no such method.
+      InputError: the folder holds no study, or the study has no such method.
     """
     folder = Path(folder)
     results = read_results(folder)
@@ -65,7 +66,7 @@ def write_tables(
 
 
 def remark(results: Results) -> str:
-    """How much of the study is there."""
+    """Returns a sentence on how many runs of the study are finished."""
     asked, lacking = len(results.results), len(results.missing)
     if not lacking:
         return f"All {counted(asked, 'run')} are finished.\n"
@@ -73,14 +74,14 @@ def remark(results: Results) -> str:
 
 
 def missing(results: Results) -> str:
-    """The runs that are not finished, with how far they are."""
+    """Lists the runs that are not finished, with their status."""
     said = [f"{result.trial.name}: {result.status}" for result in results.missing]
     lines = [f"- {markdown_text(line)}\n" for line in said]
     return f"### Not finished\n\n{''.join(lines)}" if lines else ""
 
 
 def noted(results: Results) -> str:
-    """What of the runs was left out, or is to be known before their figures are trusted."""
+    """Lists data that were left out, and notes to read before trusting the runs' figures."""
     lines = [f"- {markdown_text(note)}\n" for note in results.notes]
     return f"### Notes\n\n{''.join(lines)}" if lines else ""
 

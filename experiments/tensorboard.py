@@ -1,4 +1,4 @@
-"""TensorBoard event files, by tensorboardX: no TensorFlow."""
+"""Writes TensorBoard event files with tensorboardX, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class TensorBoard:
     """Writes the numbers of each round as scalars.
 
     Args:
-      folder: of the event files; None writes nothing.
+      folder: folder of the event files; None to write nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -28,7 +28,7 @@ class TensorBoard:
                 raise InputError("tensorboard", True, remedy) from error
 
     def write(self, metrics: Mapping[str, object]) -> None:
-        """Writes a round."""
+        """Writes the numbers of a round."""
         if self._folder is None:
             return
         if self._writer is None:
@@ -40,6 +40,6 @@ class TensorBoard:
                 self._writer.add_scalar(key, value, metrics["round"])
 
     def close(self) -> None:
-        """Flushes what was written."""
+        """Flushes and closes the event file."""
         if self._writer is not None:
             self._writer.close()

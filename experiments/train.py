@@ -2,18 +2,18 @@
 
     python -m experiments.train --config=experiments/configs/digits.py --workdir=runs/digits
 
-Any field of the config can be set on the command line (`--config.clients.capacity=2`). A workdir
-that holds a part of the same run is continued from its newest whole checkpoint. Ctrl-C, SIGTERM or
-a closing terminal end it after the round at work, with everything saved and exit code 128 + the
-signal's number; a second Ctrl-C ends at once. Whatever ends a run (kill -9, a full disk), the same
-command goes on with it, and ends with the same numbers (but for the noise of privacy, which is new
-each time).
+Any field of the config can be set on the command line (`--config.clients.capacity=2`). If the
+workdir holds a part of the same run, it is continued from its newest complete checkpoint. Ctrl-C,
+SIGTERM or a closing terminal end the run after the current round, with everything saved and exit
+code 128 + the signal's number; a second Ctrl-C ends it at once. After any interruption (kill -9, a
+full disk), the same command continues the run and gives the same numbers (except for privacy noise,
+which is drawn anew each time).
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    # Ends here: flags, processes and signals come before the imports below, which take seconds.
+    # `run` does not return: flags, processes and signals are handled before the slow imports below.
     from experiments.start import run
 
     run()
@@ -50,20 +50,20 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     way: Way | None = None,
 ) -> str:
-    """Runs an experiment to its last round, or on from where its workdir stands.
+    """Runs an experiment to its last round; continues the run if its workdir holds one.
 
     Args:
-      config: of the experiment.
-      workdir: of the run.
-      stop: asked after each round whether that is to be the last for now.
-      way: how rounds are carried; None to simulate them.
+      config: the config of the experiment.
+      workdir: the folder of the run.
+      stop: called after each round; True stops the run for now.
+      way: how rounds are carried out; None to simulate them.
 
     Returns:
       "finished", "interrupted" or "diverged".
 
     Raises:
-      InputError: the config or the workdir cannot be used, or is in use; nothing is written then.
-      OSError: if a file of the run cannot be written; what was written before counts.
+      InputError: the config or the workdir is invalid, or is in use; nothing is written then.
+      OSError: a file of the run cannot be written; files written before stay valid.
     """
     begin = time.monotonic()
     workdir.check(config)
@@ -113,14 +113,14 @@ def _recorded(
     display: ProgressDisplay,
     begin: float,
 ) -> Iterator[tuple[State, int]]:
-    """Passes rounds on, with their numbers, once they are recorded and shown.
+    """Records and shows rounds, and yields the state and the number of each.
 
     Args:
-      rounds: as they are run.
-      workdir: where they are recorded.
-      tensorboard: where they are, too.
+      rounds: the rounds as they are run.
+      workdir: records the rounds in metrics.jsonl.
+      tensorboard: records them as event files.
       display: shows them.
-      begin: on `time.monotonic`, when the run would have begun had it never been interrupted.
+      begin: start of the run on `time.monotonic`, as if it had never been interrupted.
     """
     told: set[str] = set()
     for state, metrics in rounds:
@@ -136,7 +136,7 @@ def _recorded(
 def _sum_up(
     workdir: Workdir, experiment: Experiment, state: State, status: str, done: int, seconds: float
 ) -> None:
-    """Writes what the report draws as matrices, and the summary."""
+    """Writes the arrays that the report draws as matrices, and the summary."""
     if status != "diverged":
         workdir.write_arrays(**arrays(experiment, state))
     workdir.write_summary(
@@ -152,7 +152,7 @@ def _sum_up(
 
 
 def compiled(experiment: Experiment) -> Experiment:
-    """The experiment with its programs compiled, all at once."""
+    """Starts to compile all programs of the experiment, in parallel."""
     network = experiment.network
     simulation = compile_ahead(
         experiment.simulation,
@@ -175,7 +175,7 @@ def _display(config: ConfigDict, done: int, quiet: bool) -> ProgressDisplay:
 
 
 def _where_it_begins(done: int, rounds: int, restored: Restored) -> list[str]:
-    """The line on that; none for a run that is new."""
+    """Returns a line that says where the run starts; none for a new run."""
     if done == rounds:
         return ["all rounds are done; to train anew, delete the folder of the run"]
     if done:
@@ -186,12 +186,12 @@ def _where_it_begins(done: int, rounds: int, restored: Restored) -> list[str]:
 
 
 class Way(NamedTuple):
-    """How the rounds of a run are carried: simulated, or by real clients.
+    """How the rounds of a run are carried out: by simulation, or by real clients.
 
     Attributes:
-      build: config -> experiment, refusing what cannot work before anything is written.
-      ready: the experiment with its programs compiled, or on their way.
-      carry: carries a round.
+      build: builds the experiment from a config; rejects invalid ones before anything is written.
+      ready: returns the experiment with its programs compiled, or being compiled.
+      carry: carries out a round.
     """
 
     build: Callable[[ConfigDict], Experiment]
@@ -203,11 +203,11 @@ SIMULATED = Way(build, compiled, play)
 
 
 def remarks(metrics: Metrics, told: set[str]) -> Iterator[str]:
-    """What a user should know of a round; of refused updates each thing once.
+    """Yields remarks on a round that the user should see; those on refused updates only once.
 
     Args:
-      metrics: of the round.
-      told: what was said before; grows.
+      metrics: the metrics of the round.
+      told: remarks made before; new ones are added.
     """
     if fell_back(metrics["assignment/status"]):
         yield metrics["assignment/status"]
@@ -220,7 +220,7 @@ def remarks(metrics: Metrics, told: set[str]) -> Iterator[str]:
 
 
 def refusals(metrics: Metrics) -> str:
-    """A sentence on updates that a round refused, to be said once; empty where there are none."""
+    """Returns a sentence on the updates that a round refused; empty if there are none."""
     if "clients/void_round" in metrics:
         return (
             "all updates refused: some were too long for their cohort, which in a first round is "
@@ -235,10 +235,10 @@ def refusals(metrics: Metrics) -> str:
 
 
 def arrays(experiment: Experiment, state: State) -> dict[str, np.ndarray]:
-    """What the report draws as matrices."""
+    """Returns the arrays that the report draws as matrices."""
     ledger = state.server.ledger
     tables = jax.device_get((ledger.fitness, ledger.held_rounds, ledger.usage))
-    # Of MoE layers that are assigned one by one: means over them, and who holds any.
+    # If MoE layers are assigned one by one, take means over them; `held` is true for any layer.
     known = [np.asarray(table).mean(axis=0) for table in tables]
     held = slots_assignment(np.asarray(state.clients.slots), known[0].shape[1]).any(axis=1)
     counts = experiment.label_counts
@@ -254,11 +254,12 @@ def arrays(experiment: Experiment, state: State) -> dict[str, np.ndarray]:
 
 
 def summarise(rows: list[Metrics], done: int = 0) -> dict[str, Any]:
-    """Final and best values: of accuracies the highest is best, of all else the lowest.
+    """Returns final and best values: the best accuracy or rate is the highest, else the lowest.
 
     Args:
-      rows: of metrics.jsonl.
-      done: rounds known to be done, told there or not. Totals over rounds that are lost are none.
+      rows: the rows of metrics.jsonl.
+      done: number of rounds known to be done, with a row or not. If rounds are lost, there are no
+        totals.
     """
     rounds = max(done, rows[-1]["round"]) if rows else done
     lost = missing_rounds(rows, rounds)
@@ -278,7 +279,7 @@ def summarise(rows: list[Metrics], done: int = 0) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and device."""
+    """Returns the versions of packages, and the device."""
     packages = ("jax", "flax", "optax", "cvxpy", "numpy")
     return {
         "versions": {
@@ -291,5 +292,5 @@ def environment() -> dict[str, Any]:
 
 
 def _anywhere(here: bool) -> bool:
-    """Whether it holds in any of the run's processes, which all must do the same."""
+    """Returns whether `here` is true in any process of the run, so that all act alike."""
     return bool(multihost_utils.process_allgather(np.array(here)).any())

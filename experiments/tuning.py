@@ -1,4 +1,4 @@
-"""What clients' models are worth after one more round's training, each for itself alone."""
+"""Evaluates clients' models after each client has trained its own model for one more round."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from flexmoe_jax.types import State
 
 
 def make_tuner(simulation: Simulation, feed: Feed, test: TestSet, about: About) -> Judge:
-    """What says how well clients do once they have fitted their models to their own examples.
+    """Makes the function that evaluates clients after they fine-tune on their own examples.
 
     Args:
-      simulation: of the federation.
-      feed: of training examples, with room for all clients.
+      simulation: the simulation of the federation.
+      feed: the feed of training examples, with room for all clients.
       test: the test set.
-      about: what is known of the clients.
+      about: facts about the clients that evaluation needs.
     """
     everybody = np.arange(simulation.setting.federation.clients)
 

@@ -1,9 +1,9 @@
 """The folder of a run: config.json, inputs.json, metrics.jsonl, summary.json, arrays.npz.
 
-Beside them lie checkpoints/ and report/. One process at a time works there, and has the empty file
-run.lock locked for as long. Files are replaced in one step, so a process killed at any moment, or a
-full disk, leaves the old file or the new one. Only metrics.jsonl grows line by line; lines of it
-that are damaged are lost, and no others.
+The folder also has checkpoints/ and report/. One process at a time works there, and meanwhile locks
+the empty file run.lock. Files are replaced in one step, so a killed process or a full disk leaves
+the old file or the new one. Only metrics.jsonl grows line by line; if some of its lines are
+damaged, only these are lost.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from flexmoe_jax.reading import UnreadableError, is_number, read_json
 
 _LOCK = "run.lock"
 
-# Fields, and groups of them, that say where and how a run is computed, not what: a run may be
-# moved, and go on elsewhere.
+# Fields and groups of fields that say where and how a run is computed, not what. They may change
+# when a run is moved and continued elsewhere.
 INCIDENTAL = (
     "data.dir",
     "data.download",
@@ -44,13 +44,13 @@ INCIDENTAL = (
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
-    """The config as plain JSON values."""
+    """Converts a config to plain JSON values."""
     plain: dict[str, Any] = json.loads(config.to_json())
     return plain
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping to a flat one with dotted keys."""
+    """Converts a nested mapping to a flat one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -61,12 +61,15 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def incidental(field: str) -> bool:
-    """Whether runs that differ in a field are nevertheless the same experiment."""
+    """Returns whether runs that differ only in this field are still the same experiment."""
     return any(field == name or field.startswith(f"{name}.") for name in INCIDENTAL)
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The fields, sorted, that make two flat configs different experiments; None is no value."""
+    """Returns the sorted fields that make two flat configs different experiments.
+
+    A missing field counts as None.
+    """
     fields = sorted(one.keys() | other.keys())
     return [f for f in fields if not incidental(f) and one.get(f) != other.get(f)]
 
@@ -75,24 +78,25 @@ class Workdir:
     """The folder of one run; nothing is written before `open`.
 
     Args:
-      path: of the folder.
-      writes: False in all processes of a run but one: they read, and leave the files alone.
+      path: path of the folder.
+      writes: True in only one process of a run; the others read the files, and do not write.
     """
 
     def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
-        """Only remembers the path."""
+        """Stores the path; does not access the folder."""
         self.path = Path(path)
         self.writes = writes
         self._unlock: Callable[[], object] | None = None
 
     def keep_others_out(self, create: bool = True) -> None:
-        """Lets no other process begin here, for as long as this object lives.
+        """Locks the folder against other processes, for the lifetime of this object.
 
         Args:
-          create: make the folder, if need be; otherwise one where no run has been is left as it is.
+          create: create the folder and the lock file if missing; otherwise a folder without a lock
+            file is not changed.
 
         Raises:
-          InputError: another process is at work here.
+          InputError: another process works in this folder.
           OSError: the folder cannot be written.
         """
         path = self.path / _LOCK
@@ -108,7 +112,7 @@ class Workdir:
         self._unlock = weakref.finalize(self, file.close)
 
     def busy(self) -> bool:
-        """Whether another process is at work here."""
+        """Returns whether another process works in this folder."""
         probe = Workdir(self.path)
         try:
             probe.keep_others_out(create=False)
@@ -119,11 +123,11 @@ class Workdir:
         return False
 
     def check(self, config: ConfigDict) -> None:
-        """Refuses a folder that holds another experiment, or something else altogether.
+        """Rejects a folder that holds another experiment, or files that are not of a run.
 
-        Incidental fields may differ from those of the run that is there, and `rounds`, as long as
-        some are left and no learning rate was scheduled over the former number. So may the paths of
-        files whose hashes the folder holds: `check_inputs` compares these.
+        Incidental fields may differ from those of the run in the folder. `rounds` may differ if
+        some rounds are left and no learning rate was scheduled over the former number. The paths of
+        files may differ if the folder holds their hashes: `check_inputs` compares these.
 
         Raises:
           InputError: naming the first field that differs.
@@ -134,7 +138,7 @@ class Workdir:
             raise InputError("workdir", self.path, "is a file; choose a folder")
         existing = self._config_path
         if not existing.exists():
-            # A process killed in `open` may leave its temporary file, and leaves its lock's.
+            # A process killed in `open` may leave its temporary file, and always the lock file.
             ours = (_temporary(existing), self.path / _LOCK)
             if any(path not in ours for path in self.path.iterdir()):
                 remedy = "holds files but no run; choose an empty or a new folder"
@@ -154,14 +158,14 @@ class Workdir:
                 raise InputError("workdir", self.path, remedy)
 
     def check_inputs(self, config: ConfigDict, inputs: Mapping[str, str]) -> tuple[str, ...]:
-        """Refuses to go on with other data than the run that is there began with.
+        """Refuses to continue a run on data other than those it began with.
 
         Args:
-          config: of the run as it is to go on.
-          inputs: hashes of what it reads; see `inputs_of`.
+          config: config of the continued run.
+          inputs: hashes of the inputs that it reads; see `inputs_of`.
 
         Returns:
-          A sentence where that cannot be known, since inputs.json is damaged.
+          A sentence if inputs.json is damaged, so that the data cannot be compared.
 
         Raises:
           InputError: naming the data that differ.
@@ -179,10 +183,10 @@ class Workdir:
             return None, (f"{FILE} cannot be read ({error}): {unknown}",)
 
     def config(self) -> dict[str, Any]:
-        """The flat config of the run that is there.
+        """Returns the flat config of the run in the folder.
 
         Raises:
-          InputError: config.json is missing, or no JSON object.
+          InputError: config.json is missing, or is not a JSON object.
         """
         try:
             return flatten(read_json(self._config_path))
@@ -198,17 +202,17 @@ class Workdir:
         return self.path / "config.json"
 
     def open(self, config: ConfigDict, inputs: Mapping[str, str] | None = None) -> None:
-        """Makes the folder, locks it and writes config.json; from here on it is this experiment's.
+        """Creates and locks the folder and writes config.json; it then belongs to this experiment.
 
-        Of a run that goes on, the summary no longer says how it ended, only how long it took so
-        far: metrics.jsonl may be about to lose its last rounds.
+        If a run continues, its summary is replaced by one with only the time spent so far, since
+        metrics.jsonl may be about to lose its last rounds.
 
         Args:
-          config: of the experiment.
-          inputs: hashes of what it reads, kept for those who go on with it.
+          config: the config of the experiment.
+          inputs: hashes of the inputs that it reads, kept for later continuation.
 
         Raises:
-          InputError: another process is at work here, or has been meanwhile.
+          InputError: another process works here, or has changed the folder in the meantime.
         """
         self.keep_others_out()
         self.check(config)
@@ -223,12 +227,12 @@ class Workdir:
             self._write(self.path / FILE, inputs_text(inputs))
 
     def keep_rounds(self, rounds_done: int) -> tuple[str, ...]:
-        """Cuts metrics.jsonl back to the rounds that the restored checkpoint holds.
+        """Cuts metrics.jsonl back to the rounds that the restored checkpoint includes.
 
-        A file with lines that cannot be read is kept beside it as it was, in metrics-set-aside.
+        If lines cannot be read, a copy of the former file is kept as metrics-set-aside.jsonl.
 
         Returns:
-          A sentence on what is lost, if anything is.
+          Sentences on lost rounds and damaged lines, if there are any.
         """
         history, lines = self.history(), []
         kept = [row for row in history.rows if row["round"] <= rounds_done]
@@ -245,11 +249,11 @@ class Workdir:
 
     @property
     def metrics_path(self) -> Path:
-        """metrics.jsonl."""
+        """Path of metrics.jsonl."""
         return self.path / "metrics.jsonl"
 
     def append(self, metrics: Metrics) -> None:
-        """Adds a round to metrics.jsonl; it is on disk when this returns."""
+        """Appends a round to metrics.jsonl; the line is on disk when this returns."""
         if self.writes:
             with _naming(self.metrics_path), self.metrics_path.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -257,14 +261,14 @@ class Workdir:
                 os.fsync(file.fileno())
 
     def read(self) -> list[Metrics]:
-        """The rounds in metrics.jsonl that can be read, rising."""
+        """Returns the rounds of metrics.jsonl that can be read, in rising order."""
         return list(self.history().rows)
 
     def history(self) -> History:
-        """What metrics.jsonl tells.
+        """Reads metrics.jsonl.
 
         Raises:
-          InputError: it is no file, or larger than any that a run writes.
+          InputError: it is not a regular file, or is larger than any that a run writes.
         """
         try:
             try:
@@ -281,9 +285,9 @@ class Workdir:
         self._write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def seconds(self) -> float:
-        """Wall time of the run so far, in all sessions; 0 where the files say nothing of the kind.
+        """Returns the wall time of the run so far, over all sessions; 0 if the files do not say.
 
-        Of a session that was killed, the time up to its last round.
+        A session that was killed counts up to its last round.
         """
         last = self.read()[-1:]
         said = [self._summary().get("seconds"), *(row.get("time/run_seconds") for row in last)]
@@ -298,7 +302,7 @@ class Workdir:
     def write_arrays(self, **arrays: np.ndarray) -> None:
         """Writes arrays.npz."""
         if self.writes:
-            # In memory first: a zip file that cannot be closed complains once more when collected.
+            # Pack in memory: a zip file that cannot be closed raises again when garbage-collected.
             packed = BytesIO()
             np.savez_compressed(packed, allow_pickle=False, **arrays)
             write_atomically(self.path / "arrays.npz", packed.getvalue())
@@ -309,10 +313,10 @@ class Workdir:
 
 
 def _rounds_stay(config: ConfigDict, done: int) -> str:
-    """Why a run with `done` rounds cannot have those of this config; empty where it can."""
+    """Returns why a run with `done` rounds cannot use this config's `rounds`; empty if it can."""
     if config.local.decay != "none":
         return f", and its learning rate falls over them all (local.decay={config.local.decay})"
-    # The last round is one that is evaluated and saved, so it must still be to come.
+    # The last round is evaluated and saved, so it must not be done yet.
     return "" if config.rounds > done else f", and {done} are done"
 
 
@@ -321,7 +325,7 @@ def _reason(error: Exception) -> str:
 
 
 def _free(path: Path) -> Path:
-    """The path, or the first of `name-2`, `name-3`, ... where something is there already."""
+    """Returns the path, or the first free one of `name-2`, `name-3`, ... if it exists already."""
     others = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2))
     return next(p for p in itertools.chain([path], others) if not os.path.lexists(p))
 
@@ -330,12 +334,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file in one step: a reader sees the old content or the new, never a part.
 
     Raises:
-      OSError: it could not be written; the old content is still there, and nothing beside it.
+      OSError: the file could not be written; it keeps its old content, and no temporary file stays.
     """
     temporary = _temporary(path)
     with _naming(path):
         try:
-            # What lies there is of a killed process, or nothing that may be written to.
+            # An existing temporary file was left by a killed process, or may not be writable.
             temporary.unlink(missing_ok=True)
             with temporary.open("xb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
@@ -353,7 +357,7 @@ def _temporary(path: Path) -> Path:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Puts the file into errors that do not name it, as those of a full disk."""
+    """Adds the file's path to errors that do not name it, as those of a full disk."""
     try:
         yield
     except OSError as error:

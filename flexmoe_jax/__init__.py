@@ -1,12 +1,12 @@
 """Federated mixture-of-experts in JAX.
 
 Each client of a federation holds a few of many experts. The server learns from training feedback
-how well each expert fits each client, and an optimisation with load-balance constraints decides who
-holds what in the next round (FLEX-MoE, arXiv 2512.23070).
+how well each expert fits each client. An optimisation with load-balance constraints then decides
+which client holds which experts in the next round (FLEX-MoE, arXiv 2512.23070).
 
-The rooms can be imported by themselves: `flexmoe_jax.assignment` (NumPy in, NumPy out),
+Each subpackage can be imported by itself: `flexmoe_jax.assignment` (NumPy in, NumPy out),
 `flexmoe_jax.models` (Linen modules and pure functions), `flexmoe_jax.data`, `flexmoe_jax.edge`.
-`flexmoe_jax.client` is what runs on a client, `flexmoe_jax.server` what runs on the server, and
+`flexmoe_jax.client` runs on a client, `flexmoe_jax.server` runs on the server, and
 `flexmoe_jax.simulation` maps both over many clients, for a `flexmoe_jax.federation.Federation`.
 """
 
@@ -58,7 +58,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a room, or a name of one, when it is first asked for: not all need JAX."""
+    """Imports a subpackage, or a name from one, on first access: some do not need JAX."""
     if name in _NAMES:
         return getattr(import_module(f"flexmoe_jax.{_NAMES[name]}"), name)
     if name in __all__:
@@ -67,5 +67,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names."""
+    """Returns the public names."""
     return __all__

@@ -1,8 +1,9 @@
-"""Checkpoints of a federation's state: written by orbax, checked before they are read.
+"""Checkpoints of a federation's state: written by orbax, and verified before they are read.
 
-A checkpoint is a folder named after its round. It gets that name in one step, when orbax's files
-and a checksum of each are on disk, so a process killed at any moment leaves the earlier ones as
-they were. orbax itself does not notice a changed bit in an array: the checksums do.
+A checkpoint is a folder named after its round. The folder gets this name in one atomic step, after
+orbax's files and a checksum of each file are on disk. A process that is killed at any moment
+therefore leaves the earlier checkpoints intact. orbax itself does not detect a changed bit in an
+array; the checksums do.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ if TYPE_CHECKING:
 
 _CHECKSUMS, _ARRAYS = "checksums.json", "arrays.json"
 _UNFINISHED = "unfinished"
-# As we write them, and no `007` or digits of other scripts.
-# How often, and seconds apart, what cannot be deleted is tried again.
+# Attempts to delete a file that cannot be deleted yet, and seconds between two attempts.
 _TRIES, _MOMENT = 40, 0.05
+# Round numbers as this module writes them: no `007`, and no digits of other scripts.
 _ROUND = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 class Restored(NamedTuple):
-    """What was found of a run.
+    """The result of reading a run's checkpoints.
 
     Attributes:
-      state: the newest that could be used, or None.
-      passed_over: one line on each newer checkpoint.
+      state: the state from the newest usable checkpoint, or None.
+      passed_over: one line about each newer checkpoint that was not used.
     """
 
     state: State | None
@@ -55,35 +56,35 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, one for each saved round; the newest few are kept.
+    """The checkpoints of one run, one for each saved round; only the newest are kept.
 
-    In a run over several processes all of them call every method, and share the folder.
+    In a run with several processes, every process calls every method, and all share the folder.
 
     Args:
-      folder: where they lie; made if it is not there.
-      keep: how many stay.
+      folder: folder of the checkpoints; created if it does not exist.
+      keep: how many checkpoints to keep.
 
     Raises:
       InputError: Orbax is not installed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int) -> None:
-        """Only remembers the folder."""
+        """Stores the arguments; reads and writes nothing."""
         require_package("orbax", "checkpoint", "checkpoints are written by Orbax")
         self._folder, self._keep = Path(folder).resolve(), keep
 
     def rounds(self) -> list[int]:
-        """The saved rounds, rising; whatever else lies there is left alone."""
+        """Returns the saved rounds in ascending order; other files in the folder are ignored."""
         if not self._folder.is_dir():
             return []
         named = (path for path in self._folder.iterdir() if _ROUND.fullmatch(path.name))
         return sorted(int(path.name) for path in named if path.is_dir())
 
     def save(self, state: State) -> None:
-        """Saves the state under its number of completed rounds, and deletes the oldest.
+        """Saves the state under its number of completed rounds, and deletes old checkpoints.
 
         Raises:
-          OSError: it could not be written; the earlier checkpoints are as they were.
+          OSError: the state could not be written; the earlier checkpoints are unchanged.
         """
         import orbax.checkpoint as ocp
 
@@ -93,7 +94,7 @@ class Checkpoints:
             with _one_error(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 if jax.process_index() == 0:
-                    self._clear()  # What an earlier process left when it was killed.
+                    self._clear()  # An earlier process that was killed may have left files.
                     _require_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(host)))
                 _wait_for_all("ready to save")
                 self._checkpointer.save(unfinished, args=ocp.args.StandardSave(host))
@@ -110,25 +111,26 @@ class Checkpoints:
         _wait_for_all("saved")
 
     def restore(self, like: State, at_most: int | None = None) -> Restored:
-        """Reads the newest checkpoint that is whole and, if there is one, not newer than wanted.
+        """Reads the newest undamaged checkpoint of a round up to `at_most`.
 
-        Those that are newer than the one that is read, damaged or not, go to a folder
+        If all undamaged checkpoints are newer than `at_most`, it reads the newest one. All
+        checkpoints newer than the one read, damaged or not, are moved to the folder
         `FOLDER-set-aside`, so that the run can save these rounds again.
 
         Args:
-          like: gives the structure, shapes, types and places of the arrays.
-          at_most: the newest round that is wanted, if not all are.
+          like: gives the structure, shapes, types and devices of the arrays.
+          at_most: the newest round to read; None for no limit.
 
         Raises:
-          InputError: a checkpoint is whole, but of another model or another version of the code.
+          InputError: a checkpoint is undamaged, but of another model or version of the code.
         """
         faults: dict[int, str | None] = {}
         for step in reversed(self.rounds()):
             faults[step] = self._fault(step)
             if faults[step] is None and (at_most is None or step <= at_most):
                 break
-        # Where all that are whole are newer than wanted, the newest of them is: better that than
-        # to begin anew.
+        # If all undamaged checkpoints are newer than `at_most`, take the newest: that is better
+        # than to start the run again.
         whole = [step for step, fault in faults.items() if fault is None]
         wanted = [step for step in whole if at_most is None or step <= at_most] or whole[:1]
         # Process 0 decides for all.
@@ -143,13 +145,13 @@ class Checkpoints:
         return Restored(state, tuple(passed_over))
 
     def newest(self, like: State) -> Restored:
-        """Reads the newest checkpoint that is whole, and leaves all where they are.
+        """Reads the newest undamaged checkpoint, and moves no checkpoint.
 
         Args:
-          like: gives the structure, shapes, types and places of the arrays.
+          like: gives the structure, shapes, types and devices of the arrays.
 
         Raises:
-          InputError: it is of another model or another version of the code.
+          InputError: the checkpoint is of another model or another version of the code.
         """
         passed_over: list[str] = []
         for step in reversed(self.rounds()):
@@ -160,13 +162,13 @@ class Checkpoints:
         return Restored(None, tuple(passed_over))
 
     def close(self) -> None:
-        """Ends orbax's threads, if it has any."""
+        """Stops orbax's threads, if orbax was used."""
         if "_checkpointer" in self.__dict__:
             self._checkpointer.close()
 
     @cached_property
     def _checkpointer(self) -> ocp.Checkpointer:
-        # Made when first needed: loading orbax would hold up a run's first round.
+        # Created on first use: importing orbax would delay a run's first round.
         import orbax.checkpoint as ocp
 
         return ocp.Checkpointer(ocp.StandardCheckpointHandler())
@@ -179,10 +181,10 @@ class Checkpoints:
                 raise UnreadableError(f"says nothing of {_ARRAYS}")
             names = {str(path.relative_to(folder)) for path in _files(folder)}
             lost = sorted(known.keys() - names)
-            # Files that nobody knows are no damage: a file system or a user may leave some.
+            # Unknown files are not damage: a file system or a user may have put them there.
             wrong = lost or [n for n in sorted(known) if _sha256(folder / n) != known[n]]
         except PermissionError:
-            raise  # Not damaged, and well again once it may be read.
+            raise  # The checkpoint is not damaged: it is usable again once it may be read.
         except (OSError, UnreadableError) as error:
             said = error.strerror if isinstance(error, OSError) else error
             return f"is damaged ({_CHECKSUMS}: {printable(said)})"
@@ -213,14 +215,14 @@ class Checkpoints:
             raise InputError("checkpoint", folder, remedy) from error
 
     def _delete_old(self) -> None:
-        """Deletes all but the newest few of the checkpoints that were saved here."""
+        """Deletes all but the newest `keep` checkpoints that this class saved."""
         folders = [self._folder / str(step) for step in self.rounds()]
         ours = [path for path in folders if (path / _CHECKSUMS).is_file() and not path.is_symlink()]
         for old in ours[: -self._keep]:
             shutil.rmtree(old)
 
     def _clear(self) -> None:
-        """Deletes what is unfinished, where Orbax's threads may write on for a moment."""
+        """Deletes unfinished checkpoints; retries, since Orbax's threads may still write."""
         names = (_UNFINISHED, f"{_UNFINISHED}.orbax-*")
         for _ in range(_TRIES):
             left = [path for name in names for path in self._folder.glob(name)]
@@ -235,7 +237,7 @@ class Checkpoints:
         return self._folder.with_name(f"{self._folder.name}-set-aside")
 
     def _set_aside(self, step: int) -> Path:
-        """Moves what has the name of a round, over nothing that lies there already."""
+        """Moves the file or folder of a round aside, without overwriting an existing one."""
         names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
         aside = next(p for name in names if not os.path.lexists(p := self._aside / name))
         self._aside.mkdir(exist_ok=True)
@@ -249,7 +251,7 @@ def _with_raw_key(state: State) -> State:
 
 
 def _on_host(state: State) -> State:
-    # orbax would cut every replicated array into a part for each device, by a program of its own.
+    # orbax would split every replicated array into one part per device, with a compiled program.
     if jax.process_count() > 1:
         return state
     host: State = jax.device_get(state)
@@ -262,13 +264,13 @@ def _wait_for_all(event: str) -> None:
 
 
 def _shapes(state: State) -> dict[str, str]:
-    """Type and shape of every array of a state, by its place in it."""
+    """Returns the type and shape of every array of a state, by its path in the state."""
     leaves, _ = jax.tree.flatten_with_path(state)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint, by its path in it."""
+    """Returns the SHA-256 of every file of a checkpoint, by its path in the checkpoint."""
     return {str(path.relative_to(folder)): _sha256(path) for path in sorted(_files(folder))}
 
 
@@ -289,19 +291,19 @@ def _write_json(path: Path, content: dict[str, str]) -> None:
 
 
 def _require_space(folder: Path, size: int) -> None:
-    # Asked first, since orbax reports a full disk from several threads at once, at great length.
+    # Checked first, because orbax reports a full disk from several threads in very long messages.
     if shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 @contextmanager
 def _one_error(folder: Path) -> Iterator[None]:
-    """Makes one `OSError` that names the folder of all the ways in which orbax says it."""
+    """Turns every form in which orbax reports an OS error into one `OSError` with the folder."""
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     before, logger.disabled = logger.disabled, True
 
     def skip_late_answers(unraisable: Any) -> None:
-        # Of TensorStore's threads, after orbax has given up: they may come at any time from then.
+        # TensorStore's threads raise it after orbax has failed, at any later time.
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
@@ -311,7 +313,7 @@ def _one_error(folder: Path) -> Iterator[None]:
         sys.unraisablehook = hook
     except Exception as error:
         number: Any = error.errno if isinstance(error, OSError) else None
-        # TensorStore has no exception of its own for it.
+        # TensorStore has no exception type for OS errors: the message holds the number.
         if code := re.search(r"os_error_code='(\d+)'", str(error)):
             number = int(code[1])
         if number is None:

@@ -1,4 +1,4 @@
-"""How XLA is told to compile, so that the same function gives the same bits wherever it runs."""
+"""XLA compiler options and array placement, so that equal functions give bit-identical results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def compiler_options(level: int) -> dict[str, Any]:
-    """Options of a program that is compiled at an optimisation level.
+    """Returns the compiler options for an optimisation level.
 
-    On a CPU, XLA's own level 3 compiles longer than 2 for code no quicker; what runs once is done
-    with even less. None are given on other backends, or where JAX is told to optimise little.
+    On a CPU, XLA's default level 3 compiles longer than level 2, and its code is no faster; for a
+    program that runs once, a lower level is enough. The options are empty on other backends, and if
+    JAX is configured to disable most optimisations.
 
     Args:
       level: 0 to 3.
@@ -24,20 +25,20 @@ def compiler_options(level: int) -> dict[str, Any]:
     return {"xla_backend_optimization_level": level}
 
 
-# Of what trains and evaluates, and of what runs once.
+# Levels for programs that train and evaluate, and for programs that run once.
 USUAL, ONCE = 2, 1
 
 
 def everywhere() -> NamedSharding:
-    """On this process's first device alone, as the simulation places arrays there."""
+    """Returns the sharding of the simulation's arrays: this process's first device alone."""
     mesh = Mesh(np.asarray(jax.local_devices()[:1]), ("clients",))
     return NamedSharding(mesh, PartitionSpec())
 
 
 def placed(tree: Any) -> Any:
-    """Arrays on the device, as the simulation has them: then XLA makes the same program of both.
+    """Copies arrays to the simulation's device and sharding, so that XLA compiles the same program.
 
-    In memory of its own: a CPU would take an array of NumPy's where it lies, and how it lies there
-    decides in which order sums are taken.
+    The arrays get their own memory. Otherwise a CPU would use the memory of a NumPy array, and the
+    memory alignment of this array would decide in which order sums are taken.
     """
     return jax.device_put(jax.tree.map(lambda x: jnp.array(x, copy=True), tree), everywhere())

@@ -1,4 +1,4 @@
-"""What goes wrong because of what the user gave, and how it is said in one line."""
+"""Errors in the user's input, reported in one line."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import importlib.util
 import unicodedata
 from typing import Any
 
-# Control characters move a terminal's cursor or colour it; formats turn the direction of writing
-# around; lone surrogates, as of file names that are no UTF-8, cannot be written at all.
+# Control characters move a terminal's cursor or change its colour. Format characters reverse the
+# writing direction. Lone surrogates, from file names that are not UTF-8, cannot be encoded at all.
 _HIDDEN = ("Cc", "Cf", "Cs")
 
 
 def require_package(module: str, extra: str, what: str) -> None:
-    """Refuses to go on without an optional package.
+    """Checks that an optional package is installed.
 
     Args:
-      module: by which it is imported.
-      extra: of this package, which brings it.
-      what: needs it.
+      module: name by which the package is imported.
+      extra: the extra of flexmoe_jax that installs the package.
+      what: what needs the package, to begin the error message.
 
     Raises:
-      InputError: it is not installed.
+      InputError: the package is not installed.
     """
     if importlib.util.find_spec(module) is None:
         remedy = f"{what}: pip install 'flexmoe_jax[{extra}]'"
@@ -28,11 +28,11 @@ def require_package(module: str, extra: str, what: str) -> None:
 
 
 def printable(text: object, most: int = 1000) -> str:
-    """One line of text that a terminal shows as it stands, whatever a file or a user gave.
+    """Turns any text from a file or a user into one line that a terminal shows unchanged.
 
     Args:
-      text: anything.
-      most: characters; what is longer is cut, and ends in an ellipsis.
+      text: any object.
+      most: maximum number of characters; longer text is cut and ends in an ellipsis.
     """
     given = str(text)
     line = " ".join(given[: most + 1].splitlines()).replace("\t", " ")
@@ -48,13 +48,13 @@ def _visible(character: str) -> str:
 
 
 class InputError(ValueError):
-    """A value that the user gave cannot be used.
+    """Raised for a value from the user that cannot be used.
 
-    Prints as one line, `field=value: remedy`, which is all that the launcher shows.
+    Prints as one line, `field=value: remedy`. The launcher shows only this line.
 
     Attributes:
       field: dotted name of the config field, or the name of the argument.
-      value: what was given.
+      value: the given value.
       remedy: what to give instead.
     """
 
@@ -67,17 +67,17 @@ class InputError(ValueError):
 
 
 def check_range(field: str, values: Any, least: int, most: int, what: str) -> None:
-    """Refuses an array with a number out of range.
+    """Checks that all numbers of an array are in a range.
 
     Args:
-      field: what the user gave it as.
-      values: an array of numbers; an empty one is in range.
-      least: the smallest number that fits.
-      most: the largest.
-      what: they are, to end the sentence "give 0 to 9, ...".
+      field: name of the config field or argument.
+      values: an array of numbers; an empty array is in range.
+      least: the smallest allowed number.
+      most: the largest allowed number.
+      what: meaning of the numbers, to end the sentence "give 0 to 9, ...".
 
     Raises:
-      InputError: naming the number that is out of range.
+      InputError: a number is out of range; the error names it.
     """
     if values.size and not least <= values.min() <= values.max() <= most:
         worst = values.min() if values.min() < least else values.max()

@@ -1,4 +1,4 @@
-"""One record of all that a federation chooses; a variant is `replace(federation, ...)`.
+"""The record of all settings of a federation; `federation.replace(...)` makes a variant.
 
 Axis legend: `C` clients, `E` experts, `K` expert slots, `L` MoE layers, `G` groups of layers.
 """
@@ -52,32 +52,32 @@ _KINDS: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True, eq=False)
 class Federation:
-    """All choices of a federation.
+    """All settings of a federation.
 
     Attributes:
-      model: with all E experts; clients run it with K.
+      model: the model with all E experts; clients run it with K experts.
       sample: a batch of the named examples, or its shapes: leaves (B, ...).
       capacity: (C,) int k_c.
-      policy: who holds which experts.
+      policy: assigns experts to clients.
       local: how clients train.
-      task: what is learnt.
+      task: the learning task.
       ownership: which of the model's parameters are averaged, and which stay with their clients.
-      layers: `same`, an expert is a column through all MoE layers, or `each`.
-      codec: how updates travel.
-      admission: which updates the server lets in.
-      aggregator: how it makes one update of many; None for the weighted mean, or for the noised one
-        where `admission` asks for noise.
-      optimizer: optax transform of that update; plain averaging by default.
-      fitness: how Q is learnt.
-      load: what an assignment weighs, and what counts as given; None for `clients`.
-      deficit_decay: how much of an expert's deficit lasts from round to round, in [0, 1].
-      share: (E,) part of the load that the policy means each expert to get; None for the same.
-      seed: of the policy's ties and draws.
+      layers: `same` if an expert spans all MoE layers, or `each` to assign each layer separately.
+      codec: how updates are compressed.
+      admission: which updates the server accepts.
+      aggregator: how the server aggregates updates; None for the weighted mean, or for the mean
+        with noise if `admission` asks for noise.
+      optimizer: optax transform of the aggregated update; plain averaging by default.
+      fitness: how the server learns Q.
+      load: the load model: load for the assignment, and load delivered; None for `clients`.
+      deficit_decay: factor on an expert's deficit from round to round, in [0, 1].
+      share: (E,) share of the load that the policy intends for each expert; None for equal shares.
+      seed: seed of the policy's tie-breaking and random draws.
       prior: whether a client that predicts its own examples adds the logarithm of its label shares
-        to its logits (where the task has labels): for personal figures, and for no others.
+        to its logits (if the task has labels). This affects only the personal figures.
 
     Raises:
-      InputError: what does not fit together.
+      InputError: settings that do not fit together.
     """
 
     model: Model
@@ -100,7 +100,7 @@ class Federation:
     prior: bool = EvalOptions.prior
 
     def __post_init__(self) -> None:
-        """Refuses what does not fit together."""
+        """Checks that the settings fit together."""
         self._check_kinds()
         AssignmentOptions.check(layers=self.layers, deficit_decay=self.deficit_decay)
         given = np.asarray(self.capacity)
@@ -115,25 +115,25 @@ class Federation:
         self._check_outputs()
 
     def replace(self, **changes: Any) -> Federation:
-        """The same federation but for these choices."""
+        """Returns a copy of the federation with these settings changed."""
         return replace(self, **changes)
 
     @cached_property
     def shapes(self) -> PyTree:
-        """Shapes of the model's parameters, with their marks."""
+        """Shapes of the model's parameters, with their expert and gate marks."""
         return jax.eval_shape(self.model.init, jax.random.key(0), self.inputs)
 
     @cached_property
     def layout(self) -> Layout:
-        """Who owns which parameter."""
+        """The owner of each parameter."""
         return lay_out(self.shapes, self.ownership)
 
     @cached_property
     def outputs(self) -> tuple[PyTree, dict[str, Routing]]:
-        """Shapes of the outputs for the sample, and of the routings, with K slots.
+        """Shapes of the outputs and routings for the sample, with K slots.
 
         Raises:
-          InputError: a model that does not run on them.
+          InputError: the model does not run on the sample with K slots.
         """
         slots, parts = self.slots, self.layout.split(self.shapes)
 
@@ -148,7 +148,7 @@ class Federation:
             )
         except InputError:
             raise
-        except Exception as error:  # A model can fail in any way.
+        except Exception as error:  # A model can raise any exception.
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             layers = ", ".join(self.layout.layers)
             remedy = (
@@ -160,37 +160,37 @@ class Federation:
         return found
 
     def check(self, arrays: Mapping[str, Any]) -> None:
-        """Refuses named examples that do not fit the task and the model's outputs.
+        """Checks that named examples fit the task and the model's outputs.
 
         Raises:
-          InputError: naming the array.
+          InputError: an array does not fit; the error names it.
         """
         self.task.check(arrays, self.outputs[0].shape[1:])
 
     @property
     def clients(self) -> int:
-        """C."""
+        """C, the number of clients."""
         return len(self.capacity)
 
     @property
     def slots(self) -> int:
-        """K; 1 where nobody has room for any, and it stays empty."""
+        """K; 1 if no client has capacity for an expert: this slot then stays empty."""
         return max(int(np.max(self.capacity)), 1)
 
     @property
     def groups(self) -> int:
-        """G."""
+        """G, the number of groups of MoE layers."""
         return len(self.layout.layers) if self.layers == "each" else 1
 
     @property
     def group(self) -> dict[str, int]:
-        """MoE layer to its group, of those that are assigned together."""
+        """Maps each MoE layer to its group; the layers of a group are assigned together."""
         each = self.layers == "each"
         return {layer: i if each else 0 for i, layer in enumerate(self.layout.layers)}
 
     @cached_property
     def shares_trunk(self) -> bool:
-        """Whether all clients compute the model's trunk alike: from ψ, and no part of their own."""
+        """Whether the model's trunk is the same for all clients, because it needs only ψ."""
         parts = self.layout.split(nn.meta.unbox(self.shapes))
 
         def run(shared: PyTree, inputs: PyTree) -> PyTree:
@@ -198,24 +198,24 @@ class Federation:
 
         try:
             jax.eval_shape(run, parts.shared, self.inputs)
-        except Exception:  # A parameter that is not there can fail in any way.
+        except Exception:  # A missing parameter can raise any exception.
             return False
         return True
 
     @property
     def assembles(self) -> bool:
-        """Whether all experts fit together in one model: no part of it stays with a client."""
+        """Whether one model can hold all experts: no parameter stays with a client."""
         return not ({"gate", "private"} & set(self.layout.owner))
 
     @property
     def keeps_experts(self) -> bool:
-        """Whether experts stay with their clients, which then hold all of them."""
+        """Whether experts stay with their clients; each client then holds all experts."""
         owners = zip(self.layout.layer, self.layout.owner, strict=True)
         return any(layer and owner == "private" for layer, owner in owners)
 
     @property
     def site(self) -> Site:
-        """What a client runs with."""
+        """The settings that a client runs with."""
         return Site(
             learner=Learner(self.apply, self.task, self.local, self.layout.layers),
             codec=self.codec,
@@ -226,7 +226,7 @@ class Federation:
 
     @property
     def desk(self) -> Desk:
-        """What the server runs with."""
+        """The settings that the server runs with."""
         return Desk(
             experts=self.layout.experts,
             group=self.group,
@@ -240,7 +240,7 @@ class Federation:
 
     @property
     def aggregation(self) -> Aggregator:
-        """How the server makes one update of many."""
+        """The aggregator in use: the given one, or the default for `admission`."""
         if self.aggregator is not None:
             return self.aggregator
         if self.admission.private:
@@ -250,17 +250,20 @@ class Federation:
     def apply(
         self, params: Params, inputs: PyTree, held: dict[str, Array]
     ) -> tuple[PyTree, dict[str, Routing]]:
-        """The model on parameters by their owners."""
+        """Runs the model on parameters that are split by owner."""
         return self.model.apply(self.layout.merge(params), inputs, held)
 
     def assemble(self, begun: Server) -> tuple[Params, dict[str, Array]]:
-        """The parameters of all experts together, where none stay with clients, and who leads."""
+        """Returns the parameters of one model with all experts, and masks that hold them all.
+
+        Valid only if no parameter stays with a client (see `assembles`).
+        """
         every = jnp.ones(self.layout.experts, bool)
         held = dict.fromkeys(self.layout.layers, every)
         return self.layout.assembled(Params(begun.shared, begun.experts, {}, {})), held
 
     def own_outputs(self, outputs: PyTree, log_share: Array | None) -> PyTree:
-        """What a client predicts of its own examples, which it knows the label shares (Y,) of."""
+        """Adjusts a client's outputs on its own examples by its log label shares (Y,)."""
         adjust = self.task.adjust
         if adjust is None or log_share is None or not self.prior:
             return outputs
@@ -268,10 +271,10 @@ class Federation:
 
     @property
     def inputs(self) -> PyTree:
-        """Shapes of what the model takes of the sample.
+        """Shapes of the model's inputs for the sample.
 
         Raises:
-          InputError: the sample is no batch of the arrays that the task reads.
+          InputError: the sample is not a batch of the arrays that the task reads.
         """
         try:
             return jax.eval_shape(self.task.inputs, self.sample)
@@ -281,16 +284,16 @@ class Federation:
             raise InputError("sample", given, remedy) from error
 
     def draw(self, key: Key) -> Params:
-        """The model's parameters before the first round, by their owners."""
+        """Draws the initial parameters of the model, split by owner."""
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.inputs)
         return self.layout.split(self.model.init(key, inputs))
 
     def own(self, params: Params, key: Key) -> Own:
-        """What a client owns before its first round.
+        """Returns a client's own state before its first round.
 
         Args:
-          params: as they were drawn for all.
-          key: of the client, for gates of its own.
+          params: the initial parameters that all clients share.
+          key: the client's key; its gates are drawn from it.
         """
         return Own(
             gates=self.draw(key).gate,
@@ -300,15 +303,15 @@ class Federation:
         )
 
     def check_data(self, arrays: Mapping[str, Any], label_share: Any) -> None:
-        """Refuses clients' data that do not fit.
+        """Checks that the clients' data fit the federation.
 
         Args:
           arrays: named training examples, leaves (M, ...).
-          label_share: (C, Y) of each client.
+          label_share: (C, Y) label shares of each client.
 
         Raises:
-          InputError: of another number of clients, examples that the task cannot take, or label
-            shares of other classes than the model's, where clients add theirs to its outputs.
+          InputError: the number of clients is wrong; the task cannot take the examples; or clients
+            add label shares to the model's outputs, and their classes are not the model's.
         """
         clients, classes = label_share.shape
         if clients != self.clients:
@@ -332,7 +335,7 @@ class Federation:
             raise InputError("label_share", f"{classes} classes", remedy)
 
     def _check_kinds(self) -> None:
-        """Refuses names, numbers and modules where records and functions belong."""
+        """Checks the types of the settings: records and functions, not names or modules."""
         for name, (kind, remedy) in _KINDS.items():
             value = getattr(self, name)
             if not isinstance(value, kind):
@@ -346,7 +349,7 @@ class Federation:
             raise InputError("ownership.private", self.ownership.private, remedy)
 
     def _check_units(self, arrays: Mapping[str, Any]) -> None:
-        """Refuses a task whose functions do not tell of the same units (B, U...)."""
+        """Checks that the task's functions return values for the same units (B, U...)."""
         outputs, _ = self.outputs
         count = jax.tree.leaves(outputs)[0].shape[0]
         batch = {
@@ -362,7 +365,7 @@ class Federation:
             }
         except InputError:
             raise
-        except Exception as error:  # A task can fail in any way.
+        except Exception as error:  # A task can raise any exception.
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             remedy = "loss and hits take (outputs, batch), weight takes a batch"
             raise InputError("task", reason[:300], remedy) from error
@@ -372,7 +375,7 @@ class Federation:
                 raise InputError(f"task.{name}", shape, remedy)
 
     def _check_outputs(self) -> None:
-        """Refuses a model that cannot be trained, or names other routings than parameters."""
+        """Checks that the model can be trained and returns a routing for each MoE layer."""
         leaves = jax.tree.leaves(nn.meta.unbox(self.shapes))
         for path, leaf in zip(self.layout.paths, leaves, strict=True):
             if not jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -1,4 +1,4 @@
-"""Figures that describe a federation: balance and accuracy."""
+"""Metrics of a federation: load balance and accuracy."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = [
 
 
 def coefficient_of_variation(load: np.ndarray) -> float:
-    """Standard deviation over mean of (E,) loads: 0 is perfect balance, NaN that there is none."""
+    """Standard deviation over mean of (E,) loads: 0 is perfect balance; NaN if the mean is 0."""
     load = np.asarray(load, np.float64)
     mean = load.mean() if load.size else 0.0
     return float(load.std() / mean) if mean else float("nan")
 
 
 def evaluation_figures(evaluation: Evaluation) -> dict[str, float | int]:
-    """Accuracies and losses (nats a unit), and over how many clients they are means.
+    """Computes accuracies and losses (nats per unit), and the number of clients in each mean.
 
-    A client for which a figure does not exist is left out of its mean. A figure over nobody, or
-    that the task does not have, is left out, too.
+    A mean leaves out the clients for which it is undefined. A figure that no client has, or that
+    the task does not define, is left out of the result.
 
-    `personal`: each client on what is its own; `global`: each on the whole test set; `server`: the
-    mean of all predictions; `assembled`: all experts in one model.
-    `eval/personal_accuracy_p10`: the client at the tenth percentile, so that nobody is left behind.
+    `personal`: each client on its own data; `global`: each client on the whole test set; `server`:
+    the mean of the clients' predictions; `assembled`: one model with all experts.
+    `eval/personal_accuracy_p10`: the tenth percentile over clients; it shows clients left behind.
     """
     result: Evaluation = jax.device_get(evaluation)
     counted, own = np.asarray(result.evaluated), _on_their_own(result)
@@ -56,9 +56,10 @@ def evaluation_figures(evaluation: Evaluation) -> dict[str, float | int]:
 
 
 def newcomer_figures(evaluation: Evaluation) -> dict[str, float | int]:
-    """How clients fare that have not trained, each on what is its own, as `personal` figures are.
+    """Computes the `personal` figures of clients that have not trained, each on its own data.
 
-    `eval/newcomer_clients` says over how many the means are; those over nobody are left out.
+    `eval/newcomer_clients` is the number of clients in the means. If it is 0, the means are left
+    out.
     """
     result: Evaluation = jax.device_get(evaluation)
     counted = {"eval/newcomer_clients": int(_on_their_own(result).sum())}
@@ -66,7 +67,7 @@ def newcomer_figures(evaluation: Evaluation) -> dict[str, float | int]:
 
 
 def tuned_figures(evaluation: Evaluation) -> dict[str, float | int]:
-    """`personal` figures of clients that have trained once more, for themselves alone."""
+    """Computes the `personal` figures of clients that have trained once more for themselves."""
     return _personal(jax.device_get(evaluation), "tuned")
 
 
@@ -80,5 +81,5 @@ def _personal(result: Evaluation, word: str) -> dict[str, float | int]:
 
 
 def _on_their_own(result: Evaluation) -> np.ndarray:
-    """(C,) bool, clients with a model, and with something of their own to measure it on."""
+    """(C,) bool, clients that have a model and test data of their own."""
     return np.asarray(result.evaluated) & (np.asarray(result.personal_weight) > 0)

@@ -1,10 +1,10 @@
-"""Arrays of `.npz` and `.npy` files, read with limits; all damage is one error.
+"""Safe readers for `.npz` and `.npy` files, with limits and one error type for all damage.
 
-`np.load` believes what a file says of itself: a header of a hundred bytes asks for terabytes, a
-small archive unpacks to as much, and a changed bit shows as any of a dozen errors. Here sizes are
-compared with each other and with the memory there is before any is taken, and checksums are read to
-the end. What is read are plain arrays as `np.save` and `np.savez` write them: no Python objects, no
-structures.
+`np.load` trusts the file: a header of a hundred bytes can request terabytes, a small archive can
+unpack to as much, and a changed bit can raise any of a dozen errors. The functions here compare the
+sizes with each other and with the available memory before they allocate any, and read files to the
+end so that checksums are verified. They read only plain arrays as `np.save` and `np.savez` write
+them: no Python objects and no structured arrays.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ import numpy as np
 from flexmoe_jax.reading import UnreadableError, open_regular, require_memory
 
 SUFFIX = ".npy"
-# Bytes of an array's header, of which `np.save` writes 128, and of an archive's list of members.
+# Largest size in bytes of an array's header (`np.save` writes 128), and of an archive's directory.
 _HEADER = 10_000
 _DIRECTORY = 2**24
 _CHUNK = 2**20
-# After the mark: numbers of disks, members on this disk and in all, bytes of their list.
+# After the mark: two disk numbers, members on this disk and in total, and the size and offset of
+# the directory in bytes.
 _END_MARK, _END = b"PK\x05\x06", struct.Struct("<4H2L")
-# No stream of DEFLATE unpacks to more than this many times its length.
+# A DEFLATE stream cannot unpack to more than this many times its length.
 _MOST_PACKED = 1040
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ENCRYPTED = 1
-# Whole and other numbers, complex ones, truth values, dates, texts and bytes.
+# Booleans, signed and unsigned integers, floats, complex numbers, time differences, dates, text
+# and bytes.
 _KINDS = "biufcmMUS"
 _LAST_CODE_POINT = 0x10FFFF
 _SURROGATES = (0xD800, 0xDFFF)
@@ -48,25 +50,25 @@ class Archive:
     """An open `.npz` file; see `open_npz`.
 
     Attributes:
-      names: of its arrays, and of whatever else it holds.
+      names: the names of its arrays, and of any other members.
     """
 
     def __init__(self, file: zipfile.ZipFile) -> None:
-        """Lists the members."""
+        """Reads the list of members."""
         self._file = file
         self._members = {info.filename.removesuffix(SUFFIX): info for info in file.infolist()}
         self.names = tuple(self._members)
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such an array."""
+        """Whether the archive has an array of this name."""
         return name in self._members
 
     def read(self, name: str) -> np.ndarray:
-        """One array, in C order and the machine's byte order.
+        """Reads one array, in C order and the machine's byte order.
 
         Raises:
-          KeyError: there is none of this name.
-          UnreadableError: it is damaged, no plain array, or larger than memory.
+          KeyError: there is no array of this name.
+          UnreadableError: the array is damaged, not a plain array, or larger than memory.
         """
         info = self._members[name]
         with _one_error():
@@ -80,11 +82,12 @@ class Archive:
 
 @contextmanager
 def open_npz(path: str | os.PathLike[str]) -> Iterator[Archive]:
-    """Opens the file that `np.savez` or `np.savez_compressed` wrote.
+    """Opens a file written by `np.savez` or `np.savez_compressed`.
 
     Raises:
-      UnreadableError: it is none, or damaged; so do the archive's methods.
-      OSError: the system does not let us, above all `FileNotFoundError`.
+      UnreadableError: the file is not such an archive, or is damaged. The methods of the archive
+        raise it too.
+      OSError: the file cannot be opened, most often `FileNotFoundError`.
     """
     with open_regular(path) as raw:
         with _one_error():
@@ -93,29 +96,32 @@ def open_npz(path: str | os.PathLike[str]) -> Iterator[Archive]:
             if len(file.infolist()) != members:
                 raise UnreadableError("its list of members is damaged")
             for info in file.infolist():
-                # Compares the name in the list with the one before the member: of an array that
-                # may be left out, nobody would ask for a damaged name.
+                # Opening compares the name in the directory with the name before the member. An
+                # optional array with a damaged name would otherwise just seem to be missing.
                 file.open(info).close()
             archive = Archive(file)
         yield archive
 
 
 def read_npy(path: str | os.PathLike[str]) -> np.ndarray:
-    """The array of a file that `np.save` wrote, in C order and the machine's byte order.
+    """Reads a file written by `np.save`; the array is in C order and the machine's byte order.
 
     Raises:
-      UnreadableError: it is damaged, no plain array, or larger than memory.
-      OSError: the system does not let us.
+      UnreadableError: the file is damaged, not a plain array, or larger than memory.
+      OSError: the file cannot be opened.
     """
     with open_regular(path) as file, _one_error():
         return _read_array(file, os.fstat(file.fileno()).st_size)
 
 
 def _count_members(raw: BinaryIO) -> int:
-    """Members by the record at an archive's end, which zipfile does not compare with its list.
+    """Reads the number of members from the record at the end of an archive.
+
+    `zipfile` does not compare this number with the directory.
 
     Raises:
-      UnreadableError: there is none, or the list is too long to be honest: each becomes an object.
+      UnreadableError: there is no such record, or the directory is too large to be genuine; zipfile
+        would create one object per member.
     """
     size = raw.seek(0, os.SEEK_END)
     raw.seek(max(0, size - _END.size - 2**16))
@@ -129,7 +135,7 @@ def _count_members(raw: BinaryIO) -> int:
 
 
 def _read_array(stream: _Stream, size: int) -> np.ndarray:
-    """Reads an array of a stream that says of itself that it has `size` bytes."""
+    """Reads an array from a stream whose declared length is `size` bytes."""
     head = BytesIO(stream.read(min(size, _HEADER)))
     shape, fortran, dtype = _read_header(head)
     if dtype.kind not in _KINDS or not dtype.itemsize:
@@ -145,7 +151,7 @@ def _read_array(stream: _Stream, size: int) -> np.ndarray:
         content[at : at + len(rest)] = np.frombuffer(rest, np.uint8)
         at += len(rest)
         rest = stream.read(min(_CHUNK, needed - at))
-    # One byte more: a zip file's checksum is compared where its member ends.
+    # Read one byte more, because zipfile verifies the checksum only at the end of a member.
     if at < needed or stream.read(1):
         raise UnreadableError("it ends too soon, or too late")
     array = content.view(dtype).reshape(shape, order="F" if fortran else "C")
@@ -162,13 +168,13 @@ def _read_header(head: BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     if version not in readers:
         raise UnreadableError("its header is of a version that np.save does not need")
     with warnings.catch_warnings():
-        # Of what Python makes of a damaged header.
+        # Parsing a damaged header can issue Python warnings.
         warnings.simplefilter("ignore")
         return readers[version](head)
 
 
 def _check_text(array: np.ndarray) -> None:
-    """Refuses texts that cannot be written anywhere."""
+    """Checks that texts contain only valid Unicode characters."""
     if array.dtype.kind != "U" or not array.size:
         return
     codes = array.reshape(-1).view(np.dtype(np.uint32).newbyteorder(array.dtype.byteorder))
@@ -185,5 +191,5 @@ def _one_error() -> Iterator[None]:
         raise
     except MemoryError as error:
         raise UnreadableError("it takes more memory than there is") from error
-    except Exception as error:  # Damage shows in many ways.
+    except Exception as error:  # A damaged file can raise many exceptions.
         raise UnreadableError(str(error) or type(error).__name__) from error

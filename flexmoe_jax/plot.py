@@ -1,6 +1,6 @@
-"""Pictures of who holds what, with Matplotlib (extra `plot`).
+"""Plots of assignments and loads, with Matplotlib (extra `plot`).
 
-Each function draws on given axes, or on the current ones, and returns them.
+Each function draws on the given axes, or on the current ones, and returns the axes.
 
 Axis legend: `C` clients, `E` experts.
 """
@@ -29,16 +29,16 @@ _BLUE, _ORANGE = "#0072b2", "#d55e00"
 def holders(
     assignment: npt.ArrayLike, groups: Sequence[object] | None = None, axes: Any = None
 ) -> Axes:
-    """Clients by experts: who holds which.
+    """Plots which client holds which experts.
 
     Args:
       assignment: (C, E) bool, as `Solution.assignment`; numbers, as rounds held, show as shades.
-      groups: (C,) what kind of client each is; clients of a kind stand together, so that experts
-        that specialise show as blocks. None for the clients' own order.
-      axes: Matplotlib's, to draw on; None for the current ones.
+      groups: (C,) the kind of each client. Clients of a kind are drawn side by side, so that
+        specialised experts show as blocks. None to keep the order of the clients.
+      axes: Matplotlib axes to draw on; None for the current ones.
 
     Raises:
-      InputError: an array that is no (C, E), groups of other clients, or no Matplotlib.
+      InputError: the array is not (C, E), `groups` is of another length, or Matplotlib is missing.
     """
     table = _table("assignment", assignment, 2)
     kinds = None if groups is None else [str(group) for group in groups]
@@ -69,16 +69,16 @@ def loads(
     load_max: npt.ArrayLike | None = None,
     axes: Any = None,
 ) -> Axes:
-    """The load on each expert, and the bounds that it was to keep.
+    """Plots the load on each expert and its bounds.
 
     Args:
       load: (E,), as `Solution.load`.
-      load_min: () or (E,); None for no bound.
-      load_max: () or (E,); None for no bound.
-      axes: Matplotlib's, to draw on; None for the current ones.
+      load_min: () or (E,) lower bound; None for no bound.
+      load_max: () or (E,) upper bound; None for no bound.
+      axes: Matplotlib axes to draw on; None for the current ones.
 
     Raises:
-      InputError: an array that is no (E,), or no Matplotlib.
+      InputError: the array is not (E,), or Matplotlib is missing.
     """
     given = _table("load", load, 1)
     places = np.arange(len(given))

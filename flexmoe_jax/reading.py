@@ -1,8 +1,9 @@
-"""Reads files to which anything may have happened: with limits, and one error for all damage.
+"""Safe readers for files that may be damaged, with limits and one error type for all damage.
 
-A name may belong to a pipe or a device, which would be waited for or read for ever; a file may be
-larger than memory; JSON may nest deeper than Python's stack, or hold numbers of any length. What is
-not as we write it is refused here, so that whoever reads has two cases: the content, or a reason.
+A path may name a pipe or a device, on which a reader would wait or read for ever. A file may be
+larger than memory. JSON may nest deeper than Python's stack, or hold numbers of any length. The
+functions here refuse files that this package would not write, so that callers have only two cases:
+they get the content, or an error with the reason.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any, TypeGuard
 
 from flexmoe_jax.errors import printable
 
-# Nesting of anything that we write is below 8. Python's own limit is that of its stack.
+# Files that this package writes nest less than 8 deep. Python's own limit is its stack.
 _DEEPEST = 32
-# Digits of the largest 64-bit number.
+# Number of digits of the largest 64-bit integer.
 _LONGEST = 19
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -32,26 +33,26 @@ _KINDS = (
 
 
 class UnreadableError(ValueError):
-    """A file whose content cannot be used; its text says why, without the file's name."""
+    """Raised for a file whose content cannot be used; the message omits the file's name."""
 
     def __init__(self, reason: object) -> None:
-        """Makes one printable line of the reason."""
+        """Turns the reason into one printable line."""
         super().__init__(printable(reason, most=300))
 
 
 @contextmanager
 def open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
-    """Opens a file that ends: no pipe, socket, device or folder. Never waits.
+    """Opens a regular file without blocking; refuses pipes, sockets, devices and folders.
 
     Raises:
-      UnreadableError: it is another kind of file, or the name is none.
-      OSError: the system does not let us, above all `FileNotFoundError`.
+      UnreadableError: the path names another kind of file, or is not a valid path.
+      OSError: the file cannot be opened, most often `FileNotFoundError`.
     """
     try:
         mode = os.stat(path).st_mode
-    except ValueError as error:  # A zero in the name.
+    except ValueError as error:  # A null character in the name.
         raise UnreadableError(error) from error
-    # Before it is opened: that alone may wind a tape, or wait for the pipe's other end.
+    # Checked before opening: opening alone may wind a tape, or wait for the pipe's other end.
     _require_regular(mode)
     with open(path, "rb", opener=without_waiting) as file:
         _require_regular(os.fstat(file.fileno()).st_mode)
@@ -70,18 +71,19 @@ def _require_regular(mode: int) -> None:
 
 
 def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
-    """The content of a file.
+    """Reads the content of a file.
 
     Args:
-      path: of the file.
-      most: bytes that it may have.
+      path: path of the file.
+      most: largest allowed size in bytes.
 
     Raises:
-      UnreadableError: it has more, or is no regular file.
-      OSError: the system does not let us.
+      UnreadableError: the file is larger, or is not a regular file.
+      OSError: the file cannot be opened.
     """
     with open_regular(path) as file:
-        # Asked first, so that no memory is taken for what is refused; a file may yet grow.
+        # The size is checked first, so that a refused file takes no memory. The content is checked
+        # again below, because the file may still grow.
         large = os.fstat(file.fileno()).st_size > most
         content = b"" if large else file.read(most + 1)
     if large or len(content) > most:
@@ -90,29 +92,29 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str], most: int) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark.
+    """Reads the text of a UTF-8 file, with or without a byte order mark.
 
     Args:
-      path: of the file.
-      most: bytes that it may have.
+      path: path of the file.
+      most: largest allowed size in bytes.
 
     Raises:
-      UnreadableError: it has more, is no regular file, or no text.
-      OSError: the system does not let us.
+      UnreadableError: the file is larger, is not a regular file, or is not UTF-8 text.
+      OSError: the file cannot be opened.
     """
     return _decoded(read_bytes(path, most))
 
 
 def read_json(path: str | os.PathLike[str], most: int = 2**20) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Reads the JSON object in a file.
 
     Args:
-      path: of the file.
-      most: bytes that it may have.
+      path: path of the file.
+      most: largest allowed size in bytes.
 
     Raises:
-      UnreadableError: there is none, or one beyond the limits.
-      OSError: the system does not let us.
+      UnreadableError: the file holds no JSON object, or exceeds the limits.
+      OSError: the file cannot be opened.
     """
     content = parse_json(read_bytes(path, most))
     if not isinstance(content, dict):
@@ -121,10 +123,10 @@ def read_json(path: str | os.PathLike[str], most: int = 2**20) -> dict[str, Any]
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON of limited depth, whose whole numbers have at most 19 digits; NaN and Infinity are read.
+    """Parses JSON of limited depth, with integers of at most 19 digits; accepts NaN and Infinity.
 
     Raises:
-      UnreadableError: it is none, or beyond these limits.
+      UnreadableError: the content is not JSON, or exceeds these limits.
     """
     text = _decoded(content)
     try:
@@ -133,14 +135,14 @@ def parse_json(content: bytes) -> Any:
         raise UnreadableError(f"is nested more than {_DEEPEST} deep") from None
     except ValueError as error:
         raise UnreadableError(f"is no JSON: {error}") from error
-    # Every level needs a bracket, which is quicker to count.
+    # Every level needs an opening bracket; counting brackets is faster than measuring the depth.
     if text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST:
         raise UnreadableError(f"is nested more than {_DEEPEST} deep")
     return value
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a JSON value is a number, which true and false are not."""
+    """Whether a JSON value is a number; true and false are not numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -174,13 +176,13 @@ def _decoded(content: bytes) -> str:
 
 
 def require_memory(needed: int) -> None:
-    """Refuses what would not fit into memory before any of it is taken.
+    """Checks that memory is available before it is allocated.
 
     Args:
-      needed: bytes.
+      needed: bytes to allocate.
 
     Raises:
-      UnreadableError: there are fewer.
+      UnreadableError: fewer bytes are free.
     """
     free = _free_memory()
     if needed > free:
@@ -188,13 +190,13 @@ def require_memory(needed: int) -> None:
 
 
 def _free_memory() -> int:
-    """Bytes that can be had, as far as Linux says: of the machine, and of our container."""
+    """Returns the bytes that Linux reports: free memory, or the container's limit if lower."""
     free = 2**63
     try:
         lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
         kilobytes = {words[0]: int(words[1]) for words in lines}
         free = 1024 * (kilobytes["MemAvailable:"] + kilobytes["SwapFree:"])
-        # "max" where nobody set a limit.
+        # The file says "max" if no limit is set.
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError, KeyError, IndexError):
         pass

@@ -1,7 +1,8 @@
-"""What is learnt: how a model's outputs are judged, unit by unit.
+"""Learning tasks: losses and metrics of a model's outputs, unit by unit.
 
-A unit is what is judged by itself: a picture, a token of a text, a row of numbers. Everything here
-is a pure function of outputs and a batch, with leading axes (B, U...); a picture has no `U`.
+A unit is the smallest thing with its own loss: an image, a token of a text, a row of numbers. All
+functions here are pure functions of outputs and a batch, with leading axes (B, U...). For images
+there are no axes `U`.
 
 Axis legend: `B` batch, `U` units of an example, `Y` classes.
 """
@@ -33,21 +34,22 @@ Batch = Mapping[str, Array]
 
 
 class Task(NamedTuple):
-    """What is learnt; a task of one's own is a record of such functions.
+    """A learning task; to define your own, make a record of these functions.
 
     Attributes:
-      name: of the task.
-      inputs: (batch) -> what the model takes.
-      loss: (outputs, batch) -> loss (B, U...) of each unit, in nats where outputs are logits.
-      hits: (outputs, batch) -> (B, U...) in [0, 1], how far each unit is right; None where nothing
-        is right or wrong.
-      weight: (batch) -> (B, U...) how much each unit counts: 1, or 0 for padding inside an example.
-      mean: from and back to outputs: what of several models' outputs is averaged for their joint
-        prediction, and outputs again from that average.
-      labels: (batch) -> (B,) the class of each example; None where examples have none.
+      name: name of the task.
+      inputs: (batch) -> the model's inputs.
+      loss: (outputs, batch) -> loss (B, U...) of each unit, in nats if outputs are logits.
+      hits: (outputs, batch) -> (B, U...) in [0, 1], correctness of each unit; None if the task does
+        not define correctness.
+      weight: (batch) -> (B, U...) weight of each unit: 1, or 0 for padding inside an example.
+      mean: two functions for the joint prediction of several models. The first maps outputs to the
+        values that are averaged; the second maps the average back to outputs.
+      labels: (batch) -> (B,) the class of each example; None if examples have no class.
       adjust: (outputs, log of label shares (Y,)) -> outputs of a client that knows its own label
-        shares (Bayes' rule); None where examples have no class.
-      check: (named arrays, example shape of the outputs) -> None; refuses what does not fit.
+        shares (Bayes' rule); None if examples have no class.
+      check: (named arrays, example shape of the outputs) -> None; raises `InputError` if they do
+        not fit the task.
     """
 
     name: str
@@ -69,20 +71,21 @@ def _log(probability: Array) -> Array:
     return jnp.log(jnp.maximum(probability, 1e-30))
 
 
-# The mean of probabilities, and its logarithm, which is logits again.
+# Probabilities are averaged; the logarithm of their mean gives logits again.
 _PROBABILITIES = jax.nn.softmax, _log
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
     """Cross-entropy (...,) in nats of logits (..., Y) and classes (...,)."""
-    # Not by the label's place in a row: taking one entry out of each, and putting its gradient
-    # back, is slow on a CPU.
+    # One-hot rather than indexing: gathering one entry per row, and scattering its gradient back,
+    # is slow on a CPU.
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return optax.softmax_cross_entropy(logits, one_hot)
 
 
 def _likeliest(logits: Array) -> Array:
-    # The first of the greatest, as `argmax` has it, whose reduction of pairs is slow on a CPU.
+    # The first index of the maximum, as in `argmax`. XLA's argmax reduces pairs, which is slow on a
+    # CPU.
     greatest = logits.max(axis=-1, keepdims=True)
     index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     index = index.reshape(*[1] * (logits.ndim - 1), -1)
@@ -90,7 +93,7 @@ def _likeliest(logits: Array) -> Array:
 
 
 def classification(inputs: str = "images", labels: str = "labels") -> Task:
-    """Each example is of one of Y classes; outputs are logits (B, Y)."""
+    """Makes the task in which each example has one of Y classes; outputs are logits (B, Y)."""
 
     def check(arrays: Mapping[str, np.ndarray], outputs: tuple[int, ...]) -> None:
         given = _require(arrays, labels)
@@ -117,10 +120,10 @@ def classification(inputs: str = "images", labels: str = "labels") -> Task:
 
 
 def next_token(tokens: str = "tokens") -> Task:
-    """Each token of a text follows from those before it; outputs are logits (B, S, vocabulary).
+    """Makes the task to predict each token of a text; outputs are logits (B, S, vocabulary).
 
-    The array holds S + 1 tokens an example: the first S go in, the last S are to be told. A token
-    below 0 is padding, and counts nothing.
+    The array holds S + 1 tokens per example: the first S are the inputs, the last S the targets. A
+    token below 0 is padding and has weight 0.
     """
 
     def check(arrays: Mapping[str, np.ndarray], outputs: tuple[int, ...]) -> None:
@@ -151,7 +154,7 @@ def next_token(tokens: str = "tokens") -> Task:
 
 
 def regression(inputs: str = "images", targets: str = "labels") -> Task:
-    """Each example has numbers to be told; the loss is half the squared distance, summed."""
+    """Makes the task to predict numbers of each example; loss: half the summed squared error."""
 
     def check(arrays: Mapping[str, np.ndarray], outputs: tuple[int, ...]) -> None:
         given = _require(arrays, targets)
@@ -184,12 +187,12 @@ TASKS: dict[str, Callable[[], Task]] = {
     "next_token": next_token,
     "regression": regression,
 }
-"""Tasks by the name that `task.name` takes."""
+"""Functions that make a task, by the values of the option `task.name`."""
 
 
 def _require(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     if name not in arrays:
         held = ", ".join(arrays) or "none"
         raise InputError("task", name, f"the examples have no such array; they have {held}")
-    # NumPy's: where JAX compares a byte with 256, that becomes a byte, too.
+    # As a NumPy array: if JAX compares a uint8 array with 256, it converts 256 to uint8, too.
     return np.asarray(arrays[name])

@@ -1,4 +1,4 @@
-"""Types that more than one room of the package uses.
+"""Types that more than one subpackage uses.
 
 Axis legend: `C` clients, `P` clients in this round's cohort, `E` experts, `K` expert slots (the
 largest capacity), `L` MoE layers, `G` groups of MoE layers that are assigned together (1, or `L`),
@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     Array = jax.Array
 else:
-    Array = jax.typing.ArrayLike  # Whoever calls from outside a jit may give NumPy's, and numbers.
+    Array = jax.typing.ArrayLike  # Outside jit, callers may also pass NumPy arrays and numbers.
 __all__ = [
     "Array",
     "Download",
@@ -41,14 +41,15 @@ PyTree = Any
 
 
 class Routing(NamedTuple):
-    """Where what reaches a MoE layer goes; the leading axes are those of what reaches it.
+    """How a MoE layer routes its inputs; the leading axes are those of the layer's input.
 
     Attributes:
-      logits: (..., E) the gate's logits, as they were before masking.
-      probability: (..., E) softmax over the held experts; exactly 0 for the others.
+      logits: (..., E) the gate's logits before masking.
+      probability: (..., E) softmax over the held experts; exactly 0 for all other experts.
       selected: (..., E) bool, the `top_k` most probable held experts.
       combine: (..., E) weight of each expert in the layer's output.
-      router: (..., E) logits of the layer's router over all experts, held or not; None without one.
+      router: (..., E) logits of the layer's router over all experts, held or not; None if the layer
+        has no router.
     """
 
     logits: Array
@@ -59,13 +60,13 @@ class Routing(NamedTuple):
 
 
 class Params(NamedTuple):
-    """Parameters by who owns them.
+    """Model parameters, split by owner.
 
     Attributes:
-      shared: ψ, averaged over clients: a part of the model's tree, with its names.
+      shared: ψ, averaged over clients: a subtree of the model's parameters, with the same names.
       experts: θ by MoE layer, leaves (E, ...), or (K, ...) for the experts that one client holds.
       gate: φ of one client by MoE layer, leaves (E, ...) or (K, ...); it never leaves its client.
-      private: all else of one client that never leaves it; nothing in FLEX-MoE.
+      private: all other parameters that never leave their client; empty in FLEX-MoE.
     """
 
     shared: PyTree
@@ -75,12 +76,13 @@ class Params(NamedTuple):
 
 
 class Feedback(NamedTuple):
-    """What a client tells the server about the experts it held, summed over its local steps.
+    """Feedback of a client on the experts it held, summed over its local steps.
 
-    Every batch is scored before the step that learns from it. Attributes (..., L, K):
+    Each batch is scored before the step that trains on it. Attributes (..., L, K):
       usage: units routed to the expert.
-      correct: of those, how many the client's model got right; 0 where nothing is right or wrong.
-      loss: of those, the sum of the loss, in nats.
+      correct: how many of these units the client's model predicted correctly; 0 if the task does
+        not define correctness.
+      loss: sum of the loss over these units, in nats.
     """
 
     usage: Array
@@ -93,9 +95,9 @@ class Download(NamedTuple):
 
     Attributes:
       shared: ψ.
-      experts: θ of the experts that it is given, by MoE layer, leaves (K, ...).
-      slots: (G, K) int32 which they are, rising; E marks an empty slot.
-      steps: () int32 the local steps asked of it.
+      experts: θ of the experts assigned to the client, by MoE layer, leaves (K, ...).
+      slots: (G, K) int32 the numbers of these experts, ascending; E marks an empty slot.
+      steps: () int32 the local steps that the client is asked to make.
       round: () int32 rounds completed.
     """
 
@@ -107,15 +109,15 @@ class Download(NamedTuple):
 
 
 class Upload(NamedTuple):
-    """What a client answers; a client that has trained nothing has 0 examples.
+    """The client's answer to the server; `examples` is 0 if the client did not train.
 
     Attributes:
-      shared: Δψ, as the codec sends it.
-      experts: Δθ of the experts held, leaves (K, ...), as the codec sends them.
+      shared: Δψ, as the codec encodes it.
+      experts: Δθ of the experts held, leaves (K, ...), as the codec encodes them.
       feedback: (L, K) sums per slot.
-      loss: () mean training loss of a unit, in nats.
-      units: () units trained on, counted once a step: n_c, the weight in ψ.
-      examples: () examples trained on, counted once a step.
+      loss: () mean training loss per unit, in nats.
+      units: () units trained on, counted once per step: n_c, the client's weight in the mean of ψ.
+      examples: () examples trained on, counted once per step.
     """
 
     shared: PyTree
@@ -127,14 +129,15 @@ class Upload(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What a client owns, and nobody else ever sees; leaves (C, ...) for all clients.
+    """The state that stays on a client; leaves (C, ...) for all clients.
 
     Attributes:
       gates: φ by MoE layer, leaves (E, ...).
-      private: what else it keeps to itself.
-      slots: (G, K) int32 its latest experts; E marks an empty slot.
-      residual: what compression has so far kept back of its updates, for error feedback: a pair of
-        trees like ψ and θ of those experts, leaves (...) and (K, ...); () without.
+      private: all other parameters that the client keeps to itself.
+      slots: (G, K) int32 the client's latest experts; E marks an empty slot.
+      residual: the part of its updates that compression has not sent yet, for error feedback: a
+        pair of trees like ψ and θ of those experts, leaves (...) and (K, ...); () without error
+        feedback.
     """
 
     gates: PyTree
@@ -144,19 +147,20 @@ class Own(NamedTuple):
 
 
 class Ledger(NamedTuple):
-    """What the server has learnt of clients and experts.
+    """The server's records about clients and experts.
 
     Attributes:
       fitness: (G, C, E) Q.
-      usage: (G, C, E) units that c has routed to e so far.
-      held_rounds: (G, C, E) int32 rounds in which client c held expert e.
-      fresh: (G, C, E) bool, client c still has expert e as the server has it now.
-      load: (G, E) assigned load so far.
+      usage: (G, C, E) units that client c has routed to expert e so far.
+      held_rounds: (G, C, E) int32 rounds in which client c held expert e and its update was
+        accepted.
+      fresh: (G, C, E) bool, whether client c's copy of expert e is the server's current one.
+      load: (G, E) load assigned so far.
       deficit: (G, E) load that each expert was owed and did not get.
-      norms: (4, W) how long updates were lately (see `server.quarantine`); () where they are not
-        judged by that.
-      profile: (C, F) how each client's updates differ from others' (see `server.affinity`); ()
-        where nobody asks.
+      norms: (4, W) recent lengths of updates (see `server.quarantine`); () if updates are not
+        judged by their length.
+      profile: (C, F) how each client's updates differ from those of other clients (see
+        `server.affinity`); () if the server keeps no profiles.
     """
 
     fitness: Array
@@ -170,15 +174,15 @@ class Ledger(NamedTuple):
 
 
 class Server(NamedTuple):
-    """All that the server carries from round to round.
+    """The state that the server carries from round to round.
 
     Attributes:
-      key: () typed random key of the run; never advanced, only folded.
+      key: () typed random key of the run. It never changes: other keys are derived by `fold_in`.
       round: () int32 rounds completed.
       shared: ψ.
       experts: θ by MoE layer, leaves (E, ...).
-      optimizer: state of the server's optimiser: of ψ, and of each expert, leaves (E, ...).
-      ledger: what it knows of clients and experts.
+      optimizer: state of the server's optimiser: for ψ, and for each expert, leaves (E, ...).
+      ledger: the server's records about clients and experts.
     """
 
     key: Key
@@ -190,11 +194,11 @@ class Server(NamedTuple):
 
 
 class State(NamedTuple):
-    """A simulated federation: the server, and all clients' own parts side by side.
+    """The state of a simulated federation: the server's, and that of all clients.
 
     Attributes:
-      server: the server's.
-      clients: leaves (C, ...).
+      server: the server's state.
+      clients: the state of all clients, leaves (C, ...).
     """
 
     server: Server
@@ -202,20 +206,20 @@ class State(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Who trains in a round, and what each holds; shapes never change between rounds.
+    """The cohort of a round and its assignment; the shapes are the same in every round.
 
     Attributes:
-      clients: (P,) int32 the cohort's client ids; C marks padding, which trains nothing.
-      slots: (P, G, K) int32 the experts of each, rising; E marks an empty slot.
+      clients: (P,) int32 the cohort's client ids; C marks padding, which does not train.
+      slots: (P, G, K) int32 the experts of each client, ascending; E marks an empty slot.
       load: (G, E) assigned load, in the units of the load model.
-      steps: (P,) int32 the local steps that each completes and delivers; 0 for a client whose work
-        never arrives, and for padding.
-      tamper: (P,) factor on each client's update on its way to the server: 1 for an honest client,
-        -1 for one that turns its update around, NaN for one that sends no numbers.
-      noise: (P,) L2 norm of the Gaussian noise added to each update, over the update's own; None
-        where nobody adds any.
+      steps: (P,) int32 the local steps that each client completes and delivers; 0 for a client
+        whose work never arrives, and for padding.
+      tamper: (P,) factor applied to each update before it reaches the server: 1 for an honest
+        client, -1 for a client that reverses its update, NaN for a client that sends only NaN.
+      noise: (P,) L2 norm of the Gaussian noise added to each update, relative to the norm of the
+        update; None if no client adds noise.
       secret: (2,) uint32 random bits from which the noise of differential privacy is drawn; they
-        are kept nowhere. None for noise from the run's key, or no noise.
+        are not stored. None if the noise comes from the run's key, or if there is no noise.
     """
 
     clients: Array
@@ -228,18 +232,18 @@ class Plan(NamedTuple):
 
 
 class RoundReport(NamedTuple):
-    """What a round of training reports.
+    """The report of a training round.
 
     Attributes:
-      loss: (P,) mean training loss of a unit of each client of the plan, in nats; 0 for those that
-        delivered nothing.
-      units: (P,) units that each client trained on, counted once a step.
-      examples: (P,) examples that each client trained on, counted once a step.
+      loss: (P,) mean training loss per unit of each client of the plan, in nats; 0 for a client
+        that delivered nothing.
+      units: (P,) units that each client trained on, counted once per step.
+      examples: (P,) examples that each client trained on, counted once per step.
       usage: (G, E) units routed to each expert.
-      quarantined: (P,) bool, clients whose update was refused; what they did counts for nothing.
-      void: () bool, all were refused, since some updates were too long and nothing was known yet to
-        tell them by before they were summed.
-      finite: () bool, all parameters are numbers: ψ, θ, and the cohort's gates and private ones.
+      quarantined: (P,) bool, clients whose update was refused; their work does not count.
+      void: () bool, whether the whole round was refused: some updates were too long, and no limit
+        was known yet by which to refuse them before they were summed.
+      finite: () bool, whether ψ, θ, and the cohort's gates and private parameters are all finite.
     """
 
     loss: Array
@@ -252,11 +256,11 @@ class RoundReport(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """What a model makes of test examples, summed by column (..., Y): classes, or one for all.
+    """Test results of a model, summed by column (..., Y): by class, or one column for all.
 
     Attributes:
-      hits: units that are right; None where nothing is right or wrong.
-      loss: loss, in nats.
+      hits: units predicted correctly; None if the task does not define correctness.
+      loss: sum of the loss, in nats.
     """
 
     hits: Array | None
@@ -264,22 +268,23 @@ class Tally(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What the clients' models make of the test set.
+    """Test results of the clients' models.
 
-    The arrays are sums, which always exist; a figure that does not exist is NaN.
+    The arrays are sums, which always exist. The properties are means; an undefined mean is NaN.
 
     Attributes:
-      common: (C, Y) of each client's model on the whole test set, by class.
+      common: (C, Y) sums of each client's model on the whole test set, by class.
       units: (Y,) test units of each class.
-      personal: (C,) on what is the client's own: its own test examples where clients have such;
-        else the test set weighted to its label shares, which is the sum over classes of its share
-        times its mean there.
-      personal_weight: (C,) how much that is: units of its own, or the part of its label shares
-        whose classes the test set has; 0 where there is nothing to measure on.
-      server: () of the mean of the clients' predictions.
-      assembled: () of all experts in one model, which no client could hold; None where gates or
-        other parts stay with their clients.
-      evaluated: (C,) bool, clients that have held an expert; the others' sums are void.
+      personal: (C,) sums on each client's own data: on its own test examples if clients have them.
+        If not, on the test set weighted by the client's label shares: the sum over classes of the
+        label share times the mean for that class.
+      personal_weight: (C,) the weight of `personal`: the units of the client's own test examples,
+        or the part of its label shares whose classes are in the test set; 0 if there is no data.
+      server: () sums of the mean of the clients' predictions.
+      assembled: () sums of one model with all experts, which no client could hold; None if gates or
+        other parameters stay with their clients.
+      evaluated: (C,) bool, clients that have held an expert; the sums of other clients mean
+        nothing.
     """
 
     common: Tally
@@ -292,7 +297,7 @@ class Evaluation(NamedTuple):
 
     @property
     def class_accuracy(self) -> np.ndarray:
-        """(C, Y) accuracy on each class; NaN for a class that the test set has no example of."""
+        """(C, Y) accuracy on each class; NaN for a class without examples in the test set."""
         return _ratio(self.common.hits, np.broadcast_to(self.units, np.shape(self.common.loss)))
 
     @property
@@ -302,37 +307,37 @@ class Evaluation(NamedTuple):
 
     @property
     def global_loss(self) -> np.ndarray:
-        """(C,) mean loss of a unit of the whole test set."""
+        """(C,) mean loss per unit on the whole test set."""
         return _ratio(_total(self.common.loss), self._of_each)
 
     @property
     def personal_accuracy(self) -> np.ndarray:
-        """(C,) accuracy on what is the client's own; NaN for one with nothing to measure on."""
+        """(C,) accuracy on the client's own data; NaN for a client without test data."""
         return _ratio(self.personal.hits, self.personal_weight)
 
     @property
     def personal_loss(self) -> np.ndarray:
-        """(C,) mean loss on what is the client's own; NaN for one with nothing to measure on."""
+        """(C,) mean loss on the client's own data; NaN for a client without test data."""
         return _ratio(self.personal.loss, self.personal_weight)
 
     @property
     def server_accuracy(self) -> float:
-        """Accuracy of the federation's joint prediction; NaN while nobody has held an expert."""
+        """Accuracy of the clients' mean prediction; NaN while no client has held an expert."""
         return float(_ratio(self.server.hits, self._of_anybody))
 
     @property
     def server_loss(self) -> float:
-        """Mean loss of the federation's joint prediction; NaN while nobody has held an expert."""
+        """Mean loss of the clients' mean prediction; NaN while no client has held an expert."""
         return float(_ratio(self.server.loss, self._of_anybody))
 
     @property
     def assembled_accuracy(self) -> float:
-        """Accuracy of all experts in one model; NaN where there is none."""
+        """Accuracy of one model with all experts; NaN if there is no such model."""
         return float(_ratio(self.assembled and self.assembled.hits, _total(self.units)))
 
     @property
     def assembled_loss(self) -> float:
-        """Mean loss of all experts in one model; NaN where there is none."""
+        """Mean loss of one model with all experts; NaN if there is no such model."""
         return float(_ratio(self.assembled and self.assembled.loss, _total(self.units)))
 
     @property
@@ -349,7 +354,7 @@ def _total(columns: Any) -> Any:
 
 
 def _ratio(part: Any, whole: Any) -> np.ndarray:
-    """NaN where the whole is zero, or there is no part."""
+    """Returns part / whole; NaN where the whole is zero or the part is None."""
     if part is None:
         return np.full(np.shape(whole), np.nan)
     part, whole = np.broadcast_arrays(np.asarray(part, np.float64), np.asarray(whole, np.float64))

@@ -47,7 +47,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Tests compile far more than they compute, and so do the processes that they start.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_disable_most_optimizations", True)
-# Nothing runs on more than one of them unless its mesh says so.
+# A computation uses more than one of them only if its mesh says so.
 jax.config.update("jax_num_cpu_devices", 8)
 # Tracing makes objects by the million, nearly all of which live on.
 gc.set_threshold(200_000, 50, 100)
@@ -68,13 +68,13 @@ LONGEST = tuple(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first, so that no worker is left with one when others are done."""
+    """Puts slow files first, so that no worker is left with one when the others are done."""
     items.sort(key=lambda item: item.path not in LONGEST)
 
 
 @pytest.fixture(scope="session")
 def digits() -> data.Dataset:
-    """300 real digits for training, all 10 classes."""
+    """Returns 300 real digits for training, of all 10 classes."""
     return data.load(data.DataOptions("digits", train_limit=300, test_limit=100))
 
 
@@ -84,7 +84,7 @@ CAPACITY = np.array([1, 3, 2, 1, 2, 3, 1])
 
 @pytest.fixture(scope="session")
 def clients(digits: data.Dataset) -> data.ClientData:
-    """The digits, dealt out unevenly to seven clients."""
+    """Returns the digits, distributed unevenly over seven clients."""
     options = data.PartitionOptions("dirichlet", alpha=0.3, min_per_client=1)
     parts = data.partition(options, digits.train_labels, len(CAPACITY), seed=0)
     return data.build_clients(digits, parts)

@@ -174,7 +174,7 @@ def test_where_all_are_newer_than_wanted_the_newest_whole_one_is_kept(state, tmp
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Where the links of a folder lead, and what is in the files that are named as mine."""
+    """Returns the targets of the links in a folder, and the contents of files named as ours."""
     return {
         path.name: os.readlink(path) if path.is_symlink() else path.read_text()
         for path in folder.rglob("*")

@@ -1,4 +1,4 @@
-"""Three recorded rounds on real digits: what they say must not drift unnoticed.
+"""Three recorded rounds on real digits: their metrics must not change unnoticed.
 
 `python -m tests.test_golden` records them anew, for changes that are meant to change them.
 """

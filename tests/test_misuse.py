@@ -1,4 +1,4 @@
-"""What is easily got wrong is refused at once, in one line that says what to give instead."""
+"""Common mistakes are refused at once, with one line that says what to give instead."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Normed(nn.Module):
 
 
 class Given:
-    """A federation that is right in all but what a case changes."""
+    """A federation that is valid except for the change of a test case."""
 
     def __init__(self, clients: data.ClientData, digits: data.Dataset) -> None:
         self.clients = clients

@@ -30,7 +30,7 @@ def read_all(path: Path) -> dict[str, np.ndarray]:
 
 
 def write(path: Path, content: bytes, name: str = "a.npy", **changes: int) -> Path:
-    """An archive of one member, of which the list may say something else."""
+    """An archive of one member, whose directory entry may contradict the member."""
     with zipfile.ZipFile(path, "w") as file:
         file.writestr(name, content)
         for key, value in changes.items():

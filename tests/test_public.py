@@ -1,4 +1,4 @@
-"""The public face: names that others build on change on purpose, or not at all."""
+"""The public API: names that others depend on change only on purpose."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def face(room: str) -> list[str]:
 
 
 def test_the_public_names_are_those_of_the_list():
-    """A change on purpose: python -m tests.test_public, and a line in CHANGELOG.md."""
+    """For a change on purpose: python -m tests.test_public, and a line in CHANGELOG.md."""
     found = {name: face(name) for name in ("flexmoe_jax", *(f"flexmoe_jax.{r}" for r in ROOMS))}
     assert found == json.loads(SNAPSHOT.read_text())
 

@@ -1,4 +1,4 @@
-"""The layout says where each line runs: what a room may import is a contract."""
+"""The layout says where each line runs: the packages that a room may import are a contract."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The suites of `experiments.bench`: each module's `run` takes words and yields figures."""
+"""The suites of `experiments.bench`: each module's `run` takes arguments and yields figures."""

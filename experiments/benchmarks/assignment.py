@@ -1,10 +1,10 @@
 """Suite `assignment`: solvers by problem size.
 
-A line per solver, clients C, experts E and load model: seconds warm, the best and the worst of
-three problems, seconds cold, peak memory and gap. Load `equal` is `clients` where every fitness is
-the same, as before a first round. `dual` is a JAX program: as the launchers do, it keeps what it
-compiles on disk, and a second process, which finds it there, is the one measured. The peak memory
-of the first, compiler and all, is `peak_bytes_compiling`.
+One line per solver, clients C, experts E and load model: warm seconds (the best and the worst of
+three problems), cold seconds, peak memory and gap. Load `equal` is `clients` with equal fitness
+everywhere, as before the first round. `dual` is a JAX program: as in the launchers, its compiled
+programs are kept on disk. A second process, which finds them there, is measured. The peak memory of
+the first process, compilation included, is `peak_bytes_compiling`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ CASES = (
 
 
 def run(words: list[str]) -> Iterator[Figures]:
-    """Figures of each case of `CASES`, or of the one that four words give.
+    """Yields the figures of each case in `CASES`, or of one case given by four words.
 
     Raises:
-      InputError: other than none or four words.
+      InputError: the number of words is neither zero nor four.
     """
     if len(words) == 4:
         solver, clients, experts, load = words
@@ -63,7 +63,7 @@ def _run_twice(*case: object) -> Figures:
 
 
 def measure(solver: str, clients: int, experts: int, load: str) -> Figures:
-    """Solves four problems of a size, the first of them cold."""
+    """Solves four problems of one size, the first of them cold."""
     before = peak_bytes()
     answers = [solve(draw(seed, clients, experts, load), solver) for seed in range(4)]
     warm = [answer.seconds for answer in answers[1:]]
@@ -85,7 +85,7 @@ def measure(solver: str, clients: int, experts: int, load: str) -> Figures:
 
 
 def draw(seed: int, clients: int, experts: int, load: str) -> Problem:
-    """A problem in which ten kinds of clients compete for the same experts."""
+    """Draws a problem in which ten kinds of clients compete for the same experts."""
     rng = np.random.default_rng([seed, clients, experts])
     kind = rng.integers(0, 10, clients)
     noise = 0.05 * rng.normal(size=(clients, experts))

@@ -1,9 +1,10 @@
 """Suite `clients`: a round of local training and aggregation, by workload.
 
-A line per workload: seconds of a round, the best and the median; examples trained on per second;
-seconds of the naive round (all clients under one `vmap`, XLA's own convolution, one device) and its
-ratio to ours; the round's arithmetic, the machine's best rate at it (1024×1024 float32 products on
-every device at once) and the share that the round reaches. All is measured in turn in one process.
+One line per workload: seconds of a round (best and median); training examples per second; seconds
+of the naive round (all clients under one `vmap`, XLA's own convolution, one device) and its ratio
+to our round; the round's floating-point operations, the machine's best rate (1024×1024 float32
+products on every device at once) and the share of it that the round reaches. All are measured in
+turn in one process.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _ALONE = "alone"
 
 
 def run(words: list[str]) -> Iterator[Figures]:
-    """Figures of all workloads, or of those named; without the naive round after `alone`.
+    """Yields the figures of all or of the named workloads; `alone` leaves out the naive round.
 
     Raises:
-      InputError: a word that is none of these.
+      InputError: a word is neither a workload nor `alone`.
     """
     names = [word for word in words if word != _ALONE]
     for name in names:
@@ -42,7 +43,7 @@ def run(words: list[str]) -> Iterator[Figures]:
 
 
 def measure(name: str, workload: Workload, reference: bool = True) -> Figures:
-    """Times rounds of a workload, naive ones if asked for, and the machine's own rate."""
+    """Times rounds of a workload, the naive rounds if requested, and the machine's best rate."""
     mesh = client_mesh()
     products, flop = make_products(mesh)
     contestants: list[Callable[[], object]] = [make_rounds(workload, mesh), products]

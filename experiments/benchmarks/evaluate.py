@@ -1,8 +1,8 @@
 """Suite `evaluate`: the accuracy of every client's model on one test set.
 
-A line per number of clients: seconds of `simulation.evaluate`, which computes shared features once
-an image; seconds of a loop over the clients that runs each one's whole model on all images, on the
-same devices; and the ratio.
+One line per number of clients: seconds of `simulation.evaluate`, which computes shared features
+once per image; seconds of a loop over clients that runs each client's whole model on all images, on
+the same devices; and the ratio.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _CAPACITY, _EXPERTS = 2, 8
 
 
 def run(words: list[str]) -> Iterator[Figures]:
-    """Figures by number of clients.
+    """Yields figures by number of clients.
 
     Raises:
-      InputError: any words.
+      InputError: words are given.
     """
     refuse_words("evaluate", words)
     set_up()
@@ -40,7 +40,7 @@ def run(words: list[str]) -> Iterator[Figures]:
 
 
 def measure(clients: int, tests: int, image: tuple[int, int, int] = (32, 32, 3)) -> Figures:
-    """Times the evaluation of a federation of ConvNets, and that of its clients one by one."""
+    """Times the evaluation of a federation of ConvNets, and of each of its clients separately."""
     mesh = simulation.client_mesh()
     dataset = draw_dataset(clients, image, tests)
     owned = data.build_clients(dataset, np.split(np.arange(clients), clients))
@@ -81,7 +81,10 @@ def measure(clients: int, tests: int, image: tuple[int, int, int] = (32, 32, 3))
 def _evaluate_whole(
     federation: Federation, state: State, test: simulation.TestSet
 ) -> Callable[[], list[Array]]:
-    """Each client's (Y,) correct answers by class, from one run of a compiled program a client."""
+    """Returns a call that counts each client's (Y,) correct answers by class, client by client.
+
+    It runs the same compiled program once per client.
+    """
 
     def evaluate(state: State, number: Array, test: simulation.TestSet) -> Array:
         own: Own = jax.tree.map(lambda leaf: leaf[number], state.clients)

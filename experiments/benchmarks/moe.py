@@ -1,10 +1,10 @@
-"""Suite `moe`: what a mixture of experts costs, and two ways to compute its experts.
+"""Suite `moe`: the cost of a mixture of experts, and two ways to compute its experts.
 
-The line `client` has the seconds of training on one example, with experts and gate and without (the
-same backbone and head), and their ratio. The lines `layer` have the seconds of the expert layer
-alone, forward and backward with top-1 routing, on one device: as every expert on every example
-(`dense`, as the framework does) and as each expert on its own examples (`ragged`, by
-`lax.ragged_dot`), and the ratio of the second to the first; `held` is K, `batch` B.
+The line `client` has the seconds of training on one example, with experts and gate and without them
+(same backbone and head), and their ratio. The lines `layer` have the seconds of the expert layer
+alone, forward and backward with top-1 routing, on one device. `dense` computes every expert on
+every example, as the framework does. `ragged` computes each expert on its own examples, with
+`lax.ragged_dot`. `ratio` is `ragged` over `dense`; `held` is K, `batch` is B.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Layer = Callable[[PyTree, Array, Array, Array], Array]
 
 
 def run(words: list[str]) -> Iterator[Figures]:
-    """Figures of a client, then of the layer by K and B.
+    """Yields the figures of a client, then those of the layer by K and B.
 
     Raises:
-      InputError: any words.
+      InputError: words are given.
     """
     refuse_words("moe", words)
     set_up()
@@ -46,7 +46,7 @@ def run(words: list[str]) -> Iterator[Figures]:
 
 
 def measure_client(mixture: Workload, plain: Workload) -> Figures:
-    """Times rounds of two workloads that differ in their experts alone."""
+    """Times rounds of two workloads that differ only in their experts."""
     mesh = client_mesh()
     both = interleave([make_rounds(mixture, mesh), make_rounds(plain, mesh)])
     examples = plain.clients * plain.examples
@@ -62,7 +62,7 @@ def measure_client(mixture: Workload, plain: Workload) -> Figures:
 
 
 def measure_layer(held: int, batch: int, repeats: int = _REPEATS) -> Figures:
-    """Times both forms of the layer, D 64 and H 128, in a loop of so many steps on its gradient."""
+    """Times both forms of the layer (D 64, H 128) in a loop of `repeats` gradient steps."""
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> np.ndarray:
@@ -109,13 +109,13 @@ def measure_layer(held: int, batch: int, repeats: int = _REPEATS) -> Figures:
 
 
 def dense_layer(experts: PyTree, x: Array, chosen: Array, probability: Array) -> Array:
-    """Every expert on every example, as `MoEClassifier` has it."""
+    """Computes every expert on every example, as `MoEClassifier` does."""
     combine = probability[:, None] * jax.nn.one_hot(chosen, experts["b_in"].shape[0])
     return expert_mlp(experts, x, combine)
 
 
 def ragged_layer(experts: PyTree, x: Array, chosen: Array, probability: Array) -> Array:
-    """Each expert on the examples that chose it, which are sorted by expert for that."""
+    """Computes each expert only on the examples routed to it, after sorting them by expert."""
     order = jnp.argsort(chosen)
     owner = chosen[order]
     sizes = jnp.bincount(chosen, length=experts["b_in"].shape[0])

@@ -1,4 +1,4 @@
-"""Cases in processes of their own, and what a process may need."""
+"""Runs benchmark cases in separate processes, and measures memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Figures = dict[str, Any]
 
 
 def run_case(suite: str, *words: object, **environment: str) -> Figures:
-    """Runs one case of a suite in a new process, so that its memory is its own.
+    """Runs one case of a suite in a new process, so that its memory is measured separately.
 
     Args:
-      suite: that has the case.
-      *words: that name it.
-      **environment: variables to set for the process.
+      suite: name of the suite.
+      *words: words that name the case.
+      **environment: environment variables to set for the process.
     """
     command = [sys.executable, "-m", "experiments.bench", suite, *map(str, words)]
     ended = subprocess.run(
@@ -31,8 +31,8 @@ def run_case(suite: str, *words: object, **environment: str) -> Figures:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process, or one that it started, has had resident."""
-    # Linux counts kilobytes, macOS bytes.
+    """Returns the peak resident memory of this process, or of a child if that is larger."""
+    # Linux reports kilobytes, macOS bytes.
     peak = max(
         resource.getrusage(who).ru_maxrss
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -41,10 +41,10 @@ def peak_bytes() -> int:
 
 
 def refuse_words(suite: str, words: list[str]) -> None:
-    """Refuses words after the name of a suite that takes none.
+    """Rejects words after the name of a suite that takes none.
 
     Raises:
-      InputError: there are some.
+      InputError: words are given.
     """
     if words:
         raise InputError(suite, " ".join(words), "this suite takes no further words")

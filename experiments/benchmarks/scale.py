@@ -1,9 +1,9 @@
-"""Suite `scale`: rounds of a federation of very many clients, of which a few take part.
+"""Suite `scale`: rounds of a federation with very many clients, of which a few take part.
 
-A line per cohort size P, each measured in a process of its own: seconds of a round, those of its
-assignment and plan among them, seconds per client of the cohort, bytes of the federation's state (a
-gate for every client is most of it), and peak memory. Every device keeps a copy of the state.
-`seconds_fed` are those of rounds whose examples the host sends while the round before computes.
+One line per cohort size P, each measured in its own process: seconds of a round, seconds of the
+assignment and plan in it, seconds per client of the cohort, bytes of the federation's state (mostly
+one gate per client), and peak memory. Every device keeps a copy of the state. `seconds_fed` is for
+rounds whose examples the host sends while the previous round is computed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _WARM_UP, _ROUNDS = 2, 5
 
 
 def run(words: list[str]) -> Iterator[Figures]:
-    """Figures by cohort size, or of the one given.
+    """Yields the figures of each cohort size, or of the given one.
 
     Raises:
-      InputError: more than one word, or no number.
+      InputError: more than one word, or a word that is not a valid cohort size.
     """
     if not words:
         for per_round in _PER_ROUND:
@@ -46,7 +46,7 @@ def run(words: list[str]) -> Iterator[Figures]:
 
 
 def measure(clients: int, experts: int, per_round: int) -> Figures:
-    """Times rounds of clients that each own 50 of scikit-learn's digits, drawn at random."""
+    """Times rounds of clients that each have 50 of scikit-learn's digits, drawn at random."""
     mesh = simulation.client_mesh()
     rng = np.random.default_rng(0)
     dataset = data.load(data.DataOptions("digits"))
@@ -84,7 +84,7 @@ def measure(clients: int, experts: int, per_round: int) -> Figures:
 def time_rounds(
     simulated: simulation.Simulation, feed: data.Feed, per_round: int
 ) -> tuple[list[float], list[float], int]:
-    """Seconds of warm rounds, and of their assignments and plans; bytes of the state."""
+    """Returns seconds of warm rounds, seconds of their assignment and plan, and state bytes."""
     clients = len(simulated.setting.capacity)
     state = simulated.init(jax.random.key(0))
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

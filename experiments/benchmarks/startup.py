@@ -1,8 +1,8 @@
-"""Suite `startup`: from launch to the first round of the main job.
+"""Suite `startup`: time from launch to the first round of the main example, configs/digits.py.
 
-A line per launch, each of a process of its own: seconds until the first line of metrics.jsonl, and
-until the process has ended, one round in all, and bytes of compiled programs on disk afterwards.
-The first launch finds none there, the others what it left.
+One line per launch, each in its own process and with one round: seconds until the first line of
+metrics.jsonl, seconds until the process ends, and bytes of compiled programs on disk afterwards.
+The first launch finds no compiled programs; the others find those of the first.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _POLL_SECONDS = 0.02
 
 
 def run(words: list[str]) -> Iterator[Figures]:
-    """Figures of each launch.
+    """Yields the figures of each launch.
 
     Raises:
-      InputError: any words.
+      InputError: words are given.
     """
     refuse_words("startup", words)
     with tempfile.TemporaryDirectory() as programs:
@@ -37,8 +37,8 @@ def measure(programs: Path, *overrides: str) -> Figures:
     """Trains for one round, as a user would.
 
     Args:
-      programs: folder of compiled programs, which is read and filled.
-      overrides: of the config, as on the command line.
+      programs: folder of compiled programs; it is read and filled.
+      overrides: overrides of the config, as on the command line.
     """
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"

@@ -1,4 +1,4 @@
-"""Seconds and floating-point rates, measured side by side in one process."""
+"""Measures seconds and floating-point rates side by side in one process."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from experiments.devices import prepare_devices
 from flexmoe_jax.simulation.blocks import AXIS
 
 _TURNS = 5
-_TURN_SECONDS = 0.2  # that a turn of something quick lasts
-_SLOW, _VERY_SLOW = 2.0, 10.0  # seconds a call
+_TURN_SECONDS = 0.2  # length of a turn of a quick contestant
+_SLOW, _VERY_SLOW = 2.0, 10.0  # seconds per call
 
 
 def set_up() -> None:
-    """Prepares JAX as the launchers do: a CPU becomes a device a core."""
+    """Prepares JAX as the launchers do: a CPU is split into one device per core."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     prepare_devices(0)
 
 
 def interleave(contestants: Sequence[Callable[[], object]], warm_up: int = 2) -> list[list[float]]:
-    """Seconds of each call of each contestant; they take turns, so that all meet the same machine.
+    """Measures the seconds of each call of each contestant.
 
-    A quick contestant has five turns of several calls, one that takes over 2 s two turns of one,
-    and one that takes over 10 s is called once only; it should have been compiled before.
+    Contestants take turns, so that all run under the same conditions. A quick contestant has five
+    turns of several calls. One that takes over 2 s has two turns of one call. One that takes over
+    10 s is called only once, so it should be compiled beforehand.
 
     Args:
-      contestants: each call ends when what it returns is computed.
-      warm_up: calls that do not count; where the first is very slow, it counts instead.
+      contestants: the calls to measure; a call ends when its result is computed.
+      warm_up: calls that do not count; if the first is very slow, it counts and is the only one.
     """
     first = [_seconds(contestant) for contestant in contestants]
     warm = [
@@ -57,22 +58,22 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def compiled(function: Callable[..., object], *inputs: object) -> Callable[[], object]:
-    """A call of a jittable function with these inputs that does not compile it any more."""
+    """Compiles a jittable function for these inputs, and returns a call that runs it on them."""
     return partial(jax.jit(function).lower(*inputs).compile(), *inputs)
 
 
 def make_products(
     mesh: Mesh, side: int = 1024, count: int = 10
 ) -> tuple[Callable[[], object], int]:
-    """Square float32 products on every device at once: what the machine can do at best.
+    """Makes a call that computes square float32 products on every device: the machine's best rate.
 
     Args:
       mesh: the devices.
-      side: of the matrices.
-      count: products in a call, each of the one before with a fixed matrix.
+      side: number of rows and columns of the matrices.
+      count: products per call; each multiplies the previous product by a fixed matrix.
 
     Returns:
-      The call, and its floating-point operations.
+      The call, and its number of floating-point operations.
     """
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
     matrices = jax.random.normal(jax.random.key(0), (mesh.size * side, side)) / side**0.5

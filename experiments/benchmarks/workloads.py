@@ -1,4 +1,4 @@
-"""What clients train in the benchmarks: models, synthetic data, rounds, and their arithmetic."""
+"""Workloads of the benchmarks: models, synthetic data, rounds, and their operation counts."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Prepare = Callable[[Array], Array]
 
 
 class SmallCNN(nn.Module):
-    """Two 3×3 convolutions without padding, a maximum over 2×2, and a layer of 128 units.
+    """Two 3×3 convolutions without padding, a 2×2 maximum pooling, and a layer of 128 units.
 
     Attributes:
-      conv: the convolution's implementation.
+      conv: implementation of the convolution.
     """
 
     conv: Convolution
@@ -61,7 +61,7 @@ class DenseClassifier(nn.Module):
 
 
 Net = Callable[[Convolution, int], nn.Module]
-"""(a convolution's implementation, experts E or 0) -> what a client trains."""
+"""(implementation of the convolution, experts E or 0) -> the module that a client trains."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Workload:
     """One epoch of local training for each client of a cohort.
 
     Attributes:
-      net: what clients train.
-      shape: of what goes in: an image (height, width, channels), or (tokens,).
-      clients: P, all of them in the cohort.
+      net: makes the module that clients train.
+      shape: shape of an input: an image (height, width, channels), or (tokens,).
+      clients: P; all clients are in the cohort.
       examples: N of each client.
       batch: B.
-      experts: E, with gates; 0 for the model without them.
-      capacity: of them that each client holds.
+      experts: E, with gates; 0 for the model without experts.
+      capacity: number of experts that each client holds.
     """
 
     net: Net
@@ -88,17 +88,17 @@ class Workload:
 
     @property
     def of_text(self) -> bool:
-        """Whether tokens go in, of which the next is told."""
+        """Whether inputs are tokens, and the task is to predict the next token."""
         return len(self.shape) == 1
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        """Of clients: Adam for text, as `configs/languages.py` has it."""
+        """The clients' optimiser: Adam for text, as in `configs/languages.py`, SGD for images."""
         return optax.adam(0.003) if self.of_text else optax.sgd(LEARNING_RATE)
 
 
 def classify(backbone: Callable[[Convolution], nn.Module]) -> Net:
-    """Classifiers of pictures, around a backbone made for a convolution's implementation."""
+    """Returns a `Net` of image classifiers around a backbone made for a given convolution."""
 
     def net(conv: Convolution, experts: int) -> nn.Module:
         made = backbone(conv)
@@ -108,7 +108,7 @@ def classify(backbone: Callable[[Convolution], nn.Module]) -> Net:
 
 
 def decode(depth: int, width: int, hidden: int) -> Net:
-    """Decoders of bytes, with four heads, and experts in every block."""
+    """Returns a `Net` of byte-level decoders with four heads and experts in every block."""
 
     def net(conv: Convolution, experts: int) -> nn.Module:
         del conv
@@ -133,19 +133,20 @@ WORKLOADS = {
     "T1M": Workload(decode(2, 96, hidden=128), (64,), 24, 80, 8, experts=8, capacity=2),
     "T2": Workload(decode(4, 256, hidden=256), (128,), 8, 16, 4, experts=16, capacity=4),
 }
-"""W1 logistic regression, W2 MLP, W3 small CNN, W4 ConvNet (b64: in larger batches), M1 experts and
-gates on the same ConvNet, M2 on ResNet-8; T1 a decoder of bytes, T1M with experts of the same size
-in sum as its layers, T2 a larger one."""
+"""W1 is logistic regression, W2 an MLP, W3 a small CNN, W4 a ConvNet (b64: with larger batches).
+M1 has experts and gates on the same ConvNet, M2 on ResNet-8. T1 is a decoder of bytes. T1M has
+experts in place of its MLPs; the two that a client holds are together as large as one of T1's MLPs.
+T2 is a larger decoder."""
 
 
 class Rounds:
-    """Rounds of training, one a call, each from the state that the one before left.
+    """Training rounds: each call runs one round, from the state that the previous call left.
 
     Args:
-      step: (state, client data, plan) -> (new state, anything); gives the state's memory away.
+      step: (state, client data, plan) -> (new state, anything); the state's memory is donated.
       state: parameters, or a federation's state.
-      clients: their data.
-      plan: of every round.
+      clients: the clients' data.
+      plan: the plan of every round.
     """
 
     def __init__(
@@ -155,24 +156,24 @@ class Rounds:
         clients: data.ClientData,
         plan: Plan,
     ) -> None:
-        """Compiles, so that no call does."""
+        """Compiles the step, so that calls do not."""
         self._step = jax.jit(step, donate_argnums=0).lower(state, clients, plan).compile()
         self._state, self._clients, self._plan = state, clients, plan
 
     def __call__(self) -> Any:
-        """Trains for a round; returns what the step reports beside the new state."""
+        """Trains for one round; returns the second output of the step."""
         self._state, report = self._step(self._state, self._clients, self._plan)
         return report
 
 
 def make_rounds(workload: Workload, mesh: Mesh) -> Rounds:
-    """Rounds as the framework runs them."""
+    """Makes rounds as the framework runs them."""
     local = client.LocalTraining(workload.optimizer, batch_size=workload.batch, balance=0.0)
     return _make_rounds(workload, mesh, local, models.conv_auto, block_size=0)
 
 
 def make_naive_rounds(workload: Workload) -> Rounds:
-    """The same rounds as `vmap` over all clients on one device, with XLA's own convolution."""
+    """Makes the same rounds with `vmap` over all clients, one device and XLA's own convolution."""
     local = client.LocalTraining(
         workload.optimizer, batch_size=workload.batch, balance=0.0, tile=workload.batch
     )
@@ -205,7 +206,7 @@ def _make_rounds(
 
 
 def _draw_clients(workload: Workload) -> tuple[data.ClientData, Prepare]:
-    """Noise for every client, and what is done to it first."""
+    """Draws noise as the data of every client, and returns it with its preprocessing."""
     parts = np.split(np.arange(workload.clients * workload.examples), workload.clients)
     if workload.of_text:
         shape = (workload.clients * workload.examples, workload.shape[0] + 1)
@@ -217,7 +218,7 @@ def _draw_clients(workload: Workload) -> tuple[data.ClientData, Prepare]:
 
 
 def draw_dataset(examples: int, image: tuple[int, int, int], tests: int = 1) -> data.Dataset:
-    """Noise with labels: so many examples to train on and to test."""
+    """Draws noise with labels, with the given numbers of training and test examples."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (examples + tests, *image), np.uint8)
     labels = rng.integers(0, CLASSES, examples + tests, np.int32)
@@ -239,7 +240,7 @@ def make_federation(
     prepare: Prepare,
     local: client.LocalTraining,
 ) -> Federation:
-    """A federation with the policy `flex`, of a classifier or a decoder."""
+    """Makes a federation of a classifier or a decoder, with the policy `flex`."""
     task = tasks.classification()
     if isinstance(module, models.Transformer):
         model, task = models.decoder(module), tasks.next_token()
@@ -258,11 +259,11 @@ def make_federation(
 
 
 def training_flop(workload: Workload) -> int:
-    """Floating-point operations of a round's training, counted from the shapes of the layers.
+    """Counts the floating-point operations of a round's training, from the shapes of the layers.
 
-    Forward, two for each multiplication of a matrix product or convolution; backward, twice as many
-    again, less the gradient for images, which nobody needs. Of the experts only the one that an
-    example or a token is routed to counts; of attention, all pairs of tokens.
+    The forward pass has two operations for each multiplication of a matrix product or convolution.
+    The backward pass has twice as many, less the gradient for images, which is not needed. Only the
+    expert that an example or token is routed to is counted; attention counts all pairs of tokens.
     """
     kind = jnp.int32 if workload.of_text else jnp.float32
     held = workload.capacity if workload.experts else 0
@@ -273,7 +274,7 @@ def training_flop(workload: Workload) -> int:
 
 
 def _count_layers(model: nn.Module, image: jax.ShapeDtypeStruct) -> list[int]:
-    """Multiplications of each layer for one example, the first layer first."""
+    """Counts the multiplications of each layer for one example, in the order of the layers."""
     layers: list[int] = []
 
     def count(run: Callable, inputs: tuple, options: dict, context: Any) -> Any:

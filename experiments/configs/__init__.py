@@ -1,1 +1,1 @@
-"""Experiments as files: each has a `get_config` that changes fields of `base.get_config`."""
+"""Config files of experiments: each has a `get_config` that changes fields of `base.get_config`."""

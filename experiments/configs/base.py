@@ -1,8 +1,8 @@
 """Every field that a training config has, with a default that works.
 
-Not an experiment: the files beside this one are. docs/options.md lists the fields, made from the
-records in `flexmoe_jax/options/`. Any can be set on the command line, as
-`--config.local.learning_rate=0.05`; unknown fields and wrong types are refused.
+This config is not an experiment; the other files in this folder are. docs/options.md lists the
+fields; they come from the records in `flexmoe_jax/options/`. Any field can be set on the command
+line, as `--config.local.learning_rate=0.05`. Unknown fields and wrong types are rejected.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flexmoe_jax.options import Rule
 
 
 def get_config() -> ConfigDict:
-    """The default of every option."""
+    """Returns a config with the default of every option."""
     config = ConfigDict()
     for record in RECORDS:
         if record.section and record.section not in config:
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
 
 
 def _value(rule: Rule) -> Any:
-    """The default; a field that takes values of several types, or none, has to say so."""
+    """Returns the default; a field for several types, or None, needs a reference that allows it."""
     if rule.default is None:
         return placeholder(rule.kind)
     return FieldReference(rule.default, field_type=object) if rule.kind is object else rule.default

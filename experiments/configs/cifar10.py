@@ -1,4 +1,4 @@
-"""CIFAR-10, set up as EMNIST digits are: the paper's 4-class partition, 2 of 8 experts a client.
+"""CIFAR-10, set up like EMNIST digits: the paper's 4-class partition, 2 of 8 experts per client.
 
     python -m experiments.train --config=experiments/configs/cifar10.py \
         --config.data.dir=TFDS_DIR --workdir=runs/cifar10
@@ -12,8 +12,8 @@ from ml_collections.config_dict import ConfigDict
 
 from experiments.configs import emnist_digits
 
-# Gradients are cut: the first steps are the largest, and without, they can leave units that never
-# fire again. Adam, which starts anew every round, learned far more slowly.
+# Gradients are clipped: the first steps are the largest, and without clipping they can leave units
+# that never activate again. Adam, whose state is reset every round, learned far more slowly.
 TRAINING = {
     "rounds": 48,
     "model.backbone": "cnn",
@@ -27,7 +27,7 @@ TRAINING = {
 
 
 def get_config() -> ConfigDict:
-    """16 local steps a round, by SGD with momentum."""
+    """Returns the config: 16 local steps per round of SGD with momentum."""
     config = emnist_digits.get_config()
     config.data.name = "cifar10"
     config.update_from_flattened_dict(TRAINING)

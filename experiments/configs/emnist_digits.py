@@ -1,4 +1,4 @@
-"""EMNIST digits, the paper's 4-class partition, 20 clients that hold 2 of 8 experts.
+"""EMNIST digits with the paper's 4-class partition; 20 clients hold 2 of 8 experts each.
 
 python -m experiments.train --config=experiments/configs/emnist_digits.py \
         --config.data.dir=TFDS_DIR --workdir=runs/emnist_digits
@@ -14,7 +14,7 @@ from experiments.configs import base
 
 
 def get_config() -> ConfigDict:
-    """16 local steps a round, by Adam: plain SGD learns far more slowly here."""
+    """Returns the config: 16 local steps per round of Adam; SGD learns far more slowly here."""
     config = base.get_config()
     config.rounds = 20
     config.data.name = "emnist/digits"

@@ -1,10 +1,10 @@
-"""Eight languages, two a client: a byte-level decoder whose experts are dealt out by fitness.
+"""Eight languages, two per client: a byte-level decoder whose experts are assigned by fitness.
 
     python -m experiments.train --config=experiments/configs/languages.py \
         --config.data.dir=FOLDER --workdir=runs/languages
 
-FOLDER holds a UTF-8 text file for each language, as `basque.txt`; each client has 15 KB of each of
-its two. The last tenth of every text is for tests.
+FOLDER holds a UTF-8 text file for each language, as `basque.txt`. Each client has 15 KB of each of
+its two languages. The last tenth of every text is for testing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from experiments.configs import base
 
 
 def get_config() -> ConfigDict:
-    """24 clients that hold 2 of 8 experts, 80 rounds of 10 steps."""
+    """Returns the config: 24 clients that hold 2 of 8 experts, 80 rounds of 10 steps."""
     config = base.get_config()
     config.rounds = 80
     config.data.name = "text"
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.model.router = True
     config.local.balance = 0.02
     config.fitness.score = "loss"
-    # Who should share an expert is told by clients' updates, so that chance need not try it out.
+    # Clients' updates show who should share an expert, so no random exploration is needed.
     config.fitness.affinity = 1.0
     config.assignment.exploration = 0.0
     config.eval.every = 20

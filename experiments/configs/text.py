@@ -1,4 +1,4 @@
-"""The help texts of Python itself, its topics dealt out to clients: text that needs no file.
+"""Python's own help texts, with topics assigned to clients: text that needs no file.
 
 python -m experiments.train --config=experiments/configs/text.py --workdir=runs/text
 """
@@ -11,7 +11,7 @@ from experiments.configs import base
 
 
 def get_config() -> ConfigDict:
-    """20 clients with some topics each, which hold 2 of 8 experts."""
+    """Returns the config: 20 clients with four topics each, which hold 2 of 8 experts."""
     config = base.get_config()
     config.rounds = 30
     config.data.name = "python_topics"
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.model.router = True
     config.local.balance = 0.02
     config.fitness.score = "loss"
-    # As in languages.py.
+    # For the reason, see languages.py.
     config.fitness.affinity = 1.0
     config.assignment.exploration = 0.0
     config.eval.every = 5

@@ -1,4 +1,4 @@
-"""Real clients: Flower's processes, and what the launchers `serve` and `join` have in common."""
+"""Real clients: Flower's processes, and code that the launchers `serve` and `join` share."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from flexmoe_jax.errors import InputError
 
 
 def require_flower() -> None:
-    """Refuses to go on without Flower.
+    """Checks that Flower is installed.
 
     Raises:
-      InputError: naming the extra that brings it.
+      InputError: Flower is missing; the message names the extra that installs it.
     """
     if find_spec("flwr") is None:
         remedy = "real clients need Flower; install the extra: pip install 'flexmoe_jax[deploy]'"
@@ -23,10 +23,10 @@ def require_flower() -> None:
 
 
 def show_log() -> None:
-    """Shows what happens, with its time and level, on standard output.
+    """Prints the log to standard output, with time and level.
 
-    `--verbosity` says how much, as in all of absl's programs: 1 and 0 everything, -1 what went
-    wrong, -2 what stays wrong. There is nothing secret in it: no keys, no examples, no parameters.
+    `--verbosity` sets the level, as in all absl programs: 1 and 0 print everything, -1 warnings and
+    errors, and -2 errors. The log has no secrets: no keys, no examples, no parameters.
     """
     given = flags.FLAGS["verbosity"]
     level = logging.INFO

@@ -1,4 +1,4 @@
-"""How clients stand, for whoever looks on: a page and a file that change while a run goes on."""
+"""Writes the clients' status to a web page and a JSON file, updated while a run goes on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexmoe_jax.deploy import Facts, Post
 
 _LOG = logging.getLogger(__name__)
 FILE, PAGE = "clients.json", "clients.html"
-# Seconds between two looks, here and in a browser.
+# Seconds between two updates, here and in a browser.
 _EVERY = 2
 _STYLE_SHEET = Path(__file__).parents[1] / "reporting" / "page.css"
 _STATES = {
@@ -28,16 +28,16 @@ _COLUMNS = ("client", "state", "examples", "asked", "answered", "late", "refused
 
 
 class Board:
-    """Writes the page and the file every two seconds, and for the last time when it is closed.
+    """Writes the page and the file every two seconds if they change, and once more when closed.
 
     Args:
-      folder: of the run.
-      post: that knows how clients stand.
-      facts: what each client said of itself.
+      folder: folder of the run.
+      post: knows the status of the clients.
+      facts: what each client reported about itself.
     """
 
     def __init__(self, folder: Path, post: Post, facts: Sequence[Facts]) -> None:
-        """Begins at once."""
+        """Starts to write at once."""
         self._folder, self._post = folder, post
         self._examples = {one.name: one.examples for one in facts}
         self._over = threading.Event()
@@ -46,7 +46,7 @@ class Board:
         self._thread.start()
 
     def close(self) -> None:
-        """Writes what holds at the end."""
+        """Stops, and writes the final status."""
         self._over.set()
         self._thread.join()
         self._write(live=False)
@@ -66,17 +66,17 @@ class Board:
             try:
                 write_atomically(self._folder / FILE, json.dumps(known, indent=2) + "\n")
                 write_atomically(self._folder / PAGE, page)
-            except OSError as error:  # The run is worth more than its page.
+            except OSError as error:  # A failing page must not stop the run.
                 _LOG.warning("%s: cannot be written: %s", PAGE, error.strerror or error)
 
 
 def render(known: Mapping[str, Mapping[str, object]], run: str, *, live: bool) -> str:
-    """The page.
+    """Returns the page as HTML.
 
     Args:
-      known: what is known of each client, by its name.
-      run: its name.
-      live: whether the run goes on, so that a browser looks again.
+      known: the status of each client, by the client's name.
+      run: name of the run.
+      live: whether the run goes on; the page then makes a browser reload it.
     """
     head = "".join(f"<th{_alignment(column)}>{column}</th>" for column in _COLUMNS)
     rows = "\n".join(_row(name, shown) for name, shown in known.items())

@@ -1,4 +1,4 @@
-"""Certificates for a try-out: an authority of one's own, and a server that it vouches for."""
+"""Makes certificates for trials: a private certificate authority, and a server that it signs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _DAYS = 365
 def make_certificates(folder: Path, host: str) -> None:
     """Writes ca.crt, server.pem and server.key, which only their owner may read.
 
-    The authority's own key is thrown away: nobody can make a second server that clients trust.
+    The authority's private key is not kept, so no second server can be made that clients trust.
 
     Args:
-      folder: made if need be.
+      folder: folder for the files; it is created if missing.
       host: name or address by which clients reach the server.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What can be refused before JAX is loaded: a config for real clients, a client's file."""
+"""Checks that need no JAX: a config for real clients, and a client's file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from flexmoe_jax.reading import UnreadableError
 
 _TRAIN, _TEST = "train_", "test_"
 Arrays = Mapping[str, Any]
-"""Named arrays of examples, leaves (N, ...)."""
+"""Named arrays of examples, each of shape (N, ...)."""
 
 
 def check_deployable(config: ConfigDict) -> None:
-    """Refuses what makes no sense with real clients.
+    """Rejects options that cannot be used with real clients.
 
     Raises:
       InputError: naming the field, the value and the remedy.
@@ -47,16 +47,16 @@ def check_deployable(config: ConfigDict) -> None:
 
 
 def read_examples(path: Path, length: int = 0) -> tuple[Arrays, Arrays | None]:
-    """A client's training examples by name, and its own test examples where it has any.
+    """Reads a client's training examples by name, and its own test examples if it has any.
 
     Args:
       path: an `.npz` file of arrays `train_images` and `train_labels`, or `train_tokens`, or any
-        others that the task takes, with `test_` arrays of the same names where there are any. Or a
-        folder of texts, `*.txt`, of which the last tenths are the client's own test examples.
-      length: tokens of an example of a text.
+        others that the task takes, with `test_` arrays of the same names if there are tests. Or a
+        folder of texts, `*.txt`; the last tenth of each text is then for testing.
+      length: number of tokens in an example of a text.
 
     Raises:
-      InputError: it cannot be read, or holds no such arrays.
+      InputError: the file or folder cannot be read, or does not hold such arrays.
     """
     if path.is_dir():
         return _read_texts(path, length)

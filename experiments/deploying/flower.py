@@ -1,4 +1,4 @@
-"""Flower's own processes: started here, started again when they are gone, and ended with us."""
+"""Starts Flower's processes, restarts them if they end, and ends them with this process."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from experiments.deploying.warm import write_commands
 from flexmoe_jax.errors import InputError, printable
 
 _LOG = logging.getLogger(__name__)
-# Seconds between two starts of a process that ends by itself: at first, and after many.
+# Seconds before restarting a process that ended by itself: at first, and after many restarts.
 _PAUSE, _LONGEST_PAUSE = 1.0, 30.0
-# Seconds to wait for the port of a server that was killed.
+# Seconds to wait until the port of a killed server is free.
 _PORT_PATIENCE = 8.0
-# Says where a process is that starts Flower's short-lived ones for several clients of a machine.
+# Variable with the socket of the process that starts Flower's short-lived processes, for several
+# clients of one machine.
 WARM = "FLEXMOE_WARM_SOCKET"
-# Environment of all of Flower's processes: no telemetry, and tasks looked for twice a second. Ten
-# times a second, as many SuperNodes of one machine spend more on being asked than on all else.
+# Environment of all of Flower's processes: no telemetry, and two polls for tasks per second. With
+# ten polls per second, many SuperNodes on one machine spend more on polling than on anything else.
 _SETTINGS = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
 
 
 class Tls(NamedTuple):
-    """Certificates of a server.
+    """Paths of a server's certificates.
 
     Attributes:
       authority: the certificate that clients trust.
-      certificate: of the server.
-      key: of the server.
+      certificate: certificate of the server.
+      key: private key of the server.
     """
 
     authority: Path
@@ -48,10 +49,10 @@ class Tls(NamedTuple):
 
 
 def read_tls(folder: Path) -> Tls:
-    """The certificates in a folder.
+    """Returns the certificates in a folder.
 
     Raises:
-      InputError: one is not there.
+      InputError: a file is missing.
     """
     found = Tls(*(folder / name for name in ("ca.crt", "server.pem", "server.key")))
     for path in found:
@@ -62,7 +63,7 @@ def read_tls(folder: Path) -> Tls:
 
 
 def read_keys(folder: Path) -> list[Path]:
-    """The public keys in a folder.
+    """Returns the paths of the public keys in a folder.
 
     Raises:
       InputError: there are none.
@@ -75,16 +76,16 @@ def read_keys(folder: Path) -> list[Path]:
 
 
 class Process:
-    """One of Flower's processes, on a leash: it ends when this process does, whatever ends that.
+    """One of Flower's processes; it ends when this process ends, for any reason (see `leash.py`).
 
     Args:
-      words: of its command.
-      home: Flower's folder, for it alone.
-      log: gets what it prints.
+      words: the words of its command.
+      home: Flower's folder, used by this process alone.
+      log: file for its output.
     """
 
     def __init__(self, words: Sequence[str], home: Path, log: Path) -> None:
-        """Starts it."""
+        """Starts the process."""
         with log.open("ab") as output:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "experiments.deploying.leash", *words],
@@ -97,11 +98,11 @@ class Process:
 
     @property
     def ended(self) -> bool:
-        """Whether it has."""
+        """Whether the process has ended."""
         return self._child.poll() is not None
 
     def end(self) -> None:
-        """Ends it, and waits until it has."""
+        """Ends the process, and waits until it has ended."""
         if self._child.stdin is not None:
             with suppress(OSError):
                 self._child.stdin.close()
@@ -112,32 +113,35 @@ class Process:
 
 
 class Warm:
-    """The process that starts Flower's short-lived ones (see `warm.py`).
+    """The process that starts Flower's short-lived processes (see `warm.py`).
 
     Args:
-      address: of its socket.
+      address: path of its socket.
       home: Flower's folder.
-      log: gets what it and those that it starts print.
+      log: file for the output of this process and of those that it starts.
     """
 
     def __init__(self, address: Path, home: Path, log: Path) -> None:
-        """Starts it."""
+        """Starts the process."""
         self._words = [sys.executable, "-m", "experiments.deploying.warm", str(address)]
         self._home, self._log = home, log
         self._process = Process(self._words, home, log)
 
     def watch(self) -> None:
-        """Starts it again if it is gone; meanwhile Flower's own commands do its work."""
+        """Restarts the process if it has ended; until then, Flower's own commands do its work."""
         if self._process.ended:
             self._process = Process(self._words, self._home, self._log)
 
     def end(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         self._process.end()
 
 
 def environment(home: Path) -> Mapping[str, str]:
-    """Of Flower's processes: its commands are ours in `home`, or those of this installation."""
+    """Returns the environment of Flower's processes.
+
+    Flower finds our commands in `home` first, and then those of this installation.
+    """
     here = str(Path(sys.executable).parent)
     path = os.pathsep.join([str(home / "bin"), here, os.environ.get("PATH", "")])
     root = str(Path(__file__).parents[2])
@@ -146,15 +150,15 @@ def environment(home: Path) -> Mapping[str, str]:
 
 
 class SuperLink:
-    """The server's side of Flower, and the run that carries our messages.
+    """The server side of Flower, and the Flower run that transports our messages.
 
     Args:
-      home: folder of its own.
+      home: folder used by the SuperLink alone.
       host: address that clients reach.
-      port: of it.
-      socket: where the run's app finds this process.
+      port: port of the SuperLink.
+      socket: socket on which the run's app connects to this process.
       tls: certificates; None for plain connections.
-      keys: public keys of the clients that may come; None for whoever comes.
+      keys: public keys of the clients that may connect; None to accept any client.
     """
 
     def __init__(
@@ -166,7 +170,7 @@ class SuperLink:
         tls: Tls | None = None,
         keys: Sequence[Path] | None = None,
     ) -> None:
-        """Starts it, and the run; both are started again whenever they are gone."""
+        """Starts the SuperLink and the run; both are restarted whenever they end."""
         self._home, self._host, self._port, self._tls = home, host, port, tls
         self._keys, self._known = keys, False
         self._socket, self._log = socket, home / "superlink.log"
@@ -181,16 +185,16 @@ class SuperLink:
 
     @property
     def log(self) -> Path:
-        """What it prints."""
+        """File with the output of the SuperLink."""
         return self._log
 
     def again(self, runs: int) -> None:
-        """Says that the run is gone, the last of so many; another may be on its way already."""
+        """Requests a new run after `runs` runs have ended, unless one is already being started."""
         if self._submitted <= runs:
             self._wanted.set()
 
     def close(self) -> None:
-        """Ends it all."""
+        """Ends the SuperLink and the run."""
         self._ended.set()
         if self._process is not None:
             self._process.end()
@@ -231,7 +235,7 @@ class SuperLink:
             return False
 
     def _submit(self) -> None:
-        """Starts the run whose app comes to our socket."""
+        """Starts the Flower run whose app connects to our socket."""
         self._submitted += 1
         secure = ["insecure = true"]
         if self._tls is not None:
@@ -251,7 +255,7 @@ class SuperLink:
             self._wanted.set()
 
     def _flwr(self, *words: str, config: str = "") -> bool:
-        """Runs a command of Flower's at our SuperLink; returns whether it was done."""
+        """Runs a Flower command on our SuperLink; returns whether it succeeded."""
         more = ["--run-config", config] if config else []
         done = subprocess.run(
             ["flwr", *words, "here", *more],
@@ -266,15 +270,15 @@ class SuperLink:
 
 
 class SuperNode:
-    """A client's side of Flower.
+    """The client side of Flower.
 
     Args:
-      home: folder of its own.
-      server: its host:port.
-      socket: where the client's app finds this process.
-      name: of the client.
-      root: certificate that it trusts; None for plain connections.
-      key: its private key, where the server asks for keys; None for none.
+      home: folder used by the SuperNode alone.
+      server: host:port of the server.
+      socket: socket on which the client's app connects to this process.
+      name: name of the client.
+      root: certificate that the client trusts; None for plain connections.
+      key: private key of the client, if the server requires keys; None for none.
     """
 
     def __init__(
@@ -286,7 +290,7 @@ class SuperNode:
         root: Path | None = None,
         key: Path | None = None,
     ) -> None:
-        """Starts it; it is started again whenever it is gone."""
+        """Starts the SuperNode; it is restarted whenever it ends."""
         self._home, self._log = home, home / "supernode.log"
         address = Path(os.environ.get(WARM) or home / "warm.sock")
         write_commands(home / "bin", address, Path(sys.executable).parent)
@@ -302,11 +306,11 @@ class SuperNode:
 
     @property
     def log(self) -> Path:
-        """What it prints."""
+        """File with the output of the SuperNode."""
         return self._log
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the SuperNode."""
         self._ended.set()
         self._process.end()
         if self._warm is not None:
@@ -328,7 +332,7 @@ class SuperNode:
 
 
 def _last_words(log: Path) -> str:
-    """Why one of Flower's processes ended, as far as its log tells: the last line that says it."""
+    """Returns the last line of a Flower log that gives a reason for the end of the process."""
     lines = [
         re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
         for line in log.read_text(errors="replace").splitlines()[-40:]
@@ -338,12 +342,12 @@ def _last_words(log: Path) -> str:
 
 
 def require_free(host: str, port: int) -> None:
-    """Refuses a port that somebody else has, and does not give up soon.
+    """Rejects a port that another process uses, after waiting some seconds for it.
 
-    The SuperLink of a server that was killed has it for some seconds more.
+    The SuperLink of a killed server keeps the port for some more seconds.
 
     Raises:
-      InputError: naming it.
+      InputError: naming the port.
     """
     end = time.monotonic() + _PORT_PATIENCE
     while True:
@@ -359,7 +363,7 @@ def require_free(host: str, port: int) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses now."""
+    """Returns a port of this machine that is free now."""
     with socketlib.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""A client's own examples, and what it makes of what the server tells it."""
+"""Builds a real client's federation from the server's setup and the client's own examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flexmoe_jax.types import Array
 
 
 def join(name: str, arrays: Arrays, tests: Arrays | None, setup: Setup) -> tuple[Federation, Mine]:
-    """The federation as one client has it, and what it brings; see `flexmoe_jax.deploy.Join`.
+    """Builds the federation for one client, and its own data; see `flexmoe_jax.deploy.Join`.
 
     Raises:
       InputError: the client's examples do not fit the federation's task, classes or model.
@@ -53,10 +53,10 @@ def join(name: str, arrays: Arrays, tests: Arrays | None, setup: Setup) -> tuple
 
 
 def read_config(text: str) -> ConfigDict:
-    """The config that a server sent as JSON.
+    """Reads the config that a server sent as JSON.
 
     Raises:
-      InputError: it is none of ours.
+      InputError: the text is not a valid config of this version.
     """
     try:
         given = flat_fields(ConfigDict(json.loads(text)))
@@ -73,7 +73,7 @@ def read_config(text: str) -> ConfigDict:
 
 
 def _numbered(arrays: Arrays, classes: Sequence[str]) -> dict[str, np.ndarray]:
-    """Labels as the numbers of the federation's classes, told by their names."""
+    """Converts labels, which are names of classes, to the numbers of the federation's classes."""
     found = dict(arrays)
     if not classes:
         return found
@@ -96,7 +96,7 @@ def _prepare(named: Arrays) -> Callable[[Array], Array]:
 
 
 def _check_shapes(sample: Arrays, tests: Arrays) -> None:
-    """Refuses examples of another shape than the server's.
+    """Rejects examples whose shape differs from the server's.
 
     Raises:
       InputError: naming the array.

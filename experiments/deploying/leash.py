@@ -1,4 +1,4 @@
-"""Runs a command that ends when its standard input does, however its other end came to close.
+"""Runs a command and ends it when standard input closes, whatever closed the other end.
 
 python -m experiments.deploying.leash COMMAND [ARGUMENTS]
 """
@@ -12,12 +12,12 @@ import sys
 import threading
 from contextlib import suppress
 
-# Seconds that a command has to end by itself.
+# Seconds that a command has to end after SIGTERM.
 _PATIENCE = 5.0
 
 
 def main() -> int:
-    """Runs the command to its end; returns its exit code."""
+    """Runs the command to its end and returns its exit code."""
     child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, process_group=0)
 
     def end(number: int) -> None:
@@ -37,7 +37,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda given, frame: end(signal.SIGTERM))
     code = child.wait()
-    end(signal.SIGKILL)  # Whatever it started does not outlive it.
+    end(signal.SIGKILL)  # Processes that the command started must not outlive it.
     return code
 
 

@@ -1,4 +1,4 @@
-"""A run whose clients are real: what replaces the simulation in `experiments.train`."""
+"""Runs with real clients: replaces the simulation in `experiments.train`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from flexmoe_jax.options import DeployOptions
 from flexmoe_jax.reading import read_json
 from flexmoe_jax.types import State
 
-# Who takes part in a run, and what each has said of itself.
+# File with the clients of a run, and what each has reported about itself.
 FILE = "federation.json"
 PERSONAL = (
     "clients' own test examples, or where they brought none the common test set, weighted to each "
@@ -39,16 +39,16 @@ PERSONAL = (
 
 
 class Deployment:
-    """What a run with real clients does in place of a simulation.
+    """Carries out a run with real clients, in place of a simulation.
 
     Args:
-      config: of the run.
-      workdir: of the run.
-      post: to and from clients.
+      config: the config of the run.
+      workdir: the folder of the run.
+      post: sends messages to clients and receives their answers.
     """
 
     def __init__(self, config: ConfigDict, workdir: Workdir, post: Post) -> None:
-        """Waits for nobody yet."""
+        """Checks the config; does not wait for clients yet."""
         check_deployable(config)
         self._config, self._workdir, self._post = config, workdir, post
         self._service: Service | None = None
@@ -56,7 +56,7 @@ class Deployment:
 
     @property
     def way(self) -> Way:
-        """How the run's rounds are carried."""
+        """How the run's rounds are carried out."""
         return Way(self._build, lambda experiment: experiment, self._carry)
 
     def _build(self, config: ConfigDict) -> Experiment:
@@ -82,7 +82,7 @@ class Deployment:
         self._post.admit(names, service.setup, layout_of(federation))
         self._service = service
         self._facts = facts
-        # Where a simulation has its `State`, this run has what a server has: `ServerState`.
+        # A simulation's state is a `State`; the state of this run is the server's `ServerState`.
         init: Any = service.init
         simulation = experiment.simulation._replace(
             init=init,
@@ -91,7 +91,7 @@ class Deployment:
         return replace(experiment, simulation=simulation)
 
     def _who(self) -> tuple[str, list[Facts]]:
-        """The federation's id, and its clients by their numbers; the same after a new start."""
+        """Returns the federation's id, and its clients by number; both survive a restart."""
         path = self._workdir.path / FILE
         if path.exists():
             known = read_json(path)
@@ -104,7 +104,7 @@ class Deployment:
     def _carry(
         self, experiment: Experiment, state: State, examples: ClientData, assigned: Assigned
     ) -> Carried:
-        """Carries a round to real clients and back."""
+        """Carries out a round with real clients."""
         assert self._service is not None
         self._open_board()
         begin = time.monotonic()
@@ -124,12 +124,12 @@ class Deployment:
         return Carried(after, clients, outcome, report)
 
     def close(self) -> None:
-        """Writes how clients stood at the end."""
+        """Writes the final status of the clients."""
         if self._board is not None:
             self._board.close()
 
     def _open_board(self) -> None:
-        """Writes down who takes part, and from now on how they stand: the run's folder is open."""
+        """Records the clients, and starts the board; called once the run's folder is open."""
         path = self._workdir.path / FILE
         if not path.exists():
             write_atomically(path, json.dumps(self._pending, indent=2) + "\n")
@@ -138,10 +138,10 @@ class Deployment:
 
 
 def _of_real_clients(config: ConfigDict, facts: list[Facts]) -> Examples:
-    """What the server knows: its own data set, and how many examples each client has.
+    """Returns what the server knows: its own data set, and each client's number of examples.
 
-    Of its data set the test split is the common test set; the rest gives classes, shapes, and the
-    mean and deviation of inputs, and is not trained on.
+    The test split of the server's data set is the common test set. The rest gives classes, shapes,
+    and the mean and deviation of inputs, and is not used for training.
     """
     own = config.copy_and_resolve_references()
     if config.task.name != "next_token":
@@ -160,10 +160,10 @@ def _of_real_clients(config: ConfigDict, facts: list[Facts]) -> Examples:
 
 
 def _devices(config: ConfigDict, facts: list[Facts]) -> edge.Devices | None:
-    """What clients say of their memory, where capacities follow from it.
+    """Returns the memory that clients report, as devices; None if capacities do not depend on it.
 
     Raises:
-      InputError: one does not say.
+      InputError: a client does not report its memory.
     """
     if config.clients.capacity != "memory":
         return None

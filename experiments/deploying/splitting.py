@@ -1,4 +1,4 @@
-"""A config's data set as one file for each client: what a simulation keeps apart by numbers."""
+"""Splits a config's data set into one file per client, with the same parts as in a simulation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def write_clients(config: ConfigDict, folder: Path) -> list[Path]:
     Clients are named after their numbers, so that the server numbers them as the simulation does.
 
     Args:
-      config: whose partition says what is whose.
-      folder: of the files, made if need be.
+      config: config whose partition assigns examples to clients.
+      folder: folder for the files; it is created if missing.
 
     Returns:
-      The files, by the clients' numbers.
+      The paths of the files, by the clients' numbers.
 
     Raises:
-      InputError: the config's data cannot be loaded or dealt out.
+      InputError: the config's data cannot be loaded or partitioned.
     """
     examples = load_examples(config)
     clients = examples.clients

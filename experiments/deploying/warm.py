@@ -1,9 +1,9 @@
 """Starts Flower's short-lived processes without loading Flower each time.
 
 Flower starts a process for every message to a client, and that process needs 1.6 CPU-seconds to
-load Flower, more than many clients need to train. Here, one process loads it once and forks for
-each; what they have loaded lies in memory once. Flower finds its commands on its PATH: these are
-ours, and hand their words to that process, or, should it not be there, become Flower's own.
+load Flower, more than many clients need to train. Here, one process loads Flower once and forks for
+each command, so the modules are in memory only once. Flower finds its commands on its PATH. Ours
+come first: they pass their words to that process, or run Flower's own command if it is not there.
 
 python -m experiments.deploying.warm SOCKET                   loads Flower and forks
 python -ISE experiments/deploying/warm.py SOCKET REAL ...     hands over REAL and the words after it
@@ -20,7 +20,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-# Of Flower's commands those that are worth it: for each message, and once beside each SuperNode.
+# The Flower commands replaced here: one runs for each message, one once beside each SuperNode.
 _COMMANDS = {
     "flwr-clientapp": ("flwr.supernode.cli.flwr_clientapp", "flwr_clientapp"),
     "flower-superexec": ("flwr.supercore.cli.flower_superexec", "flower_superexec"),
@@ -28,10 +28,10 @@ _COMMANDS = {
 
 
 def write_commands(folder: Path, address: Path, installed: Path) -> None:
-    """Writes the commands that Flower finds.
+    """Writes the commands that Flower finds on its PATH.
 
     Args:
-      folder: to be put first on Flower's PATH; made here.
+      folder: folder for the commands, to be put first on Flower's PATH; it is created here.
       address: socket of the process that forks.
       installed: folder of Flower's own commands.
     """
@@ -44,7 +44,7 @@ def write_commands(folder: Path, address: Path, installed: Path) -> None:
 
 
 def hand_over(address: str, real: str, words: list[str]) -> None:
-    """Lets the process at a socket do the work, or does it as Flower would."""
+    """Passes a command to the process at a socket; if there is none, runs the real command."""
     try:
         with socket.socket(socket.AF_UNIX) as line:
             line.connect(address)
@@ -58,12 +58,12 @@ def hand_over(address: str, real: str, words: list[str]) -> None:
 
 
 def fork_for_each(address: str) -> None:
-    """Loads Flower, and forks for each command that comes to a socket; does not return."""
+    """Loads Flower, and forks for each command that arrives at a socket; does not return."""
     import flwr.clientapp
     import flwr.serverapp  # noqa: F401  What our app loads.
 
     mains = {name: getattr(import_module(at), what) for name, (at, what) in _COMMANDS.items()}
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Nobody waits for them.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Child processes are not waited for.
     Path(address).unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(address)

@@ -1,7 +1,7 @@
-"""Reads the files of a workdir: what cannot be used is left out, and noted in a sentence.
+"""Reads the files of a workdir; unusable content is left out, and a note says so.
 
-What is handed on is clean: numbers are floats or ints of a size that can be added, squared and
-drawn, texts are one printable line, arrays fit each other.
+The result is clean: numbers are floats or ints small enough to be added, squared and drawn, texts
+are one printable line, and the shapes of the arrays fit each other.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ ARRAY_AXES = {
     "held_rounds": "CE",
     "usage": "CE",
 }
-# Metrics that are one number an expert, and in words.
+# Metrics that are vectors, with one number for each expert, and the one that is a text.
 VECTORS = ("load/assigned", "load/usage")
 STATUS = "assignment/status"
-# No figure of a run comes near the first, whose square is a number; no count near the second.
+# The largest value and the largest count that are accepted: no run comes near either, and the
+# square of the first is still finite.
 _LARGEST, _MOST_COUNTED = 1e100, 1e15
-# Rows that a picture may have: experts and classes.
+# The most rows (experts or classes) that a picture may have.
 _MOST_ROWS = 4096
 _LONGEST, _MOST_NOTES = 200, 20
-# Entries of the summary that are numbers, and some that are words.
+# Prefixes of summary entries that are numbers, and the names of some that are texts.
 _FIGURES = ("final/", "best/", "total/")
 _WORDS = ("status", "device", "personal_measured_on", "notes")
 _TEXT_KINDS, _NUMBER_KINDS = "US", "biuf"
 
 
 def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is none."""
+    """Reads the object in a JSON file; empty if there is no file, or it cannot be read."""
     try:
         return read_json(path)
     except FileNotFoundError:
@@ -60,7 +61,7 @@ def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
-    """What summary.json says, without values of the wrong kind."""
+    """Reads summary.json, without values of the wrong kind."""
     found: dict[str, Any] = {}
     wrong = 0
     for key, value in read_object(path, notes).items():
@@ -81,12 +82,12 @@ def read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_records(path: Path, rounds: object, notes: list[str]) -> tuple[Mapping[str, Any], ...]:
-    """The rounds in metrics.jsonl, without values of the wrong kind.
+    """Reads the rounds in metrics.jsonl, without values of the wrong kind.
 
     Args:
-      path: of the file.
-      rounds: that the run is to have, if its config says.
-      notes: are added to.
+      path: path of the file.
+      rounds: number of rounds of the whole run, if its config says.
+      notes: list to which notes are appended.
     """
     try:
         history = read_history(path, rounds)
@@ -113,7 +114,7 @@ def _wrong_kind(path: Path, many: int) -> str:
 
 
 def _of_right_kind(rows: list[dict[str, Any]]) -> tuple[tuple[dict[str, Any], ...], int]:
-    """The rows without what is not of its key's kind, and how many known values that were."""
+    """Removes values of the wrong kind for their key, and counts those of known keys."""
     lengths = {key: Counter(len(r[key]) for r in rows if _is_vector(r.get(key))) for key in VECTORS}
     usual = {key: count.most_common(1)[0][0] for key, count in lengths.items() if count}
     wrong, clean = 0, []
@@ -137,14 +138,14 @@ def _is_vector(value: object) -> bool:
 
 
 def figure(value: float) -> float:
-    """A number that can be reckoned with; infinite beyond any that a run records."""
+    """Returns the number, or an infinity if it is larger than any that a run records."""
     if value > _LARGEST:
         return math.inf
     return -math.inf if value < -_LARGEST else value
 
 
 def read_arrays(path: Path, notes: list[str]) -> dict[str, Numbers]:
-    """The entries of arrays.npz that can be read, under the names and axes of `ARRAY_AXES`."""
+    """Reads the usable entries of arrays.npz, under the names and axes of `ARRAY_AXES`."""
     arrays: dict[str, Numbers] = {}
     try:
         with open_npz(path) as archive:
@@ -176,7 +177,7 @@ def read_arrays(path: Path, notes: list[str]) -> dict[str, Numbers]:
 
 
 def read_data(folder: Path, notes: list[str]) -> str:
-    """A hash of the data that a run read; empty where its folder does not say."""
+    """Returns a hash of the data that a run read; empty if its folder does not record it."""
     try:
         known = read_inputs(folder) or {}
     except (OSError, UnreadableError) as error:
@@ -186,10 +187,10 @@ def read_data(folder: Path, notes: list[str]) -> str:
 
 
 def _fit_to_draw(name: str, array: Numbers) -> Numbers:
-    """The array with texts that can be printed, and with NaN for numbers that nobody could draw.
+    """Returns the array with printable texts, and with NaN for fitness values too large to draw.
 
     Raises:
-      UnreadableError: it is not what this name stands for.
+      UnreadableError: shape, type or values do not fit the entry of this name.
     """
     axes = ARRAY_AXES[name]
     if array.ndim != len(axes) or not array.size:
@@ -213,6 +214,6 @@ def _fit_to_draw(name: str, array: Numbers) -> Numbers:
 
 
 def reason(error: Exception) -> str:
-    """Why a file could not be read."""
+    """Returns a text that says why a file could not be read."""
     said = error.strerror if isinstance(error, OSError) else None
     return printable(said or error, _LONGEST)

@@ -1,4 +1,4 @@
-"""Pictures of what changes from round to round: accuracy, loss, balance, traffic, cost."""
+"""Line charts over the rounds of one run: accuracy, loss, balance, traffic, cost."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SIMULATED = ("time/simulated_seconds",)
 
 @dataclass(frozen=True)
 class Pen:
-    """How one of several runs is drawn everywhere: its letter, colour and dash."""
+    """How one of several runs is drawn in all pictures: its letter, colour and dash."""
 
     letter: str
     colour: str
@@ -60,7 +60,7 @@ class Pen:
 
 
 def pens(runs: int) -> list[Pen]:
-    """One pen a run; colours repeat with another dash."""
+    """Returns one pen for each run; colours repeat with another dash."""
     colours = len(ink.CYCLE)
     return [
         Pen(
@@ -73,7 +73,7 @@ def pens(runs: int) -> list[Pen]:
 
 
 def run_pictures(run: Run) -> list[Picture]:
-    """The curves of one run; what was not recorded has no picture."""
+    """Draws the curves of one run; metrics that were not recorded have no picture."""
     made = [_accuracy(run), _loss(run), _balance(run), _traffic(run), _edge(run), _cost(run)]
     return [picture for picture in made if picture is not None]
 
@@ -126,7 +126,7 @@ def _finals(run: Run, shown: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _on_what(run: Run) -> str:
-    """What the figures of an evaluation are measured on."""
+    """Describes on which data each accuracy is measured."""
     with_prior = run.config.get("eval.prior") and run.task == "classification"
     prior = ", whose label shares it adds to what it predicts" if with_prior else ""
     one = " assembled: all experts in one model, which no client holds;"
@@ -186,7 +186,10 @@ def _traffic(run: Run) -> Picture | None:
 
 
 def _edge(run: Run) -> Picture | None:
-    """Who took part, and simulated time; nothing where everybody always delivered at once."""
+    """Draws the number of clients that took part, and simulated time.
+
+    None if every client always delivered, no update was refused and no time was simulated.
+    """
     asked, delivered = run.series("clients/asked")[1], run.series("clients/delivered")[1]
     refused, simulated = run.series("clients/quarantined")[1], run.cumulative(*SIMULATED)
     if np.array_equal(asked, delivered) and not refused.any() and not simulated[0].size:
@@ -217,7 +220,7 @@ def _edge(run: Run) -> Picture | None:
 def _cost(run: Run) -> Picture | None:
     def panel(key: str, title: str, factor: float, colour: str) -> Panel:
         x, y = run.series(key)
-        # The first round compiles and loads the solver: it would flatten all others.
+        # The first round compiles and loads the solver: its time would flatten all others.
         warm = slice(int("second" in key and x.size > 2), None)
         return Panel(title, _with_trend(x[warm], y[warm] * factor, "", colour), "positive")
 
@@ -244,12 +247,12 @@ def _cost(run: Run) -> Picture | None:
 
 
 def _window(points: int) -> int:
-    """Rounds in the running mean: an odd number near a fortieth of the run."""
+    """Returns the length of the running mean: an odd number near a fortieth of the points."""
     return points // 40 | 1
 
 
 def smoothing_remark(runs: Sequence[Run]) -> str:
-    """What to say of long runs, whose lines are running means."""
+    """Returns a remark for the caption if a run is so long that lines are running means."""
     longest = max((run.rounds for run in runs), default=0)
     if longest <= SMOOTH_FROM:
         return ""
@@ -258,7 +261,7 @@ def smoothing_remark(runs: Sequence[Run]) -> str:
 
 
 def calm(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """The curve, or its centred running mean where it has too many points to be read."""
+    """Returns the curve, or its centred running mean if it has too many points to be readable."""
     if x.size <= SMOOTH_FROM:
         return x, y
     kernel = np.ones(_window(x.size))
@@ -269,7 +272,7 @@ def calm(x: Floats, y: Floats) -> tuple[Floats, Floats]:
 
 
 def _with_trend(x: Floats, y: Floats, label: str, colour: str) -> list[Line]:
-    """The curve itself, and in front of a crowded one its running mean."""
+    """Returns the line of a curve; if it has many points, a pale line and its running mean."""
     if x.size <= SMOOTH_FROM:
         return [Line(x, y, label, colour)]
     return [Line(x, y, "", colour, strength=0.3), Line(*calm(x, y), label, colour)]

@@ -1,4 +1,4 @@
-"""The look of every picture: colours, type, and the way a figure becomes a data URI."""
+"""The look of every picture: colours, fonts, and the conversion of a figure to a data URI."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MUTED = "#5d6b7a"
 RULE = "#dfe4ea"
 EMPTY = "#ccd2d9"
 
-# Okabe and Ito's colours, without the yellow that a white page swallows; the first two carry a
-# meaning all over a run's section: blue is what was assigned, orange what was used.
+# The colours of Okabe and Ito, without the yellow, which is hard to see on white. The first two
+# have the same meaning in all of a run's section: blue is assigned load, orange is used load.
 ASSIGNED, USED = "#0072b2", "#d55e00"
 GREEN, PINK, AMBER, SKY = "#00805f", "#b8578f", "#c98500", "#3a9bd6"
-# For lines that are told apart by colour alone: hues and lightness both differ.
+# For lines that differ by colour alone: both hue and lightness differ.
 PURPLE = "#7a5fb5"
 CYCLE = (ASSIGNED, USED, GREEN, PINK, INK, AMBER, SKY, PURPLE)
 DASHES: tuple[str | tuple[float, tuple[float, ...]], ...] = (
@@ -72,8 +72,8 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
-    # Text stays text: it can be searched and takes the page's font, which is narrower than the
-    # one used for the layout, so what fits here fits there.
+    # Text stays text, so it can be searched and uses the page's font. That font is narrower than
+    # the one used for the layout, so text that fits here also fits on the page.
     "svg.fonttype": "none",
     "svg.hashsalt": "flexmoe_jax",
 }
@@ -87,9 +87,9 @@ class Picture:
       name: stable identifier within a section.
       title: heading above it.
       source: `data:` URI of the image.
-      alt: what it shows, in words.
+      alt: alternative text: a description of the content.
       caption: how to read it.
-      wide: whether it takes the page's whole width.
+      wide: whether it takes the full width of the page.
       size: width and height in inches.
     """
 
@@ -103,7 +103,7 @@ class Picture:
 
 
 def ramp(*colours: str) -> Colormap:
-    """Colour map through `colours`; cells without a value are grey."""
+    """Returns a colour map through `colours`; cells without a value are grey."""
     return LinearSegmentedColormap.from_list("", colours).with_extremes(bad=EMPTY)
 
 
@@ -119,13 +119,13 @@ def draw(size: tuple[float, float], paint: Callable[[Figure], None], smooth: boo
 
     Args:
       size: width and height, inches.
-      paint: puts the drawing on the figure.
+      paint: function that draws on the figure.
       smooth: let the browser average the cells of a matrix instead of showing each as a block;
         for matrices whose cells are about as small as the screen's pixels.
     """
     text = io.StringIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # The browser writes the text, in a font that has the letters.
+        # The browser renders the text, in a font that has these glyphs.
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure = Figure(figsize=size)
         FigureCanvasSVG(figure)
@@ -138,7 +138,7 @@ def draw(size: tuple[float, float], paint: Callable[[Figure], None], smooth: boo
 
 
 def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place given in inches from the figure's top left corner."""
+    """Adds axes at a position given in inches from the figure's top left corner."""
     total_width, total_height = figure.get_size_inches()
     bottom = total_height - top - height
     return figure.add_axes(
@@ -147,12 +147,12 @@ def axes_at(figure: Figure, left: float, top: float, width: float, height: float
 
 
 def text_width(text: str, points: float = 7) -> float:
-    """Upper estimate of the width of a line of text, inches."""
+    """Returns an upper estimate of the width of a line of text, in inches."""
     return 0.62 * points * len(text) / 72
 
 
 def thin(positions: ArrayLike, widths: ArrayLike, scale: float) -> list[int]:
-    """Indices of the labels that can stand side by side without touching, first come first kept.
+    """Returns indices of labels that fit side by side without touching, greedily from the first.
 
     Args:
       positions: centres of the labels in data units, ascending.
@@ -170,9 +170,9 @@ def thin(positions: ArrayLike, widths: ArrayLike, scale: float) -> list[int]:
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Places on [0, 1] in the order of `wanted`, at least `gap` apart, moved as little as needed.
+    """Moves positions on [0, 1] as little as needed to be `gap` apart; their order stays.
 
-    Of equal ones the first goes on top. Where they do not fit, the lowest ones fall below 0.
+    Of equal positions the first goes on top. If they do not all fit, the lowest fall below 0.
     """
     order = np.lexsort((-np.arange(len(wanted)), np.asarray(wanted, dtype=float)))
     places = np.asarray(wanted, dtype=float)[order]
@@ -191,7 +191,7 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     """Writes each line's label beside its last point, on the right of the axes, without overlap.
 
     Args:
-      axes: drawn, with its final limits.
+      axes: fully drawn, with its final limits.
       ends: x, y, label and colour of each line's last point.
     """
     figure = axes.get_figure()

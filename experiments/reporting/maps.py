@@ -36,14 +36,14 @@ from experiments.reporting.quantities import byte_unit, count, ratio
 from experiments.reporting.runs import Floats, Run, assigned_unit
 
 CLIENT_COLUMNS, ROUND_COLUMNS = 1000, 250
-# Kinds of examples that a picture has room for.
+# The most kinds of examples (labels or domains) that a picture has room for.
 MOST_KINDS = 40
 TOTALS = 1.75
 ROUND_STEPS = (1, 2, 2.5, 5, 10)
 
 
 def load_pictures(run: Run) -> list[Picture]:
-    """Experts × rounds, assigned and used, rows in one order: the most used expert on top."""
+    """Draws experts × rounds, assigned and used load, both with the most used expert on top."""
     _, used = run.vectors("load/usage")
     _, assigned = run.vectors("load/assigned")
     basis = used if used.size else assigned
@@ -59,7 +59,7 @@ def load_pictures(run: Run) -> list[Picture]:
 
 
 def client_pictures(run: Run) -> list[Picture]:
-    """Labels, holders, routing and fitness, clients as columns in one order."""
+    """Draws labels, holders, routing and fitness, with clients as columns in the same order."""
     order = order_of(run)
     if order is None:
         return []
@@ -126,7 +126,7 @@ def _load(run: Run, key: str, order: Numbers, title: str, colour: str, unit: str
 
 
 def _per_client(axes: Axes, name: str, values: np.ndarray, colour: str) -> None:
-    """A strip of numbers, one a client, in the columns of the map above."""
+    """Draws a strip of bars, one for each client, aligned with the columns of the map above."""
     axes.set_title(f"{name.capitalize()} per client", pad=4)
     if len(values) <= 4 * EACH_CLIENT:
         places = np.arange(len(values))
@@ -234,13 +234,13 @@ def _routing(run: Run, order: Order) -> Picture | None:
 
 
 def _specialisation(run: Run) -> Picture | None:
-    """Experts × kinds of examples: whom each expert serves."""
+    """Draws experts × kinds of examples: which kinds each expert serves."""
     usage, counts = run.arrays.get("usage"), run.arrays.get("label_counts")
     kinds = [str(kind) for kind in run.arrays.get("classes", ())]
     if usage is None or counts is None or not np.nansum(usage) or not 1 < len(kinds) <= MOST_KINDS:
         return None
     served = shares(shares(counts).T @ np.nan_to_num(usage.astype(float)))  # (kinds, experts)
-    # Experts stand in the order of the kinds that they mostly serve, so that a diagonal shows.
+    # Experts are sorted by the kind that they serve most: specialisation shows as a diagonal.
     rows = np.lexsort((-served.max(axis=0), served.argmax(axis=0)))
     cells = served.T[rows]
     scale = share_scale(ink.ORANGES, cells, f"of the kind's\n{run.units}")
@@ -311,7 +311,7 @@ def _client_maps(
     caption: str,
     marks: Numbers | None = None,
 ) -> Picture:
-    """Experts × clients, one map below the other; `marks` (C, E) puts dots on the first."""
+    """Draws maps of experts × clients below each other; `marks` (C, E) puts dots on the first."""
     clients, experts = panels[0][1].shape
     classes = [str(c) for c in run.arrays.get("classes", ())]
     height = rows_height(experts)

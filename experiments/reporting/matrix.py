@@ -1,4 +1,4 @@
-"""What the pictures of matrices are made of: cells, colour scales, and axes that stay readable."""
+"""Parts of the matrix pictures: cells, colour scales, and axes with readable labels."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from experiments.reporting.quantities import TIMES, count
 from experiments.reporting.runs import Floats
 
 FULL = 10.0
-# Every client picture has these margins, so that a client stands at the same place in all.
+# All client pictures have these margins, so a client is at the same position in each.
 LEFT, RIGHT, TOP, BOTTOM = 0.95, 0.95, 0.36, 0.5
 INNER = FULL - LEFT - RIGHT
 EACH_CLIENT = 40
-# Rows are repeated so that a browser which blends narrow columns leaves the rows' edges sharp.
+# Each row is repeated, so that the edges of rows stay sharp if the browser blends narrow columns.
 CRISP = 6
 ROW_LABEL = 0.125
 BAR_HEIGHT = 2.0
@@ -31,7 +31,7 @@ SHARE_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 @dataclass(frozen=True)
 class Scale:
-    """Colours of a matrix and the values that the ends of its colour bar stand for."""
+    """Colour scale of a matrix: its colours and the values at the ends of its colour bar."""
 
     colours: Colormap
     low: float
@@ -53,7 +53,7 @@ HELD = Scale(ink.BLUES, low=0, high=1, title="")
 
 
 def show_matrix(axes: Axes, cells: Floats, scale: Scale, span: tuple[float, float]) -> None:
-    """Shows cells (R, C), the first row on top, columns over `span` in units of the x axis."""
+    """Draws cells (R, C), first row on top; `span` is the range of the columns on the x axis."""
     axes.imshow(
         np.repeat(cells, CRISP, axis=0),
         cmap=scale.colours,
@@ -68,14 +68,14 @@ def show_matrix(axes: Axes, cells: Floats, scale: Scale, span: tuple[float, floa
 
 
 def row_labels(axes: Axes, labels: Sequence[str], height: float) -> None:
-    """Labels of the rows, as many as can stand below each other; long ones cut."""
+    """Labels as many rows as there is room for; long labels are cut."""
     rows = np.arange(len(labels))
     kept = ink.thin(rows, np.full(len(labels), ROW_LABEL), height / len(labels))
     axes.set_yticks(kept, [cut(labels[i], LEFT - 0.12) for i in kept])
 
 
 def client_axis(axes: Axes, order: Order, classes: Sequence[str], each: int) -> None:
-    """Client numbers where each has room, else the groups by label that the clients stand in."""
+    """Labels the x axis with client numbers or, for many clients, with their groups by label."""
     clients = len(order.clients)
     scale = INNER / clients
     merged = "" if each == 1 else f"; a column is the mean of {each}"
@@ -98,7 +98,7 @@ def client_axis(axes: Axes, order: Order, classes: Sequence[str], each: int) -> 
 
 
 def colour_bar(figure: Figure, left: float, height: float, scale: Scale, top: float = TOP) -> None:
-    """Colour bar of `scale` beside a matrix, place and height in inches, its title above it."""
+    """Draws the colour bar of `scale` with its title above it; position and height in inches."""
     axes = ink.axes_at(figure, left, top + 0.36, 0.11, max(height - 0.36, 0.5))
     axes.imshow(
         np.linspace(1, 0, 128)[:, None],
@@ -128,7 +128,7 @@ def colour_bar(figure: Figure, left: float, height: float, scale: Scale, top: fl
 
 
 def share_scale(colours: Colormap, share: Floats, title: str) -> Scale:
-    """Scale from 0 to a round share that few cells exceed, so that small shares are seen, too."""
+    """Returns a scale from 0 to a round share that few cells exceed, so small shares show, too."""
     finite = share[np.isfinite(share)]
     largest = float(finite.max(initial=0.0))
     usual = float(np.quantile(finite, 0.998)) if finite.size else 1.0
@@ -138,16 +138,16 @@ def share_scale(colours: Colormap, share: Floats, title: str) -> Scale:
 
 
 def rows_height(rows: int, most: float = 5.2) -> float:
-    """Height of a matrix with that many rows, inches."""
+    """Returns the height in inches of a matrix with this number of rows."""
     return float(np.clip(0.21 * rows, 1.1, most))
 
 
 def dense(cells: Floats, width: float) -> bool:
-    """Whether the cells come near the size of a screen pixel, about 1/100 inch."""
+    """Whether the cells are about as narrow as a screen pixel, 1/100 inch."""
     return int(cells.shape[1]) > 25 * width
 
 
 def cut(text: str, room: float) -> str:
-    """The text, shortened to a width in inches."""
+    """Shortens a text to a width in inches."""
     fits = int(room / ink.text_width("x"))
     return text if len(text) <= fits else text[: fits - 1] + "…"

@@ -1,4 +1,4 @@
-"""Orders of clients and experts in which the matrices show their structure."""
+"""Orders of clients and experts that make the structure of the matrices visible."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from experiments.reporting.runs import Floats, Run
 
 @dataclass(frozen=True)
 class Order:
-    """Columns and rows of the client pictures of one run.
+    """Order of the columns and rows in the client pictures of one run.
 
     Attributes:
       clients: (C,) client numbers from left to right, grouped by their most frequent label.
-      groups: (C,) that label's index, in the same order; None where labels are not recorded.
-      experts: (E,) expert numbers from top to bottom: an expert stands where its clients stand.
+      groups: (C,) index of that label, in the same order; None if labels are not recorded.
+      experts: (E,) expert numbers from top to bottom, by the mean position of their clients.
     """
 
     clients: NDArray[np.intp]
@@ -27,7 +27,7 @@ class Order:
 
 
 def order_of(run: Run) -> Order | None:
-    """The order for one run; None where arrays.npz says nothing about clients."""
+    """Returns the order for one run; None if arrays.npz has no data on clients."""
     matrices = [
         run.arrays[n] for n in ("usage", "held_rounds", "holds", "fitness") if n in run.arrays
     ]
@@ -45,13 +45,28 @@ def order_of(run: Run) -> Order | None:
 
 
 def by_label(counts: Numbers) -> NDArray[np.intp]:
-    """Client numbers (C,) from label counts (C, Y): by most frequent label, purest first."""
+    """Sorts clients by their most frequent label, the one with the largest share of it first.
+
+    Args:
+      counts: (C, Y) label counts.
+
+    Returns:
+      (C,) client numbers.
+    """
     share = shares(counts)
     return np.lexsort((-share.max(axis=1), counts.argmax(axis=1)))
 
 
 def by_clients(weight: Numbers, clients: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Expert numbers (E,) by the mean place of their clients, from weights (C, E); idle last."""
+    """Sorts experts by the weighted mean position of their clients; idle experts last.
+
+    Args:
+      weight: (C, E) weight of each client for each expert, by client number.
+      clients: (C,) client numbers from left to right.
+
+    Returns:
+      (E,) expert numbers.
+    """
     weight = np.nan_to_num(weight[clients].astype(float))
     total = weight.sum(axis=0)
     places = np.arange(len(clients)) @ weight
@@ -60,7 +75,7 @@ def by_clients(weight: Numbers, clients: NDArray[np.intp]) -> NDArray[np.intp]:
 
 
 def shares(rows: Numbers) -> Floats:
-    """Each row divided by its sum; rows that sum to 0 become NaN."""
+    """Divides each row by its sum; rows that sum to 0 become NaN."""
     total = rows.sum(axis=1, keepdims=True).astype(float)
     result = np.full(rows.shape, np.nan)
     np.divide(rows, total, out=result, where=total > 0)
@@ -71,13 +86,13 @@ def pool(columns: Numbers, largest: int, places: Numbers | None = None) -> tuple
     """Averages neighbouring columns of (R, C) until at most `largest` are left.
 
     Args:
-      columns: NaN cells are left out of the mean.
-      largest: number of columns of the result.
-      places: (C,) whole numbers, rising, where the columns stand; side by side unless given.
+      columns: (R, C) matrix; NaN cells are left out of the mean.
+      largest: maximal number of columns of the result.
+      places: (C,) ascending whole numbers, the positions of the columns; None for 0 to C - 1.
 
     Returns:
-      the matrix (R, ceil(W / n)) and n, the places in each column, of the W from the first to the
-      last; NaN where there is no column.
+      the matrix (R, ceil(W / n)) and n, the number of positions in each of its columns; W is the
+      number of positions from the first to the last. Cells without any column are NaN.
     """
     at = np.arange(columns.shape[1]) if places is None else np.asarray(places - places[0], np.int64)
     width = int(at[-1]) + 1

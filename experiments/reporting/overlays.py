@@ -1,4 +1,4 @@
-"""The same pictures of what changes from round to round with several runs in each."""
+"""Curves over the rounds as in `curves`, with several runs in each picture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LETTERS = "Each line is a run, drawn and lettered as in the list above"
 
 
 def overlay_pictures(runs: Sequence[Run]) -> list[Picture]:
-    """The same curves with several runs in each, in the order and with the letters of `pens`."""
+    """Draws the curves of several runs together, in the order and with the letters of `pens`."""
     told_in = common_unit(runs)
     made = [
         draw_panels(
@@ -60,7 +60,7 @@ def overlay_pictures(runs: Sequence[Run]) -> list[Picture]:
 def _panel(
     runs: Sequence[Run], key: str, title: str, kind: str = "linear", factor: float = 1.0
 ) -> Panel:
-    """A figure of all runs, in `factor` of its units."""
+    """Returns a panel with one metric of all runs; its values are divided by `factor`."""
     noisy = not key.endswith("_cumulative")
     found = [calm(*run.series(key)) if noisy else run.series(key) for run in runs]
     lines = [
@@ -77,7 +77,7 @@ def _loss(runs: Sequence[Run], key: str, words: str, told_in: LossUnit) -> Panel
 def _against(
     runs: Sequence[Run], totals: Sequence[tuple[Floats, Floats]], factor: float, key: str
 ) -> list[Line]:
-    """A figure of all runs by what was spent until then: `totals`, in `factor` of their units."""
+    """Returns lines of one metric of all runs against a running total, divided by `factor`."""
     return [
         Line(np.interp(x, *total) / factor, y, pen.letter, pen.colour, pen.dash)
         for run, total, pen in zip(runs, totals, pens(len(runs)), strict=True)
@@ -122,7 +122,7 @@ def _traffic(runs: Sequence[Run], told_in: LossUnit) -> Picture | None:
 
 
 def _paid(runs: Sequence[Run]) -> Picture | None:
-    """What accuracy cost: against simulated time, where devices were simulated, and bytes."""
+    """Draws accuracy against simulated time and against bytes; None without simulated devices."""
     panels: list[Panel] = []
     for keys, kind in ((SIMULATED, "time"), (_BYTES, "bytes")):
         totals = [run.cumulative(*keys) for run in runs]

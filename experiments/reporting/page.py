@@ -1,4 +1,4 @@
-"""Puts numbers, tables and pictures into one HTML page that needs nothing but itself."""
+"""Puts the numbers, tables and pictures of runs on one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDE = ' class="wide"'
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page of one run, or the comparison of several followed by a section for each."""
+    """Renders the page of one run, or a comparison of several runs and a section for each."""
     if len(runs) == 1:
         (run,) = runs
         folder = run.workdir.resolve().name
@@ -34,7 +34,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def document(title: str, body: str) -> str:
-    """A whole page around what stands in it."""
+    """Returns a complete HTML page with the given title and body."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -70,7 +70,7 @@ def _comparison(runs: Sequence[Run]) -> str:
 
 
 def notes(sentences: Sequence[str]) -> str:
-    """What a reader should know before trusting the figures."""
+    """Formats the remarks that a reader should know before trusting the figures."""
     return "".join(f'<p class="note">{escape(sentence)}</p>' for sentence in sentences)
 
 
@@ -112,7 +112,7 @@ def _run_body(run: Run, section: str, heading: str, marked: Sequence[str]) -> st
 
 
 def show_pictures(pictures: Sequence[Picture], section: str, heading: str) -> str:
-    """Pictures side by side, each with its heading and caption."""
+    """Formats pictures side by side, each with its heading and caption."""
     figures = [
         f'<figure id="{section}-{p.name}"{WIDE * p.wide}>'
         f"<{heading}>{escape(p.title)}</{heading}>"

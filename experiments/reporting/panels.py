@@ -1,4 +1,4 @@
-"""Line charts: panels on a grid, each with its own axis, every line labelled at its end."""
+"""Line charts: panels on a grid, each with its own axes, every line labelled at its end."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Dash = str | tuple[float, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: x and y of shape (T',), in the panel's units; no end label where it is empty.
+    """One curve: x and y of shape (T',), in the panel's units; an empty `label` is not drawn.
 
-    Where it stands for several runs, `low` and `high`, both (T',), are their lowest and highest.
+    If the curve is a mean of several runs, `low` and `high`, both (T',), are their extremes.
     """
 
     x: Floats
@@ -44,9 +44,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One coordinate system: its heading, which names the unit, its curves and its kind of axis.
+    """One coordinate system: its heading with the unit, its curves and the kind of its y axis.
 
-    With `ticks`, x counts these names from 0 and every point stands for itself.
+    With `ticks`, x is the index of a name in them, and the spread of a point is a vertical stroke.
     """
 
     title: str
@@ -58,13 +58,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Grid:
-    """How panels stand beside each other.
+    """Layout of the panels.
 
     Attributes:
-      columns: panels in a row; all of them unless given.
-      shared: one y scale for all panels.
-      height: of a row, inches.
-      wide: whether they take the whole width; several panels do unless told otherwise.
+      columns: panels in a row; None for all of them.
+      shared: whether all panels have the same y limits.
+      height: height of a row, inches.
+      wide: whether they take the full width; None: if there are several panels.
     """
 
     columns: int | None = None
@@ -81,15 +81,15 @@ def draw_panels(
     grid: Grid = Grid(),
     alt: str = "",
 ) -> Picture | None:
-    """Panels on a grid, or None where not one of them has a finite point.
+    """Draws panels on a grid; None if none of them has a finite point.
 
     Args:
       name: identifier of the picture.
       title: heading of the picture.
-      panels: what to draw, row by row; empty ones are left out.
+      panels: panels, row by row; empty ones are left out.
       caption: how to read it.
-      grid: how they stand.
-      alt: what to add to the alternative text.
+      grid: layout.
+      alt: addition to the alternative text.
     """
     filled = [replace(p, lines=[ln for ln in p.lines if _drawable(ln)]) for p in panels]
     filled = [p for p in filled if p.lines]

@@ -1,4 +1,4 @@
-"""Names, units and number formats of everything a run records."""
+"""Names, units and number formats of all metrics that a run records."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Quantity:
     """How a recorded metric is shown.
 
     Attributes:
-      name: what people call it.
+      name: name for readers.
       format: value to text with its unit.
-      better: `higher`, `lower`, or empty where neither side is better.
+      better: `higher`, `lower`, or empty if neither is better.
     """
 
     name: str
@@ -29,29 +29,29 @@ class Quantity:
 
 
 class LossUnit(NamedTuple):
-    """What losses are told in: its name, empty for none, and how many nats it is."""
+    """Unit in which losses are shown: its name, which may be empty, and its size in nats."""
 
     name: str
     nats: float
 
     def titled(self, words: str) -> str:
-        """Words for a loss, with the unit behind them."""
+        """Returns a title of a loss with the unit appended."""
         return f"{words}, {self.name}" if self.name else words
 
 
 NATS = LossUnit("nats", 1.0)
 UNNAMED = LossUnit("", 1.0)
 LOSS_UNITS = {"classification": NATS, "next_token": LossUnit("bits a byte", math.log(2))}
-"""By task; tokens are bytes. The numbers of all other tasks are their own."""
+"""Task to the unit of its losses; tokens are bytes. Other tasks have units of their own."""
 
 
 def percent(value: float) -> str:
-    """Fraction as a percentage, one decimal."""
+    """Formats a fraction as a percentage with one decimal."""
     return f"{100 * value:.1f}{NBSP}%"
 
 
 def ratio(value: float) -> str:
-    """Number without a unit, three significant digits, plain notation where it is readable."""
+    """Formats a number without unit to three significant digits; tiny ones with a power of ten."""
     if value and abs(value) < 1e-4:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}{TIMES}10{_superscript(int(exponent))}"
@@ -59,17 +59,17 @@ def ratio(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """Whole number with thousands separators; what nobody would read out is rounded."""
+    """Formats a whole number with thousands separators; from 1e15 on, in scientific notation."""
     return f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.3g}"
 
 
 def counted(value: float, noun: str) -> str:
-    """A number of things, the noun in the plural unless it is one."""
+    """Formats a count with its noun, in the plural unless the count is one."""
     return f"{count(value)} {noun}{'' if value == 1 else 's'}"
 
 
 def byte_unit(largest: float) -> tuple[float, str]:
-    """Bytes in, and name of, the decimal unit in which `largest` reads best."""
+    """Returns the size in bytes and the name of the decimal unit that suits `largest` best."""
     for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if largest >= factor:
             return factor, unit
@@ -77,7 +77,7 @@ def byte_unit(largest: float) -> tuple[float, str]:
 
 
 def time_unit(largest: float) -> tuple[float, str]:
-    """Seconds in, and name of, the unit in which `largest` reads best."""
+    """Returns the length in seconds and the name of the time unit that suits `largest` best."""
     for factor, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if largest >= 2 * factor:
             return factor, unit
@@ -85,7 +85,7 @@ def time_unit(largest: float) -> tuple[float, str]:
 
 
 def power_of_ten(largest: float) -> tuple[float, str]:
-    """A factor, and what to write behind a title, so that numbers up to `largest` can be read."""
+    """Returns a factor that makes numbers up to `largest` readable, and its suffix for a title."""
     if largest >= 0.01 or not largest > 0:
         return 1.0, ""
     exponent = max(3 * math.floor(math.log10(largest) / 3), -300)
@@ -93,13 +93,13 @@ def power_of_ten(largest: float) -> tuple[float, str]:
 
 
 def size(value: float) -> str:
-    """Bytes in decimal units."""
+    """Formats a number of bytes in decimal units."""
     factor, unit = byte_unit(value)
     return f"{value / factor:.3g}{NBSP}{unit}"
 
 
 def duration(value: float) -> str:
-    """Seconds as people say them."""
+    """Formats a number of seconds in milliseconds, seconds, minutes or hours."""
     if not math.isfinite(value):
         return _not_finite(value)
     if value < 1:
@@ -113,7 +113,7 @@ def duration(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Examples per second."""
+    """Formats a rate in examples per second."""
     return f"{count(value)}{NBSP}/s"
 
 
@@ -162,27 +162,27 @@ QUANTITIES = {
 
 
 def name(key: str) -> str:
-    """What people call the metric; its own key where it is not a known one."""
+    """Returns the metric's name for readers; its key if the metric is not known."""
     return QUANTITIES[key].name if key in QUANTITIES else key
 
 
 def better(key: str) -> str:
-    """`higher`, `lower`, or empty where neither side is better or the metric is not known."""
+    """Returns `higher` or `lower`; empty if neither is better or the metric is not known."""
     return QUANTITIES[key].better if key in QUANTITIES else ""
 
 
 def is_loss(key: str) -> bool:
-    """Whether the metric is a loss, recorded in nats, or what else the task counts in."""
+    """Whether the metric is a loss, recorded in nats or in the task's own unit."""
     return key.endswith(("/loss", "_loss"))
 
 
 def show(key: str, value: float | None, unit: LossUnit = UNNAMED) -> str:
-    """The metric's value as text; a dash for None, `NaN` or `∞` for what is not finite.
+    """Formats a metric's value; None becomes a dash, other values that are not finite `NaN` or `∞`.
 
     Args:
-      key: of the metric.
-      value: as recorded.
-      unit: to tell losses in.
+      key: key of the metric.
+      value: value as recorded.
+      unit: unit in which losses are shown.
     """
     if value is None:
         return NOTHING

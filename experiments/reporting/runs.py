@@ -1,4 +1,4 @@
-"""Reads what a training run left in its workdir, finished or not."""
+"""Reads the results of a training run from its workdir; the run need not be finished."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ NAMED_FIELDS = 3
 
 @dataclass(frozen=True)
 class Run:
-    """One workdir, read.
+    """The contents of one workdir.
 
     Attributes:
-      workdir: where it was read from.
-      config: configuration, flat: dotted field to value.
-      summary: contents of summary.json, empty while the run is going.
-      records: one mapping a round from metrics.jsonl, ascending in `round`, one for each round.
+      workdir: folder that the run was read from.
+      config: flat configuration: dotted field to value.
+      summary: contents of summary.json; empty while the run is in progress.
+      records: one mapping for each round of metrics.jsonl, ascending in `round`.
       arrays: entries of arrays.npz under the names and axes of `ARRAY_AXES`.
-      notes: sentences on what the run said of its data, and on what could not be read.
-      data: hash of what it was trained and tested on; empty where its folder does not say.
+      notes: sentences: the run's own notes, and what could not be read.
+      data: hash of the training and test data; empty if the folder does not record it.
     """
 
     workdir: Path
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """What summary.json says of the run's end, or `unfinished` where there is none."""
+        """How the run ended according to summary.json; `unfinished` if it does not say."""
         return str(self.summary.get("status", "unfinished"))
 
     @property
@@ -66,22 +66,22 @@ class Run:
 
     @property
     def task(self) -> str:
-        """What was learnt; classification where it is not said, as before there were others."""
+        """Name of the task; configs written before there were other tasks: classification."""
         return str(self.config.get("task.name", "classification"))
 
     @property
     def loss_unit(self) -> LossUnit:
-        """What to tell its losses in."""
+        """Unit in which its losses are shown."""
         return LOSS_UNITS.get(self.task, UNNAMED)
 
     @property
     def units(self) -> str:
-        """What gates send to experts."""
+        """Name of the units that gates send to experts."""
         return "tokens" if self.task == "next_token" else "samples"
 
     @property
     def kind(self) -> str:
-        """What the classes of arrays.npz are, of which every client has its mix."""
+        """What the classes of arrays.npz are, of which each client has a mix: label or domain."""
         return "domain" if self.task == "next_token" else "label"
 
     def complete(self, last: float) -> bool:
@@ -89,20 +89,26 @@ class Run:
         return sum(record["round"] <= last for record in self.records) >= last
 
     def series(self, key: str) -> tuple[Floats, Floats]:
-        """Round numbers and values, both (T',), of the rounds that recorded the scalar `key`."""
+        """Returns round numbers and values, both (T',), of the rounds with the scalar `key`."""
         pairs = [(r["round"], r[key]) for r in self.records if is_number(r.get(key))]
         x, y = np.array(pairs, dtype=float).reshape(-1, 2).T
         return x, y
 
     def cumulative(self, *keys: str) -> tuple[Floats, Floats]:
-        """Round numbers and running total, both (T,), of the sum of `keys`; gaps count as 0."""
+        """Returns round numbers and running total, both (T',), of the sum of `keys`.
+
+        Rounds without any of the keys are left out; a single missing or infinite value counts as 0.
+        """
         present = [r for r in self.records if any(is_number(r.get(key)) for key in keys)]
         x = np.array([r["round"] for r in present], dtype=float)
         each = [sum(_finite(r.get(key)) for key in keys) for r in present]
         return x, np.cumsum(np.array(each, dtype=float))
 
     def vectors(self, key: str) -> tuple[Floats, Floats]:
-        """Rounds (T',) that recorded the vector `key`, and these (T', E), NaN for no number."""
+        """Returns the rounds (T',) that recorded the vector `key`, and its values (T', E).
+
+        Values that are not finite become NaN.
+        """
         found = {r["round"]: r[key] for r in self.records if isinstance(r.get(key), list)}
         if not found:
             return np.empty(0), np.empty((0, 0))
@@ -111,7 +117,7 @@ class Run:
         return x, np.where(np.isfinite(rows), rows, np.nan)
 
     def final(self, key: str) -> float | None:
-        """Last value of the metric `key`: the summary's, else the last one recorded."""
+        """Returns the final value of the metric `key`: from the summary, else the last recorded."""
         stated = self.summary.get(f"final/{key}")
         if is_number(stated):
             return float(stated)
@@ -119,7 +125,10 @@ class Run:
         return float(y[-1]) if y.size else None
 
     def best(self, key: str) -> float | None:
-        """Best value of the metric `key`, None for metrics without a better side."""
+        """Returns the best value of the metric `key`: from the summary, else the best recorded.
+
+        None if there is no value, or if neither higher nor lower is better.
+        """
         stated = self.summary.get(f"best/{key}")
         if is_number(stated):
             return float(stated)
@@ -131,7 +140,7 @@ class Run:
         return float(y.max() if side == "higher" else y.min())
 
     def best_round(self, key: str) -> int | None:
-        """First round in which the best value was recorded, None where no round shows it."""
+        """Returns the first round that recorded the best value; None if no round did."""
         best = self.best(key)
         x, y = self.series(key)
         if best is None or not y.size:
@@ -140,9 +149,9 @@ class Run:
         return int(x[hits[0]]) if hits.size else None
 
     def seconds(self) -> float | None:
-        """Wall time in seconds: the summary's or, while the run goes on, that of the last round.
+        """Returns the wall time in seconds, from the summary or the last round, if that is later.
 
-        Rounds of older versions say no more than how long each took.
+        Runs of older versions recorded only the time of each round; these times are summed.
         """
         _, so_far = self.series("time/run_seconds")
         stated = [self.summary.get("seconds"), *so_far[-1:]]
@@ -153,10 +162,10 @@ class Run:
 
 
 def read_run(workdir: Path) -> Run:
-    """Reads one workdir; parts that are missing or cut short are left out and noted.
+    """Reads one workdir; parts that are damaged are left out and noted.
 
     Raises:
-      InputError: if the folder is no workdir: neither config.json nor metrics.jsonl is in it.
+      InputError: the folder is no workdir: neither config.json nor metrics.jsonl is in it.
     """
     if not _is_workdir(workdir):
         raise InputError("DIR", workdir, _remedy(workdir))
@@ -171,7 +180,7 @@ def read_run(workdir: Path) -> Run:
 
 
 def differing_fields(runs: Sequence[Run]) -> list[str]:
-    """Config fields that tell the experiments apart, in the configs' order."""
+    """Returns the config fields in which the experiments differ, in the order of the configs."""
     fields = dict.fromkeys(f for run in runs for f in run.config if not incidental(f))
     absent = object()
     return [
@@ -180,8 +189,8 @@ def differing_fields(runs: Sequence[Run]) -> list[str]:
 
 
 def name_runs(runs: Sequence[Run]) -> list[str]:
-    """One distinct name for each run: what differs in its config, else its folder."""
-    # What is compared comes before the repetition of it.
+    """Returns a distinct name for each run: the config fields that differ, else its folder."""
+    # The seed, which only numbers repetitions, comes after the fields that are compared.
     fields = sorted(differing_fields(runs), key=lambda f: f == "seed")
     folders = _folder_names([run.workdir for run in runs])
     if not 0 < len(fields) <= NAMED_FIELDS:
@@ -203,15 +212,15 @@ def name_runs(runs: Sequence[Run]) -> list[str]:
 
 
 def different_data(runs: Mapping[str, Run]) -> list[str]:
-    """Sentences on runs whose configs ask for the same data, and which read others.
+    """Returns a warning for each group of runs that ask for the same data but read different data.
 
     Args:
-      runs: by name.
+      runs: name to run.
     """
     groups: dict[str, dict[str, list[str]]] = {}
     for name, run in runs.items():
         asked = {f: v for f, v in run.config.items() if f.startswith("data.") and not incidental(f)}
-        # The file alone, wherever it lay.
+        # The name of the file alone: its folder does not matter.
         asked["data.name"] = json_text(asked.get("data.name", "")).rpartition(os.sep)[2]
         if run.data:
             read = groups.setdefault(json.dumps(asked, sort_keys=True), {})
@@ -229,12 +238,12 @@ def different_data(runs: Mapping[str, Run]) -> list[str]:
 
 
 def json_text(value: Any) -> str:
-    """A config value as one writes it on the command line; strings without quotes."""
+    """Formats a config value as on the command line; strings without quotes."""
     return printable(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def _folder_names(workdirs: Sequence[Path]) -> list[str]:
-    """Shortest path endings that tell the folders apart."""
+    """Returns the shortest path endings that distinguish the folders."""
     resolved = [w.resolve() for w in workdirs]
     for depth in range(1, max(len(w.parts) for w in resolved) + 1):
         names = ["/".join(w.parts[-depth:]) for w in resolved]
@@ -266,7 +275,7 @@ def _remedy(path: Path) -> str:
 
 
 def common_unit(runs: Sequence[Run]) -> LossUnit:
-    """What to tell the losses of all these in; as recorded where they have no unit in common."""
+    """Returns the unit for the losses of all these runs; as recorded if their units differ."""
     units = {run.loss_unit for run in runs}
     return units.pop() if len(units) == 1 else LossUnit("as recorded", 1.0)
 
@@ -276,14 +285,14 @@ ASSIGNED_UNITS = {
     "samples": "samples that holders train on",
     "usage": "samples that holders are foreseen to send it",
 }
-"""What the load assigned to an expert counts, by load model."""
+"""Load model to what the assigned load of an expert counts."""
 
 
 def assigned_unit(run: Run) -> str:
-    """What the run's assigned load counts."""
+    """Returns what the run's assigned load counts."""
     load = str(run.config.get("assignment.load", "clients"))
     try:
         load = load_model_name(load, run.config.get("clients.capacity", 1))
-    except InputError:  # No capacity that a run can have.
+    except InputError:  # The config has an invalid capacity.
         load = ""
     return ASSIGNED_UNITS.get(load, ASSIGNED_UNITS["clients"])

@@ -1,4 +1,4 @@
-"""The parts of the page that are words and numbers: headline, tables, configuration."""
+"""The parts of the page that consist of text and numbers: headline, tables, configuration."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ HEADLINE = (
     ("load/usage_cv_cumulative", "Used load CV, cumulative"),
 )
 COMPARED = (*HEADLINE, ("train/loss", "Training loss"))
-# Columns that are there where a run has them.
+# Columns that are shown only if some run has a value.
 FURTHER = {
     f"eval/{word}_{measure}" for word in ("tuned", "newcomer") for measure in ("accuracy", "loss")
 }
-# Fields that say in a line what a run is, with the words around their values.
+# Config fields that describe a run in one line, each with the text around its value.
 SETTING = (
     ("data.name", "{}"),
     ("partition.name", "{} partition"),
@@ -40,7 +40,7 @@ SETTING = (
     ("model.backbone", "{}"),
     ("seed", "seed {}"),
 )
-# Entries of the summary that have a place of their own on the page.
+# Entries of the summary that the page shows elsewhere, or in a row of their own.
 PLACED = {"status", "rounds", "versions", "device", "seconds", "personal_measured_on", "notes"}
 STATUSES = {"finished", "interrupted", "diverged"}
 LONGEST_VALUE = 60
@@ -48,13 +48,13 @@ DIFFERS = ' class="differs"'
 
 
 def chip(run: Run) -> str:
-    """How the run ended, as a small mark."""
+    """Formats the run's status as a small badge."""
     kind = run.status if run.status in STATUSES else ""
     return f' <span class="chip {kind}">{escape(run.status)}</span>'
 
 
 def setting(run: Run) -> str:
-    """What was trained on what, in one line."""
+    """Describes in one line which method was trained on which data."""
     said = [
         words.format(json_text(run.config[field]))
         for field, words in SETTING
@@ -66,7 +66,7 @@ def setting(run: Run) -> str:
 
 
 def headline(run: Run) -> str:
-    """The row of numbers at the top of a run."""
+    """Formats the row of numbers at the top of a run's section."""
     tiles = []
     for key, words in HEADLINE:
         value = run.final(key)
@@ -83,7 +83,7 @@ def headline(run: Run) -> str:
 
 
 def legend(names: Sequence[str], drawn: Sequence[Pen], linked: bool = True) -> str:
-    """The list of runs with the letter and the line that stand for each, linked to its section."""
+    """Lists the runs with the letter and line style of each, linked to their sections."""
     links = [f'<a href="#run-{i}">{escape(name)}</a>' for i, name in enumerate(names, start=1)]
     items = [
         f'<li><svg width="34" height="10" aria-hidden="true"><line x1="1" y1="5" x2="33" y2="5" '
@@ -95,7 +95,7 @@ def legend(names: Sequence[str], drawn: Sequence[Pen], linked: bool = True) -> s
 
 
 def comparison(runs: Sequence[Run], names: Sequence[str], letters: Sequence[str]) -> str:
-    """One row a run with its final values, the best of each column bold."""
+    """Formats a table of final values, one row for each run, with the best of each column bold."""
     finals = {key: [run.final(key) for run in runs] for key, _ in COMPARED}
     compared = [
         (key, words)
@@ -137,7 +137,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str], letters: Sequence[str]
 
 
 def differences(runs: Sequence[Run], letters: Sequence[str], fields: Sequence[str]) -> str:
-    """One row a config field that is not the same everywhere, one column a run."""
+    """Formats a table of the config fields that differ: one row a field, one column a run."""
     if not fields:
         return '<h3>What differs</h3><p class="lead">The configurations are the same.</p>'
     head = '<th scope="col">Field</th>' + "".join(f'<th scope="col">{lt}</th>' for lt in letters)
@@ -154,7 +154,7 @@ def differences(runs: Sequence[Run], letters: Sequence[str], fields: Sequence[st
 
 
 def values(run: Run) -> str:
-    """Final and best value of every metric, recorded in the rounds or stated by the summary."""
+    """Tabulates final and best value of every metric in the recorded rounds or the summary."""
     stated = [k.split("/", 1)[1] for k in run.summary if k.startswith(("final/", "best/"))]
     recorded = {k for r in run.records for k, v in r.items() if isinstance(v, int | float)}
     known = [key for key in quantities.QUANTITIES if key in recorded or key in stated]
@@ -179,7 +179,7 @@ def values(run: Run) -> str:
 
 
 def environment(run: Run) -> str:
-    """Status, device, wall time, versions and every other scalar of the summary."""
+    """Tabulates status, device, wall time, versions and every other scalar of the summary."""
     rows: list[tuple[str, str]] = [("Status", run.status), ("Rounds", count(_rounds(run)))]
     seconds = run.seconds()
     if seconds is not None:
@@ -208,7 +208,7 @@ def environment(run: Run) -> str:
 
 
 def configuration(run: Run, marked: Sequence[str]) -> str:
-    """Every config field, by section; those in `marked` highlighted."""
+    """Formats every config field, by section; those in `marked` are highlighted."""
     if not run.config:
         return '<p class="lead">config.json is not there.</p>'
     sections: dict[str, list[str]] = {}
@@ -242,7 +242,10 @@ def _tiles(tiles: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _beside(run: Run, key: str) -> str:
-    """What to compare a headline number with: a running total's last round, else the best value."""
+    """Returns the text beside a headline number: the best value and its round.
+
+    For a cumulative metric it is the value of the last round alone.
+    """
     if key.endswith("_cumulative"):
         alone = key.removesuffix("_cumulative")
         last = run.final(alone)

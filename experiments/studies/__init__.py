@@ -1,1 +1,1 @@
-"""Studies: each file defines `get_study()`. `methods` and `tasks` are what they choose from."""
+"""Studies: each file defines `get_study()`, with entries chosen from `methods` and `tasks`."""

@@ -15,7 +15,7 @@ from experiments.studies.tasks import PARTITIONS, SMALL
 from experiments.studying.study import Axis, Study
 
 CHANGES: Axis = {
-    # Without one of our three additions, with one alone, or with none: the paper's form.
+    # Without one of our three additions, with only one, or with none, as in the paper.
     "no_exploration": {"assignment.exploration": 0.0},
     "no_local_balance": {"local.balance": 0.0},
     "private_gate": {"model.gate": "private"},
@@ -23,13 +23,13 @@ CHANGES: Axis = {
     "only_local_balance": {**PAPER, "local.balance": FLEX["local.balance"]},
     "only_shared_gate": {**PAPER, "model.gate": "shared"},
     "paper": PAPER,
-    # Less exploration, or more; diversity of holders instead of it, beside it, or alone.
+    # Less or more exploration; diversity of holders instead of it, in addition to it, or alone.
     "exploration_0.3": {"assignment.exploration": 0.3},
     "exploration_3": {"assignment.exploration": 3.0},
     "diverse": {"assignment.exploration": 0.0, "assignment.diversity": 3.0},
     "and_diverse": {"assignment.diversity": 3.0},
     "only_diverse": {**PAPER, "assignment.diversity": 3.0},
-    # The null model, with and without the two additions that are not the assignment's.
+    # The null model, without and with the two additions that do not concern the assignment.
     "random": METHODS["random"],
     "random_balance_shared_gate": {
         **METHODS["random"],
@@ -40,14 +40,14 @@ CHANGES: Axis = {
     "score_loss": {"fitness.score": "loss"},
     "beta_0.1": {"fitness.beta": 0.1},
     "initial_0": {"fitness.initial": 0.0},
-    # In-client balance loss, and load: what it counts, and by how much it may miss its share.
+    # In-client balance loss; load: what it counts, and how far it may deviate from the even share.
     "local_balance_0.05": {"local.balance": 0.05},
     "local_balance_1": {"local.balance": 1.0},
     "load_samples": {"assignment.load": "samples"},
     "load_usage": {"assignment.load": "usage"},
     "slack_0.3": {"assignment.slack": 0.3},
     "slack_1": {"assignment.slack": 1.0},
-    # Under load usage, no memory of the deficit, and the other rounding.
+    # With load `usage`: no memory of the deficit, or the other rounding.
     "usage_no_deficit": {"assignment.load": "usage", "assignment.deficit_decay": 0.0},
     "usage_shmoys_tardos": {"assignment.load": "usage", "assignment.rounding": "shmoys_tardos"},
 }

@@ -14,7 +14,7 @@ from experiments.studies.methods import choose
 from experiments.studies.tasks import PARTITIONS, SMALL
 from experiments.studying.study import Axis, Study
 
-# The last deals capacities 1 to 4 out evenly.
+# "1-4" gives capacities 1 to 4 to equal numbers of clients.
 CAPACITIES: Axis = {
     "1": {"clients.capacity": 1},
     "2": {"clients.capacity": 2},

@@ -1,10 +1,10 @@
-"""Which defence helps against which attack? Faulty clients among those of the embedded digits.
+"""Which defence helps against which attack? The embedded digits, with a share of faulty clients.
 
     python -m experiments.sweep --study=experiments/studies/defences.py --workdir=runs/defences
 
-Every combination of what 10, 20 or 40 % of the clients do to their updates (no numbers, turned
-around, 1000 times too long, drowned in noise 10 times as long) with how the server makes one update
-of many, with quarantine, which is on by default, and with none. 273 runs of five seconds each.
+Every combination of a fault in the updates of 10, 20 or 40 % of the clients (NaN, sign reversed,
+1000 times too long, noise added that is 10 times as long) with an aggregator of the server, with
+quarantine, which is on by default, and without it. 273 runs of five seconds each.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ ATTACKS: Axis = {
 
 ROBUST = ("trimmed_mean", "median", "geometric_median")
 DEFENCES: Axis = {
-    # The default: the mean of what quarantine lets in.
+    # The default: the mean of the updates that quarantine accepts.
     "mean": {"server.aggregator": "mean"},
     **{name: {"server.aggregator": name} for name in ROBUST},
-    # The same without quarantine; a mean without it does not outlive the first NaN.
+    # The same without quarantine. A mean without it is left out: the first NaN destroys it.
     **{f"{name}_alone": {"server.aggregator": name, "server.quarantine": False} for name in ROBUST},
 }
 
 
 def get_study() -> Study:
-    """Few rounds of a small network."""
+    """A few rounds of a small network."""
     quick = {"rounds": 20, "model.backbone": "mlp", "eval.every": 5}
     return Study(
         name="defences",

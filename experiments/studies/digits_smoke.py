@@ -1,4 +1,4 @@
-"""A study in three minutes that needs no download: does the whole chain work here?
+"""A study of three minutes without download that checks whether the whole chain works here.
 
     python -m experiments.sweep --study=experiments/studies/digits_smoke.py --workdir=runs/smoke
 
@@ -14,7 +14,7 @@ from experiments.studying.study import Study
 
 
 def get_study() -> Study:
-    """Few rounds of a small network."""
+    """A few rounds of a small network."""
     quick = {"rounds": 6, "model.backbone": "mlp", "clients.capacity": 2}
     return Study(
         name="digits_smoke",

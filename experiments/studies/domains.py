@@ -1,4 +1,4 @@
-"""Where clients differ in what is true of the same input: texts in some of eight languages each.
+"""Clients for which the same input has different outputs: texts in two of eight languages each.
 
     python -m experiments.sweep --study=experiments/studies/domains.py --data_dir=FOLDER \
         --workdir=runs/domains
@@ -14,13 +14,13 @@ from experiments.studies.methods import METHODS
 from experiments.studying.study import Axis, Study
 
 SCORES_ALONE = {"fitness.affinity": 0.0}
-# One expert a client needs no router to choose it.
+# With one expert for each client there is nothing for a router to choose.
 DENSE = {**SCORES_ALONE, "model.router": False}
 
-# All but the assignment is the same for whoever deals experts out.
+# `flex`, `oracle` and `random` differ in the assignment alone.
 METHODS_OF_DOMAINS: Axis = {
     "flex": {},
-    # Experts go by clients' languages, which no server knows: the reference from above.
+    # Experts are assigned by the clients' languages, which no server knows: an upper reference.
     "oracle": {"fitness.profile": "given"},
     "random": {**SCORES_ALONE, "assignment.policy": "random"},
     "fedavg": {**METHODS["fedavg"], **DENSE},

@@ -1,4 +1,4 @@
-"""The control of `domains`: one language for all clients, split by place in the text.
+"""The control of `domains`: one language for all clients, split by position in the text.
 
     python -m experiments.sweep --study=experiments/studies/domains_control.py \
         --data_dir=FOLDER_OF_ONE_TEXT --workdir=runs/domains_control
@@ -16,7 +16,7 @@ from experiments.studying.study import Study
 
 
 def get_study() -> Study:
-    """As `domains`, where there is nothing for an oracle to know."""
+    """As `domains`, without the oracle: all clients have the same language."""
     return replace(
         domains.get_study(),
         name="domains_control",

@@ -1,4 +1,4 @@
-"""What a user would pick instead of `flex` where clients differ in their languages.
+"""Alternatives to `flex` that a user might choose if clients differ in their languages.
 
     python -m experiments.sweep --study=experiments/studies/domains_rivals.py --data_dir=FOLDER \
         --workdir=runs/domains_rivals
@@ -20,9 +20,9 @@ RIVALS: Axis = {
     "flex": {},
     # As large as all experts together, which no client could hold.
     "fedavg_all": {**METHODS["fedavg"], **domains.DENSE, "model.hidden": 8 * 128},
-    # Every client alone, for as many rounds.
+    # Every client alone, for the same number of rounds.
     "local": {**METHODS["fedavg"], **domains.DENSE, "model.private": ",".join(PARTS)},
-    # Whole models as experts, one a client, chosen by loss: IFCA.
+    # Whole models as experts, one for each client, chosen by loss: IFCA.
     "clustered": {**METHODS["clustered"], **domains.DENSE},
 }
 

@@ -1,4 +1,4 @@
-"""The languages of `domains` in other measures: one a client, and four times the text.
+"""The languages of `domains` in other amounts: one language a client, and four times the text.
 
     python -m experiments.sweep --study=experiments/studies/domains_settings.py --data_dir=FOLDER \
         --workdir=runs/domains_settings

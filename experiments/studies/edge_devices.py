@@ -1,12 +1,12 @@
-"""What a policy costs on a mix of devices: simulated time and bytes, on EMNIST digits.
+"""The cost of policies on a mix of devices: simulated time and bytes, on EMNIST digits.
 
     python -m experiments.sweep --study=experiments/studies/edge_devices.py \
         --data_dir=TFDS_DIR --workdir=runs/edge_devices
     python -m experiments.table runs/edge_devices --target=0.6
 
 TFDS_DIR holds `emnist/digits` as TFDS prepares it (array_record). Of 20 clients 8 are sensors, 8
-phones and 4 gateways (flexmoe_jax/edge/tiers.toml), which come and go. A sensor has memory to train
-4 of the 8 experts; `full` overlooks that: the reference from above.
+phones and 4 gateways (flexmoe_jax/edge/tiers.toml), which come and go. The memory of a sensor
+suffices to train 4 of the 8 experts; `full` ignores this limit and is the upper reference.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Methods that studies compare: name to the config fields that make it."""
+"""Methods that studies compare: name to the config fields that define the method."""
 
 from __future__ import annotations
 
 from experiments.studying.study import Axis
 
-# Without our additions: fitness alone decides, gates are free, and their clients' own.
+# Without our additions: fitness alone decides, gates have no balance loss and stay with clients.
 PLAIN = {
     "model.gate": "private",
     "assignment.load": "clients",
@@ -14,7 +14,7 @@ PLAIN = {
 }
 
 PAPER = {**PLAIN, "assignment.policy": "flex", "fitness.score": "accuracy"}
-# Holders that change, clients that use all they hold, and gates that travel with experts.
+# Our three additions: holders change, clients use all experts that they hold, gates are shared.
 FLEX = {
     **PAPER,
     "model.gate": "shared",
@@ -23,8 +23,8 @@ FLEX = {
     "local.balance": 0.1,
 }
 
-# All parameters in one expert, which everybody holds: as wide as two of the default 128. It sees
-# every example, so its steps are as long as those of the rest.
+# One expert, which all clients hold: as wide as two of the default width 128. It sees every
+# example, so its learning rate is that of the other parameters.
 DENSE = {
     **PLAIN,
     "local.expert_rate": 1.0,
@@ -35,38 +35,38 @@ DENSE = {
 }
 
 METHODS: Axis = {
-    # FLEX-MoE with our three additions: experts learn from many clients, and are used alike.
+    # FLEX-MoE with our three additions: experts learn from many clients, and are used evenly.
     "flex": FLEX,
-    # The same with holders of unlike label mixes instead of holders that change.
+    # The same, but an expert's holders have different label mixes, instead of changing.
     "flex_diverse": {**FLEX, "assignment.exploration": 0.0, "assignment.diversity": 3.0},
-    # The same with the use foreseen weighed instead of holders counted.
+    # The same, but load is the expected usage, not the number of holders.
     "flex_usage": {**FLEX, "assignment.load": "usage"},
     # The same with the loss score exp(-α l).
     "flex_loss": {**FLEX, "fitness.score": "loss"},
-    # FLEX-MoE as the paper describes it, by either score: arXiv 2512.23070.
+    # FLEX-MoE as the paper describes it, with either score: arXiv 2512.23070.
     "flex_paper": PAPER,
     "flex_paper_loss": {**PAPER, "fitness.score": "loss"},
-    # Each client its fittest experts, no load bounds: the baseline of arXiv 2512.23070.
+    # Each client gets its fittest experts, no load bounds: the baseline of arXiv 2512.23070.
     "greedy": {**PLAIN, "assignment.policy": "greedy"},
-    # Each client the experts that it used most so far: FedMoE, arXiv 2408.11304.
+    # Each client gets the experts that it has used most so far: FedMoE, arXiv 2408.11304.
     "greedy_usage": {**PLAIN, "assignment.policy": "greedy_usage"},
-    # Experts drawn anew every round: the usual null model.
+    # Experts drawn at random every round: the usual null model.
     "random": {**PLAIN, "assignment.policy": "random"},
-    # Experts dealt out in turn, the deal moved on every round: the balanced null model.
+    # Experts assigned in turn, shifted every round: the balanced null model.
     "round_robin": {**PLAIN, "assignment.policy": "round_robin"},
-    # Experts drawn once and kept for good: clustering by chance.
+    # Experts drawn once and kept: random clusters.
     "static": {**PLAIN, "assignment.policy": "static"},
-    # Every client holds all experts: no capacity limit, the reference from above.
+    # Every client holds all experts: no capacity limit, the upper reference.
     "full": {**PLAIN, "assignment.policy": "full"},
-    # Gates that stay with their clients, as the paper's do.
+    # Gates stay with their clients, as in the paper.
     "flex_private_gate": {**FLEX, "model.gate": "private"},
     # Server optimisers: FedAvgM (arXiv 1909.06335) and FedAdam (arXiv 2003.00295).
     "flex_fedavgm": {**FLEX, "server.momentum": 0.9, "server.learning_rate": 0.3},
     "flex_fedadam": {**FLEX, "server.optimizer": "adam", "server.learning_rate": 0.01},
-    # One dense model of the size that a client with two experts holds: arXiv 1602.05629.
+    # One dense model, as large as that of a client with two experts: FedAvg, arXiv 1602.05629.
     "fedavg": DENSE,
-    # As many such models as experts, of which a client trains the one of the least loss: IFCA,
-    # arXiv 2006.04088. It downloads all of them to see which.
+    # One such model for each expert; a client downloads all of them, and trains the one with the
+    # lowest loss: IFCA, arXiv 2006.04088.
     "clustered": {
         **DENSE,
         "model.experts": 8,
@@ -75,13 +75,13 @@ METHODS: Axis = {
         "fitness.score": "loss",
         "fitness.probe": "all",
     },
-    # The dense model, held back near the server's: arXiv 1812.06127.
+    # The dense model with a penalty on the distance to the server's: FedProx, arXiv 1812.06127.
     "fedprox": {**DENSE, "local.proximal": 0.01},
-    # The same without a federation: every client alone, for as many rounds.
+    # The dense model without a federation: every client alone, for the same number of rounds.
     "local": {**DENSE, "model.private": "backbone,expert,head"},
-    # The same with a head of each client's own (FedPer): arXiv 1912.00818.
+    # The dense model with a private head for each client: FedPer, arXiv 1912.00818.
     "fedper": {**DENSE, "model.private": "head"},
-    # A shared extractor, one of the client's own, and its own gate and head: arXiv 2402.01350.
+    # A shared and a private extractor for each client, a private gate and head: arXiv 2402.01350.
     "pfedmoe": {
         **DENSE,
         "model.hidden": 128,
@@ -92,5 +92,5 @@ METHODS: Axis = {
 
 
 def choose(*names: str) -> Axis:
-    """Some of the methods, in the order given."""
+    """Selects methods by name, in the order given."""
     return {name: METHODS[name] for name in names}

@@ -1,4 +1,4 @@
-"""Clients that come later: what they are worth with experts that they have never trained.
+"""Clients that join after training: how well experts serve them that they have never trained.
 
     python -m experiments.sweep --study=experiments/studies/newcomers.py --data_dir=FOLDER \
         --workdir=runs/newcomers
@@ -14,10 +14,10 @@ from experiments.studying.study import Study
 
 
 def get_study() -> Study:
-    """24 clients that train as in the study `domains`, and 8 that come at every evaluation.
+    """24 clients that train as in the study `domains`, and 8 that join at every evaluation.
 
-    A newcomer downloads 4 of the 8 experts, twice what it then holds: those that the routers give
-    most of its text to.
+    A newcomer downloads 4 of the 8 experts, twice its capacity: those to which the routers send
+    most of its text.
     """
     coming = {"clients.count": 32, "clients.newcomers": 8, "clients.shortlist": 4}
     return Study(

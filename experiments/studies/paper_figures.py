@@ -26,7 +26,7 @@ def get_study() -> Study:
         "local.decay": "cosine",
     }
     digits = {**SMALL["emnist_digits"], **longer, "rounds": 100}
-    # Twice as wide, for seven times as long, on images half of which are mirrored.
+    # Twice as wide, trained seven times as long, with half of the images mirrored.
     cifar10 = {
         **SMALL["cifar10"],
         **longer,
@@ -37,7 +37,7 @@ def get_study() -> Study:
     return Study(
         name="paper_figures",
         config=emnist_digits.get_config,
-        # As wide as the 2.5 experts that a client holds in the mean.
+        # As wide as 2.5 experts, the mean number that a client holds.
         methods={**choose("flex"), "fedavg": {**METHODS["fedavg"], "model.hidden": 320}},
         datasets={"emnist_digits": digits, "cifar10": cifar10},
         partitions=PARTITIONS,

@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
 
 def get_study() -> Study:
     """All methods."""
-    # A digit or a traffic sign in a mirror is another one, or none.
+    # Digits and traffic signs are not mirrored, since that can change their class.
     return Study(
         name="paper_full",
         config=get_config,

@@ -15,8 +15,8 @@ from experiments.studies.methods import METHODS
 from experiments.studies.tasks import PARTITIONS, SMALL
 from experiments.studying.study import Axis, Study
 
-# Clients train on logits + τ log π as well, π being their label shares: logit adjustment
-# (arXiv 2007.07314).
+# Further methods: clients train on logits + τ log π, where π are their label shares: logit
+# adjustment (arXiv 2007.07314).
 ADJUSTED: Axis = {
     f"{name}_tau_{tau:g}": {**METHODS[name], "local.prior": tau}
     for name in ("flex", "random", "fedavg")

@@ -1,4 +1,4 @@
-"""Where clients differ in what is true of the same picture: relabelled and turned digits.
+"""Clients for which the same picture has different labels: relabelled and rotated digits.
 
     python -m experiments.sweep --study=experiments/studies/rules.py --data_dir=TFDS_DIR \
         --workdir=runs/rules
@@ -14,7 +14,7 @@ from experiments.studies.methods import METHODS, choose
 from experiments.studies.tasks import SMALL
 from experiments.studying.study import Axis, Study
 
-# Holders go by what their clients' updates tell, and stay.
+# The assignment uses the similarity of the clients' updates, and holders stay.
 FLEX = {
     **METHODS["flex"],
     "assignment.exploration": 0.0,
@@ -23,7 +23,7 @@ FLEX = {
 
 METHODS_OF_RULES: Axis = {
     "flex": FLEX,
-    # Experts go by clients' rules, which no server knows: the reference from above.
+    # Experts are assigned by the clients' rules, which no server knows: an upper reference.
     "oracle": {**FLEX, "fitness.profile": "given"},
     **choose("random", "greedy", "fedavg"),
     # As large as all experts together, which no client could hold.
@@ -32,7 +32,7 @@ METHODS_OF_RULES: Axis = {
 }
 
 TWO_TURNS = {"partition.rule": "turned", "partition.rules_per_client": 2}
-# Also after a last round that each client trains for itself alone.
+# Evaluation includes clients after one more round of training, each for itself.
 DIGITS = {**SMALL["emnist_digits"], "eval.fine_tune": True}
 
 
@@ -44,7 +44,7 @@ def get_study() -> Study:
         methods=METHODS_OF_RULES,
         datasets={"emnist_digits": DIGITS},
         partitions={
-            # Of four permutations of the labels, a client's are one: no model is right for all.
+            # Each client has one of four permutations of the labels: no model is right for all.
             "relabelled": {"partition.name": "iid", "partition.rule": "relabelled"},
             "turned": {"partition.name": "iid", **TWO_TURNS},
             "turned_4_class": {

@@ -1,4 +1,4 @@
-"""Data sets and partitions that studies choose from: name to the config fields that make it."""
+"""Data sets and partitions that studies choose from: name to the config fields that define it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DATASETS: Axis = {
     "gtsrb": {"data.name": "visual_domain_decathlon/gtsrb"},
 }
 
-# The same at sizes for two CPU cores: networks that learn in minutes, 16 examples a batch.
+# The same, small enough for two CPU cores: networks that train in minutes, batches of 16 examples.
 _REDUCED = {"local.batch_size": 16, "data.test_limit": 4000}
 SMALL: Axis = {
     "emnist_digits": {
@@ -31,7 +31,7 @@ SMALL: Axis = {
     },
 }
 
-# Those of arXiv 2512.23070.
+# The partitions of arXiv 2512.23070.
 PARTITIONS: Axis = {
     "iid": {"partition.name": "iid"},
     "k_class_4": {"partition.name": "k_class", "partition.classes_per_client": 4},

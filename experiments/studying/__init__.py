@@ -1,7 +1,8 @@
-"""What a study is, how its runs are started, and what its numbers say.
+"""Studies: their definition, the execution of their runs, and the analysis of the results.
 
-`study` is the grid of runs, `standing` how far each of them is; `launch` starts one, `local` runs
-a share of them here, `slurm` hands shares to a queue. `results` reads what runs left, `statistics`
-and `sheets` make tables of it, `formats` writes these; `pictures` draws, `page` puts all on a page.
-`experiments.sweep`, `experiments.table` and `experiments.report` are the ways in.
+`study` is the grid of runs, `standing` the status of each; `launch` builds the command of a run,
+`local` executes a share of the runs on this machine, `slurm` submits shares to a queue. `results`
+reads the runs, `statistics` and `sheets` make tables, `formats` writes them; `pictures` draws,
+`page` builds the page. `experiments.sweep`, `experiments.table` and `experiments.report` are the
+entry points.
 """

@@ -32,7 +32,7 @@ CSV_HEADS = (
 
 
 def markdown(sheet: Sheet) -> str:
-    """A heading and the table, without the note."""
+    """Formats a heading and the table as Markdown, without the note."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(map(markdown_text, cells)) + " |\n"
@@ -43,7 +43,7 @@ def markdown(sheet: Sheet) -> str:
 
 
 def latex(sheet: Sheet) -> str:
-    r"""A `table*` environment that needs `\usepackage{booktabs}`."""
+    r"""Formats the table as a LaTeX `table*`, which needs `\usepackage{booktabs}`."""
     columns = "l" * sheet.words + "r" * (len(sheet.heads) - sheet.words)
     label = re.sub(r"[^a-z0-9]+", "-", sheet.title.lower()).strip("-")
     lines = [" & ".join(map(latex_text, row)) + r" \\" for row in sheet.rows]
@@ -67,7 +67,10 @@ def latex(sheet: Sheet) -> str:
 
 
 def csv_table(rows: Sequence[Row], axes: Sequence[str], reference: str) -> str:
-    """One line for each row and quantity: raw values, bytes and seconds, accuracies in [0, 1]."""
+    """Formats a CSV table with one line for each row and quantity.
+
+    Values are raw: bytes, seconds, losses as recorded, accuracies in [0, 1].
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*CSV_HEADS[:2], *map(csv_text, axes), *CSV_HEADS[2:]])

@@ -1,4 +1,4 @@
-"""The command of a run, and what it said."""
+"""The command line of a run, and the last line of its output."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 from experiments.studying.study import Study, Trial
 from flexmoe_jax.errors import printable
 
-# For a child of a sweep: it ends with the sweep, and is no part of the batch queue's program.
+# Flags for a child of a sweep: it ends with the sweep, and does not join the distributed program
+# that the batch queue may describe.
 AS_CHILD = ("--end_with_input", "--distributed=off")
 
 
 def command(study: Study, trial: Trial, workdir: Path) -> list[str]:
-    """The command line of a run; it works from the current folder."""
+    """Returns the command line of a run, valid in the current folder."""
     config = study.config_file.resolve()
     here = Path.cwd()
     return [
@@ -30,7 +31,7 @@ def command(study: Study, trial: Trial, workdir: Path) -> list[str]:
 
 
 def as_typed(words: Sequence[str]) -> str:
-    """A command as one types it."""
+    """Formats a command as a user types it in a shell."""
     return shlex.join(["python", *words[1:]])
 
 
@@ -39,10 +40,10 @@ def _flag(value: object) -> str:
 
 
 def last_line(log: Path, start: int) -> str:
-    """The last line with words in it of what was written to a file from byte `start` on."""
+    """Returns the last line that is not blank, of those written to a file from byte `start` on."""
     with log.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
-        # The end alone: a log may be long.
+        # Only the end is read: a log may be long.
         file.seek(max(start, end - 20_000))
         lines = file.read().decode(errors="replace").split("\n")
     return printable(next((line.strip() for line in reversed(lines) if line.strip()), ""))

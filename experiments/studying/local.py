@@ -38,15 +38,15 @@ HEADLINE = ("personal", "global", "server")
 
 @dataclass(frozen=True)
 class Sweep:
-    """What of a study is to be run, and where.
+    """The runs of a study that are to be executed, and their folder.
 
     Attributes:
       study: file of the study.
       workdir: folder of the study.
-      data_dir: of prepared TFDS data; empty for what the study says.
-      only: pattern, as in a shell, that the names of runs must match.
-      index: which share of the runs, from 0.
-      count: number of shares; together they are all runs, and none is in two.
+      data_dir: folder of the data; empty for the one that the study sets.
+      only: shell pattern that the names of runs must match.
+      index: index of this share of the runs, from 0.
+      count: number of shares; each run belongs to exactly one share.
     """
 
     study: str
@@ -57,10 +57,10 @@ class Sweep:
     count: int = 1
 
     def load(self) -> tuple[Study, list[Trial]]:
-        """Reads the study and picks the runs of this share.
+        """Reads the study and selects the runs of this share.
 
         Raises:
-          InputError: a part of this, or the study, cannot be used.
+          InputError: an attribute, or the study, cannot be used.
         """
         if not self.workdir:
             raise InputError("--workdir", self.workdir, "name a folder for the study")
@@ -79,17 +79,17 @@ class Sweep:
 
 
 def share(trials: Sequence[Trial], only: str, index: int, count: int) -> list[Trial]:
-    """Those of the runs whose name matches, and of these every `count`-th from number `index`."""
+    """Selects the runs whose name matches, and of these every `count`-th from `index` on."""
     return [trial for trial in trials if fnmatchcase(trial.name, only)][index::count]
 
 
 def log_of(folder: Path) -> Path:
-    """The file beside a run's folder with all that it printed; the sweep at it has it locked."""
+    """Returns the run's log, beside its folder; the sweep that executes the run locks this file."""
     return folder.with_name(folder.name + ".log")
 
 
 def dry_run(sweep: Sweep) -> None:
-    """Prints what is done, the commands of what is left, and what they will take."""
+    """Prints the runs that are done, the commands of the others, and the time these will take."""
     study, trials = sweep.load()
     workdir = Path(sweep.workdir)
     for trial in trials:
@@ -100,15 +100,15 @@ def dry_run(sweep: Sweep) -> None:
 
 
 def run(sweep: Sweep) -> int:
-    """Runs what is not done yet, then writes the study's table and page.
+    """Executes the runs that are not done yet, then writes the study's tables and page.
 
     Args:
-      sweep: what to run. Runs that another sweep is at are left to it; a run of a sweep that was
-        killed, which is about to end, is waited for.
+      sweep: what to run. Runs that another sweep is executing are left to it. If the sweep of a
+        run was killed, the run is about to end, and this sweep waits for it.
 
     Returns:
-      exit code: 0, or 1 where a run failed or diverged, or 128 + the number of the signal that
-      ended the sweep.
+      exit code: 0; or 1 if a run failed or diverged; or 128 + the number of the signal that ended
+      the sweep.
 
     Raises:
       InputError: nothing can be run.
@@ -128,7 +128,7 @@ def run(sweep: Sweep) -> int:
     left = [t for t in elsewhere if _standing(study, t, workdir).status not in ENDED]
     if left:
         print(f"{counted(len(left), 'run')} not done yet: another sweep is at work there")
-    # Over runs of another config alone there may be a table of theirs, which is no longer this.
+    # If all runs have another config, the folder may have a table of theirs, which is out of date.
     told = ("finished", OTHER, UNKNOWN)
     if any(_standing(study, t, workdir).status in told for t in study.trials()):
         with lock(workdir / "sweep.lock", wait=True):
@@ -140,13 +140,13 @@ def run(sweep: Sweep) -> int:
 
 
 class End(NamedTuple):
-    """What became of a run in this sweep.
+    """How a run ended in this sweep.
 
     Attributes:
-      name: of the run.
-      kind: `finished`, `failed`, `interrupted`, `elsewhere` where another sweep is at it, or `busy`
-        where no sweep is and yet another process.
-      words: what to say of it.
+      name: name of the run.
+      kind: `finished`, `failed`, `interrupted`, `elsewhere` if another sweep is executing it, or
+        `busy` if another process that is no sweep is at work in its folder.
+      words: text to print about it.
       started: whether this sweep started it.
     """
 
@@ -157,7 +157,7 @@ class End(NamedTuple):
 
 
 def _ends(study: Study, trials: Sequence[Trial], workdir: Path, runner: Runner) -> Iterator[End]:
-    """Tries every run once, those that another process is at last; and says how each ended."""
+    """Tries every run once, busy ones last, and yields how each of them ended."""
     untried, busy = list(trials), list[Trial]()
     while (untried or busy) and not runner.caught:
         waits = not untried
@@ -193,7 +193,7 @@ def _attempt(study: Study, trial: Trial, workdir: Path, runner: Runner) -> End:
         if Workdir(folder).busy():
             return End(name, "busy")
         begin, start = time.monotonic(), path.stat().st_size
-        # Opened once more: a child that outlives a killed sweep has no part in the sweep's lock.
+        # Opened again: a child that outlives a killed sweep must not hold the sweep's lock.
         with path.open("ab") as log:
             code, _ = runner.run([*command(study, trial, workdir), *AS_CHILD], log)
         seconds = time.monotonic() - begin
@@ -210,7 +210,7 @@ def _attempt(study: Study, trial: Trial, workdir: Path, runner: Runner) -> End:
 
 
 def _ended_by(code: int) -> str:
-    # A run that saves before it ends says so with 128 + the signal's number.
+    # A run that saves before a signal ends it exits with 128 + the signal's number.
     number = -code if code < 0 else code - 128
     with suppress(ValueError):
         return f"ended by {signal.Signals(number).name}"
@@ -234,8 +234,8 @@ def _headline(folder: Path) -> str:
 
 
 def _ahead(study: Study, trials: Sequence[Trial], untried: Sequence[Trial], workdir: Path) -> str:
-    """How many runs are done and, of those not tried yet, left; and the time that they take."""
-    # Other shares of the study tell what a run takes, too.
+    """Describes how many runs are done, how many untried ones are left, and their time."""
+    # Finished runs of the study's other shares count for the estimate, too.
     every = {trial.name: _standing(study, trial, workdir) for trial in study.trials()}
     spent = defaultdict(list)
     for trial in study.trials():

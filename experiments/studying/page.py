@@ -25,11 +25,11 @@ from experiments.studying.sheets import (
 
 
 def render_study(results: Results, target: float = TARGET, reference: str = "") -> str:
-    """The page of a study, finished or not.
+    """Renders the page of a study, finished or not.
 
     Args:
-      results: of the study.
-      target: client-global accuracy to which rounds and bytes are counted.
+      results: runs of the study.
+      target: client-global accuracy up to which rounds and bytes are counted.
       reference: method that all others are compared with; empty for the study's choice.
     """
     reference = results.reference(reference)
@@ -75,7 +75,7 @@ def render_study(results: Results, target: float = TARGET, reference: str = "") 
 def _pictures(
     results: Results, rows: Sequence[Row], letters: dict[str, Pen], reference: str
 ) -> list[Picture]:
-    """The pictures of one variant of one task."""
+    """Draws the pictures of one variant of one task."""
     runs = results.of(rows[0].task)
     made = [
         *pictures.curves(
@@ -100,7 +100,7 @@ def _pictures(
 
 
 def _along_axes(results: Results, rows: Sequence[Row], letters: dict[str, Pen]) -> list[Picture]:
-    """Accuracy against a further axis, for studies that have one alone."""
+    """Draws accuracy against the further axis, if the study has exactly one."""
     if len(results.axes) != 1:
         return []
     names = list(dict.fromkeys(row.variant[0] for row in rows))

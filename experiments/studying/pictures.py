@@ -1,4 +1,4 @@
-"""Pictures of a study: what several seeds of several methods came to, side by side."""
+"""Pictures of a study: the results of several methods, each with several seeds, side by side."""
 
 from __future__ import annotations
 
@@ -36,7 +36,13 @@ LABEL = 0.14
 def curves(
     methods: Mapping[str, Sequence[Run]], drawn: Mapping[str, Pen], unit: LossUnit
 ) -> list[Picture | None]:
-    """Accuracy and loss by round, one line a method; its finished runs are given."""
+    """Draws accuracy and loss by round, one line for each method.
+
+    Args:
+      methods: method to its finished runs.
+      drawn: method to its pen.
+      unit: unit in which losses are shown.
+    """
 
     def panel(key: str, title: str, kind: str, nats: float = 1.0) -> Panel:
         found = [(drawn[name], *_by_round(runs, key)) for name, runs in methods.items() if runs]
@@ -71,15 +77,15 @@ def along_axis(
     rows: Mapping[str, Mapping[str, Row]],
     drawn: Mapping[str, Pen],
 ) -> Picture | None:
-    """Final accuracy against a further axis, one line a method.
+    """Draws final accuracy against a further axis, one line for each method.
 
     Args:
-      axis: its name.
-      names: on it, in order; those that are no numbers stand apart.
+      axis: name of the axis.
+      names: names on it, in order; one that is no number is not joined to the name before it.
       rows: method to name to row.
-      drawn: pens of the methods.
+      drawn: method to its pen.
     """
-    # A gap in the line before each name that is no number keeps it from being joined.
+    # A NaN before each name that is no number interrupts the line there.
     x = np.array([p for i, name in enumerate(names) for p in _gap(i, name)], dtype=float)
 
     def line(found: Mapping[str, Row], word: str, pen: Pen) -> Line:
@@ -110,7 +116,7 @@ def along_axis(
 
 
 def balance_bars(rows: Sequence[Row]) -> Picture | None:
-    """The four balance figures, one bar a method and a dot a seed."""
+    """Draws the four balance metrics, with a bar for each method and a dot for each seed."""
     rows = [row for row in rows if row.seeds]
     if not rows:
         return None
@@ -158,7 +164,7 @@ def balance_bars(rows: Sequence[Row]) -> Picture | None:
 
 
 def trade_off(rows: Sequence[Row], drawn: Mapping[str, Pen]) -> Picture | None:
-    """Personal against global accuracy, final: a letter a method, a dot a seed."""
+    """Draws final global against personal accuracy: a letter per method, a dot per seed."""
     rows = [row for row in rows if row.values("personal/final") and row.values("global/final")]
     if not rows:
         return None
@@ -215,12 +221,12 @@ def trade_off(rows: Sequence[Row], drawn: Mapping[str, Pen]) -> Picture | None:
 def forest(
     differences: Mapping[str, Difference], reference: str, drawn: Mapping[str, Pen]
 ) -> Picture | None:
-    """Differences from the reference with their intervals, one line a method.
+    """Draws differences from the reference with their intervals, one row for each method.
 
     Args:
       differences: method to its difference in the mean of the three accuracies.
-      reference: the method that they differ from.
-      drawn: pens of the methods.
+      reference: method that the others are compared with.
+      drawn: method to its pen.
     """
     known = {name: d for name, d in differences.items() if d.n}
     if not known:
@@ -262,14 +268,14 @@ def forest(
 
 
 def place_labels(points: Floats, box: tuple[float, float]) -> Floats:
-    """Places a letter beside each point, clear of all points and of the letters before it.
+    """Places a letter beside each point, away from all points and from the letters before it.
 
     Args:
       points: (n, 2) inches from the lower left corner of the axes.
       box: width and height of the axes, inches.
 
     Returns:
-      (n, 2) centres of the letters, inches; where all is crowded, the least bad ones.
+      (n, 2) centres of the letters, inches; if every place overlaps, the one that overlaps least.
     """
     angles = np.arange(16) * np.pi / 8
     ring = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -280,14 +286,14 @@ def place_labels(points: Floats, box: tuple[float, float]) -> Floats:
         near_points = _crowd(at, points, 0.11)
         near_labels = _crowd(at, placed, LABEL)
         outside = ((at < LABEL / 2) | (at > np.asarray(box) - LABEL / 2)).any(axis=1)
-        # Ties fall to the nearest place, which comes first.
+        # Among equally good places the nearest wins, since it comes first.
         best = int(np.argmin(near_points + 2 * near_labels + 4 * outside))
         placed = np.vstack([placed, at[best]])
     return placed
 
 
 def _crowd(places: Floats, others: Floats, distance: float) -> Floats:
-    """How many of the others each place is too near to."""
+    """Counts for each place the others that are closer than `distance`."""
     apart = np.linalg.norm(places[:, None] - others[None], axis=2)
     return (apart < distance).sum(axis=1).astype(float)
 
@@ -298,14 +304,14 @@ def _gap(place: int, name: str) -> list[float]:
 
 
 def _line(x: Floats, values: Sequence[Sequence[float]], pen: Pen) -> Line:
-    """A method's mean with its lowest and highest seed at each x."""
+    """Returns the line of a method: its mean over seeds, with the lowest and highest seed."""
     filled = [seeds or [math.nan] for seeds in values]
     mean, low, high = (np.array([f(seeds) for seeds in filled]) for f in (np.mean, min, max))
     return Line(x, mean, pen.letter, pen.colour, pen.dash, low=low, high=high)
 
 
 def _by_round(runs: Sequence[Run], key: str) -> tuple[Floats, list[list[float]]]:
-    """Rounds that any of the runs evaluated, and the values of those that did."""
+    """Returns the rounds in which any run has the metric, and the values of the runs that do."""
     found: dict[float, list[float]] = {}
     for run in runs:
         for number, value in zip(*run.series(key), strict=True):

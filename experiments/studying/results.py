@@ -1,4 +1,4 @@
-"""What the runs of a study came to."""
+"""Reads the results of the runs of a study."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from flexmoe_jax.errors import InputError
 ACCURACIES = ("personal", "global", "server")
 LOSSES = (*ACCURACIES, "assembled", "tuned", "newcomer")
 BALANCES = ("assigned", "usage")
-# Of the clients' own models on the whole test set: what a method is to reach, whoever it favours.
+# The metric that must reach the target: the clients' own models on the whole test set, a measure
+# that favours no kind of method.
 TARGETED = "eval/global_accuracy"
 CLOCK = "time/simulated_seconds"
 
@@ -28,9 +29,9 @@ class Result:
     """One run of a study.
 
     Attributes:
-      trial: what was asked for.
-      status: how far it is; see `Standing`.
-      run: what it left, None where there is nothing, or nothing of this run.
+      trial: the run as the study asks for it.
+      status: its status; see `Standing`.
+      run: contents of its folder; None if there are none, or they belong to another run.
     """
 
     trial: Trial
@@ -39,7 +40,7 @@ class Result:
 
     @property
     def finished(self) -> Run | None:
-        """The run, if it is complete."""
+        """The run if it is finished, else None."""
         return self.run if self.status == "finished" else None
 
 
@@ -48,9 +49,9 @@ class Results:
     """All runs of a study, done or not.
 
     Attributes:
-      name: of the study.
-      folder: of the study.
-      results: one for each run that the study asks for, in its order.
+      name: name of the study.
+      folder: folder of the study.
+      results: one result for each run that the study asks for, in the study's order.
       chosen: method that the study compares all others with; may be empty, see `Study`.
     """
 
@@ -60,7 +61,7 @@ class Results:
     chosen: str = ""
 
     def reference(self, given: str = "") -> str:
-        """The method that all others are compared with: the one given, else the study's choice.
+        """Returns the method that all others are compared with: `given`, else the study's choice.
 
         Raises:
           InputError: the study has no such method.
@@ -94,7 +95,7 @@ class Results:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on what was left out, or is to be known, with the runs that they are about."""
+        """Sentences on data left out and other things to know, each with the runs it concerns."""
         runs = {r.trial.name: r.run for r in self.results if r.run is not None}
         about: dict[str, list[str]] = {}
         for name, run in runs.items():
@@ -107,9 +108,10 @@ class Results:
         return [*different_data(runs), *said]
 
     def of(self, task: tuple[str, str]) -> dict[tuple[tuple[str, ...], str], dict[int, Run]]:
-        """Finished runs of a data set and partition: (names of the variant, method) to seed to run.
+        """Returns the finished runs of a data set and partition.
 
-        Combinations without a finished run are there, and empty.
+        They are a mapping of (names of the variant, method) to seed to run. Combinations without a
+        finished run are in it, with no seeds.
         """
         found: dict[tuple[tuple[str, ...], str], dict[int, Run]] = {}
         for result in self.results:
@@ -123,7 +125,7 @@ class Results:
 
 
 def is_study(folder: Path) -> bool:
-    """Whether a sweep wrote the folder."""
+    """Whether the folder is that of a sweep: it holds a study.json."""
     return os.path.isfile(folder / RECORD)
 
 
@@ -146,30 +148,31 @@ def _read(trial: Trial, at: Path, record: Record) -> Result:
         return Result(trial, status, None)
     try:
         return Result(trial, status, read_run(at))
-    except InputError as error:  # A summary alone, or a folder that may not be listed.
+    except InputError as error:  # The folder holds only a summary, or cannot be listed.
         return Result(trial, error.remedy, None)
 
 
 def figures(run: Run, target: float) -> Mapping[str, float]:
-    """The numbers of a finished run that tables show.
+    """Returns the numbers of a finished run that the tables show.
 
     Args:
-      run: finished.
-      target: client-global accuracy, in [0, 1], that is waited for.
+      run: a finished run.
+      target: client-global accuracy to reach, in [0, 1].
 
     Returns:
-      - `personal/final`, `personal/best`, the same of `global` and `server`, and `mean/final`, the
-        mean of the three: accuracies in [0, 1];
-      - `personal/p10`, personal accuracy of the client at the tenth percentile, and
-        `assembled/final`, that of all experts in one model, `tuned/final` of clients that have
-        trained once more, for themselves, and `newcomer/final` of those that have not trained;
-      - `personal_loss/final`, the same of all but the tenth percentile: as recorded, in nats;
+      - `personal/final`, `personal/best`, the same for `global` and `server`, and `mean/final`, the
+        mean of the three final values: accuracies in [0, 1];
+      - `personal/p10`: personal accuracy of the client at the tenth percentile; `assembled/final`:
+        accuracy of all experts in one model; `tuned/final`: of clients after one more round of
+        training, each for itself; `newcomer/final`: of clients that have not trained;
+      - `personal_loss/final`, and the same for `global`, `server`, `assembled`, `tuned` and
+        `newcomer`: losses as recorded, in nats;
       - `assigned/round`, `assigned/cumulative`, `usage/round`, `usage/cumulative`: coefficients of
-        variation over experts, the mean over rounds, and at the end of what is summed over them;
-      - `target/rounds`, `target/bytes` (both ways) and `target/seconds` (simulated): what it took
-        to reach the target, missing where it was not reached;
-      - `wall/seconds`: of the whole run.
-      What the run did not record is missing, and so is what is not finite.
+        variation over experts: the mean over rounds, and for the load summed over all rounds;
+      - `target/rounds`, `target/bytes` (both ways) and `target/seconds` (simulated): the cost of
+        reaching the target; missing if it was not reached;
+      - `wall/seconds`: wall time of the whole run.
+      Values that the run did not record, or that are not finite, are missing.
     """
     found: dict[str, float | None] = {}
     for word in ACCURACIES:
@@ -193,19 +196,19 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
 
 
 def _mean(values: Sequence[float] | Floats) -> float:
-    # Infinities of both signs have none.
+    # The mean of infinities of both signs is NaN, without a warning.
     with np.errstate(invalid="ignore"):
         return float(np.mean(values))
 
 
 def _until(run: Run, target: float) -> dict[str, float | None]:
-    """Rounds, bytes and simulated seconds to the first evaluation that reaches the target."""
+    """Returns rounds, bytes and simulated seconds up to the first evaluation at the target."""
     rounds, accuracy = run.series(TARGETED)
     reached = rounds[accuracy >= target]
     if not reached.size:
         return {}
     first = float(reached[0])
-    if not run.complete(first):  # Earlier rounds may have reached it, and took their bytes.
+    if not run.complete(first):  # A lost round may have reached it first, and cost bytes.
         return {}
     return {
         "target/rounds": first,

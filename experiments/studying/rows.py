@@ -1,4 +1,4 @@
-"""What the runs of a study came to, a row for each method on each task."""
+"""Results of a study as rows: one row for each method on each task."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from experiments.studying.statistics import Difference, paired_difference
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one task: a line of every table.
+    """One method on one task: a row of every table.
 
     Attributes:
       task: data set and partition.
       variant: names on the further axes.
-      method: its name.
+      method: name of the method.
       asked: number of seeds that the study asks for.
-      seeds: seed to what `figures` says, of the finished runs.
-      unit: what to tell losses in.
+      seeds: seed to the numbers of `figures`, for the finished runs.
+      unit: unit in which losses are shown.
     """
 
     task: tuple[str, str]
@@ -32,11 +32,11 @@ class Row:
     unit: LossUnit
 
     def values(self, key: str) -> list[float]:
-        """The quantity of every seed that has it."""
+        """Returns the quantity `key` for all seeds that have it."""
         return [found[key] for found in self.seeds.values() if key in found]
 
     def against(self, reference: Row, key: str) -> Difference:
-        """This minus the reference, over the seeds that both have."""
+        """Compares this row with the reference: this minus the reference, over common seeds."""
         both = [
             (found[key], reference.seeds[seed][key])
             for seed, found in self.seeds.items()
@@ -46,7 +46,7 @@ class Row:
 
 
 def read_rows(results: Results, target: float) -> list[Row]:
-    """All rows of a study, in its order, those without a finished run included."""
+    """Returns all rows of a study, in its order, including those without a finished run."""
     asked: dict[tuple[tuple[str, str], tuple[str, ...], str], int] = {}
     for trial in (result.trial for result in results.results):
         names = tuple(name for _, name in trial.variant)
@@ -69,6 +69,6 @@ def read_rows(results: Results, target: float) -> list[Row]:
 
 
 def reference_of(row: Row, rows: Sequence[Row], method: str) -> Row | None:
-    """The row of the reference method on the same task and variant."""
+    """Returns the row of the reference method on the same task and variant; None if missing."""
     wanted = row.task, row.variant, method
     return next((r for r in rows if (r.task, r.variant, r.method) == wanted), None)

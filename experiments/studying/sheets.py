@@ -1,4 +1,4 @@
-"""Tables of a study: every number a mean over seeds with its 95 % interval."""
+"""Tables of a study: every number is a mean over seeds with its 95 % interval."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.studying.statistics import Estimate, estimate
 
 TARGET = 0.6
 
-# Quantities of `figures`, with the head of their column; accuracies are shown in percent.
+# Quantities of `figures`, with their column heads; accuracies are shown in percent.
 ACCURACY = {
     "personal/final": "personal",
     "personal/best": "personal, best",
@@ -24,7 +24,7 @@ ACCURACY = {
     "server/best": "server, best",
     "mean/final": "mean of the three",
 }
-# Columns that are there where a run has them; those of older versions do not.
+# Columns that are shown only if a run has the quantity; runs of older versions do not.
 FURTHER = {
     "personal/p10": "personal, tenth percentile",
     "assembled/final": "assembled",
@@ -54,9 +54,9 @@ class Sheet:
     """A table as text.
 
     Attributes:
-      title: what it is about.
-      heads: one a column; the first `words` columns are words, the others numbers.
-      rows: of as many cells each.
+      title: title of the table.
+      heads: column heads; the first `words` columns hold words, the others numbers.
+      rows: rows with one cell for each head.
       note: how to read it.
       words: number of columns that hold words.
     """
@@ -69,7 +69,7 @@ class Sheet:
 
 
 def accuracy_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Sheet:
-    """Accuracies of all rows, in percent."""
+    """Tabulates the accuracies of all rows, in percent."""
     further = _known(rows, FURTHER)
     one = "; assembled: all experts in one model" if "assembled/final" in further else ""
     if "tuned/final" in further:
@@ -88,7 +88,7 @@ def accuracy_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Shee
 
 
 def loss_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Sheet | None:
-    """Losses on the test set, of all rows; None where no run has any."""
+    """Tabulates the test losses of all rows; None if no run recorded any."""
     known = _known(rows, LOSS)
     if not known:
         return None
@@ -104,7 +104,7 @@ def loss_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Sheet | 
 
 
 def cost_sheet(rows: Sequence[Row], axes: Sequence[str], title: str, target: float) -> Sheet:
-    """Balance, what it took to reach the target, and wall time of all rows."""
+    """Tabulates balance, cost of reaching the target, and wall time of all rows."""
     most = max((value for row in rows for value in row.values("target/bytes")), default=0.0)
     factor, unit = byte_unit(most)
     columns: dict[str, Callable[[Row], str]] = {
@@ -129,7 +129,7 @@ def cost_sheet(rows: Sequence[Row], axes: Sequence[str], title: str, target: flo
 def difference_sheet(
     rows: Sequence[Row], axes: Sequence[str], title: str, reference: str
 ) -> Sheet | None:
-    """Accuracies, every method minus the reference; None where there is nothing to compare."""
+    """Tabulates accuracies, method minus reference; None if there is nothing to compare."""
     shown = partial(percent, signed=True)
     return _differences(
         rows,
@@ -145,7 +145,7 @@ def difference_sheet(
 def loss_difference_sheet(
     rows: Sequence[Row], axes: Sequence[str], title: str, reference: str
 ) -> Sheet | None:
-    """Losses, every method minus the reference; None where there is nothing to compare."""
+    """Tabulates losses, method minus reference; None if there is nothing to compare."""
     known = _known(rows, LOSS)
     if not known:
         return None
@@ -171,7 +171,7 @@ def _differences(
     shown: Callable[[Estimate], str],
     unit: str,
 ) -> Sheet | None:
-    """Every method minus the reference, seed by seed; None where there is nothing to compare."""
+    """Tabulates method minus reference, seed by seed; None if there is nothing to compare."""
     pairs = [
         (row, other)
         for row in rows
@@ -200,7 +200,7 @@ def _differences(
 
 
 def sheets(results: Results, target: float = TARGET, reference: str = "") -> list[Sheet]:
-    """All tables of a study: up to five for every pair of data set and partition."""
+    """Returns all tables of a study: up to five for each pair of data set and partition."""
     reference = results.reference(reference)
     rows = read_rows(results, target)
     made: list[Sheet | None] = []
@@ -216,7 +216,7 @@ def sheets(results: Results, target: float = TARGET, reference: str = "") -> lis
 
 
 def number(value: Estimate, digits: int, signed: bool = False) -> str:
-    """A mean with its margin; a dash for nothing, the mean alone for one seed."""
+    """Formats a mean with its margin; a dash for no seeds, the mean alone for one seed."""
     if not value.n:
         return NOTHING
     text = f"{value.mean:{'+' if signed else ''}.{digits}f}".replace("-", MINUS)
@@ -224,12 +224,12 @@ def number(value: Estimate, digits: int, signed: bool = False) -> str:
 
 
 def percent(value: Estimate, signed: bool = False) -> str:
-    """A fraction with its margin, in percent."""
+    """Formats a fraction with its margin, in percent."""
     return number(Estimate(value.n, 100 * value.mean, 100 * value.margin), 1, signed)
 
 
 def _loss(value: Estimate, unit: LossUnit, signed: bool = False) -> str:
-    """A loss with its margin, in the unit."""
+    """Formats a loss with its margin, in the unit."""
     scaled = Estimate(value.n, value.mean / unit.nats, value.margin / unit.nats)
     return number(scaled, 3, signed)
 
@@ -239,7 +239,7 @@ def _loss_of(key: str, unit: LossUnit, row: Row) -> str:
 
 
 def _known(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
-    """Columns of which a run has a number."""
+    """Selects the columns for which at least one run has a value."""
     return {key: head for key, head in columns.items() if any(row.values(key) for row in rows)}
 
 
@@ -252,7 +252,7 @@ def _number_of(key: str, digits: int, row: Row) -> str:
 
 
 def _reached(key: str, unit: float, row: Row) -> str:
-    """What it took to reach the target, and how many seeds did where not all did."""
+    """Formats the cost of reaching the target, and the number of seeds that did if not all did."""
     values = row.values(key)
     done = len(row.seeds)
     if not done:
@@ -264,7 +264,7 @@ def _reached(key: str, unit: float, row: Row) -> str:
 
 
 def p_value(p: float) -> str:
-    """A p-value as it is printed."""
+    """Formats a p-value; a dash for NaN."""
     if math.isnan(p):
         return NOTHING
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,4 +1,4 @@
-"""Hands the shares of a sweep to a Slurm queue, through submitit (extra: slurm)."""
+"""Submits the shares of a sweep to a Slurm queue, through submitit (extra: slurm)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Queue:
-    """What to ask of the queue for each job.
+    """Resources that each job requests from the queue.
 
     Attributes:
-      partition: of the cluster; empty for its default.
-      minutes: time limit.
-      gpus: per job.
-      cpus: per job.
+      partition: partition of the cluster; empty for its default.
+      minutes: time limit, in minutes.
+      gpus: GPUs per job.
+      cpus: CPUs per job.
     """
 
     partition: str = ""
@@ -32,7 +32,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class Job:
-    """One job: a share of a sweep. One that is preempted or out of time is queued again."""
+    """One job: a share of a sweep. A job that is preempted or out of time is queued again."""
 
     share: Sweep
 
@@ -41,7 +41,7 @@ class Job:
         return run(self.share)
 
     def checkpoint(self) -> Any:
-        """What to queue again: the same, which goes on from what is there."""
+        """Returns the job to queue again: the same one, which resumes from the files on disk."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -50,20 +50,20 @@ class Job:
 def submit(
     sweep: Sweep, queue: Queue, folder: str, count: int | None = None, cluster: str = "slurm"
 ) -> Sequence[submitit.Job[int]]:
-    """Submits one job array that shares out a sweep's runs.
+    """Submits one job array that divides a sweep's runs among its jobs.
 
     Args:
-      sweep: what to run.
-      queue: what each job asks for.
-      folder: for submitit's own files: scripts and output of the jobs.
-      count: number of jobs; None for one a run.
+      sweep: the sweep to run.
+      queue: resources that each job requests.
+      folder: folder for submitit's own files: scripts and output of the jobs.
+      count: number of jobs; None for one job per run.
       cluster: `slurm`, or `local` for processes on this machine.
 
     Returns:
       the jobs.
 
     Raises:
-      InputError: submitit or Slurm is not there, or the sweep cannot be run.
+      InputError: submitit or Slurm is not installed, or the sweep cannot be run.
     """
     try:
         import submitit

@@ -1,4 +1,4 @@
-"""How far the runs of a study are, what they cost, and the record of what the study asks for."""
+"""Status and estimated cost of a study's runs, and study.json, which lists all of them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from flexmoe_jax.errors import InputError, printable
 from flexmoe_jax.reading import UnreadableError, is_number, read_json
 
 RECORD = "study.json"
-# Ends that starting the run again would not change.
+# Final statuses: starting the run again would not change them.
 ENDED = ("finished", "diverged")
-# Of a folder whose run is not, or not yet, the one that the study asks for.
+# Status of a folder whose run is not, or not yet, the one that the study asks for.
 OTHER = "other config"
-# Of a folder that does not say what its run is.
+# Status of a folder whose config cannot be read, so that its run is not known.
 UNKNOWN = "config.json cannot be read"
-# Bytes of study.json, which has a few hundred a run.
+# The largest size of study.json, in bytes; it has a few hundred bytes for each run.
 _MOST_BYTES = 2**26
 
 
 class Standing(NamedTuple):
-    """How far a run is.
+    """Status of a run.
 
     Attributes:
-      status: `new`, `other config`, `config.json cannot be read`, `unfinished`, or how summary.json
-        says that it ended.
-      seconds: wall time so far, where summary.json says it.
+      status: `new`, `other config`, `config.json cannot be read`, `unfinished`, or the final status
+        in summary.json.
+      seconds: wall time so far, if summary.json gives it.
     """
 
     status: str
@@ -39,11 +39,11 @@ class Standing(NamedTuple):
 
 
 def standing(folder: Path, asked: Mapping[str, Any]) -> Standing:
-    """Reads how far the run in a folder is, whether or not it is going.
+    """Reads the status of the run in a folder, whether or not it is in progress.
 
     Args:
-      folder: of the run.
-      asked: the flat config that the run is to have; empty for whichever it has.
+      folder: folder of the run.
+      asked: the flat config that the run must have; empty to accept any config.
     """
     other = _other(folder, asked) if asked else ""
     if other:
@@ -63,7 +63,7 @@ def standing(folder: Path, asked: Mapping[str, Any]) -> Standing:
 
 
 def _other(folder: Path, asked: Mapping[str, Any]) -> str:
-    """Why a folder does not hold the run asked for; empty where it does, or holds none yet."""
+    """Returns why a folder holds another run than asked for; empty if it does not."""
     if not os.path.exists(folder / "config.json"):
         return OTHER if os.path.exists(folder / "summary.json") else ""
     try:
@@ -73,10 +73,10 @@ def _other(folder: Path, asked: Mapping[str, Any]) -> str:
 
 
 class Cost(NamedTuple):
-    """What runs will take.
+    """Estimated cost of runs.
 
     Attributes:
-      seconds: of those of a data set that has finished runs, one after the other.
+      seconds: total time of the runs whose data set has finished runs, one after the other.
       unknown: number of the other runs.
     """
 
@@ -85,10 +85,10 @@ class Cost(NamedTuple):
 
 
 def cost(left: Iterable[Trial], spent: Mapping[str, list[float]]) -> Cost:
-    """Estimates what runs will take from the mean of the finished ones of the same data set.
+    """Estimates the time of runs as the mean over the finished runs of the same data set.
 
     Args:
-      left: runs to be done.
+      left: runs still to do.
       spent: data set to the seconds of its finished runs.
     """
     each = [mean(spent[trial.dataset]) if spent.get(trial.dataset) else None for trial in left]
@@ -96,13 +96,13 @@ def cost(left: Iterable[Trial], spent: Mapping[str, list[float]]) -> Cost:
 
 
 class Record(NamedTuple):
-    """What study.json says that a study asks for.
+    """Contents of study.json: the runs that a study asks for.
 
     Attributes:
-      name: of the study.
+      name: name of the study.
       reference: the method that all others are compared with; may be empty, see `Study`.
       trials: all runs, done or not.
-      fields: the flat config that `overrides` of a run change; empty in an older file.
+      fields: the flat config that the `overrides` of a run change; empty for an older file.
     """
 
     name: str
@@ -111,7 +111,7 @@ class Record(NamedTuple):
     fields: Mapping[str, Any]
 
     def fields_of(self, trial: Trial) -> dict[str, Any]:
-        """The flat config of a run; empty where the file does not say."""
+        """Returns the flat config of a run; empty if the file does not give it."""
         return {**self.fields, **trial.overrides} if self.fields else {}
 
 
@@ -125,7 +125,7 @@ def write_record(study: Study, workdir: Path) -> None:
     if os.path.lexists(path):
         try:
             there = read_record(workdir).name
-        except InputError:  # It says nothing, and is written anew.
+        except InputError:  # The file is damaged, and is written again.
             there = study.name
         if there != study.name:
             remedy = f"holds the study {there}, not {study.name}; choose another folder"
@@ -153,7 +153,7 @@ def write_record(study: Study, workdir: Path) -> None:
 
 
 def read_record(workdir: Path) -> Record:
-    """What the study in a folder asks for.
+    """Reads study.json from the folder of a study.
 
     Raises:
       InputError: the folder holds no study.
@@ -175,10 +175,10 @@ def read_record(workdir: Path) -> Record:
 
 
 def _trial(run: Mapping[str, Any]) -> Trial:
-    """A run as study.json tells it, its names as they can be printed.
+    """Reads a run from its entry in study.json, with printable names.
 
     Raises:
-      TypeError: a part is of the wrong kind, or (KeyError) is missing.
+      TypeError: a part has the wrong type; or KeyError: a part is missing.
     """
     seed, overrides = run["seed"], run.get("overrides", {})
     if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(overrides, dict):

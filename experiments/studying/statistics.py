@@ -1,4 +1,4 @@
-"""Means with their uncertainty, and differences between methods that met the same seeds."""
+"""Means with confidence intervals, and paired differences of methods over the same seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Estimate(NamedTuple):
 
     Attributes:
       n: number of seeds.
-      mean: over them; NaN for none.
+      mean: mean of their values; NaN for no seed.
       margin: half the width of the 95 % confidence interval; NaN for fewer than two seeds.
     """
 
@@ -26,14 +26,14 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A mean over seeds of one method's value minus another's.
+    """The mean over seeds of one method's value minus another's.
 
     Attributes:
-      n: seeds that both have.
-      mean: of the differences; NaN for none.
+      n: number of seeds that both methods have.
+      mean: mean of the differences; NaN for no seed.
       margin: half the width of its 95 % confidence interval; NaN for fewer than two seeds.
-      p: two-sided p-value of the paired t-test; NaN for fewer than two seeds, or where all seeds
-        differ by the same.
+      p: two-sided p-value of the paired t-test; NaN for fewer than two seeds, or if the difference
+        is the same for all seeds.
     """
 
     n: int
@@ -43,10 +43,10 @@ class Difference(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and Student's t interval: mean ± t(0.975, n-1) s / √n, with s the sample deviation.
+    """Estimates mean ± t(0.975, n-1) s / √n, Student's t interval; s is the sample deviation.
 
     Args:
-      values: (n,) one a seed.
+      values: (n,) one value for each seed.
     """
     n = len(values)
     if n < 2:
@@ -58,15 +58,15 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
-    """Compares two methods seed by seed, so that what a seed does to both cancels.
+    """Compares two methods seed by seed, so that the effect of a seed on both cancels.
 
     Args:
-      values: (n,) of the one method.
-      reference: (n,) of the other, of the same seeds in the same order.
+      values: (n,) values of the one method.
+      reference: (n,) values of the other, for the same seeds in the same order.
     """
     differences = np.subtract(values, reference)
     n, mean, margin = estimate(differences.tolist())
-    # Without any spread but rounding the test statistic is 0/0 or infinite, and says nothing.
+    # If the differences vary by rounding alone, the test statistic is 0/0 or infinite: no p-value.
     if n < 2 or np.ptp(differences) <= 1e-12 * np.abs([values, reference]).max():
         return Difference(n, mean, margin, math.nan)
     from scipy.stats import ttest_rel

@@ -1,4 +1,4 @@
-"""A study: methods × data sets × partitions × variants × seeds, each combination one run."""
+"""A study: methods × data sets × partitions × variants × seeds; each combination is one run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flexmoe_jax.errors import InputError
 Overrides = Mapping[str, object]
 """Dotted config field to value."""
 Axis = Mapping[str, Overrides]
-"""What varies: a name, which also names a folder, to the fields that it sets."""
+"""One axis of a study: name, which is also part of a path, to the config fields that it sets."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 
@@ -33,10 +33,10 @@ class Trial:
     Attributes:
       dataset: name on the study's axis of data sets.
       partition: name on its axis of partitions.
-      variant: (axis, name) of every further axis.
+      variant: (axis, name) for every further axis.
       method: name on its axis of methods.
-      seed: of the run.
-      overrides: all fields that differ from the study's config, seed included.
+      seed: seed of the run.
+      overrides: all fields that the axes set on top of the study's config, and the seed.
     """
 
     dataset: str
@@ -48,7 +48,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Path of its folder in the study's: `emnist_digits/k_class_4/flex/seed_0`."""
+        """Path of its folder within the study's: `emnist_digits/k_class_4/flex/seed_0`."""
         variant = [f"{axis}_{value}" for axis, value in self.variant]
         return "/".join([self.dataset, self.partition, *variant, self.method, f"seed_{self.seed}"])
 
@@ -57,18 +57,19 @@ class Trial:
 class Study:
     """A grid of runs.
 
-    Where two axes set one field, the later one of data sets, partitions, variants, methods holds.
+    If two axes set the same field, the later of data sets, partitions, variants, methods wins.
 
     Attributes:
-      name: of the study.
-      config: the `get_config` of a config file, which holds all fields that no axis sets.
-      methods: what is compared.
-      datasets: what is learnt.
-      partitions: how its examples lie with the clients.
-      seeds: each gives a partition, a start and a course of its own, the same for all methods.
+      name: name of the study.
+      config: the `get_config` of a config file; it gives all fields that no axis sets.
+      methods: methods to compare.
+      datasets: data sets to learn.
+      partitions: ways to distribute the examples over clients.
+      seeds: each seed determines a partition, an initialisation and all later random choices; they
+        are the same for all methods.
       variants: axis name to further axis, as `{"capacity": {"2": {"clients.capacity": 2}}}`.
-      reference: the method that the others are compared with; empty for `flex` where there is one,
-        or else the first.
+      reference: the method that the others are compared with; empty for `flex` if there is one,
+        else for the first method.
     """
 
     name: str
@@ -81,7 +82,7 @@ class Study:
     reference: str = ""
 
     def __post_init__(self) -> None:
-        """Refuses what gives no runs, or no folder names.
+        """Checks that the study has runs, and that names can be folder names.
 
         Raises:
           InputError: an axis is empty, or a name, seed or reference cannot be used.
@@ -106,11 +107,11 @@ class Study:
 
     @property
     def config_file(self) -> Path:
-        """The file that `config` is the `get_config` of."""
+        """The config file that defines `config`."""
         return Path(inspect.getfile(self.config))
 
     def trials(self) -> list[Trial]:
-        """All runs; every combination with the first seed comes before any with the second."""
+        """Lists all runs; all combinations with one seed come before those with the next seed."""
         variants = [
             tuple(zip(self.variants, names, strict=True))
             for names in itertools.product(*self.variants.values())
@@ -137,10 +138,10 @@ class Study:
         ]
 
     def config_of(self, trial: Trial) -> ConfigDict:
-        """The config of a run.
+        """Builds the config of a run.
 
         Raises:
-          InputError: an override names no field, or does not fit it.
+          InputError: an override names no field, or its value does not fit the field.
         """
         config = self.config()
         override(config, trial.overrides)
@@ -148,19 +149,19 @@ class Study:
 
     @cached_property
     def fields(self) -> dict[str, Any]:
-        """The flat config that no axis has touched, as config.json would have it."""
+        """The flat config before any axis sets fields, with values as in config.json."""
         return flat_fields(ConfigDict(json.loads(self.config().to_json())))
 
     def fields_of(self, trial: Trial) -> dict[str, Any]:
-        """The flat config of a run, as its config.json has it."""
+        """Returns the flat config of a run, with values as in its config.json."""
         plain: dict[str, Any] = json.loads(json.dumps(dict(trial.overrides)))
         return self.fields | plain
 
     def check(self) -> None:
-        """Tries what every axis sets.
+        """Checks the fields that every axis sets.
 
         Raises:
-          InputError: an override names no field, or does not fit it.
+          InputError: an override names no field, or its value does not fit the field.
         """
         config = self.config()
         for axis in (self.datasets, self.partitions, *self.variants.values(), self.methods):
@@ -169,12 +170,12 @@ class Study:
 
 
 def choose_reference(given: str, methods: Sequence[str], field: str) -> str:
-    """The method that all others are compared with.
+    """Returns the method that all others are compared with.
 
     Args:
-      given: its name, or nothing: then `flex`, or the first where none is called that.
-      methods: of the study.
-      field: where the name was given.
+      given: its name; if empty, `flex` is chosen or, if there is no `flex`, the first method.
+      methods: methods of the study.
+      field: option or field that gave the name, for the error message.
 
     Raises:
       InputError: the study has no such method.
@@ -188,7 +189,7 @@ def override(config: ConfigDict, overrides: Overrides) -> None:
     """Sets fields of a config.
 
     Raises:
-      InputError: there is no such field, or the value does not fit it.
+      InputError: there is no such field, or the value does not fit the field.
     """
     fields = flat_fields(config)
     for name, value in overrides.items():
@@ -204,10 +205,10 @@ def override(config: ConfigDict, overrides: Overrides) -> None:
 
 
 def read_study(path: str | Path) -> Study:
-    """Loads a study file, and tries what it sets.
+    """Loads a study file, and checks the fields that it sets.
 
     Args:
-      path: of a file that defines `get_study() -> Study`.
+      path: path of a file that defines `get_study() -> Study`.
 
     Raises:
       InputError: there is no such file, it defines no study, or an override cannot be used.

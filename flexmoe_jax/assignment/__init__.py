@@ -1,6 +1,6 @@
-"""Who holds which expert: problems, solvers with certificates, and policies for federated rounds.
+"""Expert assignment: problems, solvers with certificates, and policies for federated rounds.
 
-Imports neither Flax nor the other rooms of the package, and JAX only for `dual_assign`.
+It imports neither Flax nor its sibling packages, except `options`, and JAX only for `dual_assign`.
 
 Axis legend: `C` clients, `P` clients in this round's cohort, `E` experts.
 """
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Loads what needs JAX when it is first asked for."""
+    """Imports the names that need JAX on first access."""
     if name not in ("DualSolution", "dual_assign"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from flexmoe_jax.assignment import dual

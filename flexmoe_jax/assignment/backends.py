@@ -1,7 +1,7 @@
-"""CVXPY's solvers: which there are, what they are told, and what they answer.
+"""CVXPY's solvers: which are installed, their options, and how their results are read.
 
-CVXPY has state that all programs share, a counter of variables among it, so threads model by turns;
-they solve side by side.
+CVXPY has state that all programs share (a counter of variables, for example). So only one thread at
+a time builds a model, but threads solve in parallel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flexmoe_jax.assignment.loading import load
 from flexmoe_jax.assignment.problem import SolverError, seconds_left
 from flexmoe_jax.errors import InputError
 
-# What the backends call their time limit in seconds; others run without one.
+# Each backend's option name for the time limit in seconds; other backends run without a limit.
 _TIME_LIMIT = MappingProxyType(
     {
         "CLARABEL": "time_limit",
@@ -37,7 +37,7 @@ _MODELLING: Any = threading.RLock()
 
 
 def _forget_threads() -> None:
-    """In a forked process: whoever modelled in the other one is not here to end it."""
+    """Replaces the lock in a forked process, where the thread that held it does not exist."""
     global _MODELLING
     _MODELLING = threading.RLock()
 
@@ -47,10 +47,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def modelling() -> Any:
-    """The lock to model under.
+    """Returns the lock that a thread must hold while it builds a CVXPY model.
 
     Raises:
-      SolverError: what was interrupted to run this is modelling, and CVXPY is half way through.
+      SolverError: this thread already holds the lock: the interrupted code is in the middle of
+        building a model.
     """
     if _MODELLING._is_owned():
         raise SolverError("CVXPY is at work on what was interrupted; use auto in signal handlers")
@@ -59,7 +60,7 @@ def modelling() -> Any:
 
 def require_backend(backend: str) -> None:
     """Raises `InputError` for a CVXPY solver that is not installed."""
-    # HiGHS always is, and CVXPY takes a while to load.
+    # HiGHS is always installed, and importing CVXPY takes a while.
     if backend != "HIGHS" and backend not in _installed():
         raise InputError("assignment.backend", backend, f"give one of {', '.join(_installed())}")
 
@@ -70,25 +71,25 @@ def _installed() -> tuple[str, ...]:
 
 
 def cvxpy() -> Any:
-    """CVXPY, loaded when it is first needed."""
+    """Imports CVXPY on first use."""
     return load("cvxpy")
 
 
 def run(program: Any, backend: str, deadline: float) -> bool:
-    """Solves a CVXPY problem; says whether it was feasible.
+    """Solves a CVXPY problem; returns whether it is feasible.
 
     Args:
       program: the problem.
-      backend: by CVXPY's name; HiGHS leaves quadratic terms to Clarabel.
-      deadline: on the clock of `time.perf_counter`.
+      backend: CVXPY's name of the solver; Clarabel replaces HiGHS for quadratic terms.
+      deadline: on the `time.perf_counter` clock.
 
     Raises:
-      InputError: the backend is not there, or does not take such problems.
-      SolverError: it failed, or the deadline passed.
+      InputError: the backend is not installed, or does not support such problems.
+      SolverError: the backend failed, or the deadline passed.
     """
     cp = cvxpy()
     if backend == "HIGHS" and not program.objective.expr.is_pwl():
-        # HiGHS' active-set method for quadratics can cycle for ever on degenerate problems.
+        # HiGHS's active-set method for quadratics can cycle forever on degenerate problems.
         backend = "CLARABEL"
     options: dict[str, Any] = {}
     if backend == "HIGHS":
@@ -104,20 +105,21 @@ def run(program: Any, backend: str, deadline: float) -> bool:
     if left < np.inf and backend in _TIME_LIMIT:
         options[_TIME_LIMIT[backend]] = left
     try:
-        # From scratch: of several optima a warm start finds another one after every past, and a run
-        # that goes on from a checkpoint has another past.
+        # No warm start: with several optima, the one found would depend on earlier solves. A run
+        # resumed from a checkpoint has other earlier solves, so its results would differ.
         with one_thread() if backend == "HIGHS" else nullcontext():
             raw = chain.solve_via_data(program, data, warm_start=False, solver_opts=options)
         with modelling(), warnings.catch_warnings():
-            # Inexact answers: the certificate says how good they are, and limits are errors here.
+            # Ignore warnings of inexact answers: the certificate shows their accuracy. A limit that
+            # is reached raises an error below.
             warnings.simplefilter("ignore")
             program.unpack_results(raw, chain, inverse)
     except ImportError as error:
         raise _refused(backend, error) from error
-    # CVXPY answers a status that it does not know with a ValueError.
+    # CVXPY raises a ValueError for a status that it does not know.
     except (cp.SolverError, ValueError) as error:
         raise SolverError(f"{backend} failed") from error
-    # `infeasible_inaccurate` and `infeasible_or_unbounded` too: nothing here is unbounded.
+    # Includes `infeasible_inaccurate` and `infeasible_or_unbounded`: no program is unbounded.
     if program.status.startswith(cp.INFEASIBLE):
         return False
     if program.status not in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE):

@@ -1,13 +1,14 @@
-"""What is proved of an answer, in double precision, and the bounds that a problem really has.
+"""Certificates: upper bounds on the value, in double precision, and a problem's effective bounds.
 
-By weak duality any prices λ on load, u on mix (|u| ≤ γ) and ν ≥ 0 on holders prove a bound:
+By weak duality, any prices λ on load, u on mix (|u| ≤ γ) and ν ≥ 0 on holders prove a bound:
 
     D = Σ_c max over its choices of Σ_e (Q_ce - w_ce λ_e - z_c·u_e + ν_e)
         + Σ_e max over its loads y of (λ_e y - μ (y - t_e)²) - Σ_e ν_e h_e.
 
-So a bound is never the word of the solver that made the answer: a wrong answer shows as a gap.
+So the bound does not rely on the solver that found the assignment: a wrong assignment shows as a
+gap.
 
-Axis legend: `C` clients, `E` experts, `F` numbers that describe a client.
+Axis legend: `C` clients, `E` experts, `F` features in a client's descriptor.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from flexmoe_jax.assignment.problem import (
 )
 from flexmoe_jax.assignment.tiles import gram
 
-# Sums of loads and sizes are exact up to this, relative to what is summed.
+# Sums of loads and sizes are exact up to this, relative to the sum.
 _ROUNDING = 1e-9
 
 
 class Prices(NamedTuple):
-    """Dual variables; arrays of NumPy or of JAX.
+    """Dual variables, as NumPy or JAX arrays.
 
     Attributes:
-      load: [E] λ, worth per unit of load.
-      mix: [E, F] u, worth per unit of the holders' deviation from the population; None for zeros.
-      holders: [E] ν, worth of a holder where experts have a least number of them; None for zeros.
+      load: [E] λ, price per unit of load.
+      mix: [E, F] u, price per unit of the holders' deviation from the population; None for zeros.
+      holders: [E] ν, price of one holder if experts need a minimum number; None for zeros.
     """
 
     load: Any
@@ -47,14 +48,14 @@ class Prices(NamedTuple):
 
 
 def effective_bounds(problem: Problem) -> tuple[FloatArray, FloatArray]:
-    """Finite load bounds [E], [E] that say the same for whole assignments.
+    """Computes finite load bounds [E], [E] that are equivalent for integral assignments.
 
-    With one weight for all pairs they are rounded inward to multiples of it, which makes every
-    vertex of the relaxation integral, and floors on holders become floors on load; an interval
-    that holds no multiple becomes the nearest one, or the two that are equally near.
+    With one weight for all pairs, the bounds are rounded inward to multiples of it, which makes
+    every vertex of the relaxation integral. Minimum numbers of holders then become minimum loads.
+    An interval that contains no multiple becomes the nearest one, or the two equally near ones.
     """
     reach = _reach(problem)
-    # Beyond what all clients weigh, one bound says as much as another.
+    # Bounds above the total weight of all clients are equivalent, so they can be made finite.
     beyond = np.where(reach > 0, 2.0 * reach, 1.0)
     low, high = np.clip(problem.load_min, -1.0, beyond), np.minimum(problem.load_max, beyond)
     low, high = np.minimum(low, high), np.maximum(high, low)
@@ -71,7 +72,7 @@ def effective_bounds(problem: Problem) -> tuple[FloatArray, FloatArray]:
 
 
 def count_bounds(problem: Problem) -> tuple[FloatArray, FloatArray]:
-    """`effective_bounds` as numbers of holders, [E] and [E], of pairs that have one weight."""
+    """Computes `effective_bounds` as numbers of holders, [E] and [E], if pairs have one weight."""
     unit = problem.unit
     if unit:
         low, high = effective_bounds(problem)
@@ -82,10 +83,10 @@ def count_bounds(problem: Problem) -> tuple[FloatArray, FloatArray]:
 
 
 def price_bound(problem: Problem, prices: Prices, low: FloatArray, high: FloatArray) -> float:
-    """The bound `D` that prices prove for loads within `low` [E] and `high` [E].
+    """Computes the bound `D` that prices prove for loads within `low` [E] and `high` [E].
 
-    Prices out of their range, or that are no numbers, are brought into it: they prove less then,
-    and never too much.
+    Prices that are out of range or not finite are moved into their range. The bound then stays
+    valid; it is only weaker.
     """
     load = np.nan_to_num(np.asarray(prices.load, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     reduced = problem.fitness - problem.weights * load
@@ -108,7 +109,7 @@ def price_bound(problem: Problem, prices: Prices, low: FloatArray, high: FloatAr
 def prove(
     problem: Problem, assignment: BoolArray, prices: tuple[Prices, ...], relaxed: bool
 ) -> float:
-    """The least bound that prices prove; where bounds gave way, for the bounds as they did."""
+    """Computes the lowest bound that prices prove; if `relaxed`, for the relaxed load bounds."""
     low, high = effective_bounds(problem)
     if relaxed:
         load, count = expert_load(problem, assignment), assignment.sum(axis=0)
@@ -119,9 +120,9 @@ def prove(
 
 
 def require_capacities(problem: Problem, assignment: BoolArray) -> None:
-    """Raises `SolverError` for an answer that does not give clients what they hold.
+    """Raises `SolverError` if a client does not hold exactly as many experts as its capacity.
 
-    With expert sizes, for one that gives them more.
+    With expert sizes, raises it if a client's experts exceed its capacity.
     """
     if assignment.shape != problem.fitness.shape or assignment.dtype != np.bool_:
         raise SolverError(f"the answer has the wrong shape: {assignment.shape}")
@@ -135,13 +136,13 @@ def require_capacities(problem: Problem, assignment: BoolArray) -> None:
 
 
 def gave_way(problem: Problem, assignment: BoolArray, witness: Prices | None) -> bool:
-    """Whether an answer out of its bounds is so because they cannot hold, as far as is proved.
+    """Checks whether an assignment is out of bounds because the bounds provably cannot be met.
 
-    With one weight for all pairs this is counted, and where violations weigh the same, so is that
-    the answer's are the least; otherwise prices prove it.
+    With one weight for all pairs, this is checked by counting holders. If violations also weigh
+    the same, the assignment's violation must be the smallest possible. Otherwise prices prove it.
 
     Args:
-      problem: what was solved.
+      problem: the problem that was solved.
       assignment: [C, E] bool.
       witness: prices at which the load bounds contradict the capacities (Farkas), or None.
     """
@@ -156,7 +157,7 @@ def gave_way(problem: Problem, assignment: BoolArray, witness: Prices | None) ->
     low, high = count_bounds(problem)
     least = _least_violation(problem.capacity, low, high)
     if not problem.unit:
-        # All loads are zero, whoever holds what.
+        # All loads are zero for every assignment.
         return least > 0 or bool((problem.load_min > 0).any() or (problem.load_max < 0).any())
     count = assignment.sum(axis=0)
     missed = float(np.maximum(np.maximum(low - count, count - high), 0.0).sum())
@@ -166,11 +167,11 @@ def gave_way(problem: Problem, assignment: BoolArray, witness: Prices | None) ->
 
 
 def _least_violation(capacity: IntArray, low: FloatArray, high: FloatArray) -> float:
-    """By how many holders, in sum, bounds must be missed.
+    """Computes the smallest total violation of the bounds, in holders.
 
-    Loads that clients can give are the bases of a polymatroid whose rank is `F(m) = Σ_c
-    min(k_c, m)` for any m experts. So the m experts that want most can have no more than `F(m)`,
-    and the m that want least have at least what the others cannot take (Edmonds 1970).
+    The possible loads are the bases of a polymatroid whose rank is `F(m) = Σ_c min(k_c, m)` for
+    any m experts. So the m experts with the largest lower bounds get at most `F(m)` holders. The m
+    experts with the smallest upper bounds get at least what the others cannot take (Edmonds 1970).
     """
     experts = low.shape[0]
     rank = np.minimum(capacity[:, None], np.arange(experts + 1)).sum(axis=0)
@@ -180,7 +181,7 @@ def _least_violation(capacity: IntArray, low: FloatArray, high: FloatArray) -> f
 
 
 def _has_impossible_bounds(problem: Problem) -> bool:
-    """Whether pairs have one weight, and no multiple of it lies within some expert's bounds."""
+    """Checks whether pairs have one weight and some expert's bounds contain no multiple of it."""
     unit = problem.unit
     if not unit:
         return False
@@ -189,15 +190,15 @@ def _has_impossible_bounds(problem: Problem) -> bool:
 
 
 def _load_bound(problem: Problem, price: FloatArray, low: FloatArray, high: FloatArray) -> float:
-    """Sum over experts of the most that `λ y - μ (y - t)²` comes to."""
+    """Sums over experts the maximum of `λ y - μ (y - t)²`."""
     if not problem.balance:
-        # The price of an infinite bound is 0, and adds nothing: 0 times infinity would be NaN.
+        # The price of an infinite bound is 0 and adds nothing, but 0 times infinity would be NaN.
         dear, cheap = price > 0, price < 0
         return float(high[dear] @ price[dear]) + float(low[cheap] @ price[cheap])
     target, curve, unit = problem.load_target, problem.balance, problem.unit
     with np.errstate(over="ignore"):
         best = np.clip(target + 0.5 * price / curve, low, high)
-    # Concave: the best multiple of a weight is next to the best number.
+    # The function is concave, so the best multiple of the weight is next to the best real number.
     sides = (np.floor(best / unit) * unit, np.ceil(best / unit) * unit) if unit else (best,)
     return float(
         np.max([price * y - curve * (y - target) ** 2 for y in np.clip(sides, low, high)], 0).sum()
@@ -205,7 +206,7 @@ def _load_bound(problem: Problem, price: FloatArray, low: FloatArray, high: Floa
 
 
 def _knapsack_bound(worth: FloatArray, size: FloatArray, capacity: IntArray | FloatArray) -> float:
-    """Dantzig's bound: each client fills up by worth per size, the last expert in part."""
+    """Computes Dantzig's bound: each client fills up by worth per size, the last expert in part."""
     order = np.argsort(-worth / size, axis=1)
     gain = np.maximum(np.take_along_axis(worth, order, axis=1), 0.0)
     sizes = size[order]
@@ -214,7 +215,7 @@ def _knapsack_bound(worth: FloatArray, size: FloatArray, capacity: IntArray | Fl
 
 
 def _reach(problem: Problem) -> FloatArray:
-    """Load [E] if every client held the expert."""
+    """Computes the load [E] of each expert if every client held it."""
     weight = np.asarray(problem.load_weight)
     if weight.ndim == 2:
         return weight.sum(axis=0)

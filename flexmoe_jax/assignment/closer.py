@@ -1,9 +1,10 @@
-"""Prices for problems whose numbers are on several scales at once.
+"""Prices for problems whose numbers differ by orders of magnitude.
 
-`estimate_prices` is as exact as a small part of the widest difference. Where the differences that
-decide are much smaller than that, as where one expert is worth a million times the others, its
-prices send everybody to the wrong place. They are near, though: seen from them, most pairs are
-decided, and the rest differ by so little that a look at these alone tells better prices; and so on.
+The error of `estimate_prices` is a small fraction of the widest difference in fitness. If the
+differences that decide are much smaller (one expert is worth a million times the others, for
+example), its prices assign clients to the wrong experts. But the prices are nearly right: they
+decide most pairs. The other pairs differ only a little, so prices estimated at that smaller scale
+are better. This step is repeated.
 
 Axis legend: `C` clients, `E` experts.
 """
@@ -21,17 +22,17 @@ from flexmoe_jax.assignment.heuristics import take_top
 from flexmoe_jax.assignment.prices import estimate_prices
 from flexmoe_jax.assignment.problem import FloatArray, Problem, seconds_left
 
-# How often to look closer in vain, and by how much each time.
+# Refinements without improvement before stopping, and the factor of the span in each refinement.
 _PATIENCE, _CLOSER = 2, 2.0**-6
 
 
 class View(NamedTuple):
-    """A problem as it looks from prices that are nearly right.
+    """A problem relative to nearly optimal prices.
 
     Attributes:
-      worth: [C, E] fitness less those prices, around zero for pairs that are in doubt.
+      worth: [C, E] fitness minus those prices; near zero for pairs that are in doubt.
       base: [E] the prices on load.
-      span: within which worth decides.
+      span: width of the range around zero in which differences of worth matter.
     """
 
     worth: FloatArray
@@ -40,7 +41,7 @@ class View(NamedTuple):
 
 
 def look(problem: Problem) -> View:
-    """The view from prices of zero."""
+    """Returns the view at prices of zero."""
     span = float(np.max(np.ptp(problem.fitness, axis=1), initial=0.0)) if problem.clients else 0.0
     return View(problem.fitness, np.zeros(problem.experts), span)
 
@@ -52,14 +53,14 @@ def look_closer(
     enough: float,
     deadline: float = np.inf,
 ) -> tuple[View, FloatArray]:
-    """The view from which prices miss least, and the prices [E] on load, beside those of the view.
+    """Returns the view and prices [E] on load with the smallest miss; they add to the view's base.
 
     Args:
-      problem: without balance and expert sizes.
+      problem: a problem without balance and expert sizes.
       prices: [E] from `estimate_prices`.
-      misses: by how much load is not where prices send it.
-      enough: a miss with which to be content.
-      deadline: on the clock of `time.perf_counter`.
+      misses: computes how much load is misplaced at the prices of a view.
+      enough: a miss at or below which the search stops.
+      deadline: on the `time.perf_counter` clock.
 
     Raises:
       SolverError: the deadline passed.
@@ -78,7 +79,8 @@ def look_closer(
 
 
 def _estimate(problem: Problem, view: View) -> FloatArray:
-    # A price belongs to the bound that it pays for; a price of zero belongs to either.
+    # A positive price means that the maximum load binds, a negative one that the minimum binds.
+    # With a price of zero, either may bind.
     low, high = effective_bounds(problem)
     seen = replace(
         problem,
@@ -90,7 +92,7 @@ def _estimate(problem: Problem, view: View) -> FloatArray:
 
 
 def _closer(problem: Problem, view: View, prices: FloatArray) -> View:
-    """The view from prices that are better still, of a smaller span."""
+    """Returns the view at the improved prices, with a smaller span."""
     span = _CLOSER * view.span
     reduced = view.worth - problem.weights * prices
     held = take_top(reduced, problem.capacity)

@@ -1,10 +1,9 @@
-"""The relaxation of large problems: the solver sees only the pairs that are in doubt.
+"""The relaxation of large problems: the solver gets only the pairs that are in doubt.
 
-At good prices nearly every pair is decided: worth far more than its client's threshold, or far
-less. The rest make a small linear program, solved like any other. Its optimal prices
-then prove how good the answer is on *all* pairs (`certificate.price_bound`); while the proof
-leaves a gap, more pairs count as being in doubt (column generation, Dantzig and Wolfe 1960, with
-its columns chosen by reduced cost).
+At good prices nearly every pair is decided: its worth is far above its client's threshold, or far
+below. The other pairs form a small linear program. Its optimal prices then prove how good the
+answer is on *all* pairs (`certificate.price_bound`). While a gap remains, the set of pairs in doubt
+grows. (This is column generation, Dantzig and Wolfe 1960, with columns chosen by reduced cost.)
 
 Axis legend: `C` clients, `E` experts.
 """
@@ -25,11 +24,11 @@ from flexmoe_jax.assignment.program import Found, Numbers, Program
 from flexmoe_jax.assignment.rebalance import rebalance
 from flexmoe_jax.assignment.relaxation import Relaxed, solve_directly
 
-# Pairs in doubt at first, an expert; and how many times more in each further attempt.
+# Pairs in doubt per expert in the first attempt, their growth factor, and number of attempts.
 _PAIRS_PER_EXPERT, _GROWTH, _ATTEMPTS = 40, 4, 3
-# Part of what is at stake by which the proof may miss the optimum.
+# Accepted gap between bound and value, as a fraction of the summed spans of the fitness rows.
 _CLOSED = 1e-7
-# Part of all load that may be out of its bounds where good prices send it.
+# Fraction of the total load that may be outside its bounds at good prices.
 _MISS = 0.01
 
 
@@ -41,19 +40,19 @@ def solve_by_columns(
     direct: bool = False,
     start: BoolArray | None = None,
 ) -> Relaxed:
-    """Relaxation of a problem without diversity, balance, expert sizes or weighted floors.
+    """Solves the relaxation without diversity, balance, expert sizes or weighted floors.
 
     Args:
-      problem: what to solve.
-      prices: [E] good prices on load, from which the pairs in doubt follow.
-      backend: any CVXPY solver that is installed.
-      deadline: on the clock of `time.perf_counter`.
-      direct: whether HiGHS may be given the program without CVXPY.
+      problem: the problem to solve.
+      prices: [E] good prices on load, which determine the pairs in doubt.
+      backend: any installed CVXPY solver.
+      deadline: on the `time.perf_counter` clock.
+      direct: whether the program may go to HiGHS directly, without CVXPY.
       start: [C, E] bool, an assignment that is best at these prices and within the bounds.
 
     Returns:
-      As `solve_relaxation`. Where bounds give way, the violation is the least among answers that
-      keep to the decided pairs.
+      The same as `solve_relaxation`. If bounds are relaxed, the violation is the smallest among
+      solutions that keep the decided pairs.
 
     Raises:
       SolverError: the backend failed, or the deadline passed.
@@ -77,7 +76,7 @@ def solve_by_columns(
         pairs = client, expert
         found = _solve_pairs(problem, pairs, decided, (low, high), backend, deadline, direct, last)
         if found is None and not balanced:
-            # What is decided leaves no room for the bounds.
+            # The decided pairs make it impossible to meet the bounds.
             top, balanced = rebalance(problem, worth, top, low, high), True
             continue
         attempt += 1
@@ -96,9 +95,10 @@ def solve_by_columns(
 
 
 def _whole(problem: Problem, view: View, prices: FloatArray) -> FloatArray:
-    """What is left of the worth [C, E] at these prices.
+    """Computes the worth [C, E] minus these prices.
 
-    In whole numbers, so that ties are ties, and parts of one that spread them over the experts.
+    The result is rounded to whole numbers, so that ties are exact. Fractions below one are then
+    added, which spread tied clients over the experts.
     """
     reduced = view.worth - problem.weights * prices
     return spread_ties(np.rint(reduced * (2.0**32 / (view.span or 1.0))))
@@ -110,18 +110,18 @@ def _misses(
     view: View,
     prices: FloatArray,
 ) -> float:
-    """How much load lies out of its bounds where these prices send it."""
+    """Computes how much load is outside its bounds if clients choose at these prices."""
     low, high = bounds
     load = expert_load(problem, take_top(_whole(problem, view, prices), problem.capacity))
     return float(np.maximum(np.maximum(low - load, load - high), 0.0).sum())
 
 
 def _in_doubt(worth: FloatArray, top: BoolArray, wanted: int) -> BoolArray:
-    """The pairs [C, E] most in doubt, so many of each expert, and what their clients swap them for.
+    """Selects the pairs [C, E] most in doubt, `wanted` per expert and side, and swap partners.
 
-    In doubt is what is worth little more or less than a client's threshold. Of each expert, since
-    any of them may have to give or take load, whatever it costs; among equal doubts clients stay
-    together, since one with one pair in doubt can change nothing.
+    A pair is in doubt if its worth is near its client's threshold. Every expert gets pairs, because
+    any expert may have to give or take load, at any cost. Among equal doubts, pairs of the same
+    client are kept together, because a client with one pair in doubt cannot change anything.
     """
     whole = np.floor(worth)
     worst_in = np.min(whole, axis=1, where=top, initial=np.inf)
@@ -155,7 +155,7 @@ def _solve_pairs(
     direct: bool,
     give_way: bool,
 ) -> Found | None:
-    """The relaxation over the pairs in doubt; None where that leaves no room for the bounds."""
+    """Solves the relaxation over the pairs in doubt; None if they cannot meet the bounds."""
     client, expert = pairs
     owners, owner = np.unique(client, return_inverse=True)
     base = expert_load(problem, decided)

@@ -1,6 +1,6 @@
-"""From a problem in NumPy to the compiled `dual_assign` and back.
+"""Runs the compiled `dual_assign` on a NumPy problem and converts the result back.
 
-Axis legend: `C` clients, `E` experts, `F` numbers that describe a client.
+Axis legend: `C` clients, `E` experts, `F` features in a client's descriptor.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from flexmoe_jax.assignment.problem import BoolArray, Problem
 
 
 class Found(NamedTuple):
-    """What the device found: an assignment [C, E] bool and the prices that it came from."""
+    """The device's result: an assignment [C, E] bool and the prices that it is based on."""
 
     assignment: BoolArray
     prices: Prices
 
 
 def run_dual(problem: Problem) -> Found:
-    """`dual_assign` of the problem, in single precision.
+    """Runs `dual_assign` on the problem, in single precision.
 
-    Worth and load go in with 1 for their largest, so that what rounding makes of them does not
-    depend on their unit.
+    Fitness and load weights are scaled to a maximum of 1, so that rounding does not depend on their
+    units.
     """
     worth = float(np.max(np.abs(problem.fitness), initial=0.0)) or 1.0
     load = float(np.max(problem.load_weight, initial=0.0)) or 1.0
@@ -38,7 +38,7 @@ def run_dual(problem: Problem) -> Found:
 
 
 def _slots(problem: Problem) -> int:
-    # Rounded up to a power of two, so that few cohorts compile anew.
+    # Round up to a power of two, so that few cohorts trigger a recompilation.
     most = max(1, int(problem.capacity.max(initial=0)))
     return min(problem.experts, 1 << (most - 1).bit_length())
 

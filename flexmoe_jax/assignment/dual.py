@@ -1,10 +1,10 @@
-"""Assignments from prices, wholly on the device.
+"""Assignments from prices, computed entirely on the device.
 
-Every client takes its best `k_c` experts at the prices of `prices.py`; the few loads that then lie
-outside their bounds are mended by the cheapest swaps. Everything here is pure JAX: it runs inside
+Every client takes its best `k_c` experts at the prices of `prices.py`. The few loads that are then
+outside their bounds are repaired by the cheapest swaps. Everything here is pure JAX: it runs inside
 a jitted training loop, and under `vmap` over seeds or layers.
 
-Axis legend: `C` clients, `E` experts, `F` numbers that describe a client, `K` expert slots.
+Axis legend: `C` clients, `E` experts, `F` features in a client's descriptor, `K` expert slots.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from flexmoe_jax.assignment.certificate import Prices
 from flexmoe_jax.assignment.prices import ascend_prices, reduced_fitness
 from flexmoe_jax.types import Array
 
-# Loads are sums of floats: a bound missed by less than this part of a weight is kept.
+# Loads are sums of floats. A bound counts as met if it is missed by less than this fraction of the
+# mean weight.
 _SLIP = 1e-3
 
 
 class DualSolution(NamedTuple):
-    """What `dual_assign` returns.
+    """The result of `dual_assign`.
 
     Attributes:
-      assignment: [C, E] bool; each client holds exactly `k_c`.
-      value: `Σ Q x`, less the diversity term.
-      bound: no assignment within the load bounds is worth more.
-      load: [E].
+      assignment: [C, E] bool; each client holds exactly `k_c` experts.
+      value: `Σ Q x`, minus the diversity term.
+      bound: upper bound on the value of any assignment within the load bounds.
+      load: [E] load of each expert.
       prices: the prices that prove the bound.
     """
 
@@ -51,21 +52,21 @@ def dual_assign(
     diversity: Array | float = 0.0,
     slots: int | None = None,
 ) -> DualSolution:
-    """Assigns experts to clients; pure, jit-able and vmappable.
+    """Assigns experts to clients; pure, and works under `jit` and `vmap`.
 
-    With a scalar `load_weight` the load bounds are met wherever they can be. With others they are
-    met as far as single swaps go, which leaves at most a fraction of one client's weight in
-    practice, without a guarantee: compare `load` with the bounds.
+    With a scalar `load_weight`, the load bounds are met whenever they can be. With other weights,
+    single swaps repair the bounds as far as they can. In practice this leaves at most a fraction
+    of one client's weight, without a guarantee: compare `load` with the bounds.
 
     Args:
       fitness: [C, E], of a floating type.
-      capacity: [C] int, or one for all.
-      load_min: [E], or one for all.
-      load_max: [E], or one for all; may be infinite.
+      capacity: [C] int, or a scalar for all clients.
+      load_min: [E], or a scalar for all experts.
+      load_max: [E], or a scalar for all experts; may be infinite.
       load_weight: a scalar, [C] or [C, E].
-      descriptor: [C, F] what describes a client, or None; only the deviation from the mean counts.
-      diversity: γ ≥ 0, worth of one unit of `Σ_e Σ_f |Σ_c x_ce (d_cf - mean_f)|`.
-      slots: a static number that no capacity exceeds (the smaller the faster); default E.
+      descriptor: [C, F] features of each client, or None; only the deviation from the mean counts.
+      diversity: γ ≥ 0, cost of one unit of `Σ_e Σ_f |Σ_c x_ce (d_cf - mean_f)|`.
+      slots: a static upper limit on all capacities (smaller is faster); default E.
     """
     clients, experts = fitness.shape
     dtype = fitness.dtype
@@ -81,14 +82,14 @@ def dual_assign(
     prices = ascend_prices(fitness, capacity, low, high, weight, z, diversity, slots)
     reduced = reduced_fitness(fitness, weight, z, prices)
     held = _take_top(reduced, capacity, slots or experts)
-    # Kept off the bounds by what single precision cannot tell.
+    # Stay inside the bounds by a margin that covers the error of single precision.
     inset = 0.0 if equal else jnp.minimum(_SLIP * weight.mean(), 0.25 * (high - low))
     low_in, high_in = low + inset, high - inset
-    # An expert with a price belongs at the bound that the price pays for (complementary slackness).
+    # An expert with a nonzero price belongs at the bound of that price (complementary slackness).
     play = 0.0 if equal else weight.mean()
     low_at = jnp.where(prices.load > 0, jnp.maximum(low_in, high_in - play), low_in)
     high_at = jnp.where(prices.load < 0, jnp.minimum(high_in, low_in + play), high_in)
-    # First towards those bounds, then to where the true ones are met.
+    # First move the loads towards those bounds, then repair the true bounds.
     held, _ = jax.lax.scan(
         lambda held, ends: (_mend(reduced, weight, *ends, held), None),
         held,
@@ -113,7 +114,7 @@ def dual_bound(
     prices: Prices,
     slots: int | None = None,
 ) -> Array:
-    """`D(λ, u)` plus what rounding may have taken from the sum: a valid upper bound, scalar."""
+    """Computes a valid upper bound (scalar): `D(λ, u)` plus its possible rounding error."""
     reduced = reduced_fitness(fitness, load_weight, descriptor, prices)
     best = jax.lax.top_k(reduced, slots or reduced.shape[1])[0]
     taken = jnp.where(jnp.arange(best.shape[1]) < capacity[:, None], best, 0.0)
@@ -126,7 +127,7 @@ def dual_bound(
 
 
 def _take_top(score: Array, capacity: Array, slots: int) -> Array:
-    """Each client's `k_c` experts of highest score, [C, E] bool."""
+    """Takes each client's `k_c` experts of highest score; returns [C, E] bool."""
     _, best = jax.lax.top_k(score, slots)
     taken = jnp.arange(slots) < capacity[:, None]
     rows = jnp.arange(score.shape[0])[:, None]
@@ -138,10 +139,10 @@ def _load(weight: Array, held: Array) -> Array:
 
 
 def _ends(low: Array, high: Array, load: Array, slip: Array) -> tuple[Array, Array]:
-    """Which experts give holders and which take them in, while a bound is broken.
+    """Selects the experts that give and that take holders while a bound is violated.
 
-    Overloaded experts give first, to all that have room; after that all that can spare give to
-    the underloaded.
+    Overloaded experts give first, to all that have room. After that, all experts that can spare
+    load give to the underloaded ones.
     """
     over, under = load > high + slip, load < low - slip
     gives = jnp.where(over.any(), over, (load > low + slip) & under.any())
@@ -150,7 +151,7 @@ def _ends(low: Array, high: Array, load: Array, slip: Array) -> tuple[Array, Arr
 
 
 def _mend(worth: Array, weight: Array, low: Array, high: Array, held: Array) -> Array:
-    """Single swaps, many clients at a time, each client its cheapest, until no swap helps."""
+    """Applies each client's cheapest single swap, many clients at once, until no swap helps."""
     clients = worth.shape[0]
     slip = _SLIP * weight.mean()
 
@@ -179,7 +180,7 @@ def _mend(worth: Array, weight: Array, low: Array, high: Array, held: Array) -> 
         )
         over = load > high + slip
         anyone_over = over.any()
-        # Enough is enough: the swap that crosses the bound is the last one.
+        # Stop once the bound is met: the swap that crosses the bound is the last one.
         shed = jnp.where(anyone_over, load - high, jnp.inf)[source]
         fill = jnp.where(anyone_over, jnp.inf, low - load)[target]
         accept = (
@@ -199,12 +200,12 @@ def _mend(worth: Array, weight: Array, low: Array, high: Array, held: Array) -> 
 
 
 def _running_sum(group: Array, order: Array, amount: Array) -> Array:
-    """Sum [C] of the amounts up to and with each one, in its group, by rising `order`."""
+    """Computes running sums [C] of the amounts within each group, by increasing `order`."""
     index = jnp.arange(group.shape[0])
     sorted_group, _, by = jax.lax.sort((group, order, index), num_keys=2)
     first = jnp.concatenate([jnp.ones(1, bool), sorted_group[1:] != sorted_group[:-1]])
 
-    # Restarted at every group: a running sum over all clients would lose digits that count here.
+    # The sum restarts at every group: a running sum over all clients would lose precision.
     def join(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
         return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
 
@@ -213,10 +214,10 @@ def _running_sum(group: Array, order: Array, amount: Array) -> Array:
 
 
 def _mend_by_paths(worth: Array, unit: Array, low: Array, high: Array, held: Array) -> Array:
-    """Swaps along the cheapest path of experts, for what single swaps could not mend.
+    """Swaps along the cheapest path of experts, to repair bounds that single swaps could not.
 
-    With equal weights a path from an expert that must give to one that may take exists whenever
-    the bounds can be met, so the loop ends with every bound met or with none left to mend.
+    With equal weights, whenever the bounds can be met, there is a path from an expert that must
+    give to one that may take. So the loop ends when every bound is met or no repair is possible.
     """
     experts = worth.shape[1]
     slip = _SLIP * unit
@@ -233,7 +234,7 @@ def _mend_by_paths(worth: Array, unit: Array, low: Array, high: Array, held: Arr
         held, _ = state
         gives, takes = ends(held)
         cost, best = _swap_costs(worth, held)
-        # A gain below single precision could close a path into a loop.
+        # A gain below single precision could turn a path into a loop.
         distance, before = _shortest_paths(cost, gives, 1e-6 * jnp.abs(worth).max())
         reachable = jnp.where(takes, distance, jnp.inf)
         last = reachable.argmin()
@@ -258,7 +259,7 @@ def _mend_by_paths(worth: Array, unit: Array, low: Array, high: Array, held: Arr
 
 
 def _swap_costs(worth: Array, held: Array) -> tuple[Array, Array]:
-    """What it costs at least to hand one client from e to f, and which client: both [E, E]."""
+    """Finds the lowest cost of moving one client from e to f, and that client: both [E, E]."""
 
     def row(e: Array) -> tuple[Array, Array]:
         possible = held[:, e][:, None] & ~held
@@ -269,9 +270,9 @@ def _swap_costs(worth: Array, held: Array) -> tuple[Array, Array]:
 
 
 def _shortest_paths(cost: Array, gives: Array, least: Array) -> tuple[Array, Array]:
-    """Bellman and Ford's: [E] length of the path from any giving expert, and the expert before.
+    """Bellman-Ford: [E] length of the shortest path from any giving expert, and the expert before.
 
-    A path counts as shorter from a gain of `least`.
+    A path counts as shorter only if it gains more than `least`.
     """
 
     def relax(_: int, found: tuple[Array, Array]) -> tuple[Array, Array]:

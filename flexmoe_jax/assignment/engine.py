@@ -1,6 +1,6 @@
-"""`solve`: one call for every solver.
+"""`solve`: a single entry point to all solvers.
 
-Axis legend: `C` clients, `E` experts, `F` numbers that describe a client.
+Axis legend: `C` clients, `E` experts, `F` features in a client's descriptor.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from flexmoe_jax.assignment.solution import Solution, make_solution
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.assignment import AssignmentOptions
 
-# Terms of a problem that solvers do not take; `relaxation` and `auto` take all.
+# Problem terms that a solver does not support; `relaxation` and `auto` support all.
 _REFUSED = MappingProxyType(
     {
         "paths": ("weights that differ", "diversity", "sizes"),
@@ -55,12 +55,12 @@ _REFUSED = MappingProxyType(
         "round_robin": ("sizes",),
     }
 )
-# What mending the load bounds may cost, as a part of what there is to win or lose.
+# Value that repairing the load bounds may cost, as a fraction of the stake (`_stake`).
 _MENDING = MappingProxyType({"shmoys_tardos": 0.0, "repair": 0.02})
 ROUNDINGS = tuple(_MENDING)
-# Gaps at which local search is not worth its time, for large problems and for small ones.
+# Gaps at or below which local search is skipped, for large problems and for small ones.
 _GOOD, _CLOSED = 1e-3, 1e-9
-# Pairs up to which all of the relaxation's are the faster way.
+# Number of pairs up to which it is faster to solve the relaxation over all pairs.
 _MANY_PAIRS = 20_000
 
 
@@ -68,7 +68,7 @@ _jax_is_lost = False
 
 
 def _note_jax() -> None:
-    """In a forked process: JAX's threads stayed behind, and whoever waits for them hangs."""
+    """Records in a forked process that JAX ran: its threads are gone, so waiting for them hangs."""
     global _jax_is_lost
     bridge = sys.modules.get("jax._src.xla_bridge")
     _jax_is_lost |= bridge is not None and bool(getattr(bridge, "_backends", True))
@@ -79,7 +79,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Options(NamedTuple):
-    """How to solve, as `solve` is told; the deadline is on the clock of `time.perf_counter`."""
+    """Options of `solve` for a solver; the deadline is on the `time.perf_counter` clock."""
 
     rounding: str = "repair"
     seed: int = 0
@@ -88,12 +88,12 @@ class Options(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """What a solver says; nothing of it is believed that is not proved.
+    """The answer of a solver; `solve` verifies it independently.
 
     Attributes:
       assignment: [C, E] bool.
-      prices: each of which proves a bound; none for prices of zero.
-      witness: prices that prove that the load bounds cannot hold, where it takes prices to do so.
+      prices: one or more sets of prices; each proves a bound. Empty means prices of zero.
+      witness: prices that prove that the load bounds cannot be met, if the proof needs prices.
     """
 
     assignment: BoolArray
@@ -112,29 +112,29 @@ def solve(
     """Solves an assignment problem.
 
     Args:
-      problem: what to solve.
+      problem: the problem to solve.
       solver: a name in `SOLVERS`. `auto`, the default, chooses: `paths` (exact, NumPy) for equal
-        weights, else `relaxation` (CVXPY and HiGHS), which takes every problem, or `dual` (JAX) for
-        large ones with diversity. `flow` (exact, OR-Tools) takes equal weights; the heuristics
+        weights, else `relaxation` (CVXPY and HiGHS), which supports every problem, or `dual` (JAX)
+        for large ones with diversity. `flow` (exact, OR-Tools) needs equal weights; the heuristics
         `greedy`, `random` and `round_robin` ignore the load bounds.
-      rounding: how fractions are rounded. Both ways keep capacities exactly, and load bounds to
-        within an expert's largest single weight. `shmoys_tardos` is worth at least the
-        relaxation; `repair` (the default) gives up to 2 % of what there is to win or lose to mend
-        load bounds.
-      seed: of ties and random choices.
-      backend: which CVXPY solver the relaxation goes to: any that is installed, by CVXPY's name
-        (`cvxpy.installed_solvers()`). An interior-point or first-order solver is as good as its
-        tolerance, and the certificate says how good that was.
-      time_limit: seconds after which a search for the optimum is given up; 0 for none. Rounding,
-        local search, `dual` and the heuristics take a bounded number of steps, whatever the limit.
+      rounding: how fractions are rounded. Both methods keep capacities exactly, and load bounds to
+        within an expert's largest single weight. `shmoys_tardos` reaches at least the value of the
+        relaxation. `repair` (the default) gives up at most 2 % of the value that is at stake to
+        repair load bounds.
+      seed: seed for ties and random choices.
+      backend: CVXPY solver for the relaxation: any installed one, by CVXPY's name
+        (`cvxpy.installed_solvers()`). An interior-point or first-order solver is only as accurate
+        as its tolerance; the certificate shows the accuracy reached.
+      time_limit: seconds after which the search for the optimum stops; 0 for no limit. Rounding,
+        local search, `dual` and the heuristics take a bounded number of steps and ignore it.
 
     Returns:
-      The assignment with its certificate. Load bounds that cannot all hold give way, smallest
-      weighted violation first, and the solution says which.
+      The assignment with its certificate. If the load bounds cannot all be met, they are relaxed
+      with the smallest weighted violation, and the solution reports which ones.
 
     Raises:
-      InputError: unknown solver, rounding or backend, or one that does not take the problem.
-      SolverError: the solver failed or the time was up. Never because of the bounds.
+      InputError: unknown solver, rounding or backend, or one that does not support the problem.
+      SolverError: the solver failed or the time ran out. Never because of the bounds.
     """
     require_name("assignment.solver", solver, SOLVERS)
     require_name("assignment.rounding", rounding, ROUNDINGS)
@@ -157,7 +157,7 @@ def solve(
     broken = load_violation(scaled, expert_load(scaled, held)).any()
     broken |= missing_holders(scaled, held).any()
     relaxed = bool(broken) and gave_way(scaled, held, answer.witness)
-    # The difference to the bound is what the scaled problem tells more exactly.
+    # The scaled problem gives the difference between bound and value more exactly.
     above = prove(scaled, held, answer.prices, relaxed) - objective(scaled, held)
     bound = objective(problem, held) + float(np.ldexp(above, exponent))
     return make_solution(problem, held, bound, time.perf_counter() - begin, relaxed=relaxed)
@@ -172,15 +172,15 @@ def require_solver(
     sizes: bool = False,
     floors: bool = False,
 ) -> None:
-    """Raises `InputError` for a solver that does not take problems with these terms.
+    """Raises `InputError` if a solver does not support problems with these terms.
 
     Args:
       solver: a name in `SOLVERS`.
-      weighted: load weights differ from pair to pair.
-      balance: there is a balance term.
-      diversity: there is a diversity term.
-      sizes: experts differ in size.
-      floors: experts have a least number of holders.
+      weighted: whether load weights differ from pair to pair.
+      balance: whether there is a balance term.
+      diversity: whether there is a diversity term.
+      sizes: whether experts have sizes.
+      floors: whether experts need a minimum number of holders.
     """
     terms = {
         "weights that differ": weighted,
@@ -197,7 +197,7 @@ def require_solver(
 
 
 def require_name(field: str, name: str, known: Iterable[str]) -> None:
-    """Raises `InputError` for a name that is not known, with the nearest one that is."""
+    """Raises `InputError` for an unknown name and suggests the closest known one."""
     names = sorted(known)
     if name in names:
         return
@@ -223,7 +223,7 @@ def _relaxation(problem: Problem, options: Options, direct: bool = False) -> _An
 
 def _relax_pairs_in_doubt(problem: Problem, options: Options, direct: bool) -> Relaxed:
     if problem.unit:
-        # Where weights are equal, the best prices and what belongs to them are found at once.
+        # With equal weights, `solve_paths` finds optimal prices and their assignment directly.
         start, best = solve_paths(problem, options.deadline)
         return solve_by_columns(
             problem, best.load, options.backend, options.deadline, direct, start
@@ -240,7 +240,7 @@ def _paths(problem: Problem, options: Options) -> _Answer:
 def _flow(problem: Problem, options: Options) -> _Answer:
     held = solve_flow(problem, options.deadline)
     require_capacities(problem, held)
-    # Prices of our own: OR-Tools has no say in how good its answer is.
+    # Compute our own prices, so that the bound does not rely on OR-Tools.
     return _Answer(held, (prices_of(problem, held),))
 
 
@@ -250,7 +250,7 @@ def _dual(problem: Problem, options: Options) -> _Answer:
     if _jax_is_lost:
         remedy = "start processes by spawn, or use auto"
         raise SolverError(f"dual: JAX ran before this process was forked off; {remedy}")
-    # JAX is loaded here alone: no other solver needs it.
+    # Only this solver needs JAX, so it is imported here.
     load("jax.numpy")
     from flexmoe_jax.assignment.device import run_dual
 
@@ -259,7 +259,7 @@ def _dual(problem: Problem, options: Options) -> _Answer:
 
 
 def _polished(problem: Problem, answer: _Answer, rounding: str) -> _Answer:
-    """Local search where there is something to win: broken load bounds, or a gap."""
+    """Runs local search if it can help: load bounds are violated, or there is a gap."""
     held = answer.assignment
     value = objective(problem, held)
     bound = prove(problem, held, answer.prices, answer.witness is not None)
@@ -273,7 +273,7 @@ def _polished(problem: Problem, answer: _Answer, rounding: str) -> _Answer:
 
 
 def _stake(problem: Problem, held: BoolArray, bound: float) -> float:
-    """What there is to win or lose: by each row's span, whatever constants rows contain."""
+    """Computes the value at stake from each row's span, so that row constants do not count."""
     if problem.expert_size is not None:
         return abs(bound)
     span = np.ptp(problem.fitness, axis=1) if problem.clients else np.zeros(0)

@@ -1,4 +1,4 @@
-"""Problems whose pairs all weigh the same: whole numbers of holders, and whole-number costs.
+"""Exact solver for problems with equal weights: integral holder counts and integral costs.
 
 Axis legend: `C` clients, `E` experts.
 """
@@ -22,25 +22,26 @@ from flexmoe_jax.assignment.paths import (
 from flexmoe_jax.assignment.prices import estimate_prices
 from flexmoe_jax.assignment.problem import BoolArray, FloatArray, Problem, seconds_left
 
-# Pairs up to which it is faster to begin with prices of zero.
+# Number of pairs up to which it is faster to start from prices of zero.
 _FEW_PAIRS = 2_000
-# The most that a whole-number cost may come to, so that sums of several stay below 2^53.
+# Largest whole-number cost, so that sums of several costs stay below 2^53.
 _DEAREST = 2.0**50
-# What one unit of violation may weigh more than another.
+# Largest ratio between two violation weights.
 _PRIORITY = 1024.0
-# Holders to move that make prices good enough, and paths after which bad ones are given up.
+# Prices are good enough if at most this many holders must move; and paths after which an attempt
+# with worse prices stops.
 _FEW_MOVES, _MANY_PATHS = 1024, 256
 
 
 def solve_paths(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, Prices]:
-    """The exact optimum of a problem whose pairs all have one weight.
+    """Computes the exact optimum of a problem whose pairs all have one weight.
 
     Exact means: costs are rounded to about 2^-42 of the largest difference between a client's
-    worths.
+    fitness values.
 
     Args:
-      problem: what to solve, without diversity or expert sizes.
-      deadline: on the clock of `time.perf_counter`.
+      problem: the problem to solve, without diversity or expert sizes.
+      deadline: on the `time.perf_counter` clock.
 
     Returns:
       The assignment [C, E] bool, and prices that prove it.
@@ -52,7 +53,8 @@ def solve_paths(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, 
     if problem.fitness.size > _FEW_PAIRS and problem.unit and not problem.balance:
         seconds_left(deadline)
         prices = estimate_prices(problem)
-        # Ties make for many moves on few paths, and no prices could tell them apart.
+        # Ties need many moves but few paths, and no prices can separate them: first try with few
+        # paths.
         if _moves(problem, view, prices) > _FEW_MOVES:
             if found := _solve_view(problem, view, prices, deadline, _MANY_PATHS):
                 return found.assignment, _per_load(problem, found.prices)
@@ -65,9 +67,9 @@ def solve_paths(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, 
 
 
 def _whole(problem: Problem, view: View) -> tuple[FloatArray, LoadCost, float]:
-    """Fitness [C, E] and the cost of holders in whole quanta, and what a quantum is worth."""
+    """Converts fitness [C, E] and holder costs to whole quanta; also returns a quantum's value."""
     base = view.base * (problem.unit or 0.0)
-    # The most that a path of swaps can be worth, balance and earlier prices included.
+    # Upper limit on the value of a path of swaps, including balance and earlier prices.
     widest = look(problem).span + 2 * _curve(problem) * problem.clients
     path = 2.0 * (problem.experts + 1) * (widest + float(np.max(np.abs(base))))
     priority = np.asarray(problem.violation_weight / np.min(problem.violation_weight))
@@ -77,20 +79,20 @@ def _whole(problem: Problem, view: View) -> tuple[FloatArray, LoadCost, float]:
     cost = LoadCost(
         low,
         high,
-        # A unit out of bounds outweighs any path.
+        # One unit out of bounds costs more than any path gains.
         np.rint(priority * max(path / quantum, 1.0)),
         np.rint(base / quantum),
         _curve(problem) / quantum,
         problem.load_target / (problem.unit or 1.0),
     )
-    # Column by column, as `augment` works on it: at no time are there two copies.
+    # Column-major, the layout that `augment` needs, so that there are never two copies.
     fitness = np.array(view.worth, order="F")
     np.divide(fitness, quantum, out=fitness)
     return np.rint(fitness, out=fitness), cost, quantum
 
 
 def _moves(problem: Problem, view: View, prices: FloatArray) -> float:
-    """How many holders must move from where these prices on load send them."""
+    """Computes how many holders must move after clients choose at these prices on load."""
     fitness, cost, quantum = _whole(problem, view)
     whole = np.rint(prices * (problem.unit or 0.0) / quantum)
     count = best_choices(fitness, whole, problem.capacity).sum(axis=0).astype(np.float64)
@@ -101,9 +103,9 @@ def _moves(problem: Problem, view: View, prices: FloatArray) -> float:
 def _solve_view(
     problem: Problem, view: View, prices: FloatArray, deadline: float, most: float = np.inf
 ) -> Optimum | None:
-    """The optimum from these prices on load on; None where it takes more paths than `most`.
+    """Finds the optimum, starting at these prices on load; None after more than `most` paths.
 
-    The prices that it finds are per holder, beside those of the view.
+    The returned prices are per holder, and add to those of the view.
     """
     fitness, cost, quantum = _whole(problem, view)
     whole = np.rint(prices * (problem.unit or 0.0) / quantum)
@@ -112,7 +114,7 @@ def _solve_view(
 
 
 def prices_of(problem: Problem, assignment: BoolArray) -> Prices:
-    """Prices that prove an assignment [C, E] optimal where it is: shortest distances from it."""
+    """Computes prices from shortest distances; they prove an assignment [C, E] if it is optimal."""
     fitness, cost, quantum = _whole(problem, look(problem))
     load = assignment.sum(axis=0).astype(np.float64)
     prices = potentials(swap_costs(fitness, assignment), cost, load) * quantum
@@ -120,12 +122,12 @@ def prices_of(problem: Problem, assignment: BoolArray) -> Prices:
 
 
 def _per_load(problem: Problem, prices: FloatArray) -> Prices:
-    """Prices [E] per holder as prices on load, or on holders where a holder is no load."""
+    """Converts prices [E] per holder to prices on load, or on holders if the weight is zero."""
     if problem.unit:
         return Prices(prices / problem.unit)
     return Prices(np.zeros(problem.experts), holders=np.maximum(-prices, 0.0))
 
 
 def _curve(problem: Problem) -> float:
-    """Worth of one squared holder off target."""
+    """Computes the balance cost of one squared holder off target."""
     return problem.balance * (problem.unit or 0.0) ** 2

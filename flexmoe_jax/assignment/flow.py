@@ -2,12 +2,12 @@
 
     source -> client (supply k_c) -> expert (one arc a pair, capacity 1, cost -Q) -> sink
 
-with load bounds on the arcs to the sink, and dear arcs beside them for loads out of bounds. Costs
-are whole numbers: fitness is scaled by the largest factor that keeps the solver's sums within 64
-bits, and rounding moves the value by at most half a step a held pair.
+The arcs to the sink carry the load bounds. Parallel arcs with a high cost take loads out of bounds.
+Costs are whole numbers: fitness is scaled by the largest factor that keeps the solver's sums within
+64 bits. Rounding changes the value by at most half a step per held pair.
 
-Needs the extra `flow` (OR-Tools), which runs in processes of its own (`worker.py`): its copy of
-HiGHS and the one that CVXPY uses carry the same library name, so one process can load only one.
+Needs the extra `flow` (OR-Tools), which runs in separate processes (`worker.py`): its copy of HiGHS
+and the one that CVXPY uses have the same library name, so one process can load only one of them.
 
 Axis legend: `C` clients, `E` experts.
 """
@@ -26,12 +26,12 @@ from flexmoe_jax.errors import InputError
 # Costs times nodes must stay within 64 bits.
 _LARGEST_SUM = 2.0**60
 _FINEST = 2.0**40
-# What one unit of violation may weigh more than another: more would leave fitness no digits.
+# Largest ratio between two violation weights: a larger one would leave too few digits for fitness.
 _PRIORITY = 1024.0
 
 
 def require_ortools() -> None:
-    """Raises `InputError` where OR-Tools is not installed."""
+    """Raises `InputError` if OR-Tools is not installed."""
     if importlib.util.find_spec("ortools") is None:
         raise InputError(
             "assignment.solver", "flow", "needs OR-Tools: pip install 'flexmoe_jax[flow]'"
@@ -42,11 +42,11 @@ def solve_flow(problem: Problem, deadline: float = np.inf) -> BoolArray:
     """Solves a problem whose pairs all have one weight.
 
     Args:
-      problem: what to solve.
-      deadline: on the clock of `time.perf_counter`.
+      problem: the problem to solve.
+      deadline: on the `time.perf_counter` clock.
 
     Returns:
-      [C, E] bool, as OR-Tools answered: check what it is worth.
+      [C, E] bool, the answer of OR-Tools; the caller must check it.
 
     Raises:
       InputError: OR-Tools is not installed.
@@ -62,7 +62,7 @@ def solve_flow(problem: Problem, deadline: float = np.inf) -> BoolArray:
     span = float(np.max(np.abs(centred))) or 1.0
     weight = np.asarray(problem.violation_weight) / np.min(problem.violation_weight)
     weight = np.minimum(weight, _PRIORITY)
-    # One unit of violation outweighs any path of swaps, of which each costs at most 2 spans.
+    # One unit of violation costs more than any path of swaps, each of which costs at most 2 spans.
     dear = 2.0 * (experts + 1)
     room = _LARGEST_SUM / ((clients + experts + 2) * 2 * dear * float(weight.max()))
     scale = min(_FINEST, room) / span

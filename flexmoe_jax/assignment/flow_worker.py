@@ -1,8 +1,9 @@
-"""The process that runs OR-Tools for `worker.py`; a script that needs NumPy and OR-Tools alone.
+"""The process that runs OR-Tools for `worker.py`; a script that needs only NumPy and OR-Tools.
 
-Reads questions from standard input until it ends: a number, C and E, then costs [C, E], capacities
-[C], and least loads, greatest loads and penalties [E], all of 64-bit whole numbers. Writes to
-standard output, for each, its number, the shape of the answer, and the answer, a byte a pair.
+Reads requests from standard input until it ends. A request is a number, C and E, then costs [C, E],
+capacities [C], and minimum loads, maximum loads and penalties [E], all 64-bit integers. For each
+request it writes to standard output the number, the shape of the answer, and the answer, one byte
+per pair.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ Int = npt.NDArray[np.int64]
 
 
 def solve(cost: Int, capacity: Int, low: Int, high: Int, penalty: Int) -> Int:
-    """Minimum-cost flow of clients' capacities [C] through pairs of cost [C, E].
+    """Computes the minimum-cost flow of clients' capacities [C] through pairs of cost [C, E].
 
-    Loads below `low` [E] or above `high` [E] cost `penalty` [E] a unit. Returns [C, E] of 0 and 1,
-    or an empty array where OR-Tools fails.
+    Loads below `low` [E] or above `high` [E] cost `penalty` [E] per unit. Returns [C, E] of 0 and
+    1, or an empty array if OR-Tools fails.
     """
     clients, experts = cost.shape
     flow = min_cost_flow.SimpleMinCostFlow()
@@ -36,7 +37,7 @@ def solve(cost: Int, capacity: Int, low: Int, high: Int, penalty: Int) -> Int:
         np.ones(pairs, np.int64),
         cost.ravel(),
     )
-    # The first `low` units of a load are paid for, those up to `high` are free.
+    # The first `low` units of a load earn the penalty back; the units up to `high` are free.
     for width, price in (
         (low, -penalty),
         (high - low, np.zeros_like(penalty)),
@@ -51,7 +52,7 @@ def solve(cost: Int, capacity: Int, low: Int, high: Int, penalty: Int) -> Int:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answers one question after the other."""
+    """Answers requests one after the other."""
 
     def read(*size: int) -> Int:
         numbers = requests.read(8 * int(np.prod(size)))
@@ -77,11 +78,11 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def end_with_parent(requests: BinaryIO, wanted: bool) -> None:
-    """Whether the end of the requests ends this process even while OR-Tools runs.
+    """Sets whether this process ends as soon as the requests end, even while OR-Tools runs.
 
-    Between a question and its answer nothing else can come, and a process that is told of what
-    comes by a signal, and does not expect it, ends. Elsewhere than on Linux, OR-Tools finishes
-    first.
+    While OR-Tools runs, the pipe can only be closed: no request comes before the answer. On Linux
+    the kernel then sends a signal, and a process that does not handle it ends. On other systems,
+    OR-Tools finishes first.
     """
     if sys.platform == "linux":
         import fcntl
@@ -93,11 +94,11 @@ def end_with_parent(requests: BinaryIO, wanted: bool) -> None:
 
 
 if __name__ == "__main__":
-    # What libraries print must not get among the answers; standard error may be closed.
+    # Output that libraries print must not mix with the answers; standard error may be closed.
     answers = os.fdopen(os.dup(1), "wb")
     with suppress(OSError):
         os.dup2(2, 1)
-    # Whoever asked may be gone at any time.
+    # The parent process may end at any time.
     with suppress(BrokenPipeError):
         serve(sys.stdin.buffer, answers)
     os._exit(0)

@@ -1,8 +1,8 @@
-"""Assignments that need no optimisation: the baselines, and starting points.
+"""Assignments without optimisation: baselines and starting points.
 
-Every function here gives each client exactly `k_c` experts and ignores load bounds. Ties and
-random choices come from keys that depend on (seed, client) alone, so neither the order of the
-clients nor who else takes part changes what a client gets.
+Every assignment here gives each client exactly `k_c` experts and ignores load bounds. Ties and
+random choices use keys that depend only on (seed, client). So a client's experts depend neither on
+the order of the clients nor on the other clients in the cohort.
 
 Axis legend: `C` clients, `E` experts.
 """
@@ -14,17 +14,17 @@ import numpy.typing as npt
 
 from flexmoe_jax.assignment.problem import BoolArray, FloatArray, IntArray
 
-# Numbers that fit into a core's cache with what is worked out from them.
+# Numbers that fit into a core's cache together with the temporary arrays computed from them.
 _CACHED = 2**16
 
 _Bits = npt.NDArray[np.uint64]
 
 
 def client_keys(seed: list[int], clients: IntArray, experts: int) -> FloatArray:
-    """Uniform numbers in [0, 1), [C, E], each a function of (seed, client id, expert) alone.
+    """Draws uniform numbers in [0, 1), [C, E]; each depends only on (seed, client id, expert).
 
-    The finaliser of SplitMix64 (Steele, Lea and Flood 2014) over a seeded start: one pass over
-    the array instead of one generator a client.
+    Uses the finaliser of SplitMix64 (Steele, Lea and Flood 2014) with a seeded start: one pass over
+    the array instead of one generator per client.
     """
     start = np.random.default_rng(seed).integers(2**63, size=1, dtype=np.uint64)
     ids: _Bits = np.asarray(clients).astype(np.uint64)
@@ -42,11 +42,11 @@ def _mix(state: _Bits) -> _Bits:
 
 
 def take_best(score: FloatArray, capacity: IntArray, keys: FloatArray) -> BoolArray:
-    """Each client's `k_c` experts of highest score, [C, E] bool.
+    """Takes each client's `k_c` experts of highest score; returns [C, E] bool.
 
     Args:
-      score: [C, E] what to go by.
-      capacity: [C] how many to take.
+      score: [C, E] scores.
+      capacity: [C] number of experts to take.
       keys: [C, E] tie-breakers; of equal scores the smaller key wins.
     """
     order = np.lexsort((keys, -score), axis=-1)
@@ -57,7 +57,7 @@ def take_best(score: FloatArray, capacity: IntArray, keys: FloatArray) -> BoolAr
 
 
 def take_top(score: FloatArray, capacity: IntArray) -> BoolArray:
-    """As `take_best`, with ties as they fall: several times faster; returns [C, E] bool."""
+    """Like `take_best`, but breaks ties arbitrarily: several times faster; returns [C, E] bool."""
     assignment = np.zeros(score.shape, bool)
     for rows in row_blocks(score.shape):
         part, count = score[rows], capacity[rows]
@@ -74,18 +74,18 @@ def take_top(score: FloatArray, capacity: IntArray) -> BoolArray:
 
 
 def row_blocks(shape: tuple[int, ...]) -> list[slice]:
-    """Slices of the rows of a [C, E] array whose temporary copies stay in cache."""
+    """Splits the rows of a [C, E] array into slices whose temporary copies stay in cache."""
     rows, columns = shape
     height = max(1, _CACHED // max(1, columns))
     return [slice(first, min(first + height, rows)) for first in range(0, rows, height)]
 
 
 def take_random(capacity: IntArray, keys: FloatArray) -> BoolArray:
-    """`k_c` experts a client, uniformly at random by its keys [C, E]; returns [C, E] bool."""
+    """Takes `k_c` experts per client uniformly at random by keys [C, E]; returns [C, E] bool."""
     return take_best(-keys, capacity, keys)
 
 
 def take_in_turn(capacity: IntArray, clients: IntArray, turn: int, experts: int) -> BoolArray:
-    """Client c takes experts `(c + turn + 0 .. k_c - 1) mod E`; returns [C, E] bool."""
+    """Gives client c the experts `(c + turn + 0 .. k_c - 1) mod E`; returns [C, E] bool."""
     offset = (np.arange(experts) - clients[:, None] - turn) % experts
     return offset < capacity[:, None]

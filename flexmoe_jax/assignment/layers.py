@@ -1,8 +1,8 @@
-"""Several MoE layers at once.
+"""Assignment of several MoE layers at once.
 
-With a number of experts a layer, layers do not compete and are solved one by one. With expert
-sizes, a client's capacity is one budget for all its layers, and the layers become one problem of
-G·E experts.
+If capacity is a number of experts per layer, layers do not compete and are solved one by one. With
+expert sizes, a client's capacity is one budget for all its layers, and the layers become one
+problem with G·E experts.
 
 Axis legend: `G` layers, `C` clients, `E` experts of a layer.
 """
@@ -40,22 +40,22 @@ def solve_layers(
 
     Args:
       fitness: [G, C, E].
-      capacity: experts that each client holds in each layer, [C] or [G, C]; with `expert_size`,
-        [C], what the experts of all its layers may weigh in sum.
-      load_min: least load, a scalar, [E] or [G, E].
-      load_max: greatest load, a scalar, [E] or [G, E].
+      capacity: number of experts that each client holds in each layer, [C] or [G, C]; with
+        `expert_size`, [C], the limit on the total size of a client's experts in all layers.
+      load_min: minimum load, a scalar, [E] or [G, E].
+      load_max: maximum load, a scalar, [E] or [G, E].
       expert_size: size of the experts, [E] or [G, E], or None.
       solver: as in `solve`.
       rounding: as in `solve`.
       seed: as in `solve`.
-      **fields: further fields of `Problem`, the same for every layer.
+      **fields: other fields of `Problem`, the same for every layer; not with `expert_size`.
 
     Returns:
-      A solution whose arrays lead with the layers; value and bound are sums over them, and the
-      status is that of the layer that fared worst.
+      A solution whose arrays have the layers as first axis. Value and bound are sums over the
+      layers, and the status is the worst status of any layer.
 
     Raises:
-      InputError: a wrong shape, or what `Problem` and `solve` refuse.
+      InputError: a wrong shape, or an input that `Problem` or `solve` rejects.
     """
     worth = np.asarray(fitness, np.float64)
     if worth.ndim != 3 or worth.shape[0] == 0:
@@ -82,7 +82,7 @@ def solve_layers(
 
 
 def _by_layer(joint: Solution, layers: int) -> Solution:
-    """A solution over G·E experts, with the layers in front."""
+    """Reshapes a solution over G·E experts, with the layers as first axis."""
     clients = len(joint.assignment)
     return replace(
         joint,

@@ -1,7 +1,7 @@
-"""Linear programs in HiGHS' own form, for those that every round solves.
+"""Linear programs that every round solves, passed to HiGHS directly.
 
-Where a program is nothing but rows of sums, writing it down through CVXPY takes longer than solving
-it, and loading CVXPY longer than all else that a launch does on the host.
+For a program that consists only of rows of sums, modelling it with CVXPY takes longer than solving
+it, and importing CVXPY takes longer than all other host work of a launch.
 
     maximise Σ worth_j x_j   over 0 ≤ x ≤ 1,   low_i ≤ Σ_{j in row i} value_j x_j ≤ high_i
 """
@@ -18,25 +18,25 @@ import numpy as np
 from flexmoe_jax.assignment.loading import load
 from flexmoe_jax.assignment.problem import FloatArray, IntArray, SolverError, seconds_left
 
-# Tight enough that fitness values 1e-8 apart are told apart.
+# Tight enough to distinguish fitness values that are 1e-8 apart.
 HIGHS_OPTIONS = {
     "dual_feasibility_tolerance": 1e-9,
     "primal_feasibility_tolerance": 1e-9,
     "parallel": "off",
     "threads": 1,
 }
-# Variables up to which HiGHS is faster without presolve.
+# Number of variables up to which HiGHS is faster without presolve.
 FEW_VARIABLES = 4096
 
 
 class Rows(NamedTuple):
-    """A group of rows in which every variable stands once.
+    """A group of rows in which every variable occurs exactly once.
 
     Attributes:
-      row: (n,) of each variable, in 0 .. m - 1.
-      value: (n,) of each variable there, or one for all.
-      low: (m,) least sum of each row.
-      high: (m,) greatest.
+      row: (n,) row of each variable, in 0 .. m - 1.
+      value: (n,) coefficient of each variable in its row, or one for all.
+      low: (m,) minimum sum of each row.
+      high: (m,) maximum sum of each row.
     """
 
     row: IntArray
@@ -46,12 +46,12 @@ class Rows(NamedTuple):
 
 
 class Optimum(NamedTuple):
-    """What a linear program's optimum is.
+    """The optimum of a linear program.
 
     Attributes:
       x: (n,) a vertex, up to rounding.
-      value: of the program.
-      prices: for each group, (m,): by how much `value` grows with a binding bound of each row.
+      value: the optimal objective value.
+      prices: for each group, (m,): how fast `value` grows with the binding bound of each row.
     """
 
     x: FloatArray
@@ -63,12 +63,12 @@ def maximise(worth: FloatArray, *groups: Rows, deadline: float = np.inf) -> Opti
     """Solves a linear program by the simplex method, from scratch.
 
     Args:
-      worth: (n,) of each variable.
-      *groups: rows, each group with its own.
-      deadline: on the clock of `time.perf_counter`.
+      worth: (n,) objective coefficient of each variable.
+      *groups: groups of rows, one argument per group.
+      deadline: on the `time.perf_counter` clock.
 
     Returns:
-      The optimum, or None where there is none, because the rows contradict each other.
+      The optimum, or None if the rows contradict each other.
 
     Raises:
       SolverError: HiGHS failed, or the deadline passed.
@@ -104,7 +104,7 @@ def maximise(worth: FloatArray, *groups: Rows, deadline: float = np.inf) -> Opti
     with one_thread():
         solver.run()
     status = solver.getModelStatus()
-    # Nothing here is unbounded.
+    # These programs are never unbounded, so both of these mean infeasible.
     if status in (
         highspy.HighsModelStatus.kInfeasible,
         highspy.HighsModelStatus.kUnboundedOrInfeasible,
@@ -123,10 +123,10 @@ def maximise(worth: FloatArray, *groups: Rows, deadline: float = np.inf) -> Opti
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Lets HiGHS run in the calling thread alone, and leaves no thread of it behind.
+    """Lets HiGHS run only in the calling thread, and leaves no HiGHS threads behind.
 
-    A process forked off while some are left aborts when it ends. Nor can HiGHS have one thread
-    while somebody else's linger, or they another number while ours does.
+    A process that is forked while HiGHS threads exist aborts when it ends. HiGHS also cannot run
+    with one thread while threads of an earlier run with another number exist, and vice versa.
     """
     highs = quiet_highspy().Highs
     highs.resetGlobalScheduler(True)
@@ -138,11 +138,11 @@ def one_thread() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def quiet_highspy() -> Any:
-    """HiGHS, without types, loaded when it is first needed, and without a word on stdout.
+    """Imports HiGHS (untyped) on first use, without its banner on stdout.
 
-    From 1.16 on it says its name and licence when the first object of a process is made, whoever
-    makes it and before any option can be set. So the first one is made here, with an option set
-    half way.
+    From 1.16 on, HiGHS prints its name and licence when the first object of a process is created,
+    before the caller can set any option. So this function creates the first object, and sets the
+    option in the middle of its construction.
     """
     highspy = load("highspy")
 

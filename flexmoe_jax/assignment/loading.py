@@ -1,4 +1,4 @@
-"""Libraries that are loaded when they are first needed."""
+"""Imports large libraries on first use."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 
 def load(name: str) -> Any:
-    """The module of that name, without types.
+    """Imports the module of that name (untyped).
 
-    A large library whose import is interrupted is half there for the rest of the process, and
-    cannot be imported again. Signals interrupt the main thread alone, so it waits for another one.
+    If the import of a large library is interrupted, the library stays half loaded and cannot be
+    imported again in this process. Signals interrupt only the main thread, so another thread does
+    the import and the main thread waits.
     """
     if name not in sys.modules and threading.current_thread() is threading.main_thread():
         try:
@@ -28,5 +29,5 @@ def _try(name: str) -> None:
     try:
         importlib.import_module(name)
     except Exception:
-        # Whoever asked meets it by itself.
+        # The caller's own import raises the same error.
         return

@@ -1,4 +1,4 @@
-"""Policies by name, with their options checked before any round.
+"""Policies by name, with options that are checked before the first round.
 
 Axis legend: `P` clients in this round's cohort, `E` experts.
 """
@@ -26,40 +26,40 @@ from flexmoe_jax.options.assignment import AssignmentOptions
 
 @dataclass(frozen=True)
 class NamedPolicy:
-    """A policy by name, as `make_policy` makes it: what it is called with stays readable.
+    """A policy that `make_policy` creates; its name and options can be inspected.
 
     Attributes:
-      name: in `POLICIES`.
-      options: what the policy takes beside the request.
+      name: a name in `POLICIES`.
+      options: keyword arguments of the policy besides the request.
     """
 
     name: str
     options: Mapping[str, Any]
 
     def __call__(self, request: Request) -> Solution:
-        """Asks the policy, whatever the order of the cohort."""
+        """Runs the policy; the answer does not depend on the order of the cohort."""
         return _in_order(partial(POLICIES[self.name], **self.options), request)
 
 
 def make_policy(
     name: str, *, weighted: bool = False, share: FloatArray | None = None, **given: Any
 ) -> NamedPolicy:
-    """Makes the policy of that name.
+    """Creates the policy of that name.
 
     Args:
       name: a name in `POLICIES`.
-      weighted: whether load weights will differ from pair to pair, so that a solver that takes
-        equal ones alone is refused at once (`flex`).
-      share: [E] part of the load meant for each expert (`flex`); default: the same for all.
-        Whoever keeps the deficits must reckon with it, too.
+      weighted: whether load weights will differ from pair to pair. If so, a solver that supports
+        only equal weights is rejected immediately (`flex`).
+      share: [E] part of the load that each expert should get (`flex`); default: the same for all.
+        The code that updates the deficits must use the same shares.
       **given: options of `flex` by name, as `AssignmentOptions` and docs/options.md explain them:
-        `slack`, `solver`, `time_limit` and so on; the others are those of `PLAIN`. Where a search
+        `slack`, `solver`, `time_limit` and so on; the defaults are those of `PLAIN`. If a search
         takes longer than `time_limit`, or the solver fails, experts are dealt out evenly for that
         round, and the solution's status is `fallback: REASON`.
 
     Raises:
       InputError: an unknown policy, solver, rounding or backend, or a number out of range.
-      TypeError: an option that there is not.
+      TypeError: an option that does not exist.
     """
     require_name("assignment.policy", name, POLICIES)
     options = replace(PLAIN, **given)
@@ -84,10 +84,10 @@ def make_policy(
 
 
 def _require_use(policy: NamedPolicy, options: AssignmentOptions, weighted: bool) -> None:
-    """Raises `InputError` for a backend that cannot solve a small problem of the policy's kind.
+    """Raises `InputError` if a backend cannot solve a small problem of the policy's kind.
 
-    What its name does not tell shows now and not in the first round: whether it takes quadratic
-    prices, say, or has a licence.
+    This finds errors that the backend's name does not show before the first round: for example, it
+    does not support quadratic terms, or it has no licence.
     """
     request = Request(
         fitness=np.eye(3, 2),
@@ -107,7 +107,7 @@ def _require_use(policy: NamedPolicy, options: AssignmentOptions, weighted: bool
 
 
 def _in_order(policy: Policy, request: Request) -> Solution:
-    """Runs a policy on the cohort sorted by client id, and puts its answer back in order."""
+    """Runs a policy on the cohort sorted by client id, and restores the order in its answer."""
     begin = time.perf_counter()
     order = np.argsort(request.clients, kind="stable")
     weight = np.asarray(request.load_weight)

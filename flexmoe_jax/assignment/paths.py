@@ -1,19 +1,19 @@
 """Exact assignments under equal weights, by shortest augmenting paths over the experts.
 
-The assignment is a minimum-cost flow whose optimum moves holders along paths of experts: some
-clients swap e for f, as many others f for g, and so on. Whoever is best placed for each swap is all
-that a path needs to know, so paths are sought in a graph of E + 1 nodes, however many clients there
-are. Started at the clients' best choices under good prices, few paths remain; and a path carries
-as many holders at once as there are clients equally well placed for each of its swaps, so ties,
-which make for many holders to move, make for few paths.
+The assignment is a minimum-cost flow. Its optimum moves holders along paths of experts: some
+clients swap e for f, the same number of others swap f for g, and so on. A path needs only the
+cheapest client for each swap. So the search graph has E + 1 nodes, for any number of clients. Good
+prices are a good start: few paths remain after each client's best choice. A path moves as many
+holders at once as there are clients with equally cheap swaps on each of its steps. So ties, which
+need many moves, still need few paths.
 
-Loads are counts of holders here. Load y_e costs φ_e(y_e), convex: nothing within the bounds, and
-beyond them more than any fitness can repay, so that bounds give way only where they must, by the
-smallest weighted violation. (Successive shortest paths with convex costs: Ahuja, Magnanti and
-Orlin 1993, chapters 9 and 14.)
+Loads here are counts of holders. A load y_e has a convex cost φ_e(y_e). Within the bounds it is
+zero, apart from balance. Outside them it exceeds any gain in fitness, so bounds are relaxed only if
+necessary, by the smallest weighted violation. (Successive shortest paths with convex costs: Ahuja,
+Magnanti and Orlin 1993, chapters 9 and 14.)
 
-Costs are whole numbers below 2^53: their sums are exact, so rounding can never leave a cycle that
-looks cheaper each time round.
+Costs are whole numbers below 2^53, so their sums are exact. Rounding can therefore never create a
+cycle that looks cheaper on every pass.
 
 Axis legend: `C` clients, `E` experts.
 """
@@ -28,8 +28,8 @@ import numpy as np
 from flexmoe_jax.assignment.heuristics import row_blocks, take_top
 from flexmoe_jax.assignment.problem import BoolArray, FloatArray, IntArray, seconds_left
 
-# The step whose multiples' fractions spread most evenly: clients who are indifferent choose evenly
-# among all experts.
+# The fractional parts of this number's multiples are spread most evenly. With it, clients without a
+# preference choose evenly among all experts.
 GOLDEN = 0.6180339887498949
 
 
@@ -37,12 +37,12 @@ class LoadCost(NamedTuple):
     """Convex costs `φ(y)` of loads y, which are counts of holders; all costs are whole numbers.
 
     Attributes:
-      low: [E] least load that costs nothing extra.
-      high: [E] greatest.
-      outside: [E] cost of each unit of load beyond those.
-      base: [E] what each unit of load earns: prices that were taken off the fitness before.
+      low: [E] minimum load without extra cost.
+      high: [E] maximum load without extra cost.
+      outside: [E] cost of each unit of load below `low` or above `high`.
+      base: [E] gain of each unit of load: prices that were already subtracted from the fitness.
       curve: cost of one squared unit of load off target, or 0.
-      target: [E].
+      target: [E] load at which the `curve` cost is zero.
     """
 
     low: FloatArray
@@ -53,7 +53,7 @@ class LoadCost(NamedTuple):
     target: FloatArray
 
     def rise(self, load: FloatArray) -> FloatArray:
-        """`φ(y + 1) - φ(y)` [E] at whole loads; never falls as y grows."""
+        """Computes `φ(y + 1) - φ(y)` [E] at whole loads; it never decreases as y grows."""
         dear = self.outside * ((load >= self.high).astype(float) - (load < self.low))
         return dear + self._inside(load)
 
@@ -63,7 +63,7 @@ class LoadCost(NamedTuple):
         return np.rint(self.curve * (2 * (load - self.target) + 1)) - self.base
 
     def start(self, price: FloatArray, load: FloatArray) -> FloatArray:
-        """Whole loads [E], near to `load`, at which prices are slopes of φ."""
+        """Computes whole loads [E], close to `load`, at which the prices are slopes of φ."""
         total = price + self.base
         if not self.curve:
             near = np.where(total == 0, load, np.where(total > 0, np.inf, -np.inf))
@@ -74,7 +74,7 @@ class LoadCost(NamedTuple):
         return np.clip(near, self.low, self.high)
 
     def room(self, load: FloatArray, expert: int, sign: int) -> float:
-        """How many units the load of an expert can rise, or fall, at the cost of the first."""
+        """Computes how many units an expert's load can rise, or fall, at the cost of the first."""
         if self.curve:
             return 1.0
         y, low, high = load[expert], self.low[expert], self.high[expert]
@@ -88,7 +88,7 @@ class Optimum(NamedTuple):
     Attributes:
       assignment: [C, E] bool.
       prices: [E] optimal prices λ per holder.
-      paths: how many augmenting paths it took.
+      paths: number of augmenting paths that were used.
     """
 
     assignment: BoolArray
@@ -104,18 +104,18 @@ def augment(
     deadline: float = np.inf,
     most: float = np.inf,
 ) -> Optimum | None:
-    """Best assignment for `Σ Q x - Σ φ(load)`, loads being counts of holders.
+    """Maximises `Σ Q x - Σ φ(load)` over assignments, where loads are counts of holders.
 
     Args:
       fitness: [C, E] whole numbers.
       capacity: [C].
-      cost: of loads, φ.
-      prices: [E] whole prices to start from; good ones save paths.
-      deadline: on the clock of `time.perf_counter`.
-      most: paths after which to give up.
+      cost: cost φ of the loads.
+      prices: [E] whole prices to start from; good prices reduce the number of paths.
+      deadline: on the `time.perf_counter` clock.
+      most: number of paths after which the search stops.
 
     Returns:
-      The optimum, or None after too many paths.
+      The optimum, or None if it needs more paths.
 
     Raises:
       SolverError: the deadline passed before the optimum was found.
@@ -131,7 +131,7 @@ def augment(
             return None
         path = _shortest_path(_with_root(graph.cost, cost, load), surplus)
         steps = list(pairwise(path))
-        # A path that starts or ends at the root changes one load, one that passes it changes two.
+        # A path that starts or ends at the root changes one load; one through the root changes two.
         moved = [(e, 1) for e, f in steps if f == root] + [(f, -1) for e, f in steps if e == root]
         units = min(surplus[path[0]], -surplus[path[-1]])
         units = min([units, *(cost.room(load, e, sign) for e, sign in moved)])
@@ -146,7 +146,7 @@ def augment(
 
 
 def best_choices(fitness: FloatArray, prices: FloatArray, capacity: IntArray) -> BoolArray:
-    """Each client's best experts at whole worths; among equal ones loads come out even.
+    """Takes each client's best experts at integral worths; ties are spread evenly over the experts.
 
     Args:
       fitness: [C, E] whole numbers.
@@ -164,9 +164,10 @@ def best_choices(fitness: FloatArray, prices: FloatArray, capacity: IntArray) ->
 
 
 def spread_ties(worth: FloatArray, first: int = 0) -> FloatArray:
-    """Whole worths [C, E] of clients from number `first` on, and a part of one that breaks ties.
+    """Adds a fraction that breaks ties to whole worths [C, E] of clients from number `first` on.
 
-    Less than half of one, so that no order changes; and each client prefers another expert.
+    The fraction is below one half, so it does not change the order of different worths. Different
+    clients prefer different experts.
     """
     clients, experts = worth.shape
     turn = np.add.outer(np.arange(first, first + clients) * GOLDEN, np.arange(experts) / experts)
@@ -174,15 +175,16 @@ def spread_ties(worth: FloatArray, first: int = 0) -> FloatArray:
 
 
 def swap_costs(fitness: FloatArray, held: BoolArray) -> FloatArray:
-    """What the cheapest swap of e for f costs, [E, E], for fitness and holders [C, E]."""
+    """Computes the cost of the cheapest swap of e for f, [E, E]; fitness and holders are [C, E]."""
     return _Graph(np.ascontiguousarray(fitness.T), held.T.copy()).cost
 
 
 def potentials(swaps: FloatArray, cost: LoadCost, load: FloatArray) -> FloatArray:
-    """Prices [E] per holder at which no swap [E, E] and no change of load pays, if there are any.
+    """Computes prices [E] per holder at which no swap [E, E] and no change of load has a gain.
 
-    Shortest distances in the residual graph, in as many sweeps as it has nodes. At an optimum
-    these settle, and the prices prove it; elsewhere they prove what they can.
+    They are shortest distances in the residual graph, computed with as many sweeps as it has nodes.
+    At an optimum the distances converge, and the prices prove the optimum. Otherwise such prices do
+    not exist, and the returned prices prove a weaker bound.
     """
     distance = _distances(_with_root(swaps, cost, load))
     prices: FloatArray = distance[-1] - distance[:-1]
@@ -190,7 +192,7 @@ def potentials(swaps: FloatArray, cost: LoadCost, load: FloatArray) -> FloatArra
 
 
 class _Graph:
-    """Cheapest swaps between experts: `cost[e, f]` and the client that `best[e, f]` offers it."""
+    """The cheapest swaps between experts: `cost[e, f]`, and `best[e, f]`, the client that swaps."""
 
     def __init__(self, fitness: FloatArray, held: BoolArray) -> None:
         experts = held.shape[0]
@@ -203,10 +205,10 @@ class _Graph:
             self._rescan(e, np.arange(experts))
 
     def swap(self, steps: list[tuple[int, int]], units: int) -> int:
-        """Carries out each step's cheapest swap for up to `units` clients; returns for how many.
+        """Makes each step's cheapest swap for up to `units` clients; returns the number of clients.
 
-        All swaps of a step cost the same. No client is in the way of itself: on a path every
-        expert is given once and taken once at the most.
+        All swaps of a step cost the same. Several swaps of one client cannot conflict: on a path,
+        every expert is given at most once and taken at most once.
         """
         offers: list[IntArray] = []
         for e, f in steps:
@@ -223,29 +225,29 @@ class _Graph:
         return units
 
     def _offers(self, e: int, f: int) -> IntArray:
-        """The clients for whom swapping e for f costs least."""
+        """Returns the clients with the lowest cost of swapping e for f."""
         holders = np.flatnonzero(self.held[e] & ~self.held[f])
         loss = self.fitness[e].take(holders) - self.fitness[f].take(holders)
         return holders[loss == self.cost[e, f]]
 
     def _refresh(self, moved: IntArray, steps: list[tuple[int, int]]) -> None:
-        """Brings swaps up to date after the clients `moved` took these steps."""
+        """Updates the swaps after the clients `moved` took these steps."""
         self._moved[moved] = True
-        # The last place is for arcs that nobody offers.
+        # The last entry stands for arcs without a client (`best` is -1).
         stale = self._moved[self.best]
         self._moved[moved] = False
         for row in np.flatnonzero(stale.any(axis=1)).tolist():
             self._rescan(row, np.flatnonzero(stale[row]))
         fitness, held = self.fitness[:, moved], self.held[:, moved]
         for e, f in steps:
-            # Who took f can give it for anything now, and who gave e can take it for anything.
+            # A client that took f can now swap it for any expert. One that gave e can take it back.
             self._offer(moved, f, slice(None), fitness[f] - fitness, held[f] & ~held)
             self._offer(moved, slice(None), e, fitness - fitness[e], held & ~held[e])
 
     def _offer(
         self, moved: IntArray, e: int | slice, f: int | slice, loss: FloatArray, can: BoolArray
     ) -> None:
-        """Takes note of what the clients `moved` lose by swaps [E] from e or to f: loss [E, n]."""
+        """Records the loss [E, n] of the clients `moved` for swaps [E] from e or to f, if lower."""
         loss = np.where(can, loss, np.inf)
         lowest = loss.argmin(axis=1)
         least = loss[np.arange(loss.shape[0]), lowest]
@@ -254,7 +256,7 @@ class _Graph:
         self.best[e, f] = np.where(better, moved[lowest], self.best[e, f])
 
     def _rescan(self, e: int, targets: IntArray) -> None:
-        """Finds the best client for swapping e against each target."""
+        """Finds the best client for swapping e for each target."""
         holders = np.flatnonzero(self.held[e])
         if holders.size == 0:
             self.cost[e, targets], self.best[e, targets] = np.inf, -1
@@ -275,7 +277,7 @@ class _Graph:
 
 
 def _with_root(swaps: FloatArray, cost: LoadCost, load: FloatArray) -> FloatArray:
-    """Swap costs [E, E] plus a root: e -> root raises the load of e, root -> f lowers that of f."""
+    """Adds a root to swap costs [E, E]: e -> root raises e's load, root -> f lowers f's load."""
     experts = load.shape[0]
     arcs = np.full((experts + 1, experts + 1), np.inf)
     arcs[:experts, :experts] = swaps
@@ -285,7 +287,7 @@ def _with_root(swaps: FloatArray, cost: LoadCost, load: FloatArray) -> FloatArra
 
 
 def _shortest_path(arcs: FloatArray, surplus: FloatArray) -> list[int]:
-    """Nodes of the cheapest path from any surplus to any shortfall (Bellman and Ford)."""
+    """Finds the nodes of the cheapest path from any surplus to any shortfall (Bellman-Ford)."""
     nodes = np.arange(arcs.shape[0])
     distance = np.where(surplus > 0, 0.0, np.inf)
     before = np.full(arcs.shape[0], -1)
@@ -306,7 +308,7 @@ def _shortest_path(arcs: FloatArray, surplus: FloatArray) -> list[int]:
 
 
 def _distances(arcs: FloatArray) -> FloatArray:
-    """Distance [E + 1] from the nearest node, where every node may start at 0."""
+    """Computes the distance [E + 1] to each node if paths may start at any node, at distance 0."""
     distance = np.zeros(arcs.shape[0])
     for _ in range(arcs.shape[0]):
         shorter = np.minimum(distance, (distance[:, None] + arcs).min(axis=0))

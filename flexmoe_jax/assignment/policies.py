@@ -1,10 +1,10 @@
-"""Policies: what decides who holds which expert in a round.
+"""Policies decide which client holds which expert in a round.
 
 A policy is a function from a `Request` (what the server knows at the start of the round) to a
-`Solution`. Whatever the order of the cohort, a client gets the same experts: the cohort is sorted
-by client id first, and every random choice is a function of (seed, round, client id).
+`Solution`. A client's experts do not depend on the order of the cohort: the cohort is sorted by
+client id first, and every random choice is a function of (seed, round, client id).
 
-Axis legend: `P` clients in this round's cohort, `E` experts, `F` numbers that describe a client.
+Axis legend: `P` clients in this round's cohort, `E` experts, `F` features in a client's descriptor.
 """
 
 from __future__ import annotations
@@ -36,35 +36,35 @@ from flexmoe_jax.assignment.solution import Solution, make_solution
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.assignment import AssignmentOptions
 
-# Noise that breaks ties between clients fairly, and the clients that are enough to tell what it is
-# a part of.
+# Relative width of the noise that breaks ties between clients fairly, and number of clients from
+# which the scale of the fitness is estimated.
 _TIE_NOISE, _SAMPLE = 1e-6, 4096
-# Draws for exploration, apart from those that break ties.
+# Seed component that makes the draws for exploration differ from those that break ties.
 _EXPLORATION = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a policy is told about one round.
+    """The inputs of a policy for one round.
 
     Attributes:
-      fitness: [P, E] learned worth of client c holding expert e.
-      capacity: [P] int, experts that each client holds.
+      fitness: [P, E] learned value of client c holding expert e.
+      capacity: [P] int, number of experts that each client holds.
       clients: [P] int, ids of the clients, all different.
       round: number of the round, from 0.
       seed: the experiment's seed.
-      load_weight: load of a holder on its expert: a scalar, [P] or [P, E].
-      deficit: [E] load that each expert is owed, as `update_deficit` keeps it; None for zeros.
+      load_weight: load that a client adds to an expert it holds: a scalar, [P] or [P, E].
+      deficit: [E] load that each expert is owed, as `update_deficit` computes it; None for zeros.
       usage: [P, E] samples that each client routed to each expert in the past; None for zeros.
       held_rounds: [P, E] rounds in which each client held each expert; None for zeros.
-      descriptor: [P, F] what kind of data each client has, or None.
-      held: [P, E] bool, experts of which a client still has a copy that is as the server's, so that
-        it would not have to be sent; None for none. Not who held what last: an expert that was
-        trained since is False.
-      load: [E] load that others than these clients put on the experts, and which bounds are to even
-        out as well; None for none.
-      group: which MoE layers are assigned, by their order in the model: 0 where all go together.
-        With `layers="each"` a policy is asked once for each of them.
+      descriptor: [P, F] features of each client's data, or None.
+      held: [P, E] bool, whether a client still has a copy of the expert that equals the server's,
+        so the server need not send it; None for none. This differs from the previous assignment:
+        an expert that was trained since is False.
+      load: [E] load that clients outside this cohort put on the experts, and that the bounds also
+        even out; None for none.
+      group: index of the assigned group of MoE layers, in the order of the model: 0 if all are
+        assigned together. With `layers="each"` a policy is called once for each of them.
     """
 
     fitness: FloatArray
@@ -86,21 +86,21 @@ Policy = Callable[[Request], Solution]
 
 
 PLAIN = AssignmentOptions(exploration=0.0)
-"""Options of `flex` where none are given: those of a config, but without noise on the fitness.
+"""Default options of `flex`: the defaults of a config, but without noise on the fitness.
 
-A policy that is called by itself answers by the fitness alone, as the paper's does; the noise is
-for rounds of training, whose experts are to meet the data of many clients."""
+A policy that is called on its own uses only the fitness, as in the paper. The noise is for rounds
+of training, in which experts should see the data of many clients."""
 
 
 def flex(
     request: Request, *, options: AssignmentOptions = PLAIN, share: FloatArray | None = None
 ) -> Solution:
-    """FLEX-MoE: greatest fitness with every expert's load close to what it is owed.
+    """Assigns by FLEX-MoE: maximises fitness with every expert's load close to its target.
 
     Args:
-      request: what is known of the round.
-      options: of the assignment.
-      share: [E] part of the load meant for each expert; default: the same for all.
+      request: the inputs for the round.
+      options: options of the assignment.
+      share: [E] part of the load that each expert should get; default: the same for all.
     """
     diversity, exploration = options.diversity, options.exploration
     if diversity and request.descriptor is None:
@@ -125,7 +125,7 @@ def flex(
         high,
         request.load_weight,
         holders_min=options.holders_min,
-        # Where the load is meant to go: the middle of the bounds.
+        # The load should go to the middle of the bounds.
         target=0.5 * (low + high),
         balance=options.balance,
         descriptor=request.descriptor,
@@ -143,22 +143,22 @@ def flex(
         )
     except SolverError as error:
         return replace(_even(request, problem, deficit), status=f"fallback: {error}")
-    # The noise only adds fitness, so the bound holds for the true problem, too. The gap stays that
-    # of the noisy one: what noise adds and nobody could win is no loss.
+    # The noise only adds fitness, so the bound also holds for the true problem. The gap stays the
+    # noisy problem's gap: fitness that only the noise adds cannot be won, so it is no loss.
     return replace(found, value=objective(problem, found.assignment))
 
 
 def _even(request: Request, problem: Problem, deficit: FloatArray) -> Solution:
-    """What is dealt out where no optimum is found."""
+    """Deals experts out evenly, as a fallback if no optimum is found."""
     owed = deficit if request.load is None else deficit - request.load
     held = _deal(request, problem, owed)
-    # Of any assignment, whatever bounds, floors or prices.
+    # This bound holds for any assignment, for all load bounds, floors and prices.
     bound = float(np.sum(problem.fitness, where=take_top(problem.fitness, problem.capacity)))
     return make_solution(problem, held, bound, 0.0)
 
 
 def _worth(request: Request, movement: float, exploration: float) -> FloatArray:
-    """Fitness less the price of what must be sent, and with noise so that holders change."""
+    """Computes fitness minus the cost of sending experts, plus noise that makes holders change."""
     worth = np.asarray(request.fitness, np.float64)
     if movement:
         sent = True if request.held is None else ~request.held
@@ -169,32 +169,32 @@ def _worth(request: Request, movement: float, exploration: float) -> FloatArray:
 
 
 def _tie_noise(fitness: FloatArray) -> float:
-    """Width of the noise: far below differences of a fitness [P, E] that matter, in whatever unit.
+    """Computes a noise width far below the relevant differences of a fitness [P, E], in any unit.
 
-    What matters is the span of most clients' values or, where that is owed to a few of them, as a
-    bonus for the untried, the span that most of the values would have among themselves.
+    The relevant scale is the span of a typical client's values. If a few values alone cause that
+    span (a bonus for untried experts, for example), it is the span of the remaining values.
     """
     gaps = np.diff(np.sort(fitness[:_SAMPLE], axis=1), axis=1)
     span, gap = gaps.sum(axis=1), gaps[gaps > 0]
     if not gap.size:
-        # All that a client can hold is worth the same to it.
+        # All experts have the same fitness for each client.
         return _TIE_NOISE * (float(np.max(np.abs(fitness), initial=0.0)) or 1.0)
     dense = float(np.median(gap)) * fitness.shape[1]
     return _TIE_NOISE * min(float(np.median(span[span > 0])), dense)
 
 
 def greedy(request: Request) -> Solution:
-    """Every client takes its fittest experts; ties fall by a seeded key."""
+    """Gives every client its experts of highest fitness; a seeded key breaks ties."""
     return as_solution(
         request, take_best(_fitness(request), request.capacity, _keys(request, request.round))
     )
 
 
 def greedy_usage(request: Request) -> Solution:
-    """Every client tries all experts, then takes those that it uses most in a round.
+    """Lets every client try all experts, then gives it those that it uses most per round.
 
-    After FedMoE (arXiv 2408.11304), which chooses by activations recorded before: without the trial
-    no client would ever use, and so choose, an expert that it did not get in the first round.
+    After FedMoE (arXiv 2408.11304), which chooses by recorded activations. Without the trial, a
+    client would never use, and so never choose, an expert that it did not get in the first round.
     """
     usage = np.zeros(request.fitness.shape) if request.usage is None else request.usage
     held = np.zeros(usage.shape) if request.held_rounds is None else request.held_rounds
@@ -203,23 +203,23 @@ def greedy_usage(request: Request) -> Solution:
 
 
 def random(request: Request) -> Solution:
-    """Every client takes experts at random, anew each round."""
+    """Gives every client random experts, drawn again in each round."""
     return as_solution(request, take_random(request.capacity, _keys(request, request.round)))
 
 
 def static(request: Request) -> Solution:
-    """Every client takes experts at random once and keeps them."""
+    """Gives every client random experts once; the client keeps them in all rounds."""
     return as_solution(request, take_random(request.capacity, _keys(request, 0)))
 
 
 def round_robin(request: Request) -> Solution:
-    """Client c in round t takes experts `(c + t + 0 .. k_c - 1) mod E`."""
+    """Gives client c in round t the experts `(c + t + 0 .. k_c - 1) mod E`."""
     held = take_in_turn(request.capacity, request.clients, request.round, request.fitness.shape[1])
     return as_solution(request, held)
 
 
 def full(request: Request) -> Solution:
-    """Every client holds all experts, whatever its capacity: the upper reference."""
+    """Gives every client all experts, and ignores capacity: the upper reference."""
     everything = replace(
         request, capacity=np.full(request.clients.shape, request.fitness.shape[1], np.int64)
     )
@@ -235,7 +235,7 @@ POLICIES: dict[str, Callable[..., Solution]] = {
     "round_robin": round_robin,
     "static": static,
 }
-"""Policies by name. Enter one of your own, and `make_policy` and the launchers know it."""
+"""Policies by name. `make_policy` and the launchers also accept policies that you add here."""
 
 
 def _fitness(request: Request) -> FloatArray:
@@ -248,10 +248,10 @@ def _keys(request: Request, turn: int, *purpose: int) -> FloatArray:
 
 
 def _deal(request: Request, problem: Problem, deficit: FloatArray) -> BoolArray:
-    """Experts dealt out like cards, [P, E]: holders differ by one at the most.
+    """Deals experts out like cards, [P, E]: numbers of holders differ by at most one.
 
-    The heaviest clients come first, so that loads come out nearly even, too; of equal ones chance
-    decides. The experts that are owed most get the holders left over.
+    The heaviest clients come first, so that the loads are also nearly even. The order of equally
+    heavy clients is random. The experts with the largest deficit get the remaining holders.
     """
     heaviest = np.lexsort((_keys(request, request.round)[:, 0], -problem.weights.mean(axis=1)))
     dealt_before = np.empty_like(problem.capacity)
@@ -263,13 +263,13 @@ def _deal(request: Request, problem: Problem, deficit: FloatArray) -> BoolArray:
 
 
 def as_solution(request: Request, assignment: npt.ArrayLike) -> Solution:
-    """What a policy without load bounds answers with, for the assignment [P, E] bool that it chose.
+    """Builds the solution of a policy without load bounds from its assignment [P, E] bool.
 
-    A client may be given fewer experts than it has room for, and never more. The bound is what
-    clients would take if loads did not matter.
+    A client may get fewer experts than its capacity, but never more; the server checks this. The
+    bound is the value if every client took its best experts, without load bounds.
 
     Raises:
-      InputError: an assignment of another shape, or of other numbers than 0 and 1.
+      InputError: an assignment of another shape, or with values other than 0 and 1.
     """
     given = np.asarray(assignment)
     if given.shape != request.fitness.shape or not np.isin(given, (0, 1)).all():

@@ -1,11 +1,11 @@
-"""Local search that makes an assignment better and never worse.
+"""Local search that improves an assignment and never makes it worse.
 
 Moves: a client swaps one expert that it holds for one that it does not; two clients exchange
 experts; in small problems, two clients swap at once. A move must not push any expert further out
-of its bounds, so what rounding guarantees of violations stays true. Moves that mend bounds may
-cost value, up to a stated amount.
+of its bounds, so the guarantees of rounding on violations stay valid. Moves that repair bounds may
+cost value, up to a given limit.
 
-Axis legend: `C` clients, `E` experts, `H` held pairs under consideration.
+Axis legend: `C` clients, `E` experts, `H` held pairs that are considered.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flexmoe_jax.assignment.problem import (
 from flexmoe_jax.assignment.tiles import gram
 
 _MOVES = 1000
-# A search over more swaps than this looks at the clients nearest to a change of mind only.
+# If there are more swaps than this, the search considers only the clients closest to a change.
 _SWAPS = 200_000
 _EXCHANGE_PAIRS = 400
 _DOUBLE_SWAPS = 400
@@ -42,14 +42,14 @@ def polish(problem: Problem, assignment: BoolArray, prices: FloatArray, least: f
     """Improves an assignment until no move helps.
 
     Args:
-      problem: what is solved.
-      assignment: [C, E] bool, where to start; left as it is.
-      prices: [E] on load, which tell what clients are worth looking at.
-      least: bounds are mended as long as the value stays at or above this.
+      problem: the problem to solve.
+      assignment: [C, E] bool, the starting point; not modified.
+      prices: [E] prices on load, used to select the clients to consider.
+      least: bounds are repaired as long as the value stays at or above this.
 
     Returns:
-      [C, E] bool. No expert's violation grew; the value did not fall, or stayed at or above
-      `least` while violations shrank.
+      [C, E] bool. No expert's violation is larger than before. The value is not lower, or it is at
+      or above `least` and violations are smaller.
     """
     held = assignment.copy()
     rows = _nearest(problem, held, prices)
@@ -79,7 +79,7 @@ def _nearest(problem: Problem, held: BoolArray, prices: FloatArray) -> IntArray:
 def _best_move(
     problem: Problem, held: BoolArray, rows: IntArray, budget: float
 ) -> list[tuple[int, int, int]] | None:
-    """The move that mends most per value lost or, where none mends, the one that gains most."""
+    """Finds the move that repairs most per value lost or, if none repairs, the largest gain."""
     z = problem.deviation
     state = _State(expert_load(problem, held), held.sum(axis=0), gram(held, z))
     row, expert = np.nonzero(held[rows])
@@ -122,7 +122,7 @@ _Rank = tuple[int, float]
 def _choose(
     gain: FloatArray, mended: FloatArray, allowed: BoolArray, budget: float
 ) -> tuple[_Rank, tuple[int, int]] | None:
-    """Rank and place of the best of the moves; the rank puts mending before gaining."""
+    """Returns rank and index of the best move; moves that repair bounds rank before gains."""
     mends = allowed & (mended > _STEP) & (gain >= -max(budget, 0.0))
     if mends.any():
         price = np.where(mends, gain / np.where(mends, mended, 1.0), -np.inf)
@@ -138,7 +138,7 @@ def _choose(
 def _swaps(
     problem: Problem, held: BoolArray, state: _State, client: IntArray, expert: IntArray
 ) -> _Scored:
-    """Gain, mended violation and admissibility [H, E] of giving pair h up for expert f."""
+    """Computes gain, repaired violation and admissibility [H, E] of giving pair h for expert f."""
     weight = problem.weights
     out, into = weight[client, expert][:, None], weight[client]
     gain = problem.fitness[client] - problem.fitness[client, expert][:, None]
@@ -163,7 +163,7 @@ def _swaps(
 def _exchanges(
     problem: Problem, held: BoolArray, state: _State, client: IntArray, expert: IntArray
 ) -> _Scored:
-    """The same [H, H] for two pairs that exchange their experts."""
+    """Computes the same, [H, H], for two pairs that exchange their experts."""
     weight, fitness = problem.weights, problem.fitness
     own = weight[client, expert]
     crossed = weight[client[:, None], expert[None]]
@@ -197,7 +197,7 @@ def _double_swaps(
     gain: FloatArray,
     places: IntArray,
 ) -> _Scored:
-    """The same for two swaps at once by different clients, each at one of `places` (h, f)."""
+    """Computes the same for two simultaneous swaps by different clients, at `places` (h, f)."""
     h, f = places.T
     count = np.arange(h.size)
     change = np.zeros((h.size, problem.experts))
@@ -217,7 +217,7 @@ def _double_swaps(
 def _load_terms(
     problem: Problem, state: _State, expert: IntArray, change: FloatArray
 ) -> FloatArray:
-    """What the balance term gains when the loads of `expert` change."""
+    """Computes the gain in the balance term if the loads of `expert` change."""
     if not problem.balance:
         return np.zeros(change.shape)
     off = (state.load - problem.load_target)[expert]
@@ -227,7 +227,7 @@ def _load_terms(
 def _mended(
     problem: Problem, state: _State, expert: IntArray, change: FloatArray, holders: int
 ) -> FloatArray:
-    """By how much the weighted violation of `expert` shrinks when its load and holders change."""
+    """Computes by how much `expert`'s weighted violation shrinks if its load and holders change."""
     low, high = problem.load_min[expert], problem.load_max[expert]
     load = state.load[expert]
     before = np.maximum(np.maximum(low - load, load - high), 0.0)

@@ -1,21 +1,20 @@
-"""Prices on expert load: the Lagrangian dual of the assignment, minimised.
+"""Prices on expert load, found by minimising the Lagrangian dual of the assignment problem.
 
     D(λ, u) = Σ_c max { Σ_e (Q_ce - w_ce λ_e - z_c·u_e) x_ce : Σ_e x_ce = k_c, 0 ≤ x ≤ 1 }
               + Σ_e (L_e^max λ_e⁺ - L_e^min λ_e⁻),       |u| ≤ γ
 
-is an upper bound on the assignment's worth at any λ and u (weak duality); its least value is the
+is an upper bound on the value of an assignment for any λ and u (weak duality). Its minimum is the
 relaxation's optimum. `u` prices the mix of an expert's holders: `γ |S| = max {u·S : |u| ≤ γ}`.
 
 D is piecewise linear. It is smoothed with an entropy of temperature τ, which turns each choice
-into a sigmoid, and minimised by Newton steps in λ and in the clients' thresholds t together (the
-thresholds' block is diagonal and is eliminated), while τ falls. Most steps run on a sample of the
-clients, since prices belong to the experts and a sample knows them nearly as well.
+into a sigmoid. Newton steps minimise it jointly in λ and in the clients' thresholds t while τ
+decreases. (The thresholds' block is diagonal and is eliminated.) Most steps run on a sample of the
+clients: prices belong to the experts, and a sample determines them nearly as well.
 
-The code asks its arrays for their namespace (the Python array API standard): NumPy arrays are
-worked on by NumPy, with no JAX in memory, and JAX arrays by JAX, inside a jitted program or under
-`vmap`.
+The code gets the namespace from its arrays (the Python array API standard). NumPy processes NumPy
+arrays, without JAX in memory. JAX processes JAX arrays, inside a jitted program or under `vmap`.
 
-Axis legend: `C` clients, `E` experts, `F` numbers that describe a client, `K` expert slots.
+Axis legend: `C` clients, `E` experts, `F` features in a client's descriptor, `K` expert slots.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from flexmoe_jax.assignment.tiles import gram, solve_symmetric
 
 Array = Any  # numpy.ndarray or jax.Array
 
-# Part of the clients (one in so many), first and last temperature, and steps from one to the other.
+# Of each stage: the sample (every n-th client), first and last temperature, and number of steps.
 _STAGES = ((16, 0.5, 1e-2, 16), (4, 1e-2, 3e-3, 4), (1, 3e-3, 1e-4, 9))
 _FINE = _STAGES[-1][2]
-# Clients that are always enough to learn prices from, and pairs that fit into a core's cache.
+# Smallest sample of clients, enough to estimate prices; and pairs that fit into a core's cache.
 _SAMPLE, _CACHED = 512, 2**16
-# A step moves no price further than this many temperatures: Newton's model is good that far.
+# A step moves no price by more than this many temperatures: Newton's model is accurate that far.
 _TRUST = 3.0
 
 
@@ -50,7 +49,7 @@ def ascend_prices(
     diversity: Array | float = 0.0,
     slots: int | None = None,
 ) -> Prices:
-    """Nearly optimal prices; pure and, given JAX arrays, jit-able and vmappable.
+    """Computes nearly optimal prices; pure, and with JAX arrays works under `jit` and `vmap`.
 
     Args:
       fitness: [C, E], of a floating type.
@@ -59,8 +58,8 @@ def ascend_prices(
       load_max: [E]; may be infinite.
       load_weight: [C, E].
       descriptor: [C, F] deviations `z` from the population's mean; F may be 0.
-      diversity: γ ≥ 0, worth of one unit of the holders' deviation.
-      slots: a static number that no capacity exceeds (the smaller the faster); default E.
+      diversity: γ ≥ 0, cost of one unit of the holders' deviation.
+      slots: a static upper limit on all capacities (smaller is faster); default E.
     """
     xp = fitness.__array_namespace__()
     clients, _ = fitness.shape
@@ -88,13 +87,13 @@ def ascend_prices(
         )
         temperatures = np.geomspace(warm, cold, steps).astype(dtype)
         prices = _newton(sample, slots, prices, temperatures)
-    # Below the last temperature a price is noise; a price of zero leaves the bounds free.
+    # A price below the last temperature is noise. Zero leaves the load free within its bounds.
     load = xp.where(xp.abs(prices.load) > _FINE, prices.load, 0.0)
     return Prices(load * span / unit, prices.mix * span)
 
 
 def estimate_prices(problem: Problem) -> FloatArray:
-    """Nearly optimal prices [E] per unit of load of a problem in NumPy, in single precision."""
+    """Computes nearly optimal prices [E] per unit of load with NumPy, in single precision."""
     low, high = effective_bounds(problem)
     prices = ascend_prices(
         problem.fitness.astype(np.float32),
@@ -110,7 +109,7 @@ def estimate_prices(problem: Problem) -> FloatArray:
 
 
 def reduced_fitness(fitness: Array, load_weight: Array, descriptor: Array, prices: Prices) -> Array:
-    """What is left of the fitness, [C, E], once load and mix are paid for."""
+    """Computes the fitness, [C, E], minus the prices of load and mix."""
     reduced = fitness - load_weight * prices.load
     return reduced - gram(descriptor.T, prices.mix.T) if descriptor.shape[1] else reduced
 
@@ -118,7 +117,7 @@ def reduced_fitness(fitness: Array, load_weight: Array, descriptor: Array, price
 def _consistent(
     capacity: Array, load_min: Array, load_max: Array, weight: Array
 ) -> tuple[Array, Array]:
-    """Bounds brought within reach, and to sums that enclose the load that there is to share."""
+    """Moves the bounds into the reachable range, and so that their sums enclose the total load."""
     xp = weight.__array_namespace__()
     reach = xp.sum(weight * (capacity > 0)[:, None], axis=0)
     low, high = xp.clip(load_min, 0.0, reach), xp.clip(load_max, 0.0, reach)
@@ -129,16 +128,16 @@ def _consistent(
 
 
 class _Sample(NamedTuple):
-    """What the dual of some of the clients is made of, in units near 1.
+    """The data of the dual problem of a sample of clients, in units near 1.
 
     Attributes:
       worth: [C, E] fitness.
       capacity: [C].
-      low: [E] least load, scaled to these clients.
-      high: [E] the most.
+      low: [E] minimum load, scaled to these clients.
+      high: [E] maximum load, scaled to these clients.
       weight: [C, E] load of each holder.
       descriptor: [C, F].
-      share: most that a price of the mix can be.
+      share: maximum of a price of the mix.
     """
 
     worth: Array
@@ -151,11 +150,11 @@ class _Sample(NamedTuple):
 
 
 def _newton(sample: _Sample, slots: int | None, start: Prices, temperatures: Array) -> Prices:
-    """One Newton step on the smoothed dual for each temperature in turn."""
+    """Takes one Newton step on the smoothed dual for each temperature in turn."""
     worth, capacity, low, high, weight, descriptor, share = sample
     xp = worth.__array_namespace__()
     experts = worth.shape[1]
-    # Clients with nothing to choose have no threshold; they only add a constant load.
+    # Clients without a choice have no threshold; they only add a constant load.
     choosing = ((capacity > 0) & (capacity < experts)).astype(worth.dtype)
     constant = xp.sum(weight * ((capacity == experts).astype(worth.dtype))[:, None], axis=0)
     wanted = capacity * choosing
@@ -195,7 +194,7 @@ def _newton(sample: _Sample, slots: int | None, start: Prices, temperatures: Arr
         )
         t = t + xp.clip(move_t, -_TRUST * tau, _TRUST * tau)
         if descriptor.shape[1]:
-            # The mix's own curvature, without the cross terms: half a step stays on the safe side.
+            # Only the mix's own curvature, without the cross terms; half a step keeps this safe.
             shift = xp.clip(0.5 * mixed / (curve + 1e-6), -_TRUST * tau, _TRUST * tau)
             mix = xp.clip(mix + shift, -share, share)
         return Prices(load + move, mix), t
@@ -204,7 +203,7 @@ def _newton(sample: _Sample, slots: int | None, start: Prices, temperatures: Arr
 
 
 def _thresholds(reduced: Array, capacity: Array, slots: int) -> Array:
-    """Half way [C] between the worst that each client takes and the best that it leaves."""
+    """Computes the midpoint [C] between each client's worst taken and best rejected expert."""
     xp = reduced.__array_namespace__()
     ordered = _largest(reduced, min(reduced.shape[1], slots + 1))
     last = xp.clip(capacity - 1, 0, ordered.shape[1] - 1)[:, None]
@@ -214,7 +213,7 @@ def _thresholds(reduced: Array, capacity: Array, slots: int) -> Array:
 
 
 def _blocks(values: Array) -> list[slice]:
-    """Rows that NumPy works on while they stay in cache; XLA sees to that by itself."""
+    """Splits the rows into blocks that stay in cache with NumPy; XLA needs no blocks."""
     rows, columns = values.shape
     height = max(1, _CACHED // columns) if isinstance(values, np.ndarray) else max(1, rows)
     return [slice(first, first + height) for first in range(0, max(1, rows), height)]
@@ -225,7 +224,7 @@ def _sigmoid(z: Array) -> Array:
 
 
 def _largest(values: Array, count: int) -> Array:
-    """The `count` largest of each row, falling."""
+    """Returns the `count` largest values of each row in decreasing order."""
     if isinstance(values, np.ndarray):
         largest = -np.partition(-values, count - 1, axis=1)[:, :count]
         return -np.sort(-largest, axis=1)

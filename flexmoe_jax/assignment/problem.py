@@ -1,12 +1,13 @@
-"""The assignment problem, its solution, and what can be said of any assignment.
+"""The assignment problem, and the quantities that follow from any assignment.
 
     maximise  Σ_ce Q_ce x_ce    over x ∈ {0,1}^(C×E)
     subject to  Σ_e x_ce = k_c   and   L_e^min ≤ Σ_c w_ce x_ce ≤ L_e^max,
 
-with, where asked for, less `balance · Σ_e (load_e - target_e)²` and less
-`diversity · Σ_e Σ_f |Σ_c x_ce z_cf|`, `z` being the clients' deviations from the mean descriptor.
+The objective can also subtract `balance · Σ_e (load_e - target_e)²` and
+`diversity · Σ_e Σ_f |Σ_c x_ce z_cf|`. Here `z` holds each client's deviation from the mean
+descriptor.
 
-Axis legend: `C` clients, `E` experts, `F` numbers that describe a client, `G` layers.
+Axis legend: `C` clients, `E` experts, `F` features in a client's descriptor, `G` layers.
 Source of the problem: FLEX-MoE, arXiv 2512.23070.
 """
 
@@ -25,44 +26,45 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-# Solvers work to about 1e-9; a bound that is missed by less than this, relative to the largest
-# load or weight, is kept.
+# Solvers are accurate to about 1e-9. A bound counts as met if it is missed by less than this,
+# relative to the largest load or weight.
 LOAD_TOLERANCE = 1e-6
 TINY = 1e-12
-# Sums of what a problem is made of stay below this, with room for differences of two such sums.
+# Sums of a problem's numbers must stay below this. It leaves room to subtract two such sums.
 _LARGEST = float(np.finfo(np.float64).max) / 16
 
 
 class SolverError(RuntimeError):
-    """A solver failed, or ran out of time, on a problem that has solutions."""
+    """A solver failed or ran out of time, although the problem has solutions."""
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Who may hold how many experts, what each pair is worth, and how loaded experts may be.
+    """An assignment problem: client capacities, the fitness of each pair, and load bounds.
 
-    Anything array-like is taken; the fields then hold NumPy arrays of the shapes below.
+    The fields accept anything array-like. They then hold NumPy arrays of the shapes below.
 
     Attributes:
-      fitness: [C, E] worth `Q` of client c holding expert e; finite, any sign.
+      fitness: [C, E] value `Q` of client c holding expert e; finite, any sign.
       capacity: [C] number `k` of experts that each client holds, 0 ≤ k ≤ E.
-      load_min: [E] least load of each expert, in units of `load_weight` (a scalar serves all).
-      load_max: [E] greatest load of each expert; may be infinite.
-      load_weight: load that a holder puts on its expert, ≥ 0: a scalar, [C] or [C, E].
-      violation_weight: [E] or scalar, > 0: what a unit of violation of an expert's bounds weighs
-        where not all bounds can hold (`paths` and `flow` tell up to 1024 times the least apart).
-      holders_min: [E] or scalar, least number of clients that hold each expert.
-      target: [E] load that `balance` draws each expert to; default: equal shares of the total.
-      balance: μ ≥ 0, worth of one squared unit of load off target.
-      descriptor: [C, F] what describes each client (a label mix, say), or None.
-      diversity: γ ≥ 0, worth of one unit by which an expert's holders, summed, deviate from the
-        mean descriptor.
-      expert_size: [E] > 0 or None. If given, `capacity` is what a client's experts may weigh in
-        sum, in the same unit (bytes, say), and a client need not fill it.
+      load_min: [E] minimum load of each expert, in units of `load_weight`; a scalar applies to all.
+      load_max: [E] maximum load of each expert; may be infinite.
+      load_weight: load that a client adds to an expert it holds, ≥ 0: a scalar, [C] or [C, E].
+      violation_weight: [E] or scalar, > 0: weight of one unit by which an expert's bounds are
+        violated, if not all bounds can be met. `paths` and `flow` distinguish weights up to 1024
+        times the smallest one.
+      holders_min: [E] or scalar, minimum number of clients that hold each expert.
+      target: [E] load that `balance` pulls each expert towards; default: equal shares of the total.
+      balance: μ ≥ 0, cost of one squared unit of load off target.
+      descriptor: [C, F] features of each client (its label distribution, for example), or None.
+      diversity: γ ≥ 0, cost of one unit by which the summed features of an expert's holders
+        deviate from the mean descriptor.
+      expert_size: [E] > 0 or None. If given, `capacity` limits the total size of a client's
+        experts, in the same unit (bytes, for example), and a client need not use all of it.
 
     Raises:
-      InputError: a field has the wrong shape, a value that is not finite, one out of range, or
-        numbers so large that their sums are not finite.
+      InputError: a field has the wrong shape, a value is not finite or out of range, or the numbers
+        are so large that their sums are not finite.
     """
 
     fitness: FloatArray
@@ -79,7 +81,7 @@ class Problem:
     expert_size: FloatArray | None = None
 
     def __post_init__(self) -> None:
-        """Checks every field and stores it as an array."""
+        """Validates every field and stores it as an array."""
         fitness = _fitness(self.fitness)
         clients, experts = fitness.shape
         load_min, load_max = _bounds(self.load_min, self.load_max, experts)
@@ -146,7 +148,7 @@ class Problem:
 
     @property
     def weights(self) -> FloatArray:
-        """[C, E] read-only view of `load_weight`, which costs no memory."""
+        """[C, E] read-only view of `load_weight`; it takes no extra memory."""
         weight = np.asarray(self.load_weight)
         if weight.ndim == 1:
             weight = weight[:, None]
@@ -154,10 +156,10 @@ class Problem:
 
     @property
     def unit(self) -> float | None:
-        """The one weight that all pairs share, or None where weights differ.
+        """The load weight shared by all pairs, or None if the weights differ.
 
-        With one weight the constraint matrix is totally unimodular once the bounds are rounded
-        to whole multiples of it (Hoffman and Kruskal 1956).
+        With a single weight, the constraint matrix is totally unimodular once the bounds are
+        rounded to whole multiples of that weight (Hoffman and Kruskal 1956).
         """
         weight = np.asarray(self.load_weight)
         if weight.size == 0:
@@ -167,14 +169,14 @@ class Problem:
 
     @property
     def deviation(self) -> FloatArray:
-        """[C, F] deviations `z` from the mean descriptor; F = 0 without diversity or clients."""
+        """[C, F] deviations `z` from the mean descriptor; F = 0 if diversity is 0 or C is 0."""
         if self.descriptor is None or not self.diversity or not self.clients:
             return np.zeros((self.clients, 0))
         return self.descriptor - self.descriptor.mean(axis=0, keepdims=True)
 
     @property
     def load_target(self) -> FloatArray:
-        """[E] the loads that `balance` draws to."""
+        """[E] the loads that `balance` pulls the experts towards."""
         if self.target is not None:
             return self.target
         total = float(np.sum(self.weights.mean(axis=1) * self.capacity))
@@ -182,7 +184,7 @@ class Problem:
 
 
 def seconds_left(deadline: float) -> float:
-    """Seconds until a deadline on the clock of `time.perf_counter`; infinity stands for none.
+    """Returns the seconds until a deadline on the `time.perf_counter` clock; infinity means none.
 
     Raises:
       SolverError: the deadline has passed.
@@ -194,7 +196,7 @@ def seconds_left(deadline: float) -> float:
 
 
 def expert_load(problem: Problem, assignment: BoolArray) -> FloatArray:
-    """Load `Σ_c w_ce x_ce` of each expert, [E], of an assignment [C, E]."""
+    """Computes the load `Σ_c w_ce x_ce` of each expert, [E], for an assignment [C, E]."""
     weight = np.asarray(problem.load_weight)
     if weight.ndim == 0:
         return assignment.sum(axis=0) * float(weight)
@@ -204,17 +206,17 @@ def expert_load(problem: Problem, assignment: BoolArray) -> FloatArray:
 
 
 def load_violation(problem: Problem, load: FloatArray) -> FloatArray:
-    """Distance [E] of each load from its interval; less than the solvers' precision counts as 0."""
+    """Computes how far each load is outside its bounds, [E]; 0 if below the solvers' precision."""
     distance = np.maximum(np.maximum(problem.load_min - load, load - problem.load_max), 0.0)
     precision = LOAD_TOLERANCE * max(_largest(load), _largest(problem.load_weight))
     if problem.unit:
-        # However many holders there are, one more or less is one.
+        # One holder too many or too few always counts, even if the load is very large.
         precision = min(precision, 0.5 * problem.unit)
     return np.where(distance > precision, distance, 0.0)
 
 
 def objective(problem: Problem, assignment: BoolArray) -> float:
-    """What is maximised, at an assignment [C, E]."""
+    """Computes the objective (to be maximised) of an assignment [C, E]."""
     value = float(np.sum(problem.fitness, where=assignment))
     if problem.balance:
         off = expert_load(problem, assignment) - problem.load_target
@@ -226,7 +228,7 @@ def objective(problem: Problem, assignment: BoolArray) -> float:
 
 
 def missing_holders(problem: Problem, assignment: BoolArray) -> FloatArray:
-    """How many holders each expert lacks, [E]."""
+    """Computes how many holders each expert lacks, [E]."""
     return np.maximum(problem.holders_min - assignment.sum(axis=0), 0.0)
 
 
@@ -245,7 +247,7 @@ def _require_finite(field: str, value: FloatArray) -> None:
 
 
 def _require_finite_sums(problem: Problem) -> None:
-    """Refuses numbers whose sums over pairs overflow, in whatever order they are summed."""
+    """Raises `InputError` if sums over pairs can overflow, whatever the order of summation."""
     pairs, experts = max(1, problem.fitness.size), problem.experts
 
     def require(field: str, given: float, most: float) -> None:
@@ -272,7 +274,7 @@ def _largest(values: float | FloatArray) -> float:
 
 
 def _bounds(least: object, most: object, experts: int) -> tuple[FloatArray, FloatArray]:
-    """Bounds of each expert's load, least and greatest."""
+    """Validates the load bounds; returns the minimum [E] and the maximum [E] of each expert."""
     load_min = _per_expert("load_min", least, experts)
     load_max = _per_expert("load_max", most, experts)
     if np.isnan(load_min).any() or np.isposinf(load_min).any():

@@ -1,10 +1,10 @@
-"""The relaxation as CVXPY programs, kept in canonical form and solved anew with new numbers.
+"""The relaxation as CVXPY programs, cached in canonical form and solved again with new numbers.
 
-Whoever solves a program has it to itself: it is taken off the shelf, and put back when it has
-given its answer. So threads, and signal handlers that solve, never write their numbers over one
-another's, and a program whose solving was interrupted is not used again.
+A caller has exclusive use of a program: it takes the program out of the cache and puts it back
+after the solve. So threads, and signal handlers that solve, never overwrite each other's numbers,
+and a program whose solve was interrupted is not used again.
 
-Axis legend: `C` clients, `E` experts, `F` numbers that describe a client.
+Axis legend: `C` clients, `E` experts, `F` features in a client's descriptor.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from flexmoe_jax.assignment.backends import cvxpy, modelling, run
 from flexmoe_jax.assignment.certificate import Prices
 from flexmoe_jax.assignment.problem import FloatArray, IntArray, Problem, SolverError
 
-# Room that a solver's rounding error needs when it must keep to the least violation.
+# Margin for the solver's rounding error when the violation is limited to the smallest possible.
 _EXCESS_ROOM = 1e-7
-# Programs that nobody is solving, by what they are; the oldest is thrown away first.
+# Cache of programs that are not in use, with their keys; the oldest is dropped first.
 _SHELF: deque[tuple[Hashable, Program]] = deque(maxlen=16)
 
 
 class Found(NamedTuple):
-    """Optimum of a program: flat `x`, its value, prices, and what proves that bounds gave way."""
+    """Optimum of a program: flat `x`, its value, prices, and prices that prove a contradiction."""
 
     x: FloatArray
     value: float
@@ -35,16 +35,16 @@ class Found(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What a program is solved with.
+    """The parameter values of a program.
 
     Attributes:
-      fitness: of each pair.
-      capacity: of each client.
-      low: least load of each expert.
-      high: greatest.
-      holders: least number of holders of each expert; for programs with floors.
-      violation_weight: of each expert.
-      weight: load of each pair; for programs that were made without.
+      fitness: fitness of each pair.
+      capacity: capacity of each client.
+      low: minimum load of each expert.
+      high: maximum load of each expert.
+      holders: minimum number of holders of each expert; for programs with floors.
+      violation_weight: violation weight of each expert.
+      weight: load of each pair; for programs that were created without weights.
     """
 
     fitness: FloatArray
@@ -64,7 +64,7 @@ class _Bounds(NamedTuple):
     holders: Any
 
     def prices(self, mix: list[Any]) -> Prices:
-        """Prices per unit of load, of mix and of holders."""
+        """Returns the prices per unit of load, of mix and of holders."""
         load = _dual(self.high) - _dual(self.low)
         return Prices(
             load,
@@ -81,9 +81,9 @@ class Program:
       expert: expert of each pair.
       clients: number of clients.
       experts: number of experts.
-      weight: load of each pair, or None to give it anew with every solve (for small problems:
-        as a parameter it takes memory quadratic in the number of pairs).
-      floors: whether experts have a least number of holders.
+      weight: load of each pair, or None to pass it with every solve. None is for small problems:
+        as a parameter, the weight takes memory quadratic in the number of pairs.
+      floors: whether experts need a minimum number of holders.
       extras: a problem whose balance, diversity and expert sizes enter as constants, or None.
     """
 
@@ -98,7 +98,7 @@ class Program:
         floors: bool = False,
         extras: Problem | None = None,
     ) -> None:
-        """Builds the firm and the elastic problems."""
+        """Builds the problems with strict bounds and with elastic bounds."""
         with modelling():
             cp = cvxpy()
             pairs = client.size
@@ -133,7 +133,7 @@ class Program:
             choice = rows @ cp.multiply(extras.expert_size[expert], self._x) <= self._capacity
         self._mix: list[Any] = []
         if extras is not None and extras.diversity:
-            # A variable of its own, so that the mix has a price.
+            # The mix is a separate variable, so that it has a price.
             mix = cp.Variable((experts, extras.deviation.shape[1]))
             self._mix = [
                 columns @ cp.multiply(feature[client], self._x) == mix[:, f]
@@ -144,7 +144,7 @@ class Program:
             worth = worth - extras.balance * cp.sum_squares(load - extras.load_target)
         slack = cp.Variable(experts, nonneg=True)
         lack = cp.Variable(experts, nonneg=True)
-        # Violations are counted in units of load and of holders alike.
+        # Violations in units of load and in holders have the same weight.
         weighted = self._violation_weight @ (slack + lack)
         held, least = columns @ self._x, self._holders
         self._bounds = _Bounds(
@@ -166,11 +166,11 @@ class Program:
     def solve(
         self, backend: str, numbers: Numbers, deadline: float, give_way: bool = True
     ) -> Found | None:
-        """Solves with these numbers; None where bounds cannot hold and must not give way.
+        """Solves with these numbers; None if bounds cannot be met and `give_way` is False.
 
         Raises:
-          InputError: the backend does not take such programs.
-          SolverError: it failed, or the deadline passed.
+          InputError: the backend does not support such programs.
+          SolverError: the backend failed, or the deadline passed.
         """
         self._fitness.value = numbers.fitness
         if self._weight is not None:
@@ -205,9 +205,9 @@ def solve_kept(
     numbers: Numbers,
     deadline: float,
 ) -> Found:
-    """Solves a program over all pairs, one kept from an earlier time if there is one.
+    """Solves a program over all pairs; reuses a cached program if there is one.
 
-    Without weights among its numbers, pairs weigh 1.
+    If `numbers` contains no weights, all pairs weigh 1.
     """
     key = (clients, experts, floors, numbers.weight is None)
     program = _take(key)
@@ -218,7 +218,7 @@ def solve_kept(
         )
     found = program.solve(backend, numbers, deadline)
     assert found is not None
-    # Not if anything was raised: what state it is in then, nobody knows.
+    # After an exception the program is not cached, because its state is then unknown.
     _SHELF.append((key, program))
     return found
 
@@ -235,12 +235,12 @@ def _take(key: Hashable) -> Program | None:
 
 
 def all_pairs(clients: int, experts: int) -> tuple[IntArray, IntArray]:
-    """Client and expert of every pair, client by client."""
+    """Returns the client and the expert of every pair, client by client."""
     return np.repeat(np.arange(clients), experts), np.tile(np.arange(experts), clients)
 
 
 def _sums(group: IntArray, groups: int) -> Any:
-    """Sparse matrix of ones, (groups, pairs), that sums what belongs to each group."""
+    """Builds a sparse matrix of ones, (groups, pairs), that sums the pairs of each group."""
     import scipy.sparse
 
     places = (group, np.arange(group.size))
@@ -254,6 +254,6 @@ def _diagonal(values: FloatArray) -> Any:
 
 
 def _dual(constraint: Any) -> FloatArray:
-    """Dual values; zeros, which prove less, from a backend that has none."""
+    """Returns the dual values, or zeros (a weaker bound) if the backend provides none."""
     value = constraint.dual_value
     return np.zeros(constraint.shape) if value is None else np.asarray(value, np.float64)

@@ -1,7 +1,7 @@
-"""Loads brought into their bounds by single swaps, many clients at a time, cheapest first.
+"""Moves loads into their bounds by single swaps, many clients at a time, cheapest first.
 
-A start for what needs one: it takes no heed of what dearer swaps would save later, and stops where
-no single swap helps.
+The result is a starting point for other algorithms. The search is greedy: it does not consider that
+a more expensive swap may save cost later, and it stops when no single swap helps.
 
 Axis legend: `C` clients, `E` experts.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from flexmoe_jax.assignment.problem import BoolArray, FloatArray, IntArray, Problem, expert_load
 
-# Rounds after which what is out of bounds stays there.
+# Maximum number of rounds; loads that are then out of bounds stay so.
 _ROUNDS = 100
 
 
@@ -22,14 +22,14 @@ def rebalance(
     """Moves load from experts that have too much, or to those that have too little.
 
     Args:
-      problem: for its weights.
-      worth: [C, E] of pairs, which says what a swap costs.
-      held: [C, E] bool, where to start; left as it is.
-      low: [E] least load.
-      high: [E] greatest.
+      problem: the problem, for its weights.
+      worth: [C, E] worth of each pair, which determines the cost of a swap.
+      held: [C, E] bool, the starting point; not modified.
+      low: [E] minimum load.
+      high: [E] maximum load.
 
     Returns:
-      [C, E] bool; no expert's violation grew.
+      [C, E] bool; no expert's violation is larger than before.
     """
     held = held.copy()
     rows = np.arange(problem.clients)
@@ -38,7 +38,7 @@ def rebalance(
         over, under = load > high, load < low
         if not (over.any() or under.any()):
             break
-        # Those with too much give first, to all that have room; then all that can spare give.
+        # Overloaded experts give first, to all that have room. Then all that can spare load give.
         gives, takes = (over, load < high) if over.any() else (load > low, under)
         leaves = held & gives & (load - problem.weights >= low)
         enters = ~held & takes & (load + problem.weights <= high)
@@ -53,7 +53,7 @@ def rebalance(
         left, entered = _running(source, out), _running(target, into)
         spare = (load - (high if over.any() else low))[source]
         room = ((high if over.any() else low) - load)[target]
-        # The swap that crosses the end is the last one, unless it went beyond the other.
+        # The swap that crosses a bound is the last one, unless it would cross the opposite bound.
         accept = (left - out < spare) & (entered - into < room)
         accept &= (left <= (load - low)[source]) & (entered <= (high - load)[target])
         if not accept.any():
@@ -64,7 +64,7 @@ def rebalance(
 
 
 def _running(group: IntArray, amount: FloatArray) -> FloatArray:
-    """Sum of the amounts up to and with each one, in its group."""
+    """Computes the running sum of the amounts within each group."""
     order = np.argsort(group, kind="stable")
     total = np.cumsum(amount[order])
     first = np.flatnonzero(np.diff(group[order], prepend=-1))

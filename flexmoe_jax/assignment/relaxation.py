@@ -2,13 +2,13 @@
 
     maximise Σ q_i x_i   over 0 ≤ x ≤ 1,   R x = k,   L_min ≤ W (w ∘ x) ≤ L_max
 
-with one flat variable `x`, an entry a pair, and two sparse matrices of ones: `R` sums a client's
-pairs, `W` an expert's. Memory is linear in C·E. Numbers are CVXPY parameters, so a problem of the
-same shape is solved again without being canonicalised again. Where the load bounds cannot hold, a
-first problem finds the smallest weighted violation, and the second keeps to it. `solve_directly` is
-the same program where it is a linear one and the bounds hold, without CVXPY.
+The variable `x` is flat, with one entry per pair. Two sparse matrices contain ones: `R` sums a
+client's pairs, `W` an expert's. Memory is linear in C·E. Numbers are CVXPY parameters, so CVXPY
+does not canonicalise a problem of the same shape again. If the load bounds cannot be met, a first
+problem finds the smallest weighted violation, and a second one is limited to it. `solve_directly`
+solves the same program without CVXPY, if it is linear and the bounds can be met.
 
-Axis legend: `C` clients, `E` experts, `F` numbers that describe a client.
+Axis legend: `C` clients, `E` experts, `F` features in a client's descriptor.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from flexmoe_jax.assignment.program import (
 )
 from flexmoe_jax.errors import InputError
 
-# Solvers that stop near the optimum: near enough for load bounds, too far for other terms.
+# First-order solvers: accurate enough for load bounds, but too inexact for other terms.
 _FIRST_ORDER = ("CUOPT", "OSQP", "PDLP", "SCS")
-# Pairs up to which weights may be parameters: canonical form then is 4096² numbers at most.
+# Maximum pairs for weights as parameters: the canonical form then has at most 4096² numbers.
 _FEW_PAIRS = 4096
 
 
@@ -41,8 +41,8 @@ class Relaxed(NamedTuple):
 
     Attributes:
       x: [C, E] fractions in [0, 1].
-      prices: optimal ones; of the elastic problem where the load bounds gave way.
-      witness: prices that prove that the load bounds cannot hold; None where they can.
+      prices: optimal prices; those of the elastic problem if the load bounds were relaxed.
+      witness: prices that prove that the load bounds cannot be met; None if they can.
     """
 
     x: FloatArray
@@ -53,17 +53,17 @@ class Relaxed(NamedTuple):
 def solve_relaxation(
     problem: Problem, backend: str = "HIGHS", deadline: float = np.inf, direct: bool = False
 ) -> Relaxed:
-    """Solves the relaxation; load bounds that contradict each other or the capacities give way.
+    """Solves the relaxation; relaxes load bounds that contradict each other or the capacities.
 
     Args:
-      problem: what to solve, in units near 1 (`rescale`).
-      backend: any CVXPY solver that is installed; HiGHS leaves quadratic terms to Clarabel.
-      deadline: on the clock of `time.perf_counter`.
-      direct: whether HiGHS may be given the program without CVXPY, where it is linear.
+      problem: the problem to solve, in units near 1 (`rescale`).
+      backend: any installed CVXPY solver; Clarabel replaces HiGHS for quadratic terms.
+      deadline: on the `time.perf_counter` clock.
+      direct: whether a linear program may go to HiGHS directly, without CVXPY.
 
     Raises:
-      InputError: the CVXPY solver is not installed or does not take such problems; or it is a
-        first-order one, and the problem has terms for which it is too inexact.
+      InputError: the CVXPY solver is not installed or does not support such problems; or it is a
+        first-order solver, and the problem has terms for which it is too inexact.
       SolverError: the CVXPY solver failed, or the deadline passed.
     """
     require_backend(backend)
@@ -71,7 +71,7 @@ def solve_relaxation(
     if clients == 0:
         return Relaxed(np.zeros((0, experts)), Prices(np.zeros(experts)), None)
     low, high = effective_bounds(problem)
-    # With one weight for all pairs the load bounds contain the floors already.
+    # With one weight for all pairs, the load bounds already include the floors.
     floors = bool(np.any(problem.holders_min)) and not problem.unit
     extended = bool(problem.diversity or problem.balance) or problem.expert_size is not None
     if (extended or floors) and backend in _FIRST_ORDER:
@@ -95,7 +95,7 @@ def solve_relaxation(
     x = np.clip(found.x, 0.0, 1.0).reshape(clients, experts)
     prices = found.prices._replace(load=found.prices.load / unit)
     if problem.balance:
-        # The slope of the quadratic price is a price, too.
+        # The slope of the quadratic balance term is also part of the price.
         off = (problem.weights * x).sum(axis=0) - problem.load_target
         prices = prices._replace(load=prices.load + 2 * problem.balance * off)
     return Relaxed(x, prices, found.witness)
@@ -109,7 +109,7 @@ def _solve_program(
     backend: str,
     deadline: float,
 ) -> Found:
-    """By CVXPY: with a program that is kept, where it is small enough or common enough."""
+    """Solves with CVXPY; caches a program without extra terms if small or of equal weights."""
     clients, experts = problem.fitness.shape
     if not extended:
         if problem.unit:
@@ -140,17 +140,17 @@ def solve_directly(
     high: FloatArray,
     deadline: float = np.inf,
 ) -> Found | None:
-    """The relaxation over given pairs, without CVXPY; None where the load bounds cannot hold.
+    """Solves the relaxation over given pairs without CVXPY; None if the bounds cannot be met.
 
     Args:
       client: client of each pair.
       expert: expert of each pair.
       weight: load of each pair.
-      fitness: of each pair.
-      capacity: of each client.
-      low: least load of each expert.
-      high: greatest load of each expert.
-      deadline: on the clock of `time.perf_counter`.
+      fitness: fitness of each pair.
+      capacity: capacity of each client.
+      low: minimum load of each expert.
+      high: maximum load of each expert.
+      deadline: on the `time.perf_counter` clock.
     """
     full, balanced = Rows(client, 1.0, capacity, capacity), Rows(expert, weight, low, high)
     optimum = maximise(fitness, full, balanced, deadline=deadline)

@@ -1,20 +1,20 @@
-"""From fractions to an assignment, with a guarantee.
+"""Rounds fractions to an assignment, with a guarantee.
 
-Shmoys and Tardos (1993, "An approximation algorithm for the generalized assignment problem"),
-carried over to clients that hold several experts and to loads bounded from both sides:
+The method is Shmoys and Tardos (1993, "An approximation algorithm for the generalized assignment
+problem"), extended to clients that hold several experts and to loads bounded from both sides:
 
-- per expert, clients with a fraction of it are sorted by falling weight and poured into bins of
-  volume one;
-- a flow gives every client its whole capacity, each pair (c, e) at most once and each bin one
-  client (the last, partly filled bin of an expert: at most one).
+- For each expert, clients with a fraction of it are sorted by decreasing weight and poured into
+  bins of volume one.
+- A flow gives every client its whole capacity, uses each pair (c, e) at most once, and gives each
+  bin exactly one client. (The last, partly filled bin of an expert gets at most one.)
 
-The fractions are such a flow, the network's matrix is totally unimodular, so an integral flow
-exists that is worth as much. Each full bin holds exactly one client, no heavier than any client of
-the bin before and no lighter than any of the bin after. Hence:
+The fractions are such a flow, and the network's matrix is totally unimodular. So an integral flow
+of at least the same value exists. Each full bin holds exactly one client. It is no heavier than any
+client of the previous bin and no lighter than any client of the next one. Hence:
 
     Σ Q x̂ ≥ Σ Q x,   every client holds exactly k_c,   |load(x̂)_e - load(x)_e| ≤ max_c w_ce,
 
-the maximum taken over the clients that had a fraction of e. Only fractional pairs enter the flow.
+where the maximum is over the clients with a fraction of e. Only fractional pairs enter the flow.
 
 Axis legend: `C` clients, `E` experts.
 """
@@ -52,10 +52,10 @@ def round_shmoys_tardos(problem: Problem, x: FloatArray) -> BoolArray:
 
 
 def round_knapsack(problem: Problem, x: FloatArray) -> BoolArray:
-    """Rounds fractions of a problem with expert sizes: down, then fills each client's room.
+    """Rounds fractions of a problem with expert sizes down, then fills each client's free capacity.
 
-    Capacities are kept, upper load bounds too where the relaxation keeps them; loads may fall
-    short of lower bounds. A vertex leaves few fractions, so little is lost, but no share of the
+    The result keeps capacities, and upper load bounds if the relaxation keeps them. Loads may be
+    below the lower bounds. A vertex has few fractions, so the loss is small, but no fraction of the
     value is guaranteed.
     """
     assignment = x >= 1.0 - _FRACTION
@@ -63,7 +63,7 @@ def round_knapsack(problem: Problem, x: FloatArray) -> BoolArray:
     room = problem.capacity - np.einsum("ce,e->c", assignment, size)
     load = expert_load(problem, assignment)
     weight = problem.weights
-    # What the relaxation wanted comes first, then whatever is worth most.
+    # Pairs that the relaxation chose come first, then those of highest fitness.
     order = np.argsort(-(x + TINY * problem.fitness), axis=None, kind="stable")
     for client, e in zip(*np.unravel_index(order, x.shape), strict=True):
         wanted = problem.fitness[client, e] > 0 or load[e] < problem.load_min[e]
@@ -82,7 +82,7 @@ def _pour(
     """Pours pairs into bins of volume one, heaviest first.
 
     Returns:
-      `pair` and `bin`, the ends of each edge, and whether each bin is full.
+      `pair` and `bin`, the two ends of each edge, and whether each bin is full.
     """
     pair: list[int] = []
     bin_of: list[int] = []
@@ -113,7 +113,7 @@ def _integral_flow(
     fitness: FloatArray,
     remaining: IntArray,
 ) -> IntArray:
-    """Pairs of the best integral flow; a simplex vertex of this network is integral."""
+    """Returns the pairs of the best integral flow; a simplex vertex of this network is integral."""
     owners, owner = np.unique(client[pair], return_inverse=True)
     found = maximise(
         fitness[client[pair], expert[pair]],

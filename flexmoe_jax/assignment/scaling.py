@@ -1,9 +1,9 @@
-"""Problems in units in which every number is near 1.
+"""Rescales problems to units in which every number is near 1.
 
-Solvers have tolerances: absolute ones, near 1e-9. So that none of them depends on the unit in which
-fitness, load, descriptors or sizes are given, each is divided by a power of two, which is exact.
-And since every client holds as many experts whatever happens, a constant in its row of the fitness
-decides nothing: it is taken off, before it costs digits.
+Solvers have absolute tolerances near 1e-9. Results must not depend on the units in which fitness,
+load, descriptors or sizes are given. So each is divided by a power of two, which is exact. A client
+holds the same number of experts in every assignment, so a constant in its row of the fitness does
+not affect the answer. It is subtracted, because it would cost precision.
 
 Axis legend: `C` clients, `E` experts.
 """
@@ -18,8 +18,8 @@ import numpy as np
 
 from flexmoe_jax.assignment.problem import FloatArray, IntArray, Problem
 
-# Beyond this, in units of the largest weight or size, one bound says as much as another; and
-# priorities that are further apart than that are in no double's reach.
+# Limits: larger bounds, in units of the largest weight or size, are all equivalent; and double
+# precision cannot represent larger ratios of violation weights.
 _BEYOND = 2.0**200
 _PRIORITY = 2.0**40
 
@@ -28,8 +28,8 @@ class Scaled(NamedTuple):
     """A problem in units near 1.
 
     Attributes:
-      problem: with the same answers; its largest fitness, price or weight lies between 0.5 and 2.
-      exponent: one unit of its worth is `2**exponent` of the given one.
+      problem: has the same answers; its largest fitness, price or weight is between 0.5 and 2.
+      exponent: one unit of its value is `2**exponent` units of the original problem's value.
     """
 
     problem: Problem
@@ -37,16 +37,16 @@ class Scaled(NamedTuple):
 
 
 def rescale(problem: Problem) -> Scaled:
-    """The problem in units near 1: the same answers, and the same differences between their worths.
+    """Rescales a problem to units near 1; answers and differences between their values are kept.
 
-    A power of two in any field, or a constant added to a row of the fitness, makes no difference
-    to what comes back.
+    If the unit of any quantity changes by a power of two, the returned problem is the same. Without
+    expert sizes, the same holds if a constant is added to a row of the fitness.
     """
     worth = problem.fitness
     if problem.clients and problem.expert_size is None:
         worth = worth - worth.max(axis=1, keepdims=True)
     of_load, of_mix = _exponent(problem.load_weight), _exponent(problem.deviation)
-    # What one pair can be worth by each of the terms.
+    # Scale of each term's contribution for one pair.
     balance = math.ldexp(problem.balance, 2 * of_load)
     diversity = math.ldexp(problem.diversity, of_mix)
     exponent = _exponent(np.array([np.max(np.abs(worth), initial=0.0), balance, diversity])) + 1
@@ -59,7 +59,8 @@ def rescale(problem: Problem) -> Scaled:
         "diversity": math.ldexp(diversity, -exponent),
     }
     if problem.balance:
-        # What the default is made of, capacities among it, may be in other units now.
+        # Set the target explicitly: its default depends on fields whose units change here, such as
+        # the capacity.
         fields["target"] = _divided(problem.load_target, of_load)
     if problem.descriptor is not None:
         fields["descriptor"] = _divided(problem.deviation, of_mix)
@@ -74,7 +75,7 @@ def rescale(problem: Problem) -> Scaled:
 
 
 def _exponent(values: float | FloatArray) -> int:
-    """The power of two that brings the largest of the values to between 1 and 2; 0 for zeros."""
+    """Returns the exponent n for which the largest |value| / 2**n is in [1, 2); 0 for zeros."""
     largest = float(np.max(np.abs(values), initial=0.0))
     return math.frexp(largest)[1] - 1 if largest else 0
 

@@ -1,4 +1,4 @@
-"""Solutions: an assignment, and what can be said of it.
+"""Solutions: an assignment together with its value, bound, loads and status.
 
 Axis legend: `C` clients, `E` experts, `G` layers.
 """
@@ -20,9 +20,9 @@ from flexmoe_jax.assignment.problem import (
     objective,
 )
 
-# A relative gap below this is rounding error of the solvers, so the answer counts as optimal.
+# A relative gap below this is rounding error of the solvers, so the solution counts as optimal.
 GAP_TOLERANCE = 1e-6
-# What adding worths up may be wrong by, relative to the sum of their sizes.
+# Largest error of summing the value's terms, relative to the sum of their absolute values.
 _ROUNDING = 8 * float(np.finfo(np.float64).eps)
 
 
@@ -31,18 +31,18 @@ class Solution:
     """An assignment with its certificate.
 
     Attributes:
-      assignment: [C, E] bool, who holds which expert.
-      value: `Σ Q_ce x_ce` of the assignment, less the balance and diversity terms where asked for.
-      bound: no assignment within the load bounds is worth more than this; where `status` is
-        `relaxed`, within the bounds as they gave way.
-      gap: `(bound - value) / |bound|`, at least 0, whatever the unit of fitness is. Where worths
-        cancel to nearly nothing, |bound| counts as 1e-12 of what is summed.
+      assignment: [C, E] bool, whether client c holds expert e.
+      value: `Σ Q_ce x_ce` of the assignment, minus the balance and diversity terms if they are on.
+      bound: upper bound on the value of any assignment within the load bounds. If `status` is
+        `relaxed`, it holds for the relaxed bounds.
+      gap: `(bound - value) / |bound|`, at least 0 and independent of the unit of fitness. If the
+        summed terms nearly cancel, 1e-12 of the sum of their absolute values replaces |bound|.
       load: [E] load of each expert.
-      violation: [E] how far each load lies outside its bounds, ≥ 0, in units of load.
+      violation: [E] how far each load is outside its bounds, ≥ 0, in units of load.
       status: `optimal` (within the bounds, no gap), `feasible` (within the bounds), `relaxed`
-        (not all bounds can hold; some gave way) or `violated` (bounds that could hold do not:
-        by rounding, within its guarantee, or because the solver ignores them). Policies add
-        `fallback: REASON` where the solver failed and experts were dealt out instead.
+        (not all bounds can be met, so some were relaxed) or `violated` (bounds that can be met
+        are not: because of rounding, within its guarantee, or because the solver ignores them).
+        Policies add `fallback: REASON` if the solver failed and experts were dealt out evenly.
       seconds: wall time that the solver took.
     """
 
@@ -56,7 +56,7 @@ class Solution:
     seconds: float
 
     def __str__(self) -> str:
-        """One readable line."""
+        """Returns a one-line summary."""
         *layers, clients, experts = self.assignment.shape
         size = f"{layers[0]} layers x " if layers else ""
         text = (
@@ -82,14 +82,14 @@ def make_solution(
     *,
     relaxed: bool = False,
 ) -> Solution:
-    """Completes an assignment [C, E] to a `Solution`, with value, loads, gap and status.
+    """Builds a `Solution` from an assignment [C, E]: adds value, loads, gap and status.
 
     Args:
-      problem: what was solved.
+      problem: the problem that was solved.
       assignment: [C, E] bool.
       bound: a valid upper bound on the value.
-      seconds: what the solver took.
-      relaxed: whether the load bounds were shown to contradict the capacities.
+      seconds: wall time that the solver took.
+      relaxed: whether the load bounds were proved to contradict the capacities.
     """
     value = objective(problem, assignment)
     load = expert_load(problem, assignment)
@@ -104,12 +104,12 @@ def make_solution(
 
 
 def relative_gap(value: float, bound: float, summed: float) -> float:
-    """How far a value is below its bound, relative to the bound, at least 0.
+    """Computes how far a value is below its bound, relative to the bound, at least 0.
 
     Args:
-      value: of an assignment.
-      bound: on it.
-      summed: sum of the sizes of the worths that make up the value, whatever their signs.
+      value: value of an assignment.
+      bound: upper bound on the value.
+      summed: sum of the absolute values of the terms that make up the value.
     """
     excess = bound - value
     if excess <= _ROUNDING * summed:
@@ -118,7 +118,7 @@ def relative_gap(value: float, bound: float, summed: float) -> float:
 
 
 def summed_worth(problem: Problem, assignment: BoolArray) -> float:
-    """Sum of the sizes of all worths that an assignment's value is made of."""
+    """Sums the absolute values of all terms that make up an assignment's value."""
     of_pairs = float(np.sum(np.abs(problem.fitness), where=assignment))
     terms = float(np.sum(problem.fitness, where=assignment)) - objective(problem, assignment)
     return of_pairs + terms

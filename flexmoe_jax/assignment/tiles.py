@@ -1,8 +1,8 @@
-"""Products and systems of equations that are worked out by one thread.
+"""Matrix products and linear systems that use only one thread.
 
-BLAS shares larger ones out to threads that wait for each other by spinning. While any other process
-has a processor, such a product of a tenth of a millisecond takes one of the scheduler's slices, a
-hundred times as long. So NumPy is given tiles that BLAS leaves to the calling thread, or `einsum`.
+BLAS splits larger ones over threads that wait for each other by spinning. If another process uses a
+core at that time, a product of a tenth of a millisecond takes a full time slice of the scheduler,
+a hundred times as long. So NumPy gets tiles that BLAS computes in the calling thread, or `einsum`.
 
 Axis legend: `C` clients; `M`, `N` anything.
 """
@@ -15,14 +15,15 @@ import numpy as np
 
 Array = Any  # numpy.ndarray or jax.Array
 
-# Side of a product that BLAS does in one thread: OpenBLAS takes more from 2^18 multiplications on.
+# Tile size of products that BLAS computes in one thread: from 2^18 multiplications on, OpenBLAS
+# uses more threads.
 _TILE = 64
 
 
 def gram(left: Array, right: Array) -> Array:
-    """`leftᵀ right` of a (C, M) and a (C, N) array.
+    """Computes `leftᵀ right` of a (C, M) and a (C, N) array.
 
-    Arrays of JAX are left to JAX.
+    For JAX arrays, JAX computes the product.
     """
     if not isinstance(left, np.ndarray):
         return left.T @ right
@@ -42,14 +43,14 @@ def gram(left: Array, right: Array) -> Array:
 
 
 def solve_symmetric(matrix: Array, right: Array) -> Array:
-    """Solution (N,) of a symmetric, positive definite system (N, N); left to JAX as by `gram`."""
+    """Solves a symmetric, positive definite system (N, N) for (N,); JAX arrays as in `gram`."""
     if not isinstance(matrix, np.ndarray):
         return right.__array_namespace__().linalg.solve(matrix, right)
     return _solve_tiles(matrix, right[:, None])[:, 0]
 
 
 def _solve_tiles(matrix: Array, right: Array) -> Array:
-    """By halves (Schur complement), down to what one tile holds."""
+    """Solves by recursive halving (Schur complement), down to the size of one tile."""
     size = matrix.shape[0]
     if size <= _TILE:
         columns = range(0, right.shape[1], 4 * _TILE)

@@ -1,13 +1,13 @@
-"""Processes that run OR-Tools for `flow.py`, and what is believed of their answers.
+"""Worker processes that run OR-Tools for `flow.py`, and checks of their answers.
 
-Whoever asks has a process to itself: it is taken from the idle ones, or started, and put back when
-it has answered. So threads, and signal handlers that solve, never meet in one pipe. Every question
-has a number, which the answer repeats; whatever else happens during an exchange, an interruption
-among it, the process is done away with, since what its pipe holds then, nobody knows. A forked
-process lets go of its parent's workers and starts its own.
+A caller has exclusive use of a worker: it takes an idle one or starts one, and returns it after the
+answer. So threads, and signal handlers that solve, never share a pipe. Every request has a number,
+which the answer repeats. After any error or interruption during a request, the worker is
+terminated, because the content of its pipe is then unknown. A forked process closes its copies of
+its parent's pipes and starts its own workers.
 
-A worker's end of its pipes closes with the process that started it, however that ended: then it
-ends, too (`flow_worker.py`).
+When the process that started a worker ends, for any reason, the worker's pipes close. The worker
+then ends, too (`flow_worker.py`).
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from flexmoe_jax.assignment.problem import BoolArray, SolverError, seconds_left
 _Int = npt.NDArray[np.int64]
 
 _SCRIPT = Path(__file__).with_name("flow_worker.py")
-# Idle workers that are kept, since no more can work at once; workers that any number of threads
-# share, of 60 MB each; and seconds to wait for one until there may be one more all the same.
+# Maximum number of idle workers: more cannot run in parallel. Maximum number of workers for any
+# number of threads (60 MB each), and seconds to wait for an idle one before exceeding that maximum.
 _KEPT = os.cpu_count() or 1
 _MOST, _PATIENCE = max(8, _KEPT), 5.0
-# A worker that was killed from outside says nothing of the question.
+# If a worker was killed from outside, the request itself may be fine, so try again.
 _ATTEMPTS = 2
 
 
 class _LostError(Exception):
-    """The worker is gone, or was never there."""
+    """The worker has ended, or could not be started."""
 
 
 def ask(cost: _Int, *numbers: _Int, deadline: float) -> BoolArray:
-    """The minimum-cost flow of a question; `flow_worker.solve` says what its arrays are.
+    """Computes a minimum-cost flow in a worker; `flow_worker.solve` describes the arrays.
 
     Args:
       cost: [C, E].
-      *numbers: capacities, least and greatest loads, and penalties.
-      deadline: on the clock of `time.perf_counter`.
+      *numbers: capacities, minimum loads, maximum loads, and penalties.
+      deadline: on the `time.perf_counter` clock.
 
     Returns:
       [C, E] bool.
 
     Raises:
-      SolverError: there is no answer, or not to this question, or the deadline passed.
+      SolverError: there is no answer, or it belongs to another request, or the deadline passed.
     """
     reason = ""
     for _ in range(_ATTEMPTS):
@@ -72,11 +72,11 @@ def ask(cost: _Int, *numbers: _Int, deadline: float) -> BoolArray:
 
 
 class _Worker:
-    """OR-Tools in a process of its own."""
+    """A separate process that runs OR-Tools."""
 
     def __init__(self) -> None:
-        # In a group of its own, so that a Ctrl-C is for us alone. The pipes are not buffered: a
-        # forked process could not let go of half a question without sending it.
+        # A separate process group, so that Ctrl-C reaches only the main process. The pipes are not
+        # buffered: otherwise a forked process that closes its copy would send half a request.
         group: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
         try:
             self._process = subprocess.Popen(
@@ -113,7 +113,7 @@ class _Worker:
 
     @contextmanager
     def _ended_by(self, deadline: float) -> Iterator[None]:
-        """OR-Tools takes no time limit; its end unblocks the pipes."""
+        """Kills the worker at the deadline; this unblocks the pipes. OR-Tools has no time limit."""
         left = seconds_left(deadline)
         if left > threading.TIMEOUT_MAX:
             yield
@@ -134,7 +134,7 @@ class _Worker:
         try:
             while rest:
                 rest = rest[self._requests.write(rest) :]
-        # ValueError: a forked process let go of it.
+        # ValueError: a forked process closed the pipe.
         except (OSError, ValueError) as error:
             raise _LostError("") from error
 
@@ -160,9 +160,9 @@ class _Worker:
         self._process.wait()
 
     def abandon(self) -> None:
-        """In a forked process: the worker is another process' child."""
+        """Closes the pipes in a forked process, where the worker is another process's child."""
         self._let_go()
-        # Popen would ask after it otherwise.
+        # Otherwise Popen would poll the worker.
         self._process.returncode = 0
 
     def _let_go(self) -> None:
@@ -178,7 +178,7 @@ _STARTED: dict[int, _Worker] = {}
 
 @contextmanager
 def _lent() -> Iterator[_Worker]:
-    """A worker that nobody else has; it is put back only if nothing was raised."""
+    """Lends a worker for exclusive use; it is put back only if no exception was raised."""
     worker = _idle()
     end = time.perf_counter() + _PATIENCE
     while worker is None and len(_STARTED) >= _MOST and time.perf_counter() < end:
@@ -204,7 +204,7 @@ def _idle() -> _Worker | None:
             return None
         if worker.owner == os.getpid():
             return worker
-        # A fork that Python was not told of.
+        # The process was forked without Python's fork hooks.
         worker.abandon()
 
 

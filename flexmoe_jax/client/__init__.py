@@ -1,4 +1,4 @@
-"""What runs on a client: training, what it sends and what it keeps."""
+"""The client side: local training, the updates it sends and the state it keeps."""
 
 from flexmoe_jax.client.client import (
     Site,

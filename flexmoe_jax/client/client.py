@@ -1,6 +1,6 @@
-"""One client's part of a round: it receives, trains, answers, and decides what it keeps.
+"""One client's part of a round: it receives, trains, answers, and updates its own state.
 
-    own = receive(own, download)
+    own = receive(site, own, download.slots)
     own_after, upload = train_and_answer(site, own, download, arrays, batches)
     own = settle(own, own_after, accepted)
 
@@ -21,25 +21,25 @@ from flexmoe_jax.client.training import Batches, Known, Learner, objective, take
 from flexmoe_jax.tasks import Batch
 from flexmoe_jax.types import Array, Download, Feedback, Own, Params, PyTree, Upload
 
-# What every class has at least of a client's label shares, so that none is impossible.
+# Smallest label share of a class, so that no class has probability 0.
 _SMOOTHING = 1e-3
 
 
 def log_shares(label_share: Float[Array | np.ndarray, "*C Y"]) -> Float[Array, "*C Y"]:
-    """Logarithm of label shares (..., Y), smoothed: what a client knows of its own examples."""
+    """Computes the logarithm of a client's smoothed label shares (..., Y)."""
     return jnp.log((label_share + _SMOOTHING) / (1 + label_share.shape[-1] * _SMOOTHING))
 
 
 class Site(NamedTuple):
-    """What a client runs with.
+    """The settings that a client runs with.
 
     Attributes:
       learner: model, task and training.
-      codec: how its updates travel.
-      group: MoE layer to its group, of those that are assigned together.
+      codec: how its updates are compressed.
+      group: maps each MoE layer to its group; the layers of a group are assigned together.
       experts: E.
-      send_all: whether updates of experts that the client held and did not use travel as well,
-        because all holders weigh the same.
+      send_all: whether the client also sends updates of experts that it held but did not use,
+        because all holders have the same weight.
     """
 
     learner: Learner
@@ -50,14 +50,14 @@ class Site(NamedTuple):
 
 
 def receive(site: Site, own: Own, slots: Int[Array, "G K"]) -> Own:
-    """What a client owns once it has its new experts.
+    """Updates a client's own state for its new experts.
 
-    What compression kept back of an expert moves to the slot that the expert has now; of one that
-    the client no longer holds it is lost.
+    The residual of an expert, which compression has not sent yet, moves to the expert's new slot.
+    The residual of an expert that the client no longer holds is lost.
 
     Args:
-      site: of the client.
-      own: before.
+      site: the client's settings.
+      own: its state before.
       slots: (G, K) int32 its new experts.
     """
     if not own.residual:
@@ -76,7 +76,7 @@ def receive(site: Site, own: Own, slots: Int[Array, "G K"]) -> Own:
 
 
 def model_of(site: Site, own: Own, down: Download) -> tuple[Params, dict[str, Array]]:
-    """A client's parameters, with the experts it was sent, and the slots (K,) that hold one."""
+    """Returns a client's parameters with the experts it received, and the filled slots (K,)."""
     slots = {layer: down.slots[group] for layer, group in site.group.items()}
     gates = {
         layer: jax.tree.map(lambda g, s=slots[layer]: g.at[s].get(mode="clip"), gate)
@@ -94,25 +94,25 @@ def train_and_answer(
     batches: Batches,
     log_share: Float[Array, " Y"] | None = None,
 ) -> tuple[Own, Upload]:
-    """Trains from what was sent, and says what to send back and what the client would then own.
+    """Trains from the server's parameters, and computes the update to send back.
 
     Args:
-      site: of the client.
-      own: from `receive`.
-      down: what the server sent.
-      arrays: named examples, of which the batches name rows.
+      site: the client's settings.
+      own: its state, from `receive`.
+      down: the server's download.
+      arrays: named examples; the batches refer to their rows.
       batches: from `draw_batches`.
-      log_share: (Y,) logarithm of its label shares; None where its examples have no labels.
+      log_share: (Y,) logarithm of its label shares; None if its examples have no labels.
 
     Returns:
-      What the client owns if its answer is accepted (see `settle`), and the answer.
+      The client's own state if the server accepts the answer (see `settle`), and the answer.
     """
     slots = {layer: down.slots[group] for layer, group in site.group.items()}
     start, held = model_of(site, own, down)
     done = train(site.learner, start, arrays, batches, held, down, log_share)
     idle = done.examples == 0
     change = jax.tree.map(jnp.subtract, (done.params.shared, done.params.experts), start[:2])
-    # Slots that are empty, or whose expert has weight 0, do not travel.
+    # Slots that are empty, or whose expert has weight 0, are not sent.
     layers = site.learner.layers
     travels = {
         layer: held[layer] if site.send_all else held[layer] & (done.feedback.usage[i] > 0)
@@ -132,7 +132,8 @@ def train_and_answer(
         slots=own.slots,
         residual=residual,
     )
-    # What a client keeps never leaves it, so it alone can tell that it is no longer numbers.
+    # Gates and private parameters never leave the client, so only the client can check that they
+    # are finite. A NaN loss lets the server refuse the update.
     whole = all_finite((after.gates, after.private))
     upload = Upload(
         *sent,
@@ -152,18 +153,18 @@ def appraise(
     rows: Int[Array, " B"],
     log_share: Float[Array, " Y"] | None = None,
 ) -> Feedback:
-    """What a client says of the experts that it was sent, from a batch and without training.
+    """Computes a client's feedback on the experts it received, on one batch, without training.
 
     Args:
-      site: of the client.
-      own: what it owns.
-      down: what the server sent.
+      site: the client's settings.
+      own: its state.
+      down: the server's download.
       arrays: named examples.
-      rows: (B,) int32 rows of them, -1 for none.
+      rows: (B,) int32 rows of the examples, -1 for padding.
       log_share: (Y,) as in `train_and_answer`.
 
     Returns:
-      (L, K) sums per slot, as of a step of training before anything was learnt in it.
+      (L, K) sums per slot, the same as a training step on this batch reports.
     """
     params, held = model_of(site, own, down)
     known = Known(arrays, held, log_share if site.learner.local.prior else None)
@@ -172,15 +173,15 @@ def appraise(
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """() bool, whether every number of a tree is one."""
+    """() bool, whether every number of a tree is finite."""
     return jnp.asarray([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)], bool).all()
 
 
 def settle(before: Own, after: Own, accepted: Bool[Array, ""]) -> Own:
-    """What a client owns once it knows whether its answer was accepted: () bool.
+    """Selects a client's own state once it knows whether its answer was accepted: () bool.
 
-    A client whose answer was refused goes back to what it was, so that what it keeps fits what the
-    server has.
+    If the answer was refused, the client restores its earlier state, so that its gates and private
+    parameters fit the parameters of the server.
     """
     return jax.tree.map(lambda old, new: jnp.where(accepted, new, old), before, after)
 
@@ -188,7 +189,7 @@ def settle(before: Own, after: Own, accepted: Bool[Array, ""]) -> Own:
 def _send(
     site: Site, change: tuple[PyTree, PyTree], travels: dict[str, Array], residual: PyTree
 ) -> tuple[tuple[PyTree, PyTree], PyTree]:
-    """What travels of Δψ and Δθ, and what compression then keeps back of them."""
+    """Compresses Δψ and Δθ; returns the encoded updates and the new residual."""
     shared, experts = change[0], select(travels, change[1])
     if residual:
         shared, experts = jax.tree.map(jnp.add, (shared, experts), residual)
@@ -202,7 +203,7 @@ def _send(
 
 
 def select(slots: dict[str, Array], experts: PyTree, others: PyTree | None = None) -> PyTree:
-    """By layer the leaves (K, ...) of the slots chosen (K,), and the others, or 0, of the rest."""
+    """Selects by layer: `experts` (K, ...) in the chosen slots (K,), `others` or 0 in the rest."""
     if others is None:
         others = jax.tree.map(jnp.zeros_like, experts)
 

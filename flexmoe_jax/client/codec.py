@@ -1,8 +1,8 @@
-"""Compression of the updates that clients send: what travels, and what arrives.
+"""Compression of the updates that clients send.
 
-A compressor turns an array into what would travel of it, and that back into what the server reads.
-A simulation really runs both, so the loss is the true one, and the bytes are those of the arrays
-that travel.
+A compressor encodes an array for sending, and decodes it to the array that the server reads. A
+simulation runs both functions, so its compression error is the real one, and it counts the bytes of
+the encoded arrays.
 
 Axis legend: `K` expert slots.
 """
@@ -23,9 +23,9 @@ class Compressor(NamedTuple):
     """Compression of one array.
 
     Attributes:
-      encode: array of floats -> tree of what travels.
-      decode: (what travels, an array of the shape and type wanted) -> array.
-      lossless: whether what arrives is what was sent.
+      encode: array of floats -> encoded tree, as it is sent.
+      decode: (encoded tree, an array of the target shape and type) -> array.
+      lossless: whether decoding restores the array exactly.
     """
 
     encode: Callable[[Array], PyTree]
@@ -33,7 +33,7 @@ class Compressor(NamedTuple):
     lossless: bool = False
 
     def bytes(self, tree: PyTree) -> int:
-        """Bytes that travel for a tree of arrays, or of their shapes."""
+        """Returns the encoded size in bytes of a tree of arrays, or of their shapes."""
         sent = jax.eval_shape(lambda t: jax.tree.map(self.encode, t), tree)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sent))
 
@@ -42,24 +42,24 @@ COMPRESSIONS = UploadOptions.rules()["compression"].choices
 
 
 def make_compressor(name: str, kept: float = UploadOptions.kept) -> Compressor:
-    """Looks a compressor up by name.
+    """Makes a compressor by name.
 
-    `none`: as it is. `bfloat16`: rounded to 8 bits of precision. `int8`: 255 even steps between
-    minus and plus the array's greatest magnitude, which travels along. `top_k`: the entries of
-    greatest magnitude, with their places (Aji and Heafield 2017, arXiv 1704.05021).
+    `none`: no compression. `bfloat16`: rounded to 8 bits of precision. `int8`: 255 evenly spaced
+    values between minus and plus the array's greatest magnitude; the step is sent too. `top_k`: the
+    entries of greatest magnitude and their positions (Aji and Heafield 2017, arXiv 1704.05021).
 
     Args:
       name: one of `COMPRESSIONS`.
-      kept: part of the entries that `top_k` sends, in (0, 1]; of every array at least one.
+      kept: fraction of the entries that `top_k` sends, in (0, 1]; at least one entry per array.
 
     Raises:
-      InputError: another name, or a part out of range.
+      InputError: the name is unknown, or the fraction is out of range.
     """
     UploadOptions.check(compression=name, kept=kept)
 
     def encode_int8(x: Array) -> PyTree:
         step = jnp.abs(x).max() / 127
-        # A step of 0 is that of an array of zeros.
+        # The step is 0 for an array of zeros.
         return jnp.round(x / jnp.where(step > 0, step, 1.0)).astype(jnp.int8), step
 
     def decode_int8(sent: PyTree, like: Array) -> Array:
@@ -87,10 +87,10 @@ def make_compressor(name: str, kept: float = UploadOptions.kept) -> Compressor:
 
 
 class Codec(NamedTuple):
-    """How updates travel.
+    """How updates are compressed.
 
     Attributes:
-      compressor: of the updates.
+      compressor: the compressor of the updates.
       error_feedback: see `UploadOptions`.
     """
 
@@ -99,12 +99,12 @@ class Codec(NamedTuple):
 
     @property
     def keeps(self) -> bool:
-        """Whether clients keep back what compression takes from their updates."""
+        """Whether clients keep the compression error of their updates, for error feedback."""
         return self.error_feedback and not self.compressor.lossless
 
 
 def encode(codec: Codec, shared: PyTree, experts: PyTree) -> tuple[PyTree, PyTree]:
-    """What travels of Δψ and Δθ, leaves (K, ...); every expert is compressed by itself."""
+    """Encodes Δψ, and Δθ with leaves (K, ...); every expert is compressed separately."""
     send = codec.compressor.encode
     return jax.tree.map(send, shared), jax.tree.map(jax.vmap(send), experts)
 
@@ -112,10 +112,10 @@ def encode(codec: Codec, shared: PyTree, experts: PyTree) -> tuple[PyTree, PyTre
 def decode(
     codec: Codec, sent: tuple[PyTree, PyTree], like: tuple[PyTree, PyTree]
 ) -> tuple[PyTree, PyTree]:
-    """What arrives of what travelled.
+    """Decodes updates.
 
     Args:
-      codec: that encoded it.
+      codec: the codec that encoded them.
       sent: from `encode`.
       like: trees with the shapes and types of Δψ and Δθ, leaves (...) and (K, ...).
     """
@@ -131,7 +131,7 @@ def decode(
 
 
 def init_residual(codec: Codec, shared: PyTree, experts: PyTree, slots: int) -> PyTree:
-    """Nothing kept back yet by a client: zeros like ψ, and like θ, leaves (K, ...); or ()."""
+    """Returns a client's initial residual: zeros like ψ, and like θ with leaves (K, ...); or ()."""
     if not codec.keeps:
         return ()
     return (

@@ -1,6 +1,6 @@
-"""What a model's outputs are worth on test examples: sums by class, or over some of them.
+"""Evaluation of a model's outputs on test examples: sums by class, or over some examples.
 
-Axis legend: `B` batch, `U` units of an example, `Y` classes (one column for all examples where they
+Axis legend: `B` batch, `U` units of an example, `Y` classes (one column for all examples if they
 have no class).
 """
 
@@ -15,17 +15,17 @@ from flexmoe_jax.types import Array, PyTree, Tally
 
 
 class Judge:
-    """Sums up what outputs are worth on a batch of test examples.
+    """Sums hits and losses of a model's outputs on a batch of test examples.
 
     Args:
-      task: what is learnt.
+      task: the learning task.
       arrays: named examples, leaves (B, ...).
       valid: (B,) bool; False marks padding.
-      classes: Y; 0 where examples have none.
+      classes: Y; 0 if examples have no class.
     """
 
     def __init__(self, task: Task, arrays: Batch, valid: Bool[Array, " B"], classes: int) -> None:
-        """Weighs the examples."""
+        """Computes the weight and the class of each example."""
         self._task, self._arrays = task, arrays
         real = valid.astype(jnp.float32)
         weight = task.weight(arrays).astype(jnp.float32)
@@ -36,27 +36,27 @@ class Judge:
         self._column = column
 
     def by_class(self, outputs: PyTree) -> Tally:
-        """(Y,) sums by class."""
+        """Returns the sums (Y,) by class."""
         return jax.tree.map(lambda x: x @ self._column, self._of_examples(outputs))
 
     def of_rows(self, outputs: PyTree, chosen: Bool[Array, " B"]) -> Tally:
-        """() sums over the examples chosen (B,) bool."""
+        """Returns the sums () over the examples `chosen` (B,) bool."""
         return jax.tree.map(lambda x: jnp.where(chosen, x, 0.0).sum(), self._of_examples(outputs))
 
     def all_rows(self, outputs: PyTree) -> Tally:
-        """() sums over all examples."""
+        """Returns the sums () over all examples."""
         return jax.tree.map(jnp.sum, self._of_examples(outputs))
 
     def units(self) -> Float[Array, " B"]:
-        """(B,) units of each example."""
+        """Returns the number of units (B,) of each example."""
         return self._weight.reshape(self._weight.shape[0], -1).sum(axis=1)
 
     def units_by_class(self) -> Float[Array, " Y"]:
-        """(Y,) units of each class."""
+        """Returns the number of units (Y,) of each class."""
         return self.units() @ self._column
 
     def _of_examples(self, outputs: PyTree) -> Tally:
-        """(B,) sums over the units of each example."""
+        """Returns the sums (B,) over the units of each example."""
 
         def add_up(values: Array) -> Array:
             counted = jnp.where(self._weight > 0, self._weight * values.astype(jnp.float32), 0.0)
@@ -72,16 +72,16 @@ class Judge:
 def weigh_classes(
     by_class: Tally, units: Float[Array, " Y"], share: Float[Array, "*C Y"]
 ) -> tuple[Tally, Float[Array, "*C"]]:
-    """Personal figures from a common test set: means over its classes, weighted by label shares.
+    """Computes personal figures from a common test set: class means weighted by label shares.
 
     Args:
       by_class: (..., Y) sums of each client's model.
       units: (Y,) test units of each class.
-      share: (..., Y) of each client's training examples.
+      share: (..., Y) label shares of each client's training examples.
 
     Returns:
-      (...) sums whose quotients by the weights are the means; and these weights, the part of a
-      client's label shares whose classes the test set has.
+      Sums (...) and weights (...): a sum divided by its weight is the mean. The weight is the part
+      of the client's label shares whose classes are in the test set.
     """
     of_each = jnp.broadcast_to(units, share.shape)
     known = jnp.where(of_each > 0, share, 0.0)

@@ -1,6 +1,6 @@
-"""Losses on where a client's examples go: they keep its experts in even use and its gate small.
+"""Losses on the routing of a client's examples: even use of its experts, and small gate logits.
 
-Axis legend: `B` what is routed, one by one, `K` expert slots.
+Axis legend: `B` routed items, `K` expert slots.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from flexmoe_jax.types import Array, Routing
 def balance_loss(
     routing: Routing, held: Bool[Array, " E"], valid: Float[Array, " B"]
 ) -> Float[Array, ""]:
-    """Switch-style load-balance loss over the experts held (Fedus et al. 2022, eq. 4).
+    """Computes the Switch-style load-balance loss over held experts (Fedus et al. 2022, eq. 4).
 
     Args:
-      routing: of a batch.
-      held: (E,) bool.
+      routing: the routing of a batch.
+      held: (E,) bool, the experts held.
       valid: (B,) 1.0 for examples that count, 0.0 for padding.
 
     Returns:
-      (): held · Σ_e f_e p_e, at its minimum when both the fraction of examples routed to each held
-      expert `f` and the mean probability `p` are uniform; then 1 for top-1 routing.
+      (): held · Σ_e f_e p_e, where `held` is the number of held experts, `f` the fraction of
+      examples routed to each, and `p` its mean probability. The loss is at its minimum if both are
+      uniform; it is then 1 for top-1 routing.
     """
     count = jnp.maximum(valid.sum(), 1.0)
     fraction = jnp.einsum("be,b->e", routing.selected.astype(valid.dtype), valid) / count
@@ -35,10 +36,12 @@ def balance_loss(
 def router_z_loss(
     routing: Routing, held: Bool[Array, " E"], valid: Float[Array, " B"]
 ) -> Float[Array, ""]:
-    """Mean squared log-partition of the gate (Zoph et al. 2022, eq. 5): keeps its logits small.
+    """Computes the router z-loss, which keeps the gate's logits small (Zoph et al. 2022, eq. 5).
+
+    It is the mean squared log-partition of the gate.
 
     Args:
-      routing: of a batch.
+      routing: the routing of a batch.
       held: (E,) bool; only these logits count.
       valid: (B,) 1.0 for examples that count, 0.0 for padding.
 
@@ -52,15 +55,15 @@ def router_z_loss(
 def router_loss(
     routing: Routing, valid: Float[Array, " B"], slots: Int[Array, " K"]
 ) -> Float[Array, ""]:
-    """Cross-entropy of the router, over all E experts, with where the client's own gate sends.
+    """Computes the router's cross-entropy, over all E experts, with the client's gate as target.
 
     Args:
-      routing: of a batch, with the router's logits (B, E).
+      routing: the routing of a batch, with the router's logits (B, E).
       valid: (B,) 1.0 for examples that count, 0.0 for padding.
       slots: (K,) int32 the experts that the client holds.
 
     Returns:
-      (): the loss, of which only the router learns.
+      (): the loss; it trains only the router.
     """
     assert routing.router is not None
     log_p = jax.nn.log_softmax(routing.router)[:, slots.clip(max=routing.router.shape[-1] - 1)]

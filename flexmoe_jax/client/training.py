@@ -1,7 +1,7 @@
-"""Local training: what a client does with its own examples in a round.
+"""Local training of a client on its own examples in a round.
 
-Nothing here knows of other clients, nor of the server: a simulation maps these functions over many
-clients, and a real client calls them.
+These functions know nothing about other clients or the server: a simulation maps them over many
+clients, and a real client calls them directly.
 
 Axis legend: `N` examples of a client, `B` batch, `U` units of an example, `S` local steps, `K`
 expert slots, `L` MoE layers.
@@ -31,33 +31,33 @@ from flexmoe_jax.tasks import Batch, Task
 from flexmoe_jax.types import Array, Download, Feedback, Key, Params, PyTree, Routing
 
 Sizes = TypeVar("Sizes", Array, np.ndarray)
-"""Whole numbers, on the device or on the host."""
+"""Integers, as an array on the device or on the host."""
 
 Routings = dict[str, Routing]
 Held = dict[str, Array]
 Apply = Callable[[Params, PyTree, Held], tuple[PyTree, Routings]]
-"""(params, what the model takes (B, ...), held by layer (K,)) -> outputs and routings by layer."""
+"""(params, model inputs (B, ...), held slots by layer (K,)) -> outputs and routings by layer."""
 
 Augment = Callable[[Batch, Array], Batch]
-"""(batch, random bits (B,) uint32) -> the batch with its inputs changed at random."""
+"""(batch, random bits (B,) uint32) -> the batch with randomly changed inputs."""
 
-# Bytes of a tile's largest array that a core still works on in its cache, and batches that are not
-# worth cutting: every tile adds a gradient as large as the model.
+# Bytes of a tile's largest array that still fits in a core's cache, and the largest batch that is
+# not worth cutting: every tile adds a gradient as large as the model.
 _CACHED, _WHOLE = 5 * 2**18, 12
 
 
 @dataclass(frozen=True)
 class LocalTraining(LocalWork, LocalLoss):
-    """How a client trains; see the two records for the other options.
+    """How a client trains; the two base classes describe the other options.
 
     Attributes:
-      optimizer: optax transform over a client's `Params`, started anew each round.
-      tile: examples whose gradient is taken at once, to stay in cache; the batch's gradient is the
-        sum over its tiles. 0 for automatic: on CPU, for batches above 12, as many as fit by the
-        largest array that the model makes of one; the batch elsewhere. With a balance loss it is
-        always the batch, over which that loss is defined.
-      decay: number of the round -> factor on every step of it, as optax's schedules; None for 1.
-      augment: random change of every batch; None for none.
+      optimizer: optax transform over a client's `Params`; its state is initialised each round.
+      tile: number of examples whose gradient is computed at once, to stay in cache. The batch's
+        gradient is the sum over its tiles. 0 for automatic: on CPU, for batches above 12, as many
+        examples as fit, by the largest array that the model computes for one example; elsewhere the
+        whole batch. With a balance loss it is always the batch, over which that loss is defined.
+      decay: optax schedule, number of the round -> factor on its steps; None for a factor of 1.
+      augment: random augmentation of every batch; None for no augmentation.
     """
 
     optimizer: optax.GradientTransformation
@@ -66,16 +66,16 @@ class LocalTraining(LocalWork, LocalLoss):
     augment: Augment | None = None
 
     def __post_init__(self) -> None:
-        """Refuses values outside their ranges, and what is no optimiser."""
+        """Checks that the values are in range and that `optimizer` is an optax transform."""
         super().__post_init__()
         check_transform("optimizer", self.optimizer)
 
     def tiles(self, example_bytes: Callable[[], int]) -> int:
-        """Number of equal tiles of a batch: as few as make none larger than asked for.
+        """Returns the smallest number of equal tiles such that no tile exceeds the limit.
 
         Args:
-          example_bytes: tells the size of the largest array that the model makes of one example;
-            called only where that counts.
+          example_bytes: returns the size of the largest array that the model computes for one
+            example; called only if the size is needed.
         """
         most = self.tile or self.batch_size
         if self.balance:
@@ -86,25 +86,25 @@ class LocalTraining(LocalWork, LocalLoss):
         return next(n for n in range(tiles, self.batch_size + 1) if self.batch_size % n == 0)
 
     def steps(self, size: Sizes) -> Sizes:
-        """Local steps of a round for a client of `size` examples, elementwise, int32."""
+        """Returns a client's local steps per round for `size` examples, elementwise, int32."""
         steps = self.epochs * self.steps_per_epoch(size)
         return steps.clip(max=self.max_steps) if self.max_steps else steps
 
     def examples(self, size: Sizes) -> Sizes:
-        """Examples that a client of `size` trains on in a round, counted once a step."""
+        """Returns the examples that a client trains on in a round, counted once per step."""
         epochs, rest = divmod(self.steps(size), self.steps_per_epoch(size))
         return epochs * size + (rest * self.batch_size).clip(max=size)
 
     def steps_per_epoch(self, size: Sizes) -> Sizes:
-        """Batches that it takes to see `size` examples once; the last may be smaller."""
+        """Returns the number of batches in a pass over `size` examples; the last may be smaller."""
         return -(-size // self.batch_size)
 
 
 def check_transform(field: str, value: object) -> None:
-    """Refuses what is no optax transform.
+    """Checks that a value is an optax transform.
 
     Raises:
-      InputError: naming the field.
+      InputError: it is not; the error names the field.
     """
     if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
         raise InputError(field, value, "give an optax transform, as optax.sgd(0.1)")
@@ -113,8 +113,8 @@ def check_transform(field: str, value: object) -> None:
 def proximal(weight: float) -> optax.GradientTransformation:
     """Adds the gradient of `weight/2 · |p - p_start|²` (FedProx, arXiv 1812.06127).
 
-    It holds back what is averaged, ψ and θ, and not what stays with the client. To be chained
-    before the optimizer.
+    The penalty applies to the averaged parameters, ψ and θ, not to those that stay with the client.
+    Chain this transform before the optimizer.
 
     Args:
       weight: μ of FedProx.
@@ -137,25 +137,26 @@ def proximal(weight: float) -> optax.GradientTransformation:
 
 
 def scale_experts(factor: float) -> optax.GradientTransformation:
-    """Scales the steps of a client's experts and gate, and leaves the rest as it is.
+    """Scales the steps of a client's experts and gate, and leaves all other steps unchanged.
 
-    An example's gradient reaches only the expert that it was routed to, times the gate's
-    probability: with K experts in even use about 1/K² of what a dense layer in their place gets,
-    which plain SGD takes as it comes. To be chained after the optimizer.
+    An example's gradient reaches only the expert that the example was routed to, multiplied by the
+    gate's probability. With K evenly used experts this is about 1/K² of the gradient of a dense
+    layer in their place, and plain SGD does not correct for it. Chain this transform after the
+    optimizer.
 
     Args:
-      factor: on their steps; K² makes up for the above.
+      factor: factor on these steps; K² compensates for the smaller gradient.
     """
     mixture = Params(shared=False, experts=True, gate=True, private=False)
     return optax.masked(optax.scale(factor), mixture)
 
 
 class Batches(NamedTuple):
-    """What a client trains on, step by step.
+    """The batches of a client's local steps.
 
     Attributes:
-      rows: (S, B) int32 rows of the arrays of examples, -1 for none.
-      bits: (S, B) uint32 random bits for their augmentation; None without one.
+      rows: (S, B) int32 rows of the arrays of examples, -1 for padding.
+      bits: (S, B) uint32 random bits for augmentation; None without augmentation.
     """
 
     rows: Array
@@ -165,21 +166,21 @@ class Batches(NamedTuple):
 def draw_batches(
     local: LocalTraining, key: Key, index: Int[Array, " N"], size: Int[Array, ""]
 ) -> Batches:
-    """What a client trains on in a round: its examples in a new order every epoch, cut to batches.
+    """Draws a client's batches of a round: its examples, in a new random order every epoch.
 
     Args:
       local: how clients train.
-      key: of the client in this round.
+      key: the client's key for this round.
       index: (N,) rows of its examples in the arrays, then padding.
-      size: () how many it has.
+      size: () number of its examples.
 
     Returns:
-      S steps, those of a client with N examples; rows are -1 where a batch is not full and from the
-      client's own last step on.
+      Batches for S steps, the number of steps of a client with N examples. Rows are -1 where a
+      batch is not full, and in all steps after the client's own last step.
     """
     padded = index.shape[0]
     numbers = partial(jnp.arange, dtype=jnp.int32)
-    # The padding comes last, so that it does not move what the examples before it draw.
+    # Padding comes last, so that it does not change the random numbers of the real examples.
     rank = jax.random.uniform(key, (padded, local.epochs), jnp.float32).T
     order = jnp.argsort(jnp.where(numbers(padded)[None] < size, rank, jnp.inf), axis=1)
     step = numbers(int(local.steps(np.asarray(padded))))[:, None]
@@ -193,10 +194,10 @@ def draw_batches(
 
 
 class Trained(NamedTuple):
-    """A client in the middle of its local training, and at its end.
+    """The state of a client's local training, during and after it.
 
     Attributes:
-      params: current parameters, experts and gate cut to the K slots.
+      params: current parameters, with experts and gate reduced to the K slots.
       optimizer: the local optimiser's state.
       feedback: running sums per slot, (L, K).
       loss: () running sum of the loss.
@@ -213,13 +214,13 @@ class Trained(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """What a client needs to train: the model, the task and how.
+    """The model, the task and the options that a client needs to train.
 
     Attributes:
-      apply: the model.
-      task: what is learnt.
-      local: how.
-      layers: the L MoE layers.
+      apply: runs the model.
+      task: the learning task.
+      local: how the client trains.
+      layers: names of the L MoE layers.
     """
 
     apply: Apply
@@ -237,18 +238,18 @@ def train(
     down: Download,
     log_share: Float[Array, " Y"] | None = None,
 ) -> Trained:
-    """Trains a client for so many steps; every batch is scored before the step that learns from it.
+    """Trains a client for `down.steps` steps; each batch is scored before the step trains on it.
 
     Args:
-      learner: model, task and training.
-      start: parameters at the start, experts and gate cut to the K slots.
-      arrays: named examples, leaves (M, ...), of which the batches name rows.
-      batches: of the round.
+      learner: model, task and training options.
+      start: parameters at the start, with experts and gate reduced to the K slots.
+      arrays: named examples, leaves (M, ...); the batches refer to their rows.
+      batches: batches of the round.
       held: (K,) bool by MoE layer, slots that hold an expert.
-      down: what the server sent: how many steps, and in which round.
-      log_share: (Y,) logarithm of the client's label shares, which never leaves it; None for none.
+      down: the server's download, with the slots, the number of steps, and the round.
+      log_share: (Y,) logarithm of the client's label shares, which never leaves it; None if unused.
     """
-    # (G, K), of which G is 1 or L.
+    # `down.slots` is (G, K), where G is 1 or L.
     of_layers = jnp.broadcast_to(down.slots, (len(learner.layers), down.slots.shape[-1]))
     slots = dict(zip(learner.layers, of_layers, strict=True))
     known = Known(arrays, held, log_share if learner.local.prior else None, slots)
@@ -265,9 +266,9 @@ def train(
 
 
 class Known(NamedTuple):
-    """What stays the same through a client's training: examples, slots held, label shares.
+    """The constants of a client's training: its examples, held slots and label shares.
 
-    `slots` says which experts the slots (K,) of each layer hold, for the router; None without one.
+    `slots` holds the expert numbers (K,) of each layer, for the router loss; None to leave it out.
     """
 
     arrays: Batch
@@ -301,7 +302,7 @@ def _step(
 
 
 def take_batch(arrays: Batch, rows: Int[Array, " B"]) -> tuple[Batch, Float[Array, " B"]]:
-    """The rows (B,) of named examples, -1 for none, and 1.0 for each that is one."""
+    """Returns the rows (B,) of named examples, and 1.0 for each real row, 0.0 for a row of -1."""
     valid, there = (rows >= 0).astype(jnp.float32), jnp.maximum(rows, 0)
     return {n: x.at[there].get(mode="promise_in_bounds") for n, x in arrays.items()}, valid
 
@@ -317,7 +318,7 @@ class Seen(NamedTuple):
 def _gradient(
     learner: Learner, params: Params, batch: Batch, valid: Array, known: Known
 ) -> tuple[PyTree, Seen]:
-    """Gradient of the batch's mean loss, a tile of its examples at a time."""
+    """Computes the gradient of the batch's mean loss, one tile of examples at a time."""
     loss = partial(objective, learner, known)
     take = jax.grad(loss, has_aux=True)
     first = jax.tree.map(lambda x: x[:1], (batch, valid))
@@ -343,7 +344,7 @@ def _gradient(
 def objective(
     learner: Learner, known: Known, params: Params, batch: Batch, valid: Float[Array, " B"]
 ) -> tuple[Float[Array, ""], Seen]:
-    """What a client's steps make small on a batch, of whose rows (B,) some are padding."""
+    """Computes the loss that a client minimises on a batch; only `valid` rows (B,) count."""
     task, local, held = learner.task, learner.local, known.held
     outputs, routings = learner.apply(params, task.inputs(batch), held)
     if known.log_share is not None and task.adjust is not None:
@@ -369,14 +370,14 @@ def objective(
 
 
 def _feedback(selected: Array, losses: Array, hits: Array | None, weight: Array) -> Feedback:
-    """(K,) sums of a layer: a unit that is routed in parts counts in parts."""
+    """Returns the feedback sums (K,) of a layer; a unit routed in parts counts in parts."""
     share = fractions(selected, weight)  # (units, K)
     correct = jnp.zeros(share.shape[1:], jnp.float32) if hits is None else hits.ravel() @ share
     return Feedback(share.sum(axis=0), correct, losses.ravel() @ share)
 
 
 def _flat(routing: Routing, weight: Array) -> tuple[Routing, Array]:
-    """A routing with one leading axis, and the weight of each of what is routed."""
+    """Flattens a routing to one leading axis, and returns the weight of each routed item."""
     leading = routing.selected.shape[:-1]
     inner = weight.reshape(*weight.shape, *[1] * (len(leading) - weight.ndim))
     counted = jnp.broadcast_to(inner, leading) if inner.ndim == len(leading) else weight
@@ -387,7 +388,7 @@ def _flat(routing: Routing, weight: Array) -> tuple[Routing, Array]:
 
 
 def largest_array(function: Callable[..., PyTree], *inputs: PyTree) -> int:
-    """Bytes of the largest array that a function of these inputs computes on its way."""
+    """Returns the bytes of the largest intermediate array of a function of these inputs."""
 
     def largest(jaxpr: Jaxpr) -> int:
         inner = jax.tree.leaves(

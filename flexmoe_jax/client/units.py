@@ -1,6 +1,6 @@
-"""Units: what is judged one by one, and which part of each went to which expert.
+"""Weights of units, and the part of each unit that is routed to each expert.
 
-Axis legend: `B` batch, `U` units of an example, `R` axes of what reaches a MoE layer, `K` slots.
+Axis legend: `B` batch, `U` units of an example, `R` axes of a MoE layer's input, `K` slots.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flexmoe_jax.types import Array
 
 
 def weights_of(task: Task, batch: Batch, valid: Float[Array, " B"]) -> Float[Array, "B ..."]:
-    """(B, U...) how much each unit of a batch counts, of whose rows (B,) some are padding."""
+    """Returns the weights (B, U...) of a batch's units; rows that are not valid (B,) weigh 0."""
     weight = task.weight(batch).astype(jnp.float32)
     return weight * valid.reshape(-1, *[1] * (weight.ndim - 1))
 
@@ -22,17 +22,18 @@ def weights_of(task: Task, batch: Batch, valid: Float[Array, " B"]) -> Float[Arr
 def fractions(
     selected: Bool[Array, "B *R K"], weight: Float[Array, "B ..."]
 ) -> Float[Array, "units K"]:
-    """The part of each unit that went to each expert, times the unit's weight: (units, K).
+    """Returns the part of each unit routed to each expert, times the unit's weight: (units, K).
 
-    A layer may route what is finer than a unit, as the pixels of a picture: then a unit goes to
-    experts in parts. Or coarser, as whole texts: then all units of an example go the same way.
+    A layer may route items smaller than a unit, such as the pixels of an image: parts of a unit
+    then go to different experts. It may route larger items, such as whole texts: all units of an
+    example then go to the same experts.
 
     Args:
       selected: (B, R..., K) bool.
       weight: (B, U...).
 
     Raises:
-      InputError: the axes `R` are neither the units' with others behind, nor the first of them.
+      InputError: neither of the axes `R` and `U` begins with the other.
     """
     routed, units = selected.shape[1:-1], weight.shape[1:]
     shorter = min(len(routed), len(units))

@@ -1,4 +1,4 @@
-"""Data sets, their partitions over clients, and the clients' data on the device."""
+"""Data sets, partitions of them over clients, and the clients' data on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dividing whole numbers: in proportion to weights, or evenly under limits."""
+"""Divide a whole number into whole parts: in proportion to weights, or evenly under limits."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import numpy as np
 
 
 def apportion(total: int, weight: np.ndarray, floor: np.ndarray | None = None) -> np.ndarray:
-    """Divides `total` in proportion to the weights, with at least `floor` for each.
+    """Divide `total` in proportion to the weights, with at least `floor` for each part.
 
-    The real-valued division is `m_i = max(f_i, λ w_i)` with the λ at which the m_i add up to the
-    total: the floors bind where they must and the rest stays proportional. It is rounded by largest
-    remainders, ties to the first.
+    The real-valued division is `m_i = max(f_i, λ w_i)`, where λ makes the m_i add up to the total.
+    Some parts are equal to their floor, and the others stay proportional to their weights. The
+    parts are rounded by the largest-remainder method; ties go to the first.
 
     Args:
-      total: what to divide; at least the sum of the floors.
+      total: the number to divide; at least the sum of the floors.
       weight: (n,) above 0.
-      floor: (n,) int, none when left out.
+      floor: (n,) int; if omitted, all floors are 0.
 
     Returns:
-      (n,) int64 that sum to `total`, none below its floor.
+      (n,) int64 that sum to `total`, each at least its floor.
     """
     floor = np.zeros(len(weight), np.int64) if floor is None else np.asarray(floor, np.int64)
     weight = weight / weight.max()
     ratio = floor / weight
     order = np.argsort(ratio, kind="stable")
-    # With λ at the j-th smallest ratio, the j before it are proportional and the others at floor.
+    # With λ at the j-th smallest ratio, the j parts before it are proportional to their weights and
+    # the others equal their floors.
     weight_before = np.concatenate([[0.0], np.cumsum(weight[order])])
     floor_after = np.concatenate([[0], np.cumsum(floor[order][::-1])])[::-1]
     needed = ratio[order] * weight_before[:-1] + floor_after[:-1]
@@ -39,15 +40,15 @@ def apportion(total: int, weight: np.ndarray, floor: np.ndarray | None = None) -
 
 
 def fill(limit: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
-    """Divides `total` as evenly as the limits allow (water filling).
+    """Divide `total` as evenly as the limits allow (water filling).
 
     Args:
       limit: (n,) int.
-      total: what to divide, at most the sum of the limits.
-      rng: picks who gets one more where the division leaves a remainder.
+      total: the number to divide, at most the sum of the limits.
+      rng: chooses the parts that get one more if the division leaves a remainder.
 
     Returns:
-      (n,) int64 that sum to `total`: `min(limit, level)`, one more for some of those with room.
+      (n,) int64 that sum to `total`: `min(limit, level)`, plus one for some parts below the limit.
     """
     ordered = np.sort(limit)
     needed = np.cumsum(ordered) + ordered * np.arange(len(ordered) - 1, -1, -1)

@@ -1,7 +1,7 @@
-"""Augmentation: random changes of training images that keep their label.
+"""Augmentation: random changes of training images that keep their labels.
 
-Each is a pure function of images and of 32 random bits for each of them, drawn for a whole round at
-once, and runs in the compiled round. Evaluation never sees them.
+Each augmentation is a pure function of images and of 32 random bits for each image. It runs in the
+compiled round, and the bits of a whole round are drawn at once. Evaluation uses no augmentation.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ Augmentation = Callable[[Array, Array], Array]
 
 
 def flip(images: Array, bits: Array) -> Array:
-    """Mirrors half of the images, left to right."""
+    """Mirror each image left to right with probability 1/2."""
     mirrored = (bits & 1).astype(bool)
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
 def crop(images: Array, bits: Array) -> Array:
-    """Shifts images by up to an eighth of their height and width, and fills up with 0.
+    """Shift images by up to an eighth of their height and width, and fill the border with 0.
 
-    On 32×32 pixels the usual "pad by 4, then crop" (He et al. 2016, section 4.2).
+    For 32×32 pixels this is the usual "pad by 4, then crop" (He et al. 2016, section 4.2).
     """
     _, height, width, channels = images.shape
     down, right = height // 8, width // 8
     padded = jnp.pad(images, ((0, 0), (down, down), (right, right), (0, 0)))
-    # The lowest bit decides on `flip`.
+    # `flip` uses the lowest bit.
     place = (bits >> 1) % ((2 * down + 1) * (2 * right + 1))
     top, left = jnp.divmod(place, 2 * right + 1)
 
@@ -43,7 +43,7 @@ def crop(images: Array, bits: Array) -> Array:
 
 
 def crop_flip(images: Array, bits: Array) -> Array:
-    """`crop`, then `flip`: what networks for CIFAR-10 are usually trained with."""
+    """Apply `crop`, then `flip`: the usual augmentation for CIFAR-10."""
     return flip(crop(images, bits), bits)
 
 

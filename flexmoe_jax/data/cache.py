@@ -1,4 +1,4 @@
-"""A folder of arrays that are slow to make, so that they are made once."""
+"""Cache arrays that are slow to compute in a folder."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _FINGERPRINT = "fingerprint"
 
 
 def default_folder() -> Path:
-    """Returns `$XDG_CACHE_HOME/flexmoe_jax`, or `~/.cache/flexmoe_jax` when it is not set."""
+    """Return `$XDG_CACHE_HOME/flexmoe_jax`, or `~/.cache/flexmoe_jax` if it is not set."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "flexmoe_jax"
 
 
 def cached(path: Path, fingerprint: str, build: Callable[[], Arrays]) -> Arrays:
-    """Returns the arrays kept at `path`, or builds them and keeps them there.
+    """Return the arrays cached at `path`, or build them and write them there.
 
-    A file that is missing, damaged (every array carries a CRC-32) or made from other data (another
-    fingerprint) is replaced without a word. The replacement is atomic, so that two runs that start
-    together never read half a file. A folder that cannot be written costs time, not the run.
+    A file is silently replaced if it is missing, damaged (every array has a CRC-32) or made from
+    other data (the fingerprint differs). The replacement is atomic, so two runs that start together
+    never read half a file. If the folder cannot be written, the run continues without a cache.
 
     Args:
       path: the cache file, `.npz`.
-      fingerprint: identity of what the arrays are made from.
-      build: makes the arrays; none of them holds Python objects.
+      fingerprint: identifies the data that the arrays are made from.
+      build: makes the arrays; they must not hold Python objects.
 
     Returns:
       The arrays by name.
@@ -56,7 +56,7 @@ def cached(path: Path, fingerprint: str, build: Callable[[], Arrays]) -> Arrays:
 
 
 def _read(path: Path, fingerprint: str) -> Arrays | None:
-    """Returns the arrays at `path`, or None when they cannot be used."""
+    """Return the arrays at `path`, or None if they cannot be used."""
     try:
         with open_npz(path) as file:
             made_from, *names = file.read(_FINGERPRINT).ravel().tolist()
@@ -64,16 +64,16 @@ def _read(path: Path, fingerprint: str) -> Arrays | None:
                 return None
             return {name: file.read(name) for name in names}
     except (OSError, UnreadableError, KeyError, ValueError):
-        return None  # Whatever it is, the remedy is the same: build again.
+        return None  # For every error the remedy is the same: build again.
 
 
 def _write(path: Path, fingerprint: str, arrays: Arrays) -> None:
-    """Writes beside `path` and then moves into place."""
+    """Write a temporary file next to `path`, and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            # With the names, so that an array that got lost is missed.
+            # The file also lists the names of its arrays, so that a lost array is detected.
             known = np.array([fingerprint, *arrays])
             np.savez(file, allow_pickle=False, **{_FINGERPRINT: known}, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""The training examples and who owns them, as one pytree: of all clients, or of a cohort."""
+"""The clients' training examples as one pytree, for all clients or for one cohort."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from flexmoe_jax.types import Array, PyTree
 
 
 class About(NamedTuple):
-    """What is known of all clients, for whoever judges their models.
+    """Facts about all clients that evaluation needs.
 
     Attributes:
       label_share: (C, Y) float32, see `ClientData`.
-      owns: (C, F) bool, the groups of test examples that are each client's own, as its domains;
-        None where a group is one client, by its number.
+      owns: (C, F) bool, the groups of test examples (for example domains) that belong to each
+        client. None if there is one group for each client, with the client's number.
     """
 
     label_share: Array
@@ -31,14 +31,15 @@ class About(NamedTuple):
 
 @flax.struct.dataclass
 class ClientData:
-    """All clients' training examples: every array once, and each client's rows of them.
+    """Training examples of all clients: every array once, and an index of each client's rows.
 
     Attributes:
       arrays: named examples, leaves (M, ...): `images` and `labels`, or `tokens`, or any others.
-      index: (C, N) int32, each client's rows of the arrays, padded with 0 to the largest client,
-        and beyond it by at most an eighth: partitions of like sizes have one N and one program.
-      size: (C,) int32, how many entries of its row of `index` are a client's own.
-      label_share: (C, Y) float32, the share of each class among a client's examples; Y = 0 where
+      index: (C, N) int32, each client's rows in the arrays, padded with 0. N is the size of the
+        largest client, rounded up by at most an eighth, so that partitions of similar sizes have
+        the same N and share one compiled program.
+      size: (C,) int32, number of entries in each row of `index` that are not padding.
+      label_share: (C, Y) float32, the share of each class among a client's examples; Y = 0 if
         examples have no class.
       owns: (C, F) bool, see `About`.
     """
@@ -51,11 +52,11 @@ class ClientData:
 
     @property
     def about(self) -> About:
-        """What is known of the clients."""
+        """The facts about the clients that evaluation needs."""
         return About(self.label_share, self.owns)
 
     def of(self, numbers: np.ndarray) -> ClientData:
-        """The data of some clients (c,), in this order; the arrays stay whole."""
+        """Return the data of the clients `numbers` (c,), in this order; the arrays stay whole."""
         size = self.size[numbers]
         return ClientData(
             arrays=self.arrays,
@@ -66,9 +67,9 @@ class ClientData:
         )
 
     def few(self, most: int, seed: int) -> ClientData:
-        """At most so many examples of each client, drawn, in arrays of their own; on the host.
+        """Draw at most `most` examples of each client, and copy them to new arrays on the host.
 
-        What is known of the clients stays that of all their examples.
+        `label_share` and `owns` still describe all examples of the clients.
         """
         sizes = np.asarray(self.size)
         drawn = [
@@ -85,11 +86,11 @@ class ClientData:
         )
 
 
-# Names of draws from a seed: who is a newcomer, and a few examples of each client.
+# Stream numbers of random draws: the choice of newcomers, and a few examples of each client.
 _NEWCOMERS, _FEW = 0x4E3C, 0xFE3
 
 Feed = Callable[[np.ndarray], ClientData]
-"""A round's cohort (P,) -> data in which at least its clients' examples are."""
+"""Cohort of a round (P,) -> data that contain at least the examples of its clients."""
 
 
 def build_clients(
@@ -98,7 +99,7 @@ def build_clients(
     *,
     place: Callable[[np.ndarray], Any] = jnp.asarray,
 ) -> ClientData:
-    """Joins the training images and labels of a data set and a partition of them; see `join`."""
+    """Join the training images and labels of a data set with a partition of them; see `join`."""
     arrays = {
         "images": dataset.train_images,
         "labels": np.asarray(dataset.train_labels, np.int32),
@@ -114,21 +115,21 @@ def join(
     owns: np.ndarray | None = None,
     place: Callable[[np.ndarray], Any] = jnp.asarray,
 ) -> ClientData:
-    """Joins named training examples and a partition of them.
+    """Join named training examples with a partition of them.
 
     Args:
       arrays: leaves (M, ...).
-      parts: for each of the C clients, its positions in the arrays.
-      counts: (C, Y) examples of each class that each client has; None where they have no class.
-      owns: (C, F) bool, groups of test examples that are each client's own; see `About`.
-      place: where the arrays go: on the device, or with `np.asarray` they stay on the host.
+      parts: for each of the C clients, the positions of its examples in the arrays.
+      counts: (C, Y) examples of each class on each client; None if examples have no class.
+      owns: (C, F) bool, groups of test examples that belong to each client; see `About`.
+      place: moves an array to the device; with `np.asarray` it stays on the host.
 
     Returns:
       The clients' data.
 
     Raises:
-      InputError: for no clients, a client without examples, arrays of different lengths, or
-        positions outside of them.
+      InputError: if there are no clients, a client has no examples, the arrays have different
+        lengths, or a position is outside the arrays.
     """
     sizes = np.array([len(part) for part in parts], np.int32)
     if sizes.size == 0 or sizes.min() == 0:
@@ -162,19 +163,19 @@ def _check_rows(rows: np.ndarray, lengths: dict[str, int]) -> None:
 def feed_cohorts(
     data: ClientData, most: int, put: Callable[[PyTree], PyTree] = jax.device_put
 ) -> Feed:
-    """Sends a cohort's examples to the device, where those of all clients do not fit on it.
+    """Send examples to the device by cohort, if those of all clients do not fit on it.
 
-    A round trains on what it is fed exactly as on the data of all clients. Fed while the device
-    still works on the round before, the next cohort's examples are there when it begins. Every
-    cohort's arrays have the same shapes, so one compiled program serves all.
+    A round gives exactly the same result as with the data of all clients. If the next cohort is fed
+    while the device still works on the previous round, its examples are ready when its round
+    begins. The arrays of all cohorts have the same shapes, so they share one compiled program.
 
     Args:
-      data: of all clients, on the host: from `build_clients` with `place=np.asarray`.
-      most: P, the clients of the largest cohort.
+      data: data of all clients, on the host: from `build_clients` with `place=np.asarray`.
+      most: P, number of clients in the largest cohort.
       put: puts host arrays on the devices.
 
     Returns:
-      The feed: examples of the cohort alone, and an index table of rows among them.
+      The feed. Its data hold only the cohort's examples; `index` gives the rows among these.
     """
     room = int(np.sort(data.size)[::-1][:most].sum())
     known = put({"size": data.size, "label_share": data.label_share, "owns": data.owns})
@@ -194,24 +195,24 @@ def feed_cohorts(
 
 
 def _round_up(size: int) -> int:
-    """The next number of four binary digits and zeros, at most an eighth above."""
+    """Round up to four significant binary digits, which adds at most an eighth."""
     grain = 1 << max(int(size).bit_length() - 4, 0)
     return -(-int(size) // grain) * grain
 
 
 def draw_newcomers(clients: int, newcomers: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws who is kept out of training, to come when it is over.
+    """Draw the newcomers: clients that do not train, and join after training.
 
     Args:
       clients: C, newcomers included.
-      newcomers: how many of them.
-      seed: of the draw.
+      newcomers: number of newcomers.
+      seed: seed of the draw.
 
     Returns:
-      Numbers of those who train, and of the newcomers, both rising.
+      Numbers of the clients that train, and of the newcomers, both increasing.
 
     Raises:
-      InputError: below 0, or nobody is left to train.
+      InputError: if `newcomers` is below 0, or no client is left to train.
     """
     if not 0 <= newcomers < clients:
         remedy = f"choose 0 to {clients - 1}: of {clients} clients at least one must train"
@@ -221,18 +222,18 @@ def draw_newcomers(clients: int, newcomers: int, seed: int) -> tuple[np.ndarray,
 
 
 def label_counts(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
-    """Counts each client's examples of each class.
+    """Count each client's examples of each class.
 
     Args:
       labels: (M,) int in [0, Y).
-      parts: for each of the C clients, its positions in `labels`.
+      parts: for each of the C clients, the positions of its examples in `labels`.
       num_classes: Y.
 
     Returns:
       (C, Y) int64.
 
     Raises:
-      InputError: a label outside of [0, Y).
+      InputError: if a label is outside [0, Y).
     """
     given = np.asarray(labels)
     check_range("labels", given, 0, num_classes - 1, "the numbers of the classes")
@@ -243,14 +244,14 @@ def label_counts(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: i
 
 
 def client_numbers(train_clients: np.ndarray, test_clients: np.ndarray) -> np.ndarray:
-    """Numbers of the clients of the partition `natural` that own the test examples.
+    """Return the client number of each test example's owner, for the partition `natural`.
 
     Args:
-      train_clients: ids of the training examples' owners; clients stand in the order of their ids.
+      train_clients: ids of the training examples' owners; clients are numbered by sorted id.
       test_clients: (M,) ids of the test examples' owners.
 
     Returns:
-      (M,) int32 in [0, C), or -1 for an owner who is not among the clients.
+      (M,) int32 in [0, C), or -1 if the owner is not one of the clients.
     """
     ids = np.unique(train_clients)
     place = np.searchsorted(ids, test_clients).clip(max=len(ids) - 1)

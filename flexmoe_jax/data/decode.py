@@ -1,4 +1,4 @@
-"""From an encoded image (PNG, JPEG, ...) to a uint8 array of a wanted shape."""
+"""Decode images (PNG, JPEG, ...) to uint8 arrays, and resize them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Decoder = Callable[[bytes], np.ndarray]
 
 
 def decoder(channels: int) -> Decoder:
-    """Returns the fastest decoder that is installed: OpenCV, else Pillow.
+    """Return the fastest decoder that is installed: OpenCV, else Pillow.
 
-    Both ignore orientation tags, as TFDS does, and drop an alpha channel; 16-bit images keep their
-    upper eight bits.
+    Both ignore orientation tags, as TFDS does, and drop an alpha channel. Of 16-bit images they
+    keep the upper eight bits.
 
     Args:
-      channels: 1 (grey) or 3 (red, green, blue) in what the decoder returns.
+      channels: 1 (grey) or 3 (red, green, blue), number of channels that the decoder returns.
 
     Returns:
-      A function from an encoded image to (height, width, channels) uint8. It raises OSError for
-      bytes that are no image.
+      A function from an encoded image to (height, width, channels) uint8. It raises OSError if the
+      bytes are not an image.
     """
     require_package("PIL", "data", "pictures are decoded by Pillow")
     if importlib.util.find_spec("cv2") is None:
@@ -34,7 +34,7 @@ def decoder(channels: int) -> Decoder:
 
 
 def decode_with_opencv(encoded: bytes, channels: int) -> np.ndarray:
-    """Decodes with OpenCV; what OpenCV cannot read (such as GIF) goes to Pillow."""
+    """Decode with OpenCV, or with Pillow if OpenCV cannot read the format (such as GIF)."""
     import cv2
 
     colour = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
@@ -47,7 +47,7 @@ def decode_with_opencv(encoded: bytes, channels: int) -> np.ndarray:
 
 
 def decode_with_pillow(encoded: bytes, channels: int) -> np.ndarray:
-    """Decodes with Pillow."""
+    """Decode with Pillow."""
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded)) as image:
@@ -60,7 +60,7 @@ def decode_with_pillow(encoded: bytes, channels: int) -> np.ndarray:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """Encodes (height, width, 1, 3 or 4) uint8, or (height, width, 1) uint16, losslessly."""
+    """Encode (height, width, 1, 3 or 4) uint8, or (height, width, 1) uint16, losslessly."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -69,9 +69,9 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Stretches an image to (height, width) by bilinear interpolation, antialiased on the way down.
+    """Resize an image to (height, width) by bilinear interpolation, antialiased if it shrinks.
 
-    Always by Pillow, so that the pixels do not depend on which decoder is installed.
+    This always uses Pillow, so that resizing does not depend on which decoder is installed.
 
     Args:
       image: (any height, any width, 1 or 3) uint8.
@@ -79,7 +79,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
       width: pixels.
 
     Returns:
-      (height, width, channels) uint8; the image itself when it has that size already.
+      (height, width, channels) uint8; the image itself if it already has that size.
     """
     if image.shape[:2] == (height, width):
         return image
@@ -92,24 +92,24 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_all(images: np.ndarray, side: int) -> np.ndarray:
-    """Stretches images (M, height, width, 1 or 3) uint8 to squares (M, side, side, channels).
+    """Resize images (M, height, width, 1 or 3) uint8 to squares (M, side, side, channels).
 
     Raises:
-      InputError: they would not fit into memory.
+      InputError: if the result would not fit into memory.
     """
     check_room(images.shape[0] * side * side * images.shape[-1], side)
     return np.stack([resize(image, side, side) for image in images])
 
 
 def check_room(size: int, side: int) -> None:
-    """Refuses images that would not fit into memory.
+    """Check that images fit into memory.
 
     Args:
-      size: bytes of all of them.
-      side: what `data.image_size` asks for.
+      size: bytes of all images.
+      side: side of the images in pixels, for the error about `data.image_size`.
 
     Raises:
-      InputError: there is too little.
+      InputError: if there is too little memory.
     """
     try:
         require_memory(size)

@@ -1,4 +1,4 @@
-"""What tells two data sets apart, wherever they lie."""
+"""Hashes that identify the contents of a data set, independent of where it is stored."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 
 from flexmoe_jax.data.sources import Dataset
 
-# Of a data set, but not part of what is learnt from it.
+# Fields of a data set that do not affect training or testing.
 _ASIDE = ("name", "notes")
 
 
 def fingerprint(dataset: Dataset) -> dict[str, str]:
-    """Hashes of all that a run is trained and tested on: array name to BLAKE2b.
+    """Hash everything that a run trains and tests on: array name to BLAKE2b hash.
 
-    A data set gives the same hashes from whichever path, archive or cache it was read; a fifth of a
-    second for CIFAR-10's 184 MB.
+    The hashes do not depend on the path, archive or cache that the data set was read from. Hashing
+    the 184 MB of CIFAR-10 takes a fifth of a second.
     """
     parts = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(dataset)}
     return {
@@ -28,8 +28,8 @@ def fingerprint(dataset: Dataset) -> dict[str, str]:
 
 
 def digest(array: np.ndarray) -> str:
-    """Hash of an array's type, shape and values, whatever its layout in memory."""
-    # One byte order on every machine; texts as wide as the longest.
+    """Hash an array's type, shape and values, independent of its memory layout."""
+    # The byte order is the same on every machine. Strings are as wide as the longest one.
     plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     head = f"{plain.dtype.str}{array.shape}".encode()
     found = hashlib.blake2b(head, digest_size=16)

@@ -1,7 +1,7 @@
-"""Where TFDS keeps prepared data sets: `<data folder>/<name>[/<config>]/<version>/`.
+"""Find prepared data sets in TFDS's layout: `<data folder>/<name>[/<config>]/<version>/`.
 
-TFDS itself is not needed to look: a data set that is missing is refused at once, and one that
-nobody registered with TFDS is found like any other.
+The search does not need TFDS. So a missing data set is reported at once, and a data set that is not
+registered with TFDS is found like any other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class Reference(NamedTuple):
-    """A data set's name, taken apart.
+    """The parts of a data set's name.
 
     Attributes:
       base: the builder's name.
@@ -39,7 +39,7 @@ class Reference(NamedTuple):
 
 
 def parse(name: str) -> Reference:
-    """Takes `base[/config][:version]` apart, as in `emnist/digits` or `cifar10:3.0.2`."""
+    """Parse `base[/config][:version]`, for example `emnist/digits` or `cifar10:3.0.2`."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise InputError("data.name", name, "write it as name, name/config, name:1.2.3 or file.npz")
@@ -47,13 +47,13 @@ def parse(name: str) -> Reference:
 
 
 def data_folder(data_dir: str | os.PathLike[str] | None) -> Path:
-    """Returns the folder to look in: the one given, else TFDS's own default."""
+    """Return the data folder: the given one, else TFDS's default."""
     given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return Path(os.path.expanduser(given))
 
 
 def find(folder: Path, reference: Reference) -> Path | None:
-    """Returns the newest prepared version folder that fits the reference, or None."""
+    """Return the newest prepared version folder that matches the reference, or None."""
     home = folder / reference.base
     if reference.config:
         home = home / reference.config
@@ -65,7 +65,7 @@ def find(folder: Path, reference: Reference) -> Path | None:
 
 
 def prepared(folder: Path) -> list[str]:
-    """Returns the names, with their configs, of the data sets prepared in a folder, sorted."""
+    """Return the sorted names, with configs, of the data sets prepared in a folder."""
     names = []
     for base in _folders(folder):
         if _versions(base):
@@ -75,7 +75,7 @@ def prepared(folder: Path) -> list[str]:
 
 
 def missing(name: str, reference: Reference, folder: Path) -> InputError:
-    """Returns the refusal of a data set that is not in the folder, with what to do about it."""
+    """Return the error for a data set that is not in the folder; it says what to do."""
     remedies = "point data.dir at a folder with a prepared copy, or set data.download=true"
     there = prepared(folder)
     near = _near(name, [*there, EMBEDDED])
@@ -95,7 +95,7 @@ def missing(name: str, reference: Reference, folder: Path) -> InputError:
 
 
 def _near(name: str, known: list[str]) -> list[str]:
-    """Returns up to three known names that look like the one given, with or without config."""
+    """Return up to three known names similar to the given one, with or without config."""
     spellings: dict[str, list[str]] = {}
     for item in known:
         for spelling in (item.lower(), item.partition("/")[0].lower()):
@@ -105,7 +105,7 @@ def _near(name: str, known: list[str]) -> list[str]:
 
 
 def _versions(home: Path) -> list[Path]:
-    """Returns the complete version folders of one data set, oldest first."""
+    """Return the complete version folders of one data set, oldest first."""
     found = [
         path
         for path in _folders(home)
@@ -117,18 +117,18 @@ def _versions(home: Path) -> list[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Returns the folders in a folder; none when it cannot be listed."""
+    """Return the subfolders of a folder; none if it cannot be listed."""
     try:
         return sorted(path for path in folder.iterdir() if path.is_dir())
-    except (OSError, ValueError):  # ValueError: a name with a zero in it.
+    except (OSError, ValueError):  # ValueError: a name that contains a null character.
         return []
 
 
 def _default_config(home: Path) -> str:
-    """Returns the configuration that TFDS noted as a builder's default, or ""."""
+    """Return the configuration that TFDS recorded as a builder's default, or ""."""
     try:
         noted = read_json(home / ".config" / "metadata.json")["default_config_name"]
     except (OSError, UnreadableError, KeyError):
         return ""
-    # A name, and no way out of the folder.
+    # Accept a plain name only, so that the path cannot leave the folder.
     return noted if isinstance(noted, str) and re.fullmatch(r"\w[\w.+-]*", noted) else ""

@@ -1,4 +1,4 @@
-"""Reads a data set of one's own: NumPy arrays in one `.npz` file."""
+"""Read the user's own data set: NumPy arrays in one `.npz` file."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _KNOWN = (*_NEEDED, "classes", "train_clients", "test_clients")
 def read(
     name: str, image_size: int = 0, folder: str | os.PathLike[str] | None = None
 ) -> tuple[Arrays, tuple[str, ...]]:
-    """Reads the arrays of a file that `np.savez` wrote.
+    """Read the arrays of a file that `np.savez` wrote.
 
-    Images are (M, height, width, channels), or (M, height, width) for one channel; features
-    (M, D) are for backbones that take them. Numbers other than uint8 become float32.
+    Images are (M, height, width, channels), or (M, height, width) for one channel. Some backbones
+    also accept features (M, D). Numbers other than uint8 are converted to float32.
 
     Args:
       name: path of the file.
       image_size: side in pixels to resize uint8 images to; 0 keeps their size.
-      folder: where a relative path begins; the current folder when empty.
+      folder: base of a relative path; the current folder if empty.
 
     Returns:
-      `train_images` (M, ...) uint8 or float32, `train_labels` (M,), the same two for `test`,
-      `classes` (Y,), by default as many as there are different labels, and `train_clients` (M,)
-      and `test_clients` where the file has them; whether they fit together is for `Dataset` to
-      say. And sentences on arrays of the file that mean nothing here.
+      First the arrays: `train_images` (M, ...) uint8 or float32, `train_labels` (M,), the same two
+      for `test`, `classes` (Y,), by default as many as there are different labels, and
+      `train_clients` (M,) and `test_clients` if the file has them. `Dataset` checks whether they
+      fit together. Second, sentences about arrays of the file that are not used.
 
     Raises:
-      InputError: for a file that is missing or damaged or lacks an array, for images that are not
-        finite numbers, or that cannot be resized.
+      InputError: if the file is missing or damaged or lacks an array, or if images are not finite
+        numbers or cannot be resized.
     """
     names, arrays = _open(name, folder)
     lacking = ", ".join(key for key in _NEEDED if key not in arrays)
@@ -59,7 +59,7 @@ def read(
 def _open(
     name: str, folder: str | os.PathLike[str] | None
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Reads the names of all that a file holds, and those of its arrays that are known here."""
+    """Read the names of all arrays in a file, and those arrays whose names are known."""
     path = Path(os.path.expanduser(folder or "")) / os.path.expanduser(name)
     try:
         with open_npz(path) as file:
@@ -74,19 +74,19 @@ def _open(
 
 
 def _classes(train_labels: np.ndarray, test_labels: np.ndarray) -> np.ndarray:
-    """Returns names of as many classes as there are labels; `Dataset` refuses what is no label."""
+    """Return one class name for each different label; `Dataset` checks the labels later."""
     labels = [labels for labels in (train_labels, test_labels) if labels.dtype.kind in "iu"]
     return np.arange(len(np.unique(np.concatenate(labels, axis=None))) if labels else 0).astype(str)
 
 
 def _listed(names: list[str]) -> str:
-    """Names as one line, however many there are and whatever they hold."""
+    """Return names as one line of limited length, for any number and content of names."""
     some = ", ".join(" ".join(name.split()) for name in names[:10]) or "nothing"
     return f"{some[:200]} and {len(names) - 10} more" if len(names) > 10 else some[:200]
 
 
 def _unread(name: str, unknown: list[str]) -> tuple[str, ...]:
-    """A sentence on arrays that are not used, with what the first was perhaps meant to be."""
+    """Return a sentence about unused arrays, with a guess at the intended name of the first."""
     if not unknown:
         return ()
     near = difflib.get_close_matches(unknown[0], _KNOWN, n=1, cutoff=0.85)
@@ -95,7 +95,7 @@ def _unread(name: str, unknown: list[str]) -> tuple[str, ...]:
 
 
 def _numbers(name: str, key: str, images: np.ndarray) -> np.ndarray:
-    """Returns images with a channel axis, as uint8 or finite float32."""
+    """Return images with a channel axis, as uint8 or finite float32."""
     if images.dtype.kind not in "buif" or images.ndim < 2 or not images.size:
         found = f"{key} is {images.dtype} of shape {images.shape}"
         raise InputError("data.name", name, f"{found}; give numbers of shape (M, h, w, channels)")
@@ -103,7 +103,7 @@ def _numbers(name: str, key: str, images: np.ndarray) -> np.ndarray:
         images = images[..., None]
     if images.dtype == np.uint8:
         return images
-    with np.errstate(over="ignore"):  # What is too large becomes infinity, which is refused.
+    with np.errstate(over="ignore"):  # Too large values become infinity, which is rejected below.
         images = images.astype(np.float32)
     if not np.isfinite(images).all():
         raise InputError("data.name", name, f"{key} has NaN or infinity; leave such examples out")
@@ -111,7 +111,7 @@ def _numbers(name: str, key: str, images: np.ndarray) -> np.ndarray:
 
 
 def _resized(images: np.ndarray, image_size: int) -> np.ndarray:
-    """Returns images stretched to a square; as they are for an `image_size` of 0."""
+    """Return images resized to a square; unchanged if `image_size` is 0."""
     if not image_size or images.shape[1:-1] == (image_size, image_size):
         return images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):

@@ -1,4 +1,4 @@
-"""Who owns which example: moving and dealing out examples between clients."""
+"""Assign examples to clients, and move examples between clients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flexmoe_jax.data.apportion import apportion, fill
 
 
 class Holdings(NamedTuple):
-    """How many examples of which class clients hold; only pairs that occur, sorted by client.
+    """Numbers of examples for each (client, class) pair that occurs, sorted by client.
 
     Attributes:
       client: (pairs,) int in [0, C).
@@ -24,7 +24,7 @@ class Holdings(NamedTuple):
 
 
 def parts_of(owner: np.ndarray, num_clients: int) -> list[np.ndarray]:
-    """Returns each client's examples, increasing, given each example's owner (M,)."""
+    """Return each client's examples, increasing, given each example's owner (M,)."""
     by_owner = np.argsort(owner, kind="stable")
     ends = np.cumsum(np.bincount(owner, minlength=num_clients))
     starts = np.concatenate([[0], ends[:-1]])
@@ -32,17 +32,17 @@ def parts_of(owner: np.ndarray, num_clients: int) -> list[np.ndarray]:
 
 
 def holdings_of(parts: list[np.ndarray], label: np.ndarray, num_classes: int) -> Holdings:
-    """Counts what clients hold of each class, from labels (M,) in [0, Y)."""
+    """Count the clients' examples of each class, from labels (M,) in [0, Y)."""
     client = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     cell, count = np.unique(client * num_classes + label[np.concatenate(parts)], return_counts=True)
     return Holdings(cell // num_classes, cell % num_classes, count)
 
 
 def deal(holdings: Holdings, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Hands out the examples, drawn at random within each class.
+    """Assign examples to clients, drawn at random within each class.
 
     Args:
-      holdings: whose counts of each class add up to that class's examples.
+      holdings: the counts of each class add up to the number of its examples.
       label: (M,) int in [0, Y).
       rng: shuffles each class.
 
@@ -60,26 +60,26 @@ def deal(holdings: Holdings, label: np.ndarray, rng: np.random.Generator) -> np.
 def ensure_minimum(
     owner: np.ndarray, num_clients: int, minimum: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Moves examples from the largest clients to those below the minimum.
+    """Move examples from the largest clients to the clients below the minimum.
 
-    The largest clients are cut down to one common size (±1), no lower than the minimum and no
-    lower than what fills the needy ones; which examples they give up is drawn by `rng`.
+    The largest clients are reduced to one common size (±1). This size is at least the minimum, and
+    only as small as necessary. `rng` draws the examples that they give up.
 
     Args:
       owner: (M,) int, each example's owner.
       num_clients: C, with C · minimum ≤ M.
       minimum: examples.
-      rng: picks the examples.
+      rng: draws the examples.
 
     Returns:
-      (M,) the new owners; the old ones, without a draw, when nobody is below the minimum.
+      (M,) the new owners. If no client is below the minimum, the old owners, and `rng` is not used.
     """
     size = np.bincount(owner, minlength=num_clients)
     need = np.maximum(minimum - size, 0)
     if not need.any():
         return owner
     excess = np.maximum(size - minimum, 0)
-    # What everyone keeps of the excess is `min(excess, level)`: the largest are cut to one size.
+    # Each client keeps `min(excess, level)` of its excess: the largest are reduced to one size.
     give = excess - fill(excess, int(excess.sum() - need.sum()), rng)
     shuffled = rng.permutation(len(owner))
     by_owner = shuffled[np.argsort(owner[shuffled], kind="stable")]
@@ -91,19 +91,19 @@ def ensure_minimum(
 
 
 def floors_for_minimum(holdings: Holdings, minimum: int) -> np.ndarray | None:
-    """Finds how much each pair must at least get, for every client to reach the minimum.
+    """Find a lower bound for each pair such that every client reaches the minimum.
 
-    A maximum flow from the clients (which need `minimum` examples) through the pairs to the classes
-    (which have only so many) finds such floors whenever they exist.
+    The bounds come from a maximum flow from the clients, which need `minimum` examples, through the
+    pairs to the classes, which have limited numbers of examples. It finds bounds if any exist.
 
     Args:
-      holdings: the pairs that may hold examples, each at least one; their counts of a class add up
-        to that class's examples.
+      holdings: the pairs that may hold examples, each at least one; the counts of each class add
+        up to the number of its examples.
       minimum: examples of each client.
 
     Returns:
-      (pairs,) int64, each at least 1, summing to the minimum or more in each client and to no more
-      than its examples in each class; None when there are no such floors.
+      (pairs,) int64, each at least 1. They sum to the minimum or more for each client, and to at
+      most the number of its examples for each class. None if there are no such bounds.
     """
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import maximum_flow
@@ -129,13 +129,13 @@ def floors_for_minimum(holdings: Holdings, minimum: int) -> np.ndarray | None:
 def divide_classes(
     label: np.ndarray, total: np.ndarray, weight: np.ndarray, floor: np.ndarray
 ) -> np.ndarray:
-    """Divides each class among the pairs that hold it.
+    """Divide the examples of each class among its pairs.
 
     Args:
       label: (pairs,) int in [0, Y).
       total: (Y,) int, examples of each class.
-      weight: (pairs,) above 0, in proportion to which a class is divided.
-      floor: (pairs,) int, what each pair gets at least.
+      weight: (pairs,) above 0; a class is divided in proportion to the weights.
+      floor: (pairs,) int, the least number of examples of each pair.
 
     Returns:
       (pairs,) int64, examples of each pair.
@@ -147,15 +147,15 @@ def divide_classes(
 
 
 def reweigh(holdings: Holdings, weight: np.ndarray, minimum: int) -> Holdings:
-    """Divides each class anew among its holders, in proportion to `examples · weight`.
+    """Divide each class again among the clients that have it, in proportion to `examples · weight`.
 
     Args:
-      holdings: what the C clients hold; each at least `minimum` examples in all.
+      holdings: of the C clients; each client has at least `minimum` examples in total.
       weight: (C,) above 0.
-      minimum: examples that each client keeps in all.
+      minimum: examples that each client keeps in total.
 
     Returns:
-      The same pairs with other counts, each at least 1; each class has as many examples as before.
+      The same pairs with new counts, each at least 1; the class totals do not change.
     """
     client, label, before = holdings
     total = np.bincount(label, before).astype(np.int64)
@@ -168,6 +168,6 @@ def reweigh(holdings: Holdings, weight: np.ndarray, minimum: int) -> Holdings:
         if not short.size:
             return holdings._replace(examples=after)
         for start, end in zip(starts[short], ends[short], strict=True):
-            # In proportion to what the client held, which is enough: no floor exceeds that, so the
-            # floors fit into every class, and this client is never short again.
+            # The new floors are proportional to the client's former counts and never exceed them.
+            # So the floors fit into every class, and this client is never short again.
             floor[start:end] = apportion(minimum, before[start:end], floor[start:end])

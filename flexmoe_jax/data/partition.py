@@ -1,4 +1,4 @@
-"""Divides a data set among clients: one call, by name, with the checks that need no data."""
+"""Divide a data set among clients by a named partition, and check options without the data."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ PARTITIONS: dict[str, Callable[..., Partitioner]] = {
     "shards": shards,
     "natural": natural,
 }
-"""Factories by the name that `partition.name` takes; each takes the options that it names, of those
-of `PartitionOptions`, and `owner`."""
+"""Partitioner factories by the value of `partition.name`. The parameters of a factory name the
+fields of `PartitionOptions` that it uses; a factory may also take `owner`."""
 
 
 def partition(
@@ -44,20 +44,21 @@ def partition(
     seed: int,
     owner: np.ndarray | None = None,
 ) -> tuple[np.ndarray, ...]:
-    """Gives every example to exactly one client.
+    """Assign every example to exactly one client.
 
     Args:
-      options: name, one of `PARTITIONS`, and what that takes.
+      options: the name, one of `PARTITIONS`, and the options of that partition.
       labels: (M,) int.
       num_clients: C.
       seed: the same seed gives the same parts.
-      owner: (M,) int, id of each example's owner in the data set; of `natural`.
+      owner: (M,) int, id of each example's owner in the data set; used by `natural`.
 
     Returns:
-      For each of the C clients its positions in `labels`: int64, increasing.
+      For each of the C clients, the positions of its examples in `labels`: int64, increasing.
 
     Raises:
-      InputError: where `check` does, or where the counts of rare classes rule the partition out.
+      InputError: in all cases in which `check` raises it, or if rare classes have too few examples
+        for the partition.
     """
     labels = np.asarray(labels)
     check(
@@ -81,19 +82,20 @@ def check(
     num_examples: int,
     num_owners: int = 0,
 ) -> None:
-    """Refuses what `partition` would refuse, knowing only how large the data set is.
+    """Check the options of a partition, knowing only the sizes of the data set.
 
-    Options that the named partition does not use are not looked at.
+    Options that the named partition does not use are not checked.
 
     Args:
       options: as for `partition`.
       num_clients: C.
       num_classes: Y.
       num_examples: M.
-      num_owners: clients that own the examples in the data set, 0 if it does not say; of `natural`.
+      num_owners: number of clients that own the examples in the data set, 0 if the data set does
+        not say; used by `natural`.
 
     Raises:
-      InputError: naming the field, the value and the remedy.
+      InputError: if `partition` would reject the options; names the field, value and remedy.
     """
     _make(options)
     if options.name == "natural":
@@ -111,16 +113,17 @@ def check(
 def skewed(
     partitioner: Partitioner, quantity_skew: float, *, min_per_client: int = 1
 ) -> Partitioner:
-    """Adds unequal client sizes to a partition, without changing which classes a client sees.
+    """Make client sizes unequal, without changing which classes each client has.
 
-    Each client draws a factor w_c = exp(q z_c), z_c ~ N(0, 1), log-normal with spread q. With n_cy
-    the examples of class y that client c holds, each class is divided anew among its holders in
-    proportion to n_cy · w_c, at least one each. The log of a client's size then has a standard
-    deviation of about q where clients were equal before: at q = 1 the middle two thirds of them
-    range over a factor of e² ≈ 7. Nobody falls below `min_per_client`, which limits the spread.
+    Each client draws a factor w_c = exp(q z_c), z_c ~ N(0, 1), log-normal with spread q. Let n_cy
+    be the number of examples of class y on client c. Each class is divided again among the clients
+    that have it, in proportion to n_cy · w_c, at least one example each. If all clients had the
+    same size before, the log of a client's size then has a standard deviation of about q. At q = 1
+    the sizes of the middle two thirds of the clients span a factor of e² ≈ 7. No client falls below
+    `min_per_client`, which limits the spread.
 
     Args:
-      partitioner: whose parts hold at least `min_per_client` examples each.
+      partitioner: its parts must hold at least `min_per_client` examples each.
       quantity_skew: q, at least 0.
       min_per_client: examples.
 
@@ -136,7 +139,7 @@ def skewed(
         present, label = np.unique(labels, return_inverse=True)
         before = holdings_of(parts, label, len(present))
         z = rng.standard_normal(num_clients)
-        # Only ratios of the factors matter: the largest is 1 and none vanishes, however large q.
+        # Only ratios of the factors matter. The largest is 1, and none underflows even for large q.
         weight = np.exp(np.maximum(quantity_skew * (z - z.max()), -400.0))
         after = reweigh(before, weight, min_per_client)
         return parts_of(deal(after, label, rng), num_clients)
@@ -145,7 +148,7 @@ def skewed(
 
 
 def _make(options: PartitionOptions, owner: np.ndarray | None = None) -> Partitioner:
-    """Calls the named factory with those of the options that it takes."""
+    """Call the named factory with the options that it takes."""
     if options.name not in PARTITIONS:
         near = difflib.get_close_matches(options.name, PARTITIONS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""

@@ -1,7 +1,7 @@
-"""Ways to spread examples over clients: `iid`, `k_class`, `dirichlet`, `shards`, `natural`.
+"""Partitioners of examples over clients: `iid`, `k_class`, `dirichlet`, `shards`, `natural`.
 
-Each factory closes over its options and returns a `Partitioner`. Whatever the labels, its parts are
-disjoint, together complete, and none is smaller than `min_per_client`.
+Each factory takes the options and returns a `Partitioner`. For any labels, its parts are disjoint,
+cover all examples, and have at least `min_per_client` examples each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flexmoe_jax.data.ownership import (
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.data import PartitionOptions
 
-# Shares of this concentration are equal to eight digits; the sum of much larger ones overflows.
+# At this concentration the shares agree to eight digits. The sum of much larger values overflows.
 _EVEN = 1e15
 
 Partitioner = Callable[[np.ndarray, int, np.random.Generator], list[np.ndarray]]
@@ -30,7 +30,7 @@ Partitioner = Callable[[np.ndarray, int, np.random.Generator], list[np.ndarray]]
 
 
 def iid(*, min_per_client: int = 1) -> Partitioner:
-    """Every client draws from the same population: a random split into C equal parts (±1)."""
+    """Split the examples at random into C equal parts (±1), all from the same distribution."""
 
     def partitioner(
         labels: np.ndarray, num_clients: int, rng: np.random.Generator
@@ -44,18 +44,18 @@ def iid(*, min_per_client: int = 1) -> Partitioner:
 
 
 def k_class(classes_per_client: int, *, min_per_client: int = 1) -> Partitioner:
-    """Each client sees exactly `classes_per_client` classes (the "4-class" split of FLEX-MoE).
+    """Give each client exactly `classes_per_client` classes (the "4-class" split of FLEX-MoE).
 
-    Classes are held by equally many clients (±1; fewer where a class has too few examples to give
-    each holder one), and a class's examples are split evenly among its holders, unless
-    `min_per_client` asks for more in a client whose classes are rare.
+    Each class goes to equally many clients (±1; fewer if the class does not have one example for
+    each of them). The examples of a class are split evenly among its clients, unless a client with
+    rare classes needs more to reach `min_per_client`.
 
     Args:
       classes_per_client: k, from 1 to the number of classes.
       min_per_client: examples.
 
     Returns:
-      The partitioner. It raises InputError where no such split exists.
+      The partitioner. It raises InputError if no such split exists.
     """
     PartitionOptions.check(classes_per_client=classes_per_client)
 
@@ -86,13 +86,13 @@ def k_class(classes_per_client: int, *, min_per_client: int = 1) -> Partitioner:
 
 
 def dirichlet(alpha: float, *, min_per_client: int = 1) -> Partitioner:
-    """Each class is divided over the clients in proportions drawn from Dir(α, ..., α).
+    """Divide each class over the clients in proportions drawn from Dir(α, ..., α).
 
     A small α gives clients few classes and unequal sizes; α → ∞ approaches equal shares of every
-    class. The procedure is that of Yurochkin et al. 2019 (arXiv 1905.12022); Hsu et al. 2019
-    (arXiv 1909.06335), who draw a class mix for each client, brought the Dirichlet in. Instead of
-    drawing again until nobody is below the minimum, examples are moved there from the largest
-    clients.
+    class. The procedure follows Yurochkin et al. 2019 (arXiv 1905.12022). Hsu et al. 2019
+    (arXiv 1909.06335) introduced the Dirichlet distribution, but draw a class mix for each client.
+    If clients are below the minimum, the draw is not repeated. Instead, they get examples from the
+    largest clients.
 
     Args:
       alpha: concentration α, above 0.
@@ -121,10 +121,10 @@ def dirichlet(alpha: float, *, min_per_client: int = 1) -> Partitioner:
 
 
 def shards(shards_per_client: int, *, min_per_client: int = 1) -> Partitioner:
-    """Examples sorted by label are cut into equal shards, and each client gets a few at random.
+    """Sort examples by label, cut them into equal shards, and give each client a few at random.
 
-    The pathological non-IID split of McMahan et al. 2017 (arXiv 1602.05629), who give each client
-    two shards, so that most see two classes.
+    This is the pathological non-IID split of McMahan et al. 2017 (arXiv 1602.05629). They give each
+    client two shards, so that most clients have two classes.
 
     Args:
       shards_per_client: at least 1.
@@ -152,16 +152,16 @@ def shards(shards_per_client: int, *, min_per_client: int = 1) -> Partitioner:
 
 
 def natural(owner: np.ndarray | None, *, min_per_client: int = 1) -> Partitioner:
-    """Each client has the examples that are its own in the data set: a writer's, a hospital's.
+    """Give each client the examples that it owns in the data set, as a writer or a hospital does.
 
-    Clients stand in the order of their ids. Nothing is drawn, and no example changes hands.
+    Clients are numbered by sorted id. Nothing is drawn at random, and no example moves.
 
     Args:
-      owner: (M,) int, id of each example's owner; None where the data set does not say.
+      owner: (M,) int, id of each example's owner; None if the data set does not say.
       min_per_client: examples.
 
     Returns:
-      The partitioner. It raises InputError unless C is the number of owners, or where one has too
+      The partitioner. It raises InputError if C is not the number of owners, or an owner has too
       few examples.
     """
     owner = np.zeros(0, np.int64) if owner is None else np.asarray(owner)
@@ -187,7 +187,7 @@ def natural(owner: np.ndarray | None, *, min_per_client: int = 1) -> Partitioner
 
 
 def check_clients(num_clients: int, num_examples: int, min_per_client: int) -> None:
-    """Refuses a number of clients that the examples cannot serve."""
+    """Check that there are enough examples for the number of clients."""
     PartitionOptions.check(min_per_client=min_per_client)
     if num_clients < 1:
         raise InputError("clients.count", num_clients, "give at least 1")
@@ -203,7 +203,7 @@ def check_clients(num_clients: int, num_examples: int, min_per_client: int) -> N
 def check_k_class(
     classes_per_client: int, num_clients: int, num_classes: int, num_examples: int
 ) -> None:
-    """Refuses a `k_class` partition that cannot exist."""
+    """Check that a `k_class` partition of these sizes can exist."""
     field, slots = "partition.classes_per_client", num_clients * classes_per_client
     if classes_per_client > num_classes:
         raise InputError(field, classes_per_client, f"there are {num_classes} classes")
@@ -224,7 +224,7 @@ def check_k_class(
 
 
 def check_shards(shards_per_client: int, num_clients: int, num_examples: int) -> None:
-    """Refuses shards without examples."""
+    """Check that every shard gets an example."""
     if num_clients * shards_per_client > num_examples:
         raise InputError(
             "partition.shards_per_client",
@@ -235,7 +235,7 @@ def check_shards(shards_per_client: int, num_clients: int, num_examples: int) ->
 
 
 def check_natural(num_owners: int, num_clients: int) -> None:
-    """Refuses a number of clients that is not that of the examples' owners."""
+    """Check that the number of clients equals the number of owners of the examples."""
     if not num_owners:
         remedy = "the data set does not say who owns its examples (train_clients); choose another"
         raise InputError("partition.name", "natural", remedy)
@@ -247,7 +247,7 @@ def check_natural(num_owners: int, num_clients: int) -> None:
 def _holders_per_class(
     counts: np.ndarray, num_clients: int, classes_per_client: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Returns how many clients hold each class, (Y,): even, but none above its example count."""
+    """Return the number of clients of each class, (Y,): even, but at most its example count."""
     slots = num_clients * classes_per_client
     limit = np.minimum(counts, num_clients)
     if limit.sum() < slots:
@@ -263,11 +263,11 @@ def _holders_per_class(
 def _draw_classes(
     holders: np.ndarray, num_clients: int, classes_per_client: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws each client's classes, so that class y goes to `holders[y]` clients.
+    """Draw each client's classes, so that class y goes to `holders[y]` clients.
 
-    Client after client takes the classes with most holders still to find, ties at random. Then no
-    class is ever left with more holders to find than there are clients to come, so everyone gets
-    `classes_per_client` different ones (Gale–Ryser).
+    The clients, one after the other, take the classes that still need most clients; ties are
+    random. So no class ever needs more clients than are left, and every client gets
+    `classes_per_client` different classes (Gale–Ryser).
 
     Returns:
       client (C·k,) and class (C·k,) of each pair, sorted by client.
@@ -285,7 +285,7 @@ def _draw_classes(
 def _divide_evenly(
     held: np.ndarray, counts: np.ndarray, floor: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Divides each class evenly among its pairs, with the remainders to random ones, (pairs,)."""
+    """Divide each class evenly among its pairs, (pairs,); remainders go to random pairs."""
     order = rng.permutation(len(held))
     examples = np.empty(len(held), np.int64)
     examples[order] = divide_classes(held[order], counts, np.ones(len(held)), floor[order])

@@ -1,9 +1,9 @@
-"""Rules of clients' own: what is true of the same picture differs from client to client.
+"""Rules that differ between clients: the same picture looks different or has a different label.
 
-Partitions make clients differ in which examples they have, and no more; here they differ in what a
-picture looks like (`turned`) or is called (`relabelled`), so that no one model can be right for
-all. Every rule is followed by as many clients as any other, up to one, and by as many test examples
-of each class.
+With a partition alone, clients differ only in which examples they have. With rules, they also
+differ in the orientation of a picture (`turned`) or in its label (`relabelled`), so that no single
+model is best for all clients. The numbers of clients that follow each rule differ by at most one,
+and so do the numbers of test examples of each class.
 
 Axis legend: `C` clients, `M` examples, `R` rules, `Y` classes.
 """
@@ -21,9 +21,9 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.data import PartitionOptions
 
 RULES = 4
-"""R: pictures turned by 0, 90, 180 or 270 degrees, or labels by one of as many permutations."""
+"""R: pictures rotated by 0, 90, 180 or 270 degrees, or labels changed by one of R permutations."""
 
-# Name of a draw from a seed.
+# Stream number of this random draw.
 _DRAW = 0x2175
 
 
@@ -31,12 +31,12 @@ class Ruled(NamedTuple):
     """A data set whose examples follow rules.
 
     Attributes:
-      dataset: changed by the rules.
-      group: (M,) int32 of the test examples: rule · Y + class.
-      owns: (C, R · Y) bool, the groups that each client trains on, and whose test examples are its
-        own.
-      ceiling: the greatest accuracy on the test set that one model can reach which is the same for
-        all clients; 1 where pictures show their rule.
+      dataset: the data set after the rules were applied.
+      group: (M,) int32, group of each test example: rule · Y + class.
+      owns: (C, R · Y) bool, the groups that each client trains on. The test examples of these
+        groups belong to the client.
+      ceiling: the highest accuracy on the test set that one model shared by all clients can reach;
+        1 if a picture shows its rule (`turned`).
     """
 
     dataset: Dataset
@@ -48,16 +48,17 @@ class Ruled(NamedTuple):
 def follow_rules(
     options: PartitionOptions, dataset: Dataset, parts: Sequence[np.ndarray], seed: int
 ) -> Ruled:
-    """Gives clients rules, and changes their examples, and the test examples, by them.
+    """Assign rules to the clients, and apply them to the training and test examples.
 
     Args:
-      options: which rules, and how many a client follows.
-      dataset: as it was read.
-      parts: for each of the C clients its training examples, increasing.
+      options: the kind of rules, and how many rules a client follows.
+      dataset: the data set as read.
+      parts: for each of the C clients, the positions of its training examples, increasing.
       seed: the same seed gives the same rules.
 
     Raises:
-      InputError: pictures that cannot be turned, or fewer classes than rules.
+      InputError: if the pictures cannot be rotated, there are fewer classes than rules, or an
+        option does not fit.
     """
     _check(options, dataset)
     rng = np.random.default_rng([seed, _DRAW])
@@ -66,7 +67,8 @@ def follow_rules(
     train = np.zeros(len(dataset.train_labels), np.int32)
     for part, followed in zip(parts, of_clients, strict=True):
         train[rng.permutation(part)] = np.resize(followed, len(part))
-    # In turn along the classes: as many test examples of each class as can be, and of all.
+    # Rules alternate along the examples sorted by class: each rule gets equally many test examples
+    # (±1), in all and of each class.
     test = np.empty(len(dataset.test_labels), np.int32)
     turn_of = np.argsort(dataset.test_labels[mixed], kind="stable")
     test[mixed[turn_of]] = np.arange(len(mixed)) % RULES
@@ -95,7 +97,7 @@ def follow_rules(
 
 
 def deal_rules(clients: int, per_client: int, rng: np.random.Generator) -> np.ndarray:
-    """(C, per_client) int: different rules for each client, each rule as often up to one."""
+    """Draw distinct rules for each client, (C, per_client) int; each rule equally often (±1)."""
     count, dealt = np.zeros(RULES, int), np.empty((clients, per_client), int)
     for client in rng.permutation(clients):
         dealt[client] = np.lexsort((rng.random(RULES), count))[:per_client]
@@ -104,7 +106,7 @@ def deal_rules(clients: int, per_client: int, rng: np.random.Generator) -> np.nd
 
 
 def turn(images: np.ndarray, rule: np.ndarray) -> np.ndarray:
-    """Images (M, side, side, ...), each turned by its rule (M,) times 90 degrees."""
+    """Rotate each image of (M, side, side, ...) by its rule (M,) times 90 degrees."""
     turned = images.copy()
     for times in range(1, RULES):
         chosen = rule == times
@@ -113,9 +115,9 @@ def turn(images: np.ndarray, rule: np.ndarray) -> np.ndarray:
 
 
 def relabel(labels: np.ndarray, rule: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Labels (M,), each moved on by its rule (M,) along an order (Y,) of the classes.
+    """Shift each label of (M,) by its rule (M,) along an order (Y,) of the classes.
 
-    Two rules never agree on a label.
+    Two different rules never map a label to the same label.
     """
     place = np.argsort(order)
     moved = order[(place[labels] + rule) % len(order)]
@@ -123,7 +125,7 @@ def relabel(labels: np.ndarray, rule: np.ndarray, order: np.ndarray) -> np.ndarr
 
 
 def _agreement(before: np.ndarray, after: np.ndarray) -> float:
-    """Part of the labels after that the best function of those before can tell."""
+    """Return the share of `after` that the best function of `before` predicts correctly."""
     pairs = np.stack([before, after])
     kinds, count = np.unique(pairs, axis=1, return_counts=True)
     most = [count[kinds[0] == label].max() for label in np.unique(before)]

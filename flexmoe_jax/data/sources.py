@@ -1,4 +1,4 @@
-"""Data sets in the host's memory: embedded digits, arrays and texts of one's own, and TFDS's."""
+"""Load data sets into host memory: embedded digits, the user's own arrays and texts, and TFDS."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class Dataset:
     """An image classification data set.
 
     Attributes:
-      name: the name that it was loaded by.
+      name: the name under which it was loaded.
       train_images: (M, height, width, channels) uint8, or any numbers of shape (M, ...) that the
-        backbone takes.
-      train_labels: (M,) int in [0, Y); int32 where `load` made it.
-      test_images: like `train_images`, of the test examples.
-      test_labels: like `train_labels`, of the test examples.
+        backbone accepts.
+      train_labels: (M,) int in [0, Y); int32 if `load` made the data set.
+      test_images: like `train_images`, for the test examples.
+      test_labels: like `train_labels`, for the test examples.
       classes: names of the Y classes.
-      train_clients: (M,) int or str, id of the client that owns each training example; None where
-        the data set does not say.
-      test_clients: the same of the test examples; every owner of some owns training examples, too.
-      notes: sentences on what a user should know of how the data were read.
+      train_clients: (M,) int or str, id of the client that owns each training example; None if the
+        data set does not say.
+      test_clients: the same for the test examples; each owner must also own training examples.
+      notes: sentences that tell the user how the data were read.
 
     Raises:
-      InputError: naming the array that does not fit the others.
+      InputError: if the arrays do not fit together; names the array.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses arrays that do not fit together."""
+        """Check that the arrays fit together."""
         _check_labels("train_labels", self.train_labels, self.train_images, self.num_classes)
         _check_labels("test_labels", self.test_labels, self.test_images, self.num_classes)
         if self.test_images.shape[1:] != self.image_shape:
@@ -68,12 +68,12 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """Y."""
+        """Y, the number of classes."""
         return len(self.classes)
 
     @property
     def num_owners(self) -> int:
-        """How many clients own training examples; 0 where the data set does not say."""
+        """Number of clients that own training examples; 0 if the data set does not say."""
         return 0 if self.train_clients is None else len(np.unique(self.train_clients))
 
     @property
@@ -89,32 +89,31 @@ def load(
     seed: int = 0,
     accept: Callable[[int, int, int], None] = lambda classes, examples, owners: None,
 ) -> Dataset:
-    """Loads a data set.
+    """Load a data set.
 
     `digits` is scikit-learn's 1,797 handwritten digits, in a fixed stratified 80/20 split. The path
-    of an `.npz` file gives its arrays: `train_images`, `train_labels`, `test_images`,
-    `test_labels`, and, where wanted, `classes`, `train_clients` and `test_clients`, as in
-    `Dataset`. Any other name is a TFDS image classification data set (`emnist/digits`,
-    `cifar10:3.0.2`), whose metadata gives its shape, classes and splits. It is decoded once; later
-    loads read the pixels back from the cache.
+    of an `.npz` file loads its arrays: `train_images`, `train_labels`, `test_images`,
+    `test_labels`, and optionally `classes`, `train_clients` and `test_clients`, as in `Dataset`.
+    Any other name is a TFDS image classification data set (`emnist/digits`, `cifar10:3.0.2`). Its
+    metadata give shape, classes and splits. Its images are decoded once; later loads read the
+    pixels from the cache.
 
     Args:
-      options: which, as `digits`, `path/to/file.npz` or `name[/config][:version]`; where it is;
-        and how much of it. An empty folder is TFDS's default (`$TFDS_DATA_DIR`, else
-        `~/tensorflow_datasets`), or for an `.npz` file the current one. Nothing is downloaded
-        unless the options say so.
-      cache_dir: folder of the decoded pixels; `$XDG_CACHE_HOME/flexmoe_jax`, else
-        `~/.cache/flexmoe_jax`, when empty.
-      seed: of the examples that the limits keep.
-      accept: called with the number of classes, of training examples and of clients that own them
-        (0 where the data set does not say), as soon as they are known and before images are
-        decoded, to refuse a data set that will not do by raising.
+      options: the name, as `digits`, `path/to/file.npz` or `name[/config][:version]`; the folder;
+        and limits on the number of examples. If the folder is empty, it is TFDS's default
+        (`$TFDS_DATA_DIR`, else `~/tensorflow_datasets`), or for an `.npz` file the current folder.
+        Nothing is downloaded unless the options say so.
+      cache_dir: folder of the decoded pixels; if empty, `$XDG_CACHE_HOME/flexmoe_jax`, else
+        `~/.cache/flexmoe_jax`.
+      seed: seed for the choice of examples if there are limits.
+      accept: called with the numbers of classes, of training examples and of clients that own them
+        (0 if unknown) once they are known, if possible before decoding. It raises to reject.
 
     Returns:
       The data set.
 
     Raises:
-      InputError: for a data set that is missing or unfit.
+      InputError: if the data set is missing or unsuitable.
     """
     name = options.name
 
@@ -145,21 +144,20 @@ def load(
 
 
 def is_pictures(name: str) -> bool:
-    """Whether `data.name` tells by itself that there is no text in it."""
+    """Return whether the value of `data.name` alone shows that the data set holds no text."""
     return name == layout.EMBEDDED or name.endswith(npz_source.SUFFIX)
 
 
 def load_corpus(options: DataOptions) -> Corpus:
-    """Loads texts.
+    """Load texts.
 
-    `python_topics` is the help text of the Python installation, a topic a domain; `text` a folder
-    or `.jsonl` file (see `read_corpus`). Any other name is a TFDS data set with a text feature
-    (`tiny_shakespeare`, `ag_news_subset`), whose domains are the values of the feature
-    `options.domain` (its class label, if none is named), and whose test texts those of its own test
-    split.
+    `python_topics` is the help text of the Python installation, with one domain for each topic.
+    `text` is a folder or `.jsonl` file (see `read_corpus`). Any other name is a TFDS data set with
+    a text feature (`tiny_shakespeare`, `ag_news_subset`). Its domains are the values of the feature
+    `options.domain` (by default its class label), and its test texts come from its test split.
 
     Raises:
-      InputError: for texts that are missing or unfit.
+      InputError: if the texts are missing or unsuitable.
     """
     if options.name == TOPICS:
         return python_topics()
@@ -172,12 +170,12 @@ def load_corpus(options: DataOptions) -> Corpus:
 def stratified_sample(
     labels: np.ndarray, limit: int, rng: np.random.Generator
 ) -> np.ndarray | slice:
-    """Draws `limit` examples without replacement, in the class shares of the whole.
+    """Draw `limit` examples without replacement, with the class shares of all examples.
 
     Args:
       labels: (M,) int in [0, Y).
-      limit: how many; 0, or M and more, takes all.
-      rng: picks the examples within each class.
+      limit: number of examples; 0, or M and more, keeps all.
+      rng: draws the examples within each class.
 
     Returns:
       Increasing positions (limit,), or a slice that keeps everything without a copy.
@@ -194,11 +192,11 @@ def stratified_sample(
 
 
 def _digits(image_size: int, cache_dir: str | os.PathLike[str] | None) -> Dataset:
-    """The embedded data set: (8, 8, 1) images whose grey levels 0..16 become 0..255."""
+    """Return the embedded data set: (8, 8, 1) images, grey levels 0..16 scaled to 0..255."""
     require_package("sklearn", "data", "the digits are scikit-learn's")
 
     def read() -> dict[str, np.ndarray]:
-        # Loading scikit-learn takes longer than all else that a launch loads: once is enough.
+        # Importing scikit-learn takes longer than everything else a launch loads, so do it once.
         from sklearn.datasets import load_digits
 
         bunch = load_digits()
@@ -212,7 +210,7 @@ def _digits(image_size: int, cache_dir: str | os.PathLike[str] | None) -> Datase
         images = decode.resize_all(images, image_size)
     is_test = np.zeros(len(labels), bool)
     test_count = round(_DIGITS_TEST_SHARE * len(labels))
-    # The run's seed has no part in the split: results on digits compare across seeds.
+    # The split does not depend on the run's seed, so results on digits compare across seeds.
     is_test[stratified_sample(labels, test_count, np.random.default_rng(_DIGITS_SPLIT_SEED))] = True
     return Dataset(
         name=layout.EMBEDDED,
@@ -229,10 +227,10 @@ def _prepared(
     cache_dir: str | os.PathLike[str] | None,
     accept: Callable[[int, int], None],
 ) -> Dataset:
-    """A data set in TFDS's format, from the cache when it holds these very files decoded."""
+    """Return a data set in TFDS's format, from the cache if these files were decoded before."""
     name, image_size = options.name, options.image_size
     reference, version_folder = layout.parse(name), _prepared_folder(options)
-    # One file a copy of the data, so that a changed copy takes the old one's place.
+    # One cache file for each copy of the data: if the copy changes, its cache file is replaced.
     place = hashlib.sha256(f"{version_folder}|{image_size}".encode()).hexdigest()[:16]
     stem = "-".join(filter(None, [reference.base, reference.config, version_folder.name, place]))
     arrays = cached(
@@ -244,10 +242,10 @@ def _prepared(
 
 
 def _prepared_folder(options: DataOptions) -> Path:
-    """The folder of one version of a TFDS data set, downloaded if the options say so.
+    """Return the folder of one version of a TFDS data set, downloaded if the options say so.
 
     Raises:
-      InputError: it is not there.
+      InputError: if it does not exist.
     """
     name, folder = options.name, layout.data_folder(options.dir)
     reference = layout.parse(name)
@@ -261,7 +259,7 @@ def _prepared_folder(options: DataOptions) -> Path:
 
 
 def _dataset(name: str, arrays: Arrays, notes: tuple[str, ...] = ()) -> Dataset:
-    """Joins the arrays of a data set; where they do not fit, the message says whose they are."""
+    """Make a data set of arrays; if they do not fit, the error names the data set."""
     others = dict(arrays)
     classes = tuple(str(y) for y in np.ravel(others.pop("classes")))
     try:
@@ -271,7 +269,7 @@ def _dataset(name: str, arrays: Arrays, notes: tuple[str, ...] = ()) -> Dataset:
 
 
 def _check_labels(field: str, labels: np.ndarray, images: np.ndarray, num_classes: int) -> None:
-    """Refuses labels that do not give every image one of the classes."""
+    """Check that the labels give every image one of the classes."""
     _check_integers(field, labels, len(images))
     outside = labels[(labels < 0) | (labels >= num_classes)]
     if outside.size:
@@ -280,14 +278,14 @@ def _check_labels(field: str, labels: np.ndarray, images: np.ndarray, num_classe
 
 
 def _check_integers(field: str, found: np.ndarray, count: int) -> None:
-    """Refuses what is not one whole number for each of `count` examples, or no examples."""
+    """Check for one whole number for each of `count` examples, and at least one example."""
     if found.dtype.kind not in "iu" or found.shape != (count,) or not count:
         given = f"{found.dtype} of shape {found.shape}"
         raise InputError(field, given, f"give a whole number for each of {count} images")
 
 
 def _check_owners(field: str, found: np.ndarray, count: int) -> None:
-    """Refuses what is not one id, a whole number or a text, for each of `count` examples."""
+    """Check for one id, a whole number or a string, for each of `count` examples."""
     if found.dtype.kind not in "iuU" or found.shape != (count,):
         given = f"{found.dtype} of shape {found.shape}"
         remedy = f"give the owner's id, a whole number or a text, for each of {count} images"
@@ -295,7 +293,7 @@ def _check_owners(field: str, found: np.ndarray, count: int) -> None:
 
 
 def _check_known_owners(test: np.ndarray, train: np.ndarray | None) -> None:
-    """Refuses test examples of clients that own no training examples."""
+    """Check that all owners of test examples also own training examples."""
     if train is None or (test.dtype.kind == "U") != (train.dtype.kind == "U"):
         kind = "none" if train is None else train.dtype
         remedy = f"train_clients are {kind}; give ids of the same clients in both"

@@ -1,4 +1,4 @@
-"""Standardisation of examples, and what about them looks wrong before anything is trained.
+"""Standardise examples, and check them for likely mistakes before training.
 
 Axis legend: `M` examples.
 """
@@ -13,22 +13,22 @@ import numpy as np
 
 from flexmoe_jax.types import Array
 
-# Values read at once: a chunk in double precision stays in a core's cache.
+# Values per chunk: a chunk in double precision fits into a core's cache.
 _CHUNK = 2**17
-# Part of its mean below which single precision cannot tell a deviation from rounding error.
+# If deviation / |mean| is below this, single precision cannot tell it from rounding error.
 _NOISE = 1e-6
-# A test set whose deviation, or whose mean in deviations, is this many times off is worth a line.
+# Warn if the deviation of the test set, or its mean in deviations, is off by more than this factor.
 _UNLIKE = 10.0
 _CHANNELS = (1, 3, 4)
 
 
 class Moments(NamedTuple):
-    """Mean and deviation of each channel.
+    """Mean and standard deviation of each channel.
 
     Attributes:
       mean: (channels,) float64.
-      deviation: (channels,) float64, of the whole population; 0 for a channel that is constant, or
-        varies by no more than the rounding error of single precision.
+      deviation: (channels,) float64, the population standard deviation. It is 0 for a channel that
+        is constant, or that varies by no more than the rounding error of single precision.
     """
 
     mean: np.ndarray
@@ -36,18 +36,18 @@ class Moments(NamedTuple):
 
 
 def moments(images: np.ndarray) -> Moments:
-    """Moments over all examples, in whatever order they stand.
+    """Compute the moments over all examples, in any order.
 
     Args:
-      images: (M, ..., channels) uint8 or float; of features (M, D), each is its own channel.
+      images: (M, ..., channels) uint8 or float. In features (M, D), each feature is a channel.
     """
-    # First every place of an example by itself, since long rows are summed fastest.
+    # First compute each position of an example separately, since long rows are summed fastest.
     flat = images.reshape(len(images), -1)
     places = flat.shape[1]
     mean, squares = np.zeros(places), np.zeros(places)  # squares: Σ (x - mean)²
     step = max(1, _CHUNK // places)
-    # Chunks are joined by the rule of Chan, Golub and LeVeque (1983): sums of squares alone would
-    # lose the deviation of a channel whose mean is large.
+    # Chunks are merged by the rule of Chan, Golub and LeVeque (1983). Plain sums of squares would
+    # lose the deviation of a channel with a large mean.
     for before in range(0, len(flat), step):
         chunk = flat[before : before + step].astype(np.float64)
         size, of_chunk = len(chunk), chunk.mean(axis=0)
@@ -65,18 +65,18 @@ def moments(images: np.ndarray) -> Moments:
 
 @dataclass(frozen=True, eq=False)
 class Standardisation:
-    """Examples (..., channels) to float32, by channel: (x - mean) · factor.
+    """Maps examples (..., channels) to float32, for each channel: (x - mean) · factor.
 
     Attributes:
       mean: (channels,) float32.
-      factor: (channels,) float32, one over the deviation; 0 for a channel that tells nothing.
+      factor: (channels,) float32, one over the deviation; 0 for a constant channel.
     """
 
     mean: np.ndarray
     factor: np.ndarray
 
     def __call__(self, images: Array) -> Array:
-        """The examples, standardised."""
+        """Return the standardised examples."""
         mean, factor = (
             of_channel.reshape(*[1] * (images.ndim - 1), -1)
             for of_channel in (self.mean, self.factor)
@@ -85,12 +85,13 @@ class Standardisation:
 
 
 def standardise(images: np.ndarray) -> Standardisation:
-    """Maps images to float32 of mean 0 and deviation 1 per channel over all of these.
+    """Fit a map to float32 that gives each channel mean 0 and deviation 1 over these images.
 
-    A channel that is constant here tells nothing, so it becomes 0, whatever it is elsewhere.
+    A channel that is constant here carries no information. It maps to 0 for all images, even for
+    other images in which it varies.
 
     Args:
-      images: (M, ..., channels) uint8 or float; of features (M, D), each is its own channel.
+      images: (M, ..., channels) uint8 or float. In features (M, D), each feature is a channel.
     """
     found = moments(images)
     varies = found.deviation > 0
@@ -99,13 +100,14 @@ def standardise(images: np.ndarray) -> Standardisation:
 
 
 def doubts(train: np.ndarray, test: np.ndarray) -> tuple[str, ...]:
-    """Sentences on what looks wrong with the examples; most data sets give none.
+    """Return warnings about examples that look wrong; none for most data sets.
 
-    Channels that stand first; test values scaled quite unlike training values, as by 255.
+    The checks find channels in the first axis, and test values with a scale very different from
+    the training values (for example by a factor of 255).
 
     Args:
       train: (M, ..., channels) uint8 or float.
-      test: of the same shape but for M.
+      test: of the same shape except for M.
     """
     return (*_channels_first(train.shape), *_unlike(train, test))
 

@@ -1,7 +1,7 @@
-"""Text as bytes: domains from files, dealt out to clients in disjoint runs.
+"""Text as bytes: domains are read from files, and clients get disjoint runs of them.
 
-A token is a byte, so nothing has to be learnt or downloaded to read a text. An example is a window
-of S + 1 bytes, of which the last S are to be told, each from those before it.
+A token is a byte, so no tokenizer has to be trained or downloaded. An example is a window of S + 1
+bytes. The model predicts each of the last S bytes from the bytes before it.
 
 Axis legend: `C` clients, `M` examples, `S` tokens of an example, `F` domains.
 """
@@ -21,22 +21,22 @@ from flexmoe_jax.data.apportion import fill
 from flexmoe_jax.errors import InputError
 
 TEXT, TOPICS = "text", "python_topics"
-"""Names beside TFDS's that `data.name` takes: texts of one's own, and Python's own help texts."""
+"""Values of `data.name` that are not TFDS names: the user's own texts, and Python's help texts."""
 
-# Bytes of a topic that is worth being a domain.
+# Shorter topics, in bytes, are not used as domains.
 _SHORTEST = 2_000
-# The end of every domain that is not trained on.
+# Share at the end of every domain that is used for testing only.
 _TEST_SHARE = 0.1
 
 
 class Corpus(NamedTuple):
-    """Texts by what they are of.
+    """Texts by domain.
 
     Attributes:
-      names: of the F domains: languages, authors, clients.
-      texts: (bytes,) uint8 of each.
-      tests: the same of their test texts, where these are texts of their own; empty where they are
-        the last tenths of `texts`.
+      names: names of the F domains: languages, authors, clients.
+      texts: (bytes,) uint8 of each domain.
+      tests: (bytes,) uint8, a separate test text of each domain. Empty if the last tenth of each of
+        `texts` is the test text.
     """
 
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ class Corpus(NamedTuple):
     tests: tuple[np.ndarray, ...] = ()
 
     def apart(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """What is trained on and what is tested on, of each domain."""
+        """Return the training text and the test text of each domain."""
         if self.tests:
             return self.texts, self.tests
         ends = [len(text) - round(_TEST_SHARE * len(text)) for text in self.texts]
@@ -52,10 +52,10 @@ class Corpus(NamedTuple):
         return tuple(text[:end] for text, end in cut), tuple(text[end:] for text, end in cut)
 
     def windows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(M, length + 1) and (M', length + 1) uint8 examples of it all: to train on, to test on.
+        """Cut all texts into training (M, length + 1) and test (M', length + 1) uint8 examples.
 
         Raises:
-          InputError: the texts are too short for a single example to train on.
+          InputError: if the texts are too short for a single training example.
         """
         train, test = (
             np.concatenate([_windows(text, length) for text in part]) for part in self.apart()
@@ -68,14 +68,14 @@ class Corpus(NamedTuple):
 
 
 class Dealt(NamedTuple):
-    """Text that has been dealt out.
+    """Text that is divided among clients.
 
     Attributes:
-      train: (M, S + 1) uint8 examples to train on.
-      parts: for each of the C clients its examples among them, increasing.
-      train_domain: (M,) int32, the domain of each of the examples to train on.
-      test: (M', S + 1) uint8 examples to test on.
-      domain: (M',) int32, the domain of each of these.
+      train: (M, S + 1) uint8 training examples.
+      parts: for each of the C clients, the positions of its examples in `train`, increasing.
+      train_domain: (M,) int32, the domain of each training example.
+      test: (M', S + 1) uint8 test examples.
+      domain: (M',) int32, the domain of each test example.
       owns: (C, F) bool, the domains of each client.
     """
 
@@ -87,14 +87,20 @@ class Dealt(NamedTuple):
     owns: np.ndarray
 
     def counts(self) -> np.ndarray:
-        """(C, F) int64, training examples of each client by domain."""
+        """Count each client's training examples in each domain, (C, F) int64."""
         domains = self.owns.shape[1]
         return np.stack(
             [np.bincount(self.train_domain[part], minlength=domains) for part in self.parts]
         )
 
     def limited(self, train: int, test: int) -> Dealt:
-        """Evenly spaced examples of each client, and of all test examples; 0 for all of them."""
+        """Keep evenly spaced examples: of each client, and of the test set.
+
+        Args:
+          train: limit for the training examples of all clients together, divided equally among the
+            clients; each keeps at least one. 0 keeps all.
+          test: limit for the test examples; 0 keeps all.
+        """
         kept = self
         if train and train < len(self.train):
             share = max(1, train // len(self.parts))
@@ -112,19 +118,19 @@ class Dealt(NamedTuple):
 
 
 def _spread(count: int, kept: int) -> np.ndarray:
-    """So many of `count` places, or all of them if they are fewer, as even as can be."""
+    """Return `kept` of `count` positions, spaced as evenly as possible; all if there are fewer."""
     kept = min(kept, count)
     return (2 * np.arange(kept) + 1) * count // (2 * kept)
 
 
 def read_corpus(path: str | os.PathLike[str]) -> Corpus:
-    """Reads a folder of UTF-8 `*.txt` files, one a domain, or a `.jsonl` file.
+    """Read a folder of UTF-8 `*.txt` files, one for each domain, or a `.jsonl` file.
 
-    Each line of a `.jsonl` file is an object with `text` and `client`; a client's lines follow one
-    another in its text.
+    Each line of a `.jsonl` file is an object with `text` and `client`. The lines of a client are
+    joined, in order, to the text of one domain.
 
     Raises:
-      InputError: no such folder or file, no text in it, or what is no UTF-8.
+      InputError: if there is no such folder or file, it holds no text, or it is not UTF-8.
     """
     remedy = "name a folder of *.txt files, one a domain, or a .jsonl file with text and client"
     if not os.fspath(path):
@@ -141,7 +147,7 @@ def read_corpus(path: str | os.PathLike[str]) -> Corpus:
 
 
 def python_topics() -> Corpus:
-    """The help texts of the Python installation, in English, a topic a domain; no short ones."""
+    """Return the English help texts of the Python installation; each long topic is a domain."""
     from pydoc_data.topics import topics
 
     texts = {name: text.encode() for name, text in topics.items() if len(text) >= _SHORTEST}
@@ -149,15 +155,15 @@ def python_topics() -> Corpus:
 
 
 def corpus_of(texts: Mapping[str, bytes], tests: Mapping[str, bytes], place: Path) -> Corpus:
-    """Texts by their domains' names, without those that are blank.
+    """Make a corpus of texts by domain name, without blank texts.
 
     Args:
-      texts: of the domains.
-      tests: their test texts; none where these are to be the last tenths of `texts`.
-      place: where they are from, for messages.
+      texts: domain name -> text.
+      tests: domain name -> test text; empty if the last tenth of each of `texts` is the test text.
+      place: source of the texts, for messages.
 
     Raises:
-      InputError: there is no text, or a test text of a domain without one to train on.
+      InputError: if there is no text, or a domain has a test text but no training text.
     """
     kept = {name: text for name, text in sorted(texts.items()) if text.strip()}
     if not kept:
@@ -205,24 +211,24 @@ def deal_domains(
     bytes_per_client: int = 0,
     seed: int,
 ) -> Dealt:
-    """Gives every client some domains, and of each a run of its own.
+    """Assign domains to every client, and give it a separate run of bytes from each.
 
-    Domains are held by equally many clients (±1), and a domain's runs are disjoint. The last tenth
-    of every domain is its test text, unless it has one of its own; a client's own test text is that
-    of its domains.
+    Each domain has equally many clients (±1), and the runs of a domain are disjoint. The last tenth
+    of every domain is its test text, unless the corpus has separate test texts. A client's own test
+    text is the test text of its domains.
 
     Args:
       corpus: the texts.
       clients: C.
       length: S.
-      domains_per_client: how many domains each client has.
-      bytes_per_client: what each client has in all, the same of each of its domains; 0 to divide
-        every domain among its clients.
-      seed: of who gets what.
+      domains_per_client: number of domains of each client.
+      bytes_per_client: bytes of each client in total, the same from each of its domains; 0 divides
+        every domain completely among its clients.
+      seed: seed of the draws.
 
     Raises:
-      InputError: more domains a client than there are, domains that nobody gets, or a domain that
-        is too short for its clients.
+      InputError: if a client is to have more domains than there are, a domain has no client, or a
+        domain is too short for its clients.
     """
     count = len(corpus.names)
     check_domains(count, clients, domains_per_client)
@@ -258,10 +264,10 @@ def deal_domains(
 
 
 def check_domains(domains: int, clients: int, per_client: int) -> None:
-    """Refuses a number of domains a client that cannot be.
+    """Check the number of domains of each client.
 
     Raises:
-      InputError: naming the field.
+      InputError: if it is out of range, or leaves a domain without clients; names the field.
     """
     field = "partition.domains_per_client"
     if not 1 <= per_client <= domains:
@@ -275,10 +281,10 @@ def check_domains(domains: int, clients: int, per_client: int) -> None:
 def _run_of(
     name: str, size: int, holders: int, length: int, bytes_per_client: int, domains_per_client: int
 ) -> tuple[int, int]:
-    """How far apart the runs of a domain begin, and how long they are, in bytes.
+    """Return the distance between the starts of a domain's runs, and their length, in bytes.
 
     Raises:
-      InputError: they would be too short, or more than there is.
+      InputError: if the runs would be too short, or need more bytes than the domain has.
     """
     stride = size // holders
     run = bytes_per_client // domains_per_client or stride
@@ -295,11 +301,11 @@ def _run_of(
 def _draw_owners(
     domains: int, clients: int, per_client: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """(C, F) bool: each client has `per_client` domains, each domain equally many clients (±1)."""
+    """Draw (C, F) bool: `per_client` domains a client, and equally many clients (±1) a domain."""
     left = fill(np.full(domains, clients), clients * per_client, rng).astype(np.float64)
     owns = np.zeros((clients, domains), bool)
     for client in rng.permutation(clients):
-        # Those with most clients still to find come first (Gale–Ryser), ties at random.
+        # Domains that still need most clients come first (Gale–Ryser); ties are random.
         taken = np.argsort(-(left + rng.random(domains)))[:per_client]
         left[taken] -= 1
         owns[client, taken] = True
@@ -307,7 +313,7 @@ def _draw_owners(
 
 
 def _windows(text: np.ndarray, length: int) -> np.ndarray:
-    """(M, S + 1) windows of a text, each beginning with the last byte of the one before."""
+    """Cut (M, S + 1) windows of a text; each begins with the last byte of the previous one."""
     count = max(0, (len(text) - 1) // length)
     starts = np.arange(count)[:, None] * length
     return text[starts + np.arange(length + 1)] if count else np.zeros((0, length + 1), np.uint8)

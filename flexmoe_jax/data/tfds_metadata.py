@@ -1,4 +1,4 @@
-"""What the metadata of a prepared data set may make TFDS do, before it is let near them."""
+"""Check the metadata of a prepared data set before TFDS reads them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import numpy as np
 
 from flexmoe_jax.reading import UnreadableError, read_bytes, read_json
 
-_MOST_BYTES = 2**26  # of a file of metadata or class names
+_MOST_BYTES = 2**26  # size limit for a file of metadata or class names
 _TFDS = "tensorflow_datasets."
 
 
 def check_metadata(version_folder: Path) -> None:
-    """Refuses metadata that TFDS would read without end, or import a module or TensorFlow for.
+    """Check that TFDS can read the metadata safely.
+
+    Metadata are rejected if a file is too large, or if they would make TFDS import TensorFlow or a
+    module outside TFDS.
 
     Raises:
-      UnreadableError: naming what is wrong.
+      UnreadableError: if the metadata are rejected; names the problem.
     """
     for path in sorted(version_folder.glob("*.txt")):
         read_bytes(path, _MOST_BYTES)

@@ -1,4 +1,4 @@
-"""Reads images with labels, and text, in TFDS's format, without TensorFlow."""
+"""Read labelled images, and text, in TFDS's format, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flexmoe_jax.data.tfds_metadata import check_metadata
 from flexmoe_jax.errors import InputError, require_package
 from flexmoe_jax.reading import UnreadableError, require_memory
 
-DEFAULT_IMAGE_SIZE = 32  # pixels a side, for data sets whose images vary in size
+DEFAULT_IMAGE_SIZE = 32  # side in pixels, for data sets whose images vary in size
 _TEST_SPLITS = ("test", "validation")  # in order of preference
 _READ_AT_ONCE = 4096  # records
 
@@ -27,13 +27,13 @@ Texts = dict[str, bytes]
 
 
 class _Columns(NamedTuple):
-    """Which features of an example are read, and what becomes of the images.
+    """The features of an example that are read, and the shape that images are converted to.
 
     Attributes:
       image: key of the image feature.
       label: key of the label feature.
-      classes: names of the Y classes; empty when the metadata does not know them.
-      shape: (height, width, channels) of every image that is read.
+      classes: names of the Y classes; empty if the metadata do not give them.
+      shape: (height, width, channels) of every image after decoding.
     """
 
     image: str
@@ -48,26 +48,26 @@ def read(
     image_size: int,
     accept: Callable[[int, int], None] = lambda classes, examples: None,
 ) -> Arrays:
-    """Decodes a prepared data set.
+    """Decode a prepared data set.
 
-    The test examples are those of the split `test`, or of `validation` where `test` is missing or
-    carries no labels. Examples without a label (-1) are left out.
+    The test examples come from the split `test`, or from `validation` if `test` is missing or has
+    no labels. Examples without a label (-1) are left out.
 
     Args:
-      name: the data set as the user called it, for messages.
+      name: the user's name of the data set, for messages.
       version_folder: the folder of one prepared version.
-      image_size: side in pixels to resize images to; 0 keeps the data set's own size, or takes
-        `DEFAULT_IMAGE_SIZE` when its images vary.
-      accept: called with the number of classes and of training examples before anything is
-        decoded, where the metadata knows both; refuses by raising.
+      image_size: side in pixels to resize images to; 0 keeps the data set's own size, or uses
+        `DEFAULT_IMAGE_SIZE` if its images vary in size.
+      accept: called with the numbers of classes and of training examples before anything is
+        decoded, if the metadata give both; raises to reject the data set.
 
     Returns:
       `train_images` (M, height, width, channels) uint8, `train_labels` (M,) int32, the same two
       for `test`, and `classes` (Y,) str.
 
     Raises:
-      InputError: for a data set that has no images, labels, train split or labelled test split,
-        or that is damaged.
+      InputError: if the data set has no images, labels, train split or labelled test split, or is
+        damaged.
     """
     with _quiet(), _refusing_damage(name, version_folder):
         require_package(
@@ -102,12 +102,12 @@ def read(
 
 
 class _Text(NamedTuple):
-    """Which features of an example of text are read.
+    """The features of a text example that are read.
 
     Attributes:
       text: key of the text feature.
-      domain: key of the feature whose value is the domain of a text; empty where all are of one.
-      names: of the domain feature's values, where these are numbers of a class.
+      domain: key of the feature whose value is the domain of a text; empty if there is one domain.
+      names: names of the domain feature's values, if it is a class label.
     """
 
     text: str
@@ -116,21 +116,21 @@ class _Text(NamedTuple):
 
 
 def read_text(name: str, version_folder: Path, domain: str) -> tuple[Texts, Texts]:
-    """Reads the texts of a prepared data set.
+    """Read the texts of a prepared data set.
 
     Args:
-      name: the data set as the user called it, for messages.
+      name: the user's name of the data set, for messages.
       version_folder: the folder of one prepared version.
-      domain: key of the feature whose values are the domains; empty for the class label where there
-        is one, else all text is one domain. Texts without a label (-1) are left out.
+      domain: key of the feature whose values are the domains. If empty, the domain is the class
+        label if there is exactly one, else all text is one domain. Texts without a label (-1) are
+        left out.
 
     Returns:
-      Texts by domain, a line break after each: of the split `train`, and of `test`, or of
-      `validation` where that is missing; none where both are.
+      Two dictionaries from domain to text, with a line break after each example: of the split
+      `train`; and of `test`, else of `validation`, empty if neither has text.
 
     Raises:
-      InputError: for a data set that has no text, domain feature or train split, or that is
-        damaged.
+      InputError: if the data set has no text, domain feature or train split, or is damaged.
     """
     with _quiet(), _refusing_damage(name, version_folder):
         require_package(
@@ -151,14 +151,14 @@ def read_text(name: str, version_folder: Path, domain: str) -> tuple[Texts, Text
 
 
 def download(name: str, folder: Path) -> None:
-    """Fetches and prepares a data set, through TFDS, in a format that is read without TensorFlow.
+    """Download and prepare a data set with TFDS, in a format that is readable without TensorFlow.
 
     Args:
       name: `base[/config][:version]`.
       folder: the data folder to prepare it in.
 
     Raises:
-      InputError: for a name that TFDS does not know, or a download that fails.
+      InputError: if TFDS does not know the name, or the download fails.
     """
     base, config, version = layout.parse(name)
     full = base + (f"/{config}" if config else "") + (f":{version}" if version else "")
@@ -174,7 +174,7 @@ def download(name: str, folder: Path) -> None:
             raise InputError(
                 "data.name", name, f"neither TFDS nor {folder} knows it; see tfds.list_builders()"
             ) from error
-        except Exception as error:  # A network, a disk or a builder can fail in any way.
+        except Exception as error:  # The network, the disk or the builder can raise anything.
             raise InputError(
                 "data.download",
                 True,
@@ -184,7 +184,7 @@ def download(name: str, folder: Path) -> None:
 
 
 def fingerprint(version_folder: Path) -> str:
-    """Returns the identity of a prepared data set: where it is, and every file's size and time."""
+    """Hash the path of a prepared data set, and the name, size and time of each of its files."""
     files = sorted(path for path in version_folder.iterdir() if path.is_file())
     stats = [(path.name, path.stat()) for path in files]
     listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -192,7 +192,7 @@ def fingerprint(version_folder: Path) -> str:
 
 
 def _columns(name: str, info: Any, image_size: int) -> _Columns:
-    """Finds the image and the label in the metadata."""
+    """Find the image and the label in the metadata."""
     import tensorflow_datasets as tfds
 
     known = isinstance(info.features, tfds.features.FeaturesDict)
@@ -233,7 +233,7 @@ def _columns(name: str, info: Any, image_size: int) -> _Columns:
 
 
 def _text_columns(name: str, info: Any, domain: str) -> _Text:
-    """Finds the text, and what tells its domain, in the metadata."""
+    """Find the text, and the feature that gives its domain, in the metadata."""
     import tensorflow_datasets as tfds
 
     known = isinstance(info.features, tfds.features.FeaturesDict)
@@ -259,7 +259,7 @@ def _text_columns(name: str, info: Any, domain: str) -> _Text:
 
 
 def _read_texts(name: str, builder: Any, split: str, columns: _Text) -> Texts:
-    """Returns a split's texts by domain; none where it has none."""
+    """Return a split's texts by domain; empty if there is no such split."""
     if split not in builder.info.splits:
         return {}
     records = _records(name, builder, split)
@@ -274,7 +274,7 @@ def _read_texts(name: str, builder: Any, split: str, columns: _Text) -> Texts:
 
 
 def _domain(feature: Any, columns: _Text) -> str | None:
-    """The domain of an example; None for one without a label."""
+    """Return the domain of an example; None if it has no label."""
     if not columns.domain:
         return "all"
     value = feature[columns.domain]
@@ -289,7 +289,7 @@ def _domain(feature: Any, columns: _Text) -> str | None:
 def _read_split(
     name: str, builder: Any, split: str, columns: _Columns
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns a split's labelled images and labels, or None when it has none."""
+    """Return a split's labelled images and their labels, or None if it has none."""
     if split not in builder.info.splits:
         return None
     records = _records(name, builder, split)
@@ -318,7 +318,7 @@ def _read_split(
 
 
 def _records(name: str, builder: Any, split: str) -> Any:
-    """Opens a split for random access to its serialised examples."""
+    """Open a split for random access to its serialised examples."""
     import tensorflow_datasets as tfds
 
     lost = [path for path in builder.info.splits[split].filepaths if not Path(path).is_file()]
@@ -339,7 +339,7 @@ def _records(name: str, builder: Any, split: str) -> Any:
 
 
 def _examples(records: Any, columns: _Columns) -> Iterator[tuple[bytes, int]]:
-    """Yields the encoded image and the label of each example."""
+    """Yield the encoded image and the label of each example."""
     for feature in _features(records):
         yield (
             feature[columns.image].bytes_list.value[0],
@@ -348,7 +348,7 @@ def _examples(records: Any, columns: _Columns) -> Iterator[tuple[bytes, int]]:
 
 
 def _features(records: Any) -> Iterator[Any]:
-    """Yields the features of each example by key."""
+    """Yield the features of each example by key."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     for start in range(0, len(records), _READ_AT_ONCE):
@@ -358,7 +358,7 @@ def _features(records: Any) -> Iterator[Any]:
 
 
 def _encode_without_tensorflow(builder: Any) -> None:
-    """Lets a builder write images that it holds as arrays, for which TFDS calls TensorFlow."""
+    """Let a builder encode image arrays with Pillow, since TFDS would call TensorFlow."""
     if importlib.util.find_spec("tensorflow") is not None:
         return
     import tensorflow_datasets as tfds
@@ -376,28 +376,28 @@ def _encode_without_tensorflow(builder: Any) -> None:
 
 @contextlib.contextmanager
 def _refusing_damage(name: str, version_folder: Path) -> Iterator[None]:
-    """Looks at the metadata, and turns what readers raise over damaged files into one line."""
+    """Check the metadata, and turn the readers' errors about damaged files into an InputError."""
     try:
         check_metadata(version_folder)
         yield
     except InputError:
         raise
-    except Exception as error:  # Metadata, records and examples each break in their own ways.
+    except Exception as error:  # Damaged metadata, records and examples raise different errors.
         if isinstance(error, ImportError) and error.name != "tensorflow":
-            raise  # What is not installed is no damage; TensorFlow is needed for odd types alone.
+            raise  # A missing package is no damage. Only unusual types need TensorFlow.
         raise InputError(
             "data.name", name, f"{version_folder} is damaged ({_reason(error)}); prepare it again"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """Returns the start of an error's message, on one line."""
+    """Return the start of an error's message, on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS's own log lines out of the run's."""
+    """Keep TFDS's log lines out of the run's log."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:

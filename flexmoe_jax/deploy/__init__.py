@@ -1,7 +1,7 @@
-"""Real clients: the functions of `client` and `server` behind Flower's transport.
+"""Run a federation with real clients: the functions of `client` and `server` over Flower.
 
-Needs the extra `deploy`. A server's process and each client's live as long as the federation;
-Flower's own processes carry messages between them (see `flower/app.py`).
+This needs the extra `deploy`. The server process and each client process run as long as the
+federation. Flower's own processes carry messages between them (see `flower/app.py`).
 """
 
 from flexmoe_jax.deploy.carrier import (

@@ -1,4 +1,4 @@
-"""How messages reach clients and come back: through Flower, or within one process."""
+"""Carry messages to clients and their answers back: through Flower, or within one process."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
 
 class LostError(ConnectionError):
-    """Flower's process is gone, and with it all messages that were on their way."""
+    """Flower's process has ended, and all messages on their way are lost."""
 
 
 class Reply(NamedTuple):
-    """What came back for a message.
+    """The reply to a message.
 
     Attributes:
-      message: its id.
-      content: the client's answer; None where there is none.
-      error: why there is none, in Flower's words.
+      message: id of the message.
+      content: the client's answer; None if there is none.
+      error: the reason why there is no answer, as Flower states it.
     """
 
     message: str
@@ -33,54 +33,55 @@ class Reply(NamedTuple):
 
 
 class Carrier(Protocol):
-    """Carries messages to clients' nodes, and answers back."""
+    """Carries messages to the clients' nodes, and their answers back."""
 
     def nodes(self) -> list[int]:
-        """Ids of the nodes that are there."""
+        """Return the ids of the connected nodes."""
 
     def push(self, kind: str, group: str, orders: Sequence[tuple[int, RecordDict]]) -> list[str]:
-        """Sends each node its own message; returns the messages' ids."""
+        """Send each node its own message, and return the ids of the messages."""
 
     def pull(self, messages: Sequence[str]) -> list[Reply]:
-        """What has come back for any of these messages so far, each once."""
+        """Return the new replies to any of these messages; each reply is returned once."""
 
 
 def to_bytes(records: RecordDict) -> bytes:
-    """Records as Flower's protobuf bytes."""
+    """Convert records to Flower's protobuf bytes."""
     found: bytes = recorddict_to_proto(records).SerializeToString()
     return found
 
 
 def from_bytes(data: bytes) -> RecordDict:
-    """The records of protobuf bytes."""
+    """Convert protobuf bytes to records."""
     return recorddict_from_proto(Proto.FromString(data))
 
 
 class FlowerCarrier:
-    """Through the Flower app of a run (see `flower/app.py`), which comes to a Unix socket.
+    """Carries messages through the Flower app of a run, which connects to a Unix socket.
 
-    A run that ends, with its SuperLink or alone, is lost; the next one that comes takes its place.
+    See `flower/app.py`. If the run ends, with its SuperLink or alone, the carrier is lost until the
+    next run connects.
 
     Args:
-      path: of the socket, in a folder that no other user may open.
+      path: path of the socket, in a folder that no other user may open.
 
     Attributes:
-      runs: how many have come.
+      runs: number of runs that have connected.
     """
 
     def __init__(self, path: Path) -> None:
-        """Listens."""
+        """Open the socket and listen."""
         self._listener = Listener(str(path), "AF_UNIX")
         self._line: Connection | None = None
         self.runs = 0
 
     def wait(self) -> None:
-        """Waits for the app of a run."""
+        """Wait until the app of a run connects."""
         self._line = self._listener.accept()
         self.runs += 1
 
     def close(self) -> None:
-        """Lets the run end."""
+        """Close the socket, so that the run ends."""
         if self._line is not None:
             self._line.close()
         self._line = None
@@ -90,7 +91,7 @@ class FlowerCarrier:
         """See `Carrier`.
 
         Raises:
-          LostError: the run is gone; so for the other methods.
+          LostError: if the run has ended. `push` and `pull` raise it, too.
         """
         found: list[int] = json.loads(self._ask({"do": "nodes"})[0])
         return found
@@ -112,7 +113,7 @@ class FlowerCarrier:
         return replies
 
     def _ask(self, wish: dict, *frames: bytes, many: bool = False) -> list[bytes]:
-        """Sends a wish and its frames; of many answers the first says how many follow."""
+        """Send a request and its frames; if `many`, the first answer says how many follow."""
         if self._line is None:
             raise LostError("no run")
         try:
@@ -129,18 +130,18 @@ class FlowerCarrier:
 
 
 Answer = Callable[[RecordDict], RecordDict]
-"""What a client does with a message."""
+"""A client's function from a message to its answer."""
 
 
 class LocalCarrier:
-    """Within this process: every client answers when its answer is pulled.
+    """Carries messages within this process: a client answers when its reply is pulled.
 
     Args:
-      clients: by their nodes' ids; may be changed between calls, as nodes come and go.
+      clients: node id -> client. It may change between calls, as nodes connect and disconnect.
     """
 
     def __init__(self, clients: dict[int, Answer]) -> None:
-        """Nothing is on its way."""
+        """Start without messages."""
         self.clients = clients
         self._waiting: dict[str, tuple[int, bytes]] = {}
         self._sent = 0
@@ -170,14 +171,14 @@ class LocalCarrier:
 
 
 def answer_calls(path: Path, answer: Answer) -> Listener:
-    """Answers the messages that Flower's processes bring to a Unix socket, one after the other.
+    """Answer the messages that Flower's processes send to a Unix socket, one after the other.
 
     Args:
-      path: of the socket, in a folder that no other user may open.
-      answer: what to do with a message.
+      path: path of the socket, in a folder that no other user may open.
+      answer: returns the answer to a message.
 
     Returns:
-      The socket; whoever closes it ends the thread that answers.
+      The socket; closing it ends the thread that answers.
     """
     listener = Listener(str(path), "AF_UNIX")
 
@@ -191,7 +192,7 @@ def answer_calls(path: Path, answer: Answer) -> Listener:
                 try:
                     line.send_bytes(to_bytes(answer(from_bytes(line.recv_bytes()))))
                 except (EOFError, OSError):
-                    continue  # Flower's process is gone; the server asks again.
+                    continue  # Flower's process has ended; the server asks again.
 
     threading.Thread(target=serve, daemon=True).start()
     return listener

@@ -1,4 +1,4 @@
-"""What a client owns, on its own disk: there whole, or as it was before, whatever ends the client.
+"""Store a client's own state on its disk; a crash leaves the complete new or old file.
 
 Axis legend: `K` expert slots.
 """
@@ -21,13 +21,13 @@ FILE = "own.npz"
 
 
 class Kept(NamedTuple):
-    """What a client keeps from round to round.
+    """The state that a client keeps between rounds.
 
     Attributes:
-      before: what it owned when it began its latest round.
-      after: what it owns if its answer was accepted, which it learns with the next message.
-      round: of that answer; -1 for none.
-      experts: those that it was sent for that round, as they were sent.
+      before: its own state when its latest round began.
+      after: its own state if the server accepted its answer; the next message tells whether.
+      round: index of its latest round; -1 if there was none.
+      experts: the experts that it received for that round, before training.
     """
 
     before: Own
@@ -36,21 +36,21 @@ class Kept(NamedTuple):
     experts: wire.Experts
 
     def settled(self, accepted: int) -> Own:
-        """What the client owns now.
+        """Return the client's current own state.
 
         Args:
-          accepted: the latest round of which the server accepted the client's answer; -1 for none.
+          accepted: the latest round in which the server accepted its answer; -1 if there was none.
         """
         return self.after if self.round <= accepted else self.before
 
 
 def keep(folder: Path, kept: Kept) -> None:
-    """Writes what a client owns, in one step.
+    """Write a client's own state to disk atomically.
 
-    Not the experts that it was sent: whoever starts anew is sent them again.
+    The received experts are not written: after a restart, the server sends them again.
 
     Raises:
-      OSError: it cannot be written; what was there stays.
+      OSError: if the file cannot be written; the old file then stays.
     """
     arrays = {"round": np.asarray(kept.round)}
     for name, tree in (("before", kept.before), ("after", kept.after)):
@@ -67,10 +67,10 @@ def keep(folder: Path, kept: Kept) -> None:
 
 
 def recall(folder: Path, first: Kept) -> Kept:
-    """Reads what a client kept; `first` where it kept nothing yet.
+    """Read a client's state from disk; return `first` if there is no file yet.
 
     Raises:
-      InputError: what is there is damaged, or of another model.
+      InputError: if the file is damaged, or belongs to another model.
     """
     path = folder / FILE
     if not path.exists():
@@ -79,7 +79,7 @@ def recall(folder: Path, first: Kept) -> Kept:
         with np.load(path, allow_pickle=False) as found:
             before, after = (_tree(found, name, first.before) for name in ("before", "after"))
             return Kept(before, after, int(found["round"]), {})
-    except Exception as error:  # Damage shows as any of a dozen errors.
+    except Exception as error:  # A damaged file can raise many kinds of errors.
         remedy = f"cannot be read ({type(error).__name__}: {error}); move it away to start anew"
         raise InputError("folder", path, remedy) from error
 

@@ -1,8 +1,8 @@
-"""The server's post: who is there, what each was asked, and what came back.
+"""The server's post: tracks connected clients, sends them messages, and collects the answers.
 
-One loop does it all, whatever happens meanwhile: nodes come, say who they are and are told about
-the federation; those that are asked something get it as soon as they are there; what is lost with a
-node, or with Flower's own process, is sent again.
+One loop does all of this. When a node connects, it says which client it is, and gets the setup of
+the federation. A client gets a pending order as soon as it is ready. Messages that are lost with a
+node, or with Flower's own process, are sent again.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from flexmoe_jax.errors import printable
 from flexmoe_jax.options.deploy import DeployOptions
 
 _LOG = logging.getLogger(__name__)
-# Seconds between two looks for answers.
+# Seconds between two polls for answers.
 _POLL = 0.1
-# How often a client that fails is asked the same.
+# How often the same order is sent to a client that fails.
 _TRIES = 3
-# What clients are asked that take part.
+# The kinds of orders.
 _ASKED = ("train", "evaluate")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 class Facts(NamedTuple):
-    """What a client says of itself.
+    """What a client reports about itself.
 
     Attributes:
-      name: it is known by.
-      examples: how many it trains on.
-      memory: bytes that it has for training; 0 for not said.
+      name: name of the client.
+      examples: number of its training examples.
+      memory: bytes that training may use; 0 if not reported.
     """
 
     name: str
@@ -46,16 +46,16 @@ class Facts(NamedTuple):
 
 @dataclass
 class Standing:
-    """What is known of a client, for whoever looks on.
+    """Statistics of a client, for monitoring.
 
     Attributes:
-      node: where it was last; 0 for nowhere.
-      asked: times.
-      answered: times.
-      late: times that a round went on without it.
-      refused: answers that were.
-      why: the latest refusal.
-      seconds: it took for its latest answer.
+      node: id of its latest node; 0 if it never connected.
+      asked: number of orders sent to it.
+      answered: number of its answers that were accepted.
+      late: number of times that a round continued without its answer.
+      refused: number of its answers that were rejected.
+      why: reason of the latest rejection.
+      seconds: seconds between its latest answered order and the answer.
     """
 
     node: int = 0
@@ -68,11 +68,11 @@ class Standing:
 
 
 class Order(NamedTuple):
-    """What a client is asked.
+    """A message that asks a client to train or to evaluate.
 
     Attributes:
-      content: without experts that it still has.
-      whole: with all.
+      content: the message without the experts that the client still has.
+      whole: returns the message with all experts.
     """
 
     content: RecordDict
@@ -81,7 +81,7 @@ class Order(NamedTuple):
 
 @dataclass
 class _Sent:
-    """A message on its way."""
+    """A message that was sent and not answered yet."""
 
     node: int
     purpose: str
@@ -90,12 +90,12 @@ class _Sent:
 
 
 class Post:
-    """Sends and collects messages.
+    """Sends messages to clients and collects their answers.
 
     Args:
-      carrier: of the messages.
-      again: waits until the carrier carries again, once it is lost.
-      stop: whether to wait for clients no longer.
+      carrier: carries the messages.
+      again: called if the carrier is lost; returns when it works again.
+      stop: returns whether `gather` should stop waiting for clients.
     """
 
     def __init__(
@@ -104,27 +104,27 @@ class Post:
         again: Callable[[], None] = lambda: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Knows nobody yet."""
+        """Start without any client."""
         self._carrier, self._again, self._stop = carrier, again, stop
         self.facts: dict[str, Facts] = {}
         self.standing: dict[str, Standing] = {}
         self._numbers: dict[str, int] | None = None
         self._setup: Callable[[int], RecordDict] | None = None
-        self._names: dict[int, str] = {}  # of nodes
+        self._names: dict[int, str] = {}  # node -> client's name
         self._greeted: set[int] = set()
         self._ready: set[int] = set()
-        self._out: set[int] = set()  # Numbers of clients that cannot take part as they are.
+        self._out: set[int] = set()  # Numbers of clients that refused, or did not fit, the setup.
         self._sent: dict[str, _Sent] = {}
         self._layout = ""
 
     def gather(self, count: int) -> list[Facts]:
-        """Waits until so many clients have said who they are; they are numbered by their names.
+        """Wait until `count` clients have reported; clients are numbered in the order of names.
 
         Returns:
-          What each says of itself, by its number.
+          The facts of each client, by its number.
 
         Raises:
-          KeyboardInterrupt: nobody is to be waited for any longer.
+          KeyboardInterrupt: if `stop` says to stop waiting.
         """
         told = -1
         while len(self.facts) < count:
@@ -138,12 +138,12 @@ class Post:
         return [self.facts[name] for name in sorted(self.facts, key=natural)[:count]]
 
     def admit(self, names: list[str], setup: Callable[[int], RecordDict], layout: str) -> None:
-        """Says who takes part, and what each is told first.
+        """Set the clients that take part, and the setup that each gets first.
 
         Args:
-          names: of the clients, by their numbers; all others are refused.
-          setup: number -> what it is told.
-          layout: names and shapes of the model's parameters, which a client must have alike.
+          names: names of the clients, by their numbers; all others are rejected.
+          setup: client number -> its setup message.
+          layout: hash of the names and shapes of the model's parameters; a client's must be equal.
         """
         self._numbers = {name: number for number, name in enumerate(names)}
         self._setup, self._layout = setup, layout
@@ -151,7 +151,7 @@ class Post:
             self.standing.setdefault(name, Standing())
 
     def shown(self) -> dict[str, dict[str, object]]:
-        """How each client of the federation stands now, by its name; another thread may ask."""
+        """Return the state and statistics of each client, by name; callable from any thread."""
         nodes = {name: node for node, name in list(self._names.items())}
         asked = {sent.number for sent in list(self._sent.values()) if sent.purpose in _ASKED}
         return {
@@ -170,7 +170,7 @@ class Post:
         return "asked" if number in asked else "ready"
 
     def of(self, number: int) -> Standing:
-        """What is known of a client."""
+        """Return the statistics of a client."""
         names = {n: name for name, n in (self._numbers or {}).items()}
         return self.standing[names[number]]
 
@@ -183,15 +183,15 @@ class Post:
         options: DeployOptions,
         enough: int,
     ) -> None:
-        """Asks clients by their numbers, and hands on what comes back.
+        """Send orders to clients, and pass their answers on.
 
         Args:
           kind: `train` or `evaluate`.
-          group: what Flower's logs say of the message.
-          orders: what each is asked.
-          take: (number, answer) -> why it is refused; empty for one that is taken.
-          options: how long anybody is waited for.
-          enough: so many answers end the waiting.
+          group: label of the messages in Flower's logs.
+          orders: client number -> its order.
+          take: (number, answer) -> reason for a rejection; empty if the answer is accepted.
+          options: how long to wait for clients.
+          enough: number of accepted answers after which to stop waiting.
         """
         open_orders = {number: order for number, order in orders.items() if number not in self._out}
         begin, taken = time.monotonic(), 0
@@ -214,7 +214,7 @@ class Post:
             standing = self.standing[names[number]]
             standing.late += 1
             _LOG.warning("%s: did not answer in time (%s)", names[number], kind)
-        # Whatever still comes for these is of a round that is over.
+        # Forget open orders: answers that still arrive belong to a round that is over.
         self._sent = {m: s for m, s in self._sent.items() if s.purpose in ("hello", "setup")}
 
     def _to_be_waited_for(
@@ -224,7 +224,7 @@ class Post:
         begin: float,
         options: DeployOptions,
     ) -> bool:
-        """Whether anybody is; notes who is there now."""
+        """Return whether to wait for any client; note in `seen` which clients are ready now."""
         now = time.monotonic()
         seen.update(dict.fromkeys(map(self._number_of, self._ready), now))
         in_time = now - begin < options.deadline
@@ -233,7 +233,7 @@ class Post:
     def _step(
         self, orders: dict[int, Order], tries: dict[int, int], kind: str, group: str
     ) -> list[tuple[int, RecordDict]]:
-        """Does what can be done now; returns answers by the clients' numbers."""
+        """Send and collect whatever is possible now; return answers with the clients' numbers."""
         try:
             nodes = set(self._carrier.nodes())
             self._forget_all_but(nodes)
@@ -253,7 +253,7 @@ class Post:
         self._sent = {m: sent for m, sent in self._sent.items() if sent.node in nodes}
 
     def _greet(self, nodes: set[int]) -> None:
-        """Asks nodes who they are, and tells those about the federation who take part in it."""
+        """Ask new nodes for their facts, and send the setup to clients that take part."""
         asked = nodes - self._greeted
         if asked:
             hello = RecordDict({"ask": ConfigRecord({"what": "hello"})})
@@ -268,7 +268,7 @@ class Post:
                 self._send("query", "setup", [(node, "setup", number, self._setup(number))])
 
     def _push(self, orders: Mapping[int, Order], kind: str, group: str) -> None:
-        """Sends orders to clients that are ready and have not got them."""
+        """Send orders to the clients that are ready and have not got them yet."""
         under_way = {sent.number for sent in self._sent.values() if sent.purpose == kind}
         there = {self._number_of(node): node for node in sorted(self._ready)}
         wanted = [number for number in orders if number in there and number not in under_way]
@@ -315,7 +315,7 @@ class Post:
     def _failed(
         self, sent: _Sent, reply: Reply, orders: dict[int, Order], tries: dict[int, int]
     ) -> None:
-        """A node that could not answer is asked again, and after some times no more."""
+        """Note that a node could not answer; after `_TRIES` failures, drop its order."""
         if sent.purpose == "hello":
             self._greeted.discard(sent.node)
         elif sent.number in orders:
@@ -341,7 +341,7 @@ class Post:
             _LOG.warning("%s: refused: takes no part in this federation", facts.name)
             return
         others = [n for n, name in self._names.items() if name == facts.name and n != node]
-        for other in others:  # It came back: what was on its way to its former node is lost.
+        for other in others:  # The client reconnected; messages to its former node are lost.
             self._names.pop(other)
             self._ready.discard(other)
             self._sent = {m: s for m, s in self._sent.items() if s.node != other}
@@ -367,7 +367,7 @@ class Post:
             self.standing[name].why = why
 
     def _complete(self, sent: _Sent, content: RecordDict, orders: dict[int, Order]) -> None:
-        """Sends what a client says it lacks: all experts, or the federation itself."""
+        """Arrange to send what a client says it lacks: all experts, or the setup."""
         lacks = content["lacks"]
         assert isinstance(lacks, ConfigRecord)
         if "setup" in lacks:
@@ -377,6 +377,6 @@ class Post:
 
 
 def natural(name: str) -> tuple:
-    """Names with numbers in their order: client_2 before client_10."""
+    """Return a sort key that orders numbers in names by value: client_2 before client_10."""
     parts = re.split(r"(\d+)", name)
     return tuple((part.isdigit(), int(part) if part.isdigit() else part) for part in parts)

@@ -1,4 +1,4 @@
-"""A real server's rounds: it sends, collects, admits and closes, by the functions of `server`.
+"""Rounds of a real server: send orders, collect and admit answers, and close the round.
 
 Axis legend: `C` clients, `P` clients of the round's plan, `G` groups of MoE layers, `K` expert
 slots, `E` experts, `Y` classes.
@@ -37,16 +37,16 @@ from flexmoe_jax.types import (
     Upload,
 )
 
-# Predictions larger than this are not asked for: the figures of all clients together are left out.
+# Larger predictions are not requested, and the evaluation of the joint predictions is left out.
 _JOINT_BYTES = 2**23
 
 
 class Roll(NamedTuple):
-    """What the server knows of what its clients own.
+    """What the server knows about the state of its clients.
 
     Attributes:
-      slots: (C, G, K) int32 each one's latest experts; E marks an empty slot.
-      accepted: (C,) int32 the latest round in which its answer was accepted; -1 for none.
+      slots: (C, G, K) int32, the latest experts of each client; E marks an empty slot.
+      accepted: (C,) int32, the latest round in which the client's answer was accepted; -1 if none.
     """
 
     slots: Array
@@ -54,11 +54,11 @@ class Roll(NamedTuple):
 
 
 class ServerState(NamedTuple):
-    """A federation as its server has it; stands where a simulation has its `State`.
+    """The state of a federation on its server; it replaces the `State` of a simulation.
 
     Attributes:
-      server: the server's.
-      clients: what it knows of theirs.
+      server: state of the server.
+      clients: what the server knows about the clients.
     """
 
     server: Server
@@ -66,15 +66,15 @@ class ServerState(NamedTuple):
 
 
 class Common(NamedTuple):
-    """What the server has for all.
+    """What the server shares with all clients, and the sizes of the clients.
 
     Attributes:
-      config: of the federation, as JSON.
-      federation_id: of this federation, letters and digits.
+      config: config of the federation, as JSON.
+      federation_id: id of this federation, letters and digits.
       classes: names of the Y classes.
-      prepare: named arrays that say how inputs are standardised.
+      prepare: named arrays that standardise inputs.
       tests: the common test set, leaves (M, ...).
-      examples: (C,) that each client has.
+      examples: (C,) number of training examples of each client.
     """
 
     config: str
@@ -86,15 +86,15 @@ class Common(NamedTuple):
 
 
 class Service:
-    """A server at work.
+    """The server of a federation with real clients.
 
     Args:
-      federation: all its choices.
-      common: what it has for all clients.
-      post: to and from them.
-      options: how long it waits.
-      key: of the run.
-      cache: whether experts that a client still has are not sent again.
+      federation: the federation's settings.
+      common: what the server shares with all clients.
+      post: sends messages to the clients and collects the answers.
+      options: how long the server waits for clients.
+      key: random key of the run.
+      cache: if true, experts that a client still has are not sent again.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Service:
         key: Key,
         cache: bool = True,
     ) -> None:
-        """Compiles nothing yet."""
+        """Prepare the server; functions are compiled at their first call."""
         self.federation, self._common, self._post = federation, common, post
         self._options, self._key, self._cache = options, key, cache
         shapes = federation.layout.split(federation.shapes)
@@ -121,9 +121,9 @@ class Service:
         self._close = compiled(partial(_close, federation))
 
     def init(self, key: Key) -> ServerState:
-        """The state before the first round."""
+        """Return the state before the first round."""
         federation = self.federation
-        # Compiled, as a simulation's: step by step, numbers are rounded in other places.
+        # Compiled, as in a simulation: without compilation, values are rounded differently.
         begin = jax.jit(
             partial(_begin, federation),
             compiler_options=compiler_options(ONCE),
@@ -135,7 +135,7 @@ class Service:
         return ServerState(begun, Roll(empty, jnp.full(federation.clients, -1, jnp.int32)))
 
     def setup(self, number: int) -> RecordDict:
-        """What a client is told first."""
+        """Return the setup of a client, as records."""
         model_key, gate_key = jax.random.split(self._key)
         draw = jax.jit(self.federation.draw, compiler_options=compiler_options(ONCE))
         private = draw(model_key).private
@@ -157,11 +157,11 @@ class Service:
     def round(
         self, state: ServerState, plan: Plan
     ) -> tuple[ServerState, RoundReport, np.ndarray, np.ndarray]:
-        """Sends to the clients of a plan, collects their answers, and closes the round.
+        """Send orders to the clients of a plan, collect their answers, and close the round.
 
         Returns:
-          The state after it, its report, and of the plan's clients (P,) bool who were sent
-          something, and whose answer came.
+          The state after the round, its report, and two arrays (P,) bool: the clients of the plan
+          that were sent an order, and those with a valid answer.
         """
         federation, done = self.federation, int(state.server.round)
         numbers, slots = np.asarray(plan.clients), np.asarray(plan.slots)
@@ -194,7 +194,7 @@ class Service:
         return following, report, reached, delivered
 
     def evaluate(self, state: ServerState) -> Evaluation:
-        """What the clients' models make of the test set, as each of them says."""
+        """Collect the evaluations that the clients report for their own models."""
         federation = self.federation
         done, slots = int(state.server.round), np.asarray(state.clients.slots)
         has = (slots[:, :, 0] < federation.layout.experts).any(axis=1)
@@ -224,7 +224,7 @@ class Service:
     def _order(
         self, state: ServerState, number: int, what: str, slots: np.ndarray, words: dict[str, Any]
     ) -> Order:
-        """What a client is asked, with ψ and the experts that it does not have."""
+        """Make an order for a client, with ψ and the experts that the client does not have."""
         federation = self.federation
         there = wire.held(slots, federation.layout.experts)
         fresh = np.asarray(state.server.ledger.fresh)
@@ -254,10 +254,10 @@ class Service:
         return Order(content(skip), lambda: content(set()))
 
     def _read(self, content: RecordDict, done: int, number: int, slots: np.ndarray) -> Upload:
-        """A client's answer to this round.
+        """Read a client's answer to this round.
 
         Raises:
-          WireError: it is none.
+          WireError: if the message is not a valid answer.
         """
         refused, answer = content.get("refused"), content.get("answer")
         if isinstance(refused, ConfigRecord):
@@ -275,7 +275,7 @@ class Service:
     def _finish(
         self, state: ServerState, plan: Plan, uploads: Mapping[int, Upload], bad: set[int]
     ) -> tuple[ServerState, RoundReport]:
-        """Admits the answers in the plan's order, and closes the round."""
+        """Admit the answers in the plan's order, and close the round."""
         federation, begun = self.federation, state.server
         nothing: Upload = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._like)
         total = federation.aggregation.zero(
@@ -300,7 +300,7 @@ class Service:
         return ServerState(following, roll), report
 
     def _joint_shapes(self, tests: Mapping[str, Any]) -> tuple[PyTree, int]:
-        """Shapes of a client's predictions of the test set, as they are averaged, and bytes."""
+        """Return the shapes of a client's predictions of the test set, for averaging, and bytes."""
         federation = self.federation
         count = len(next(iter(tests.values())))
         one, _ = federation.outputs
@@ -330,7 +330,7 @@ class Service:
     def _together(
         self, state: ServerState, found: Mapping[int, tuple], like: tuple, joint: bool
     ) -> Evaluation:
-        """One evaluation of what clients say, and of what the server can tell by itself."""
+        """Combine the clients' reports and the server's own results into one evaluation."""
         federation, tests = self.federation, self._common.tests
         clients = federation.clients
         empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
@@ -361,7 +361,7 @@ class Service:
 
 
 def upload_shapes(federation: Federation, shapes: Params) -> Upload:
-    """Shapes of a client's answer, leaves (K, ...) for experts, as the codec sends it."""
+    """Return the shapes of an upload as the codec sends it; experts are leaves (K, ...)."""
     slots = federation.slots
 
     def answer(shared: PyTree, experts: PyTree) -> Upload:
@@ -376,13 +376,13 @@ def upload_shapes(federation: Federation, shapes: Params) -> Upload:
 
 
 def _begin(federation: Federation, key: Key) -> Server:
-    """The server before the first round."""
+    """Initialise the server before the first round."""
     params = federation.draw(jax.random.split(key)[0])
     return server.init(federation.desk, key, params.shared, params.experts, federation.clients)
 
 
 def _units_of_one(federation: Federation) -> float:
-    """Most units of an example."""
+    """Return the most units that one example can have."""
     weight = jax.eval_shape(federation.task.weight, federation.sample)
     return float(np.prod(weight.shape[1:]))
 
@@ -400,10 +400,10 @@ def _part(content: RecordDict, name: str, like: PyTree) -> PyTree:
 
 
 def _checked(judged: tuple[Tally, Tally, Any], units: np.ndarray) -> tuple[Tally, Tally, Any]:
-    """What a client says of its model, if it can be: no more hits than units.
+    """Check a client's report about its model: hits must not exceed units.
 
     Raises:
-      WireError: it cannot.
+      WireError: if the report is impossible.
     """
     common, personal, weight = judged
     if weight < 0:
@@ -418,7 +418,7 @@ def _checked(judged: tuple[Tally, Tally, Any], units: np.ndarray) -> tuple[Tally
 def _take(
     federation: Federation, total: Any, begun: Server, upload: Upload, slots: Array, steps: Array
 ) -> tuple[Any, server.Verdict]:
-    """Decodes one answer, judges it, and adds it to the aggregate."""
+    """Decode one answer, decide whether to admit it, and add it to the aggregate."""
     site, desk = federation.site, federation.desk
     down = server.send(desk, begun, slots, steps)
     sent = client.decode(site.codec, (upload.shared, upload.experts), (down.shared, down.experts))
@@ -434,7 +434,7 @@ def _take(
 def _close(
     federation: Federation, begun: Server, total: Any, verdicts: server.Verdict, plan: Plan
 ) -> tuple[Server, server.Verdict, RoundReport]:
-    """The server after the round, the verdicts that hold, and the report."""
+    """Close the round; return the server after it, the final verdicts, and the report."""
     desk = federation.desk
     following, verdicts, late = server.conclude(
         desk, federation.aggregation, begun, total, verdicts, plan

@@ -1,8 +1,8 @@
-"""What travels, as Flower's records: one record for ψ, and one for each expert.
+"""Convert parameters to Flower's records and back: one record for ψ, and one for each expert.
 
-A record holds one flat array for each type of numbers, in the order of the tree's leaves. Both ends
-know shapes and names from the model, so that nothing but numbers travels; whatever does not have
-exactly the size and type that the model has is refused.
+A record holds one flat array for each dtype, in the order of the tree's leaves. Both ends know the
+shapes and names from the model, so a record holds numbers only. A record is rejected unless its
+sizes and dtypes are exactly those of the model.
 
 Axis legend: `K` expert slots, `G` groups of MoE layers, `L` MoE layers, `E` experts.
 """
@@ -20,21 +20,21 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flexmoe_jax.errors import printable
 from flexmoe_jax.types import Feedback, PyTree, Upload
 
-# Types that .npy files do not know travel as whole numbers of the same size.
+# Dtypes that .npy files do not support are sent as integers of the same size.
 CARRIED = {np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16)}
 
 Expert = tuple[int, int]
-"""The group of layers, and the number of the expert in it."""
+"""The group of MoE layers, and the number of the expert in it."""
 Experts = dict[Expert, PyTree]
-"""Of some experts, the parameters by MoE layer, leaves (...)."""
+"""Parameters of some experts: for each expert a tree by MoE layer, leaves (...)."""
 
 
 class WireError(ValueError):
-    """A message is not what the model and the round make it; says why in one line."""
+    """A message does not fit the model or the round; the text gives the reason in one line."""
 
 
 def pack(tree: PyTree) -> ArrayRecord:
-    """A tree of arrays as a record."""
+    """Convert a tree of arrays to a record."""
     by_type: dict[np.dtype[Any], list[np.ndarray]] = {}
     for leaf in jax.tree.leaves(tree):
         by_type.setdefault(np.dtype(leaf.dtype), []).append(np.asarray(leaf).ravel())
@@ -46,14 +46,14 @@ def pack(tree: PyTree) -> ArrayRecord:
 
 
 def unpack(record: ArrayRecord, like: PyTree) -> PyTree:
-    """The tree that a record holds.
+    """Convert a record to the tree that it holds.
 
     Args:
-      record: from `pack`, or from anybody.
+      record: from `pack`, or from an untrusted sender.
       like: a tree of arrays, or of their shapes.
 
     Raises:
-      WireError: it holds anything else than such a tree.
+      WireError: if the record does not hold exactly such a tree.
     """
     leaves, found = jax.tree.flatten(like)
     structure: Any = found
@@ -79,12 +79,12 @@ def unpack(record: ArrayRecord, like: PyTree) -> PyTree:
 def _numbers(array: Array, kind: str, size: int) -> np.ndarray:
     wanted = np.dtype(kind)
     carried = CARRIED.get(wanted, wanted)
-    # Before anything is read: what is announced larger is never unfolded.
+    # Check the size before reading: data that are too large are never decoded.
     if len(array.data) > size * carried.itemsize + 1024:
         raise WireError(f"holds {len(array.data)} bytes where the model has {size} {kind}")
     try:
         found = array.numpy()
-    except Exception as error:  # Bytes from anybody can fail in any way.
+    except Exception as error:  # Untrusted bytes can raise any error.
         raise WireError(f"holds an array that cannot be read ({type(error).__name__})") from error
     if found.dtype != carried or found.shape != (size,):
         shape = printable(f"{found.dtype}{list(found.shape)}", 80)
@@ -93,12 +93,12 @@ def _numbers(array: Array, kind: str, size: int) -> np.ndarray:
 
 
 def name_of(expert: Expert) -> str:
-    """Name of an expert's record."""
+    """Return the name of an expert's record."""
     return f"expert.{expert[0]}.{expert[1]}"
 
 
 def held(slots: np.ndarray, experts: int) -> dict[Expert, int]:
-    """The experts in slots (G, K), and the slot of each; E marks an empty slot."""
+    """Return the experts in slots (G, K), with the slot of each; E marks an empty slot."""
     return {
         (g, int(e)): k
         for g, of_group in enumerate(np.asarray(slots))
@@ -113,13 +113,13 @@ def pack_experts(
     wanted: Mapping[Expert, int],
     skip: Collection[Expert] = (),
 ) -> dict[str, ArrayRecord]:
-    """Records of experts by their names.
+    """Convert experts to records, by record name.
 
     Args:
-      experts: by MoE layer, leaves (n, ...).
-      group: MoE layer to its group.
-      wanted: the experts that travel, and where along the axis n each lies.
-      skip: those of them that do not.
+      experts: parameters by MoE layer, leaves (n, ...).
+      group: MoE layer -> its group.
+      wanted: the experts to convert, and the index of each along the axis n.
+      skip: experts in `wanted` to leave out.
     """
     return {
         name_of(expert): pack(cut(experts, group, expert[0], place))
@@ -129,13 +129,13 @@ def pack_experts(
 
 
 def cut(experts: Mapping[str, PyTree], group: Mapping[str, int], g: int, place: int) -> PyTree:
-    """One expert of a group, by MoE layer, of stacks (n, ...)."""
+    """Return one expert of a group, by MoE layer, from stacks (n, ...)."""
     of_group = {layer: stack for layer, stack in experts.items() if group[layer] == g}
     return jax.tree.map(lambda leaf: np.asarray(leaf[place]), of_group)
 
 
 def one_of_each(experts: Mapping[str, PyTree], group: Mapping[str, int]) -> Callable[[int], PyTree]:
-    """Shapes of one expert by group, from stacks (n, ...) or their shapes."""
+    """Return a function from a group to the shapes of one expert; stacks are (n, ...)."""
 
     def of_group(g: int) -> PyTree:
         stacks = {layer: stack for layer, stack in experts.items() if group[layer] == g}
@@ -147,13 +147,13 @@ def one_of_each(experts: Mapping[str, PyTree], group: Mapping[str, int]) -> Call
 def stack_experts(
     found: Experts, group: Mapping[str, int], slots: np.ndarray, like: Mapping[str, PyTree]
 ) -> dict[str, PyTree]:
-    """Stacks (K, ...) by MoE layer, of the experts in slots (G, K); zeros where there is none.
+    """Stack the experts in slots (G, K) to (K, ...) by MoE layer; empty slots are zeros.
 
     Args:
-      found: each expert's parameters.
-      group: MoE layer to its group.
-      slots: (G, K) which expert lies where.
-      like: by MoE layer, shapes (n, ...) of stacks.
+      found: parameters of each expert.
+      group: MoE layer -> its group.
+      slots: (G, K) expert in each slot.
+      like: shapes (n, ...) of stacks, by MoE layer.
     """
     many = np.asarray(slots).shape[1]
 
@@ -171,7 +171,7 @@ def stack_experts(
 def pack_upload(
     upload: Upload, group: Mapping[str, int], slots: np.ndarray, experts: int
 ) -> RecordDict:
-    """A client's answer: ψ's part, one record for each expert that it held, and its feedback."""
+    """Convert a client's upload to records: ψ, each expert that it holds, and the feedback."""
     there = held(slots, experts)
     numbers: Any = {name: float(getattr(upload, name)) for name in ("loss", "units", "examples")}
     return RecordDict(
@@ -187,17 +187,17 @@ def pack_upload(
 def unpack_upload(
     records: RecordDict, like: Upload, group: Mapping[str, int], slots: np.ndarray, experts: int
 ) -> Upload:
-    """The answer that records hold, leaves (K, ...); of empty slots zeros.
+    """Convert records to a client's upload, leaves (K, ...); empty slots are zeros.
 
     Args:
-      records: from anybody.
-      like: shapes of the answer.
-      group: MoE layer to its group.
-      slots: (G, K) the experts that the client was sent.
+      records: from an untrusted sender.
+      like: shapes of the upload.
+      group: MoE layer -> its group.
+      slots: (G, K) the experts that the client was assigned.
       experts: E.
 
     Raises:
-      WireError: they hold no such answer.
+      WireError: if the records do not hold such an upload.
     """
     there, one = held(slots, experts), one_of_each(like.experts, group)
     wanted = {"numbers", "feedback", "shared", *map(name_of, there)}
@@ -232,15 +232,15 @@ def _part(records: RecordDict, name: str, like: PyTree) -> PyTree:
 
 
 def check_upload(upload: Upload, most_examples: int, units_of_one: float) -> None:
-    """Refuses an answer that says of itself what cannot be.
+    """Check that the numbers that a client reports in its upload are possible.
 
     Args:
       upload: of a client.
-      most_examples: that it can have trained on, counted once a step.
-      units_of_one: most units of an example.
+      most_examples: the most examples that it can have trained on, counted once per step.
+      units_of_one: the most units of one example.
 
     Raises:
-      WireError: naming what cannot be.
+      WireError: if a number is impossible; names the number.
     """
     examples, units = float(upload.examples), float(upload.units)
     if not (0 <= examples <= most_examples):
@@ -257,7 +257,7 @@ def check_upload(upload: Upload, most_examples: int, units_of_one: float) -> Non
 
 
 def bytes_of(records: RecordDict) -> int:
-    """Bytes of the numbers that records hold."""
+    """Count the bytes of all arrays in the records."""
     total = 0
     for record in records.values():
         if isinstance(record, ArrayRecord):

@@ -1,4 +1,4 @@
-"""A real client: it answers the server's messages, and keeps what is its own on its own disk.
+"""A real client: it answers the server's messages, and keeps its own state on its own disk.
 
 Axis legend: `G` groups of MoE layers, `K` expert slots, `E` experts, `N` examples, `Y` classes.
 """
@@ -28,18 +28,18 @@ from flexmoe_jax.federation import Federation
 from flexmoe_jax.types import Array, Download, Own, Params, PyTree, Tally, Upload
 
 _LOG = logging.getLogger(__name__)
-# Of the time that a round leaves, what a client plans to use.
+# Share of the time before the deadline that a client plans to use.
 _MARGIN = 0.8
 
 
 class Mine(NamedTuple):
-    """What a client brings.
+    """A client's data.
 
     Attributes:
-      name: it is known by.
+      name: name of the client.
       arrays: its training examples, leaves (N, ...), on the device.
-      tests: its own test examples, leaves (m, ...); None for the common test set.
-      label_share: (Y,) of its training examples; Y = 0 where they have no class.
+      tests: its own test examples, leaves (m, ...); None to use the common test set.
+      label_share: (Y,) share of each class in its training examples; Y = 0 if they have no class.
     """
 
     name: str
@@ -49,23 +49,23 @@ class Mine(NamedTuple):
 
     @property
     def size(self) -> int:
-        """N."""
+        """N, the number of training examples."""
         return len(next(iter(self.arrays.values())))
 
 
 class Setup(NamedTuple):
-    """What the server says once.
+    """The setup that the server sends to a client before the first order.
 
     Attributes:
       federation: id of this federation.
       config: its config as JSON.
-      number: of this client.
+      number: number of this client.
       slots: K.
       classes: names of the Y classes.
-      key: for gates of the client's own.
-      prepare: named arrays (channels,) that say how inputs are standardised; none for as they are.
+      key: random key for the client's own gates.
+      prepare: named arrays (channels,) that standardise inputs; empty to use inputs unchanged.
       tests: the common test set, leaves (M, ...).
-      private: numbers of the private parts at the start, as `wire.pack` has them.
+      private: initial values of the private parameters, as a record of `wire.pack`.
     """
 
     federation: str
@@ -80,30 +80,30 @@ class Setup(NamedTuple):
 
 
 Join = Callable[[Setup], tuple[Federation, Mine]]
-"""What a setup makes of a client: its federation, whose only client it is, and what it brings.
+"""From a setup, makes the client's federation, which has this client only, and its data.
 
-Raises `InputError` where the client's examples do not fit."""
+It raises `InputError` if the client's examples do not fit."""
 
 
 class Worker:
-    """Answers messages of the server; lives as long as the client takes part.
+    """Answers messages of the server, as long as the client takes part.
 
     Args:
-      name: the client is known by.
+      name: name of the client.
       size: N.
-      memory: bytes that it has for training; 0 for as many experts as the config says.
+      memory: bytes that training may use; 0 to train as many experts as the config says.
       join: see `Join`.
-      folder: of what the client owns.
+      folder: folder of the client's own state.
     """
 
     def __init__(self, name: str, size: int, memory: int, join: Join, folder: Path) -> None:
-        """Has not met the server yet."""
+        """Start without a federation: the setup comes from the server."""
         self._hello = ConfigRecord({"name": name, "examples": size, "memory": memory, "setup": ""})
         self._name, self._join, self._folder = name, join, folder
         self._part: _Part | None = None
 
     def answer(self, message: RecordDict) -> RecordDict:
-        """The answer to a message; a refusal, with its reason, where it asks what cannot be."""
+        """Answer a message; if it cannot be carried out, the answer is a refusal with a reason."""
         try:
             ask: Any = message["ask"]
             if ask["what"] == "hello":
@@ -118,7 +118,7 @@ class Worker:
         except (InputError, wire.WireError, OSError) as error:
             _LOG.warning("%s: refused: %s", self._name, error)
             return _refusal(str(error))
-        except Exception as error:  # A client that ends would be asked for ever.
+        except Exception as error:  # If the client ended, the server would ask it again and again.
             line = printable(f"{type(error).__name__}: {error}", 300)
             _LOG.error("%s: failed: %s", self._name, line)
             return _refusal(line)
@@ -143,14 +143,14 @@ def _refusal(why: str) -> RecordDict:
 
 
 def layout_of(federation: Federation) -> str:
-    """What both ends must have alike: names and shapes of all parameters."""
+    """Hash the names and shapes of all parameters, which must be equal on server and client."""
     shapes = jax.tree.leaves(federation.layout.split(federation.shapes))
     known = [federation.layout.paths, [f"{x.dtype}{x.shape}" for x in shapes], federation.group]
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
 def write_setup(setup: Setup) -> RecordDict:
-    """A setup as records."""
+    """Convert a setup to records."""
     words = {
         "federation": setup.federation,
         "config": setup.config,
@@ -171,10 +171,10 @@ def write_setup(setup: Setup) -> RecordDict:
 
 
 def read_setup(message: RecordDict) -> Setup:
-    """The setup that records hold.
+    """Convert records to the setup that they hold.
 
     Raises:
-      WireError: they hold none.
+      WireError: if they do not hold a setup.
     """
     try:
         words: Any = message["setup"]
@@ -199,7 +199,7 @@ def read_setup(message: RecordDict) -> Setup:
 
 
 def _plain_name(given: object) -> str:
-    """A federation's id, which names a folder."""
+    """Check a federation's id, which becomes the name of a folder."""
     name = str(given)
     if not (name.isascii() and name.isalnum() and len(name) <= 64):
         raise wire.WireError("a federation's id is made of letters and digits")
@@ -236,7 +236,7 @@ class _Part:
         self._kept = recall(folder, self._first())
 
     def train(self, ask: Mapping[str, Any], message: RecordDict) -> RecordDict:
-        """Trains from what was sent; the same round asked again gives the same answer."""
+        """Train on an order; a repeated order for the same steps gives the same answer."""
         down, experts = self._download(ask, message)
         if down is None:
             return RecordDict({"lacks": ConfigRecord({"experts": True})})
@@ -263,7 +263,7 @@ class _Part:
         return answer
 
     def evaluate(self, ask: Mapping[str, Any], message: RecordDict) -> RecordDict:
-        """Says what the client's model makes of the common test set, and of what is its own."""
+        """Evaluate the client's model on the common test set and on the client's own examples."""
         down, _ = self._download(ask, message)
         if down is None:
             return RecordDict({"lacks": ConfigRecord({"experts": True})})
@@ -287,7 +287,7 @@ class _Part:
         return answer
 
     def _first(self) -> Kept:
-        """What the client owns before its first round."""
+        """Make the client's own state before its first round."""
         draw = jax.jit(self._federation.own, compiler_options=compiler_options(ONCE))
         own = draw(self._zeros(), self._setup.key)
         private = wire.unpack(self._setup.private, self._shapes.private)
@@ -301,10 +301,10 @@ class _Part:
     def _download(
         self, ask: Mapping[str, Any], message: RecordDict
     ) -> tuple[Download | None, wire.Experts]:
-        """What was sent, with experts that the client still has; None where it lacks one of them.
+        """Read the download, and add experts that the client still has; None if one is missing.
 
         Raises:
-          WireError: it does not fit the client's model.
+          WireError: if the download does not fit the client's model.
         """
         groups = self._federation.groups
         slots: Any = np.asarray(ask["slots"], np.int32).reshape(groups, -1)
@@ -327,19 +327,19 @@ class _Part:
         return Download(shared, stacks, slots, steps, done), experts
 
     def _in_time(self, ask: Mapping[str, Any]) -> int:
-        """Steps that the client can do before the deadline."""
+        """Return the number of steps that the client can do before the deadline."""
         wanted, seconds = int(ask["steps"]), float(ask["seconds"])
         return wanted if not self._rate else max(1, min(wanted, int(self._rate * seconds)))
 
     def _learn_pace(self, examples: int, seconds: float) -> None:
-        # What the first round takes is compilation.
+        # The first round is not counted: most of its time is compilation.
         if self._compiled and examples:
             batch = self._federation.local.batch_size
             self._rate = _MARGIN * max(examples / batch, 1.0) / max(seconds, 1e-3)
         self._compiled = True
 
     def _on(self, tests: Mapping[str, Any], own: Own, down: Download) -> tuple:
-        """Sums over test examples by class, without and with the client's prior; joint outputs."""
+        """Sum over test examples by class, without and with the client's prior; joint outputs."""
         own, down = placed((own, down))
         size = min(500, len(next(iter(tests.values()))))
         total, outputs = None, []
@@ -352,7 +352,7 @@ class _Part:
         return (*total, jax.tree.map(lambda *x: np.concatenate(x), *outputs))
 
     def _units(self, tests: Mapping[str, Any]) -> np.ndarray:
-        """(Y,) units of each class."""
+        """Count the units of each class, (Y,)."""
         everything = jnp.ones(len(next(iter(tests.values()))), bool)
         classes = len(self._setup.classes) if self._mine.label_share.size else 0
         judge = client.Judge(self._federation.task, tests, everything, classes)
@@ -360,7 +360,7 @@ class _Part:
 
 
 def _chunks(tests: Mapping[str, Any], size: int) -> list[tuple[dict, np.ndarray]]:
-    """Test examples in chunks of one size, the last one filled up."""
+    """Split test examples into chunks of one size, with a mask; the last chunk is padded."""
     count = len(next(iter(tests.values())))
     found = []
     for begin in range(0, count, size):
@@ -379,7 +379,7 @@ def _train(
     log_share: Array | None,
     key: Array,
 ) -> tuple[Own, Own, Upload]:
-    """What the client owns before and after the round, and its answer."""
+    """Train one round; return the client's own state before and after it, and the upload."""
     site, size = federation.site, jnp.int32(index.shape[0])
     before = client.receive(site, own, down.slots)
     batches = client.draw_batches(federation.local, key, index, size)
@@ -397,7 +397,7 @@ def _judge(
     valid: Array,
     log_share: Array | None,
 ) -> tuple[Tally, Tally, PyTree]:
-    """Sums by class of a chunk, without and with the client's prior; what is averaged jointly."""
+    """Sum a chunk by class, without and with the client's prior; also return joint outputs."""
     params, held = client.model_of(federation.site, own, down)
     outputs, _ = federation.apply(params, federation.task.inputs(arrays), held)
     judge = client.Judge(

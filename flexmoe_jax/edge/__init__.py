@@ -1,4 +1,4 @@
-"""The edge as the network sees it: devices, memory, who can be reached, how long a round takes."""
+"""Simulate edge devices: their memory, their availability, and the duration of a round."""
 
 from __future__ import annotations
 

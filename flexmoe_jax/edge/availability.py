@@ -1,7 +1,7 @@
-"""Who can be reached in a round.
+"""Availability: which clients can be reached in a round.
 
-An `Availability` answers for any round, in any order, always alike: a run that is resumed sees what
-it would have seen. There may be rounds in which nobody can be reached.
+An `Availability` gives the same answer for a round in whatever order rounds are asked, so a resumed
+run sees the same clients as an uninterrupted one. In some rounds, no client may be available.
 
 Axis legend: `C` clients, `T` rounds.
 """
@@ -21,17 +21,17 @@ from flexmoe_jax.options.edge import EdgeOptions
 from flexmoe_jax.reading import read_text, require_memory
 
 Availability = Callable[[int], np.ndarray]
-"""Round index -> (C,) bool: who can be reached."""
+"""Round index -> (C,) bool: clients that can be reached."""
 
-# Keeps these draws apart from others of the same seed and round.
+# Separates these draws from others of the same seed and round.
 _STREAM = 0xA7A11
 AVAILABILITIES = ("always", "independent", "markov")
-# Of a file of numbers as text: 10,000 rounds of 50,000 clients.
+# Size limit for a text file of numbers: 10,000 rounds of 50,000 clients.
 _MOST_BYTES = 2**30
 
 
 def always(clients: int) -> Availability:
-    """Everybody can be reached in every round.
+    """All clients can be reached in every round.
 
     Args:
       clients: C.
@@ -40,36 +40,38 @@ def always(clients: int) -> Availability:
 
 
 def independent(share: np.ndarray, seed: int) -> Availability:
-    """Each client is there with its own probability, whatever was before.
+    """Each client is available with its own probability, independently in every round.
 
     Args:
       share: (C,) probabilities in [0, 1].
-      seed: of the draws.
+      seed: seed of the draws.
 
     Raises:
-      InputError: a share outside [0, 1].
+      InputError: if a share is outside [0, 1].
     """
     share = _check_share(share)
     return lambda round_index: _uniform(seed, round_index, len(share)) < share
 
 
 def markov(share: np.ndarray, mean_on_rounds: float, seed: int) -> Availability:
-    """Each client comes and goes by a chain of two states, so that it stays for a while.
+    """The availability of each client is a two-state Markov chain, so that it persists for a while.
 
-    A client that is there leaves with probability l, and one that is away comes with probability c.
-    As many come as go, π l = (1 - π) c, so that it is there in a share π of rounds, round 0 already
-    included. It stays 1/l rounds on average: `mean_on_rounds`, or π / (1 - π) where that is more,
-    since even one that is never away for two rounds on end cannot stay less.
+    An available client leaves with probability l, and an unavailable client returns with
+    probability c. The chain is stationary from round 0: π l = (1 - π) c, so a client is available
+    in a share π of rounds. It stays available for 1/l rounds on average. This is `mean_on_rounds`,
+    or π / (1 - π) if that is more: at c = 1, the client is never unavailable for two rounds in a
+    row, and a shorter mean would contradict π.
 
-    Rounds asked for in order cost O(C) each; one that lies back costs as much as all before it.
+    Rounds asked in increasing order cost O(C) each. An earlier round costs as much as all rounds
+    up to it.
 
     Args:
-      share: (C,) stationary probabilities π in [0, 1]; 0 is never there and 1 always.
-      mean_on_rounds: at least 1.
-      seed: of the draws.
+      share: (C,) stationary probabilities π in [0, 1]; 0 is never available and 1 always.
+      mean_on_rounds: mean number of rounds that a client stays available, at least 1.
+      seed: seed of the draws.
 
     Raises:
-      InputError: a share outside [0, 1], or a stay below 1.
+      InputError: if a share is outside [0, 1], or `mean_on_rounds` is below 1.
     """
     share = _check_share(share)
     EdgeOptions.check(mean_on_rounds=mean_on_rounds)
@@ -79,7 +81,7 @@ def markov(share: np.ndarray, mean_on_rounds: float, seed: int) -> Availability:
     latest: tuple[int, np.ndarray] | None = None
 
     def there(round_index: int) -> np.ndarray:
-        # The last answer is kept to go on from; one tuple, so that threads see whole answers.
+        # Continue from the last answer. It is one tuple, so that threads never see half of it.
         nonlocal latest
         if latest is not None and latest[0] <= round_index:
             known, state = latest
@@ -94,15 +96,15 @@ def markov(share: np.ndarray, mean_on_rounds: float, seed: int) -> Availability:
 
 
 def trace(source: str | Path | np.ndarray, clients: int) -> Availability:
-    """Plays a record of who was there; past its end it begins again.
+    """Replay a record of which clients were available; after its end it starts again.
 
     Args:
-      source: (T, C) of 0 and 1, rounds down and clients across: an array, a `.npy` file, or a file
-        of comma-separated values without a header.
+      source: (T, C) of 0 and 1, one row for each round and one column for each client: an array, a
+        `.npy` file, or a file of comma-separated values without a header.
       clients: C.
 
     Raises:
-      InputError: a record that cannot be read, is empty, or has other values or another width.
+      InputError: if the record cannot be read, is empty, or has other values or another width.
     """
     label = f"array of shape {source.shape}" if isinstance(source, np.ndarray) else str(source)
     record = source if isinstance(source, np.ndarray) else read_record(source)
@@ -122,16 +124,16 @@ def trace(source: str | Path | np.ndarray, clients: int) -> Availability:
 def make_availability(
     name: str, *, share: np.ndarray, mean_on_rounds: float, seed: int
 ) -> Availability:
-    """Makes the availability of a name.
+    """Make an availability by name.
 
     Args:
       name: `always`, `independent`, `markov`, or the path of a trace.
-      share: (C,) share of rounds in which each client is there; a trace takes only C from it.
-      mean_on_rounds: of `markov`.
-      seed: of the draws.
+      share: (C,) share of rounds in which each client is available; a trace uses only C from it.
+      mean_on_rounds: see `markov`.
+      seed: seed of the draws.
 
     Raises:
-      InputError: neither a name nor a file, or what the availability itself refuses.
+      InputError: if `name` is neither a name nor a file, or the availability rejects its arguments.
     """
     if name == "always":
         return always(len(share))
@@ -150,7 +152,7 @@ def make_availability(
 def _is_file(name: str) -> bool:
     try:
         return Path(os.path.expanduser(name)).is_file()
-    except (OSError, ValueError):  # Longer than any name, or with a zero in it.
+    except (OSError, ValueError):  # The name is too long, or contains a null character.
         return False
 
 
@@ -167,24 +169,24 @@ def _check_share(share: np.ndarray) -> np.ndarray:
 
 
 def read_record(path: str | Path) -> np.ndarray:
-    """Reads the array that a file for `trace` holds, whether or not it can be one.
+    """Read the array in a file for `trace`, without checking that it is a valid trace.
 
     Args:
-      path: of a `.npy` file, or of comma-separated numbers without a header.
+      path: path of a `.npy` file, or of a file of comma-separated numbers without a header.
 
     Raises:
-      InputError: it cannot be read as either.
+      InputError: if the file cannot be read as either.
     """
     given = Path(os.path.expanduser(path))
     try:
         if given.suffix == ".npy":
             return read_npy(given)
         text = read_text(given, _MOST_BYTES)
-        # As numbers they take eight bytes each, of which most are written as two.
+        # A number takes eight bytes in memory, but usually only two as text.
         require_memory(8 * len(text))
         lines = [line for line in text.splitlines() if line.partition("#")[0].strip()]
         return np.loadtxt(lines, delimiter=",", ndmin=2) if lines else np.empty((0, 0))
-    except (OSError, ValueError) as error:  # ValueError: unreadable, or no numbers
+    except (OSError, ValueError) as error:  # ValueError: unreadable, or not numbers
         reason = str(error).partition("\n")[0]
         remedy = f"give 0 and 1 in a .npy file, or comma-separated without a header ({reason})"
         raise InputError("edge.availability", path, remedy) from error

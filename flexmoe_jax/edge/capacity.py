@@ -1,4 +1,4 @@
-"""How many experts fit into a device's memory.
+"""Compute how many experts fit into a device's memory.
 
 Axis legend: `C` clients, `E` experts.
 """
@@ -22,31 +22,32 @@ def experts_in_memory(
     experts: int,
     tiers: Sequence[str] | np.ndarray | None = None,
 ) -> np.ndarray:
-    """Capacity k_c: the largest number of experts that each client can train.
+    """Compute the capacity k_c: the largest number of experts that each client can train.
 
-    Training keeps every parameter, its gradient and the optimiser's state of it, and the
-    activations of one batch for the backward pass:
+    Training stores every parameter, its gradient and its optimiser state, and the activations of
+    one batch for the backward pass:
 
         (2 + copies) · (shared + k · expert) + activations ≤ memory
 
-    solved for the whole number k, at most E. Activations do not grow with k: top-k routing sends an
-    example to as many experts however many the client holds.
+    The capacity is the largest whole number k that satisfies this, at most E. Activations do not
+    grow with k: top-k routing sends an example to the same number of experts, however many experts
+    the client has.
 
     Args:
       memory: (C,) bytes that training may use; `inf` for no limit.
-      shared_bytes: of the parameters that every client trains (ψ, and its gate).
-      expert_bytes: of one expert's parameters.
+      shared_bytes: bytes of the parameters that every client trains (ψ, and its gate).
+      expert_bytes: bytes of one expert's parameters.
       optimizer_copies: numbers of optimiser state for each parameter: SGD 0, momentum 1, Adam 2.
-      activation_bytes: kept for the backward pass of one batch.
+      activation_bytes: bytes stored for the backward pass of one batch.
       experts: E.
-      tiers: (C,) names that the error message gives to the clients' devices.
+      tiers: (C,) names of the clients' devices, for the error message.
 
     Returns:
       (C,) int64 from 1 to E.
 
     Raises:
-      InputError: a client too small for one expert, with the bytes that it would need; or sizes
-        that no model has.
+      InputError: if a client is too small for one expert (the message gives the bytes that it would
+        need), or a size is not valid.
     """
     if not expert_bytes > 0:
         raise InputError("expert_bytes", expert_bytes, "give the bytes of one expert, above 0")

@@ -1,4 +1,4 @@
-"""Which client has which kind of device.
+"""Assign kinds of devices to clients.
 
 Axis legend: `C` clients.
 """
@@ -15,22 +15,22 @@ import numpy as np
 from flexmoe_jax.edge.profiles import TIERS, Profile, check_profile
 from flexmoe_jax.errors import InputError
 
-# Keeps the order of the devices apart from other draws of the same seed.
+# Separates the order of the devices from other draws of the same seed.
 _STREAM = 0xDEA1
 _MIX_HINT = "give name:weight pairs, as sensor:2,phone:1"
 
 
 class Devices(NamedTuple):
-    """The clients' devices, as one array a property.
+    """The clients' devices, with one array for each property.
 
     Attributes:
-      names: of the tiers.
+      names: names of the tiers.
       tier: (C,) int, index into `names`.
-      memory: (C,) bytes.
-      speed: (C,) training examples a second.
-      down: (C,) bytes a second.
-      up: (C,) bytes a second.
-      availability: (C,) share of rounds in [0, 1].
+      memory: (C,) bytes that training may use.
+      speed: (C,) training examples per second.
+      down: (C,) download speed, bytes per second.
+      up: (C,) upload speed, bytes per second.
+      availability: (C,) share of rounds in which the device can be reached, in [0, 1].
     """
 
     names: tuple[str, ...]
@@ -43,21 +43,21 @@ class Devices(NamedTuple):
 
     @property
     def tiers(self) -> np.ndarray:
-        """(C,) name of each client's tier."""
+        """Names of the clients' tiers, (C,)."""
         return np.array(self.names)[self.tier]
 
 
 def parse_mix(text: str) -> dict[str, float]:
-    """Reads a mix of tiers, as `sensor:2,phone:1`; a name alone weighs 1.
+    """Parse a mix of tiers, for example `sensor:2,phone:1`; a name alone has weight 1.
 
     Args:
-      text: `name:weight` pairs with commas between.
+      text: `name:weight` pairs, separated by commas.
 
     Returns:
       Tier name -> weight, in the order of the text.
 
     Raises:
-      InputError: a pair that cannot be read, or a tier that stands there twice.
+      InputError: if a pair cannot be read, or a tier occurs twice.
     """
     mix: dict[str, float] = {}
     for pair in text.split(","):
@@ -77,22 +77,22 @@ def parse_mix(text: str) -> dict[str, float]:
 def deal_devices(
     mix: Mapping[str, float], clients: int, seed: int, tiers: Mapping[str, Profile] = TIERS
 ) -> Devices:
-    """Deals devices out to the clients in the proportions of a mix.
+    """Assign devices to the clients in the proportions of a mix.
 
-    How many clients get a tier is exact, `C · weight / Σ weights` rounded by largest remainder
-    (ties to the first); only who gets which is drawn.
+    The number of clients of each tier is not random: it is `C · weight / Σ weights`, rounded by
+    largest remainder (ties go to the first). Only the order of the clients is drawn.
 
     Args:
       mix: tier name -> weight of at least 0.
       clients: C, at least 1.
-      seed: decides who gets which.
+      seed: seed of the draw.
       tiers: tier name -> profile.
 
     Returns:
       The clients' devices, with the tiers of the mix.
 
     Raises:
-      InputError: an unknown tier, or weights that cannot be shares.
+      InputError: if a tier is unknown, a weight is negative or not finite, or all weights are 0.
     """
     if clients < 1:
         raise InputError("clients.count", clients, "give at least 1")
@@ -114,10 +114,10 @@ def deal_devices(
 
 
 def _largest_remainder(weight: np.ndarray, total: int) -> np.ndarray:
-    """Divides `total` in proportion to weights (n,) into whole numbers (n,)."""
+    """Divide `total` in proportion to weights (n,) into whole numbers (n,)."""
     part = weight / weight.max()  # The sum of large weights may be infinite.
     quota = total * (part / part.sum())
-    whole = np.floor(quota + 1e-9).astype(np.int64)  # 2.9999999999 is a 3 that lost its last bit
+    whole = np.floor(quota + 1e-9).astype(np.int64)  # 2.9999999999 is a 3 with rounding error
     remainder = np.round(quota - whole, 9)
     winners = np.argsort(-remainder, kind="stable")[: total - int(whole.sum())]
     whole[winners] += 1

@@ -1,4 +1,4 @@
-"""What kinds of devices there are: tiers, and the figures of each."""
+"""Kinds of devices: tiers and their properties."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.reading import read_text
 
 _MOST_BYTES = 2**20
-# Times and capacities reckoned from figures in between stay finite.
+# Times and capacities computed from figures in this range stay finite.
 _SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 class Profile(NamedTuple):
-    """A kind of device. `inf` stands for no limit.
+    """A kind of device. `inf` means no limit.
 
     Attributes:
-      name: of the tier.
+      name: name of the tier.
       memory: bytes that training may use.
-      speed: training examples a second.
-      down: bytes a second from the server.
-      up: bytes a second to the server.
-      availability: share of rounds, in [0, 1], in which it can be reached.
+      speed: training examples per second.
+      down: bytes per second from the server.
+      up: bytes per second to the server.
+      availability: share of rounds, in [0, 1], in which the device can be reached.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Profile(NamedTuple):
 
 
 def check_profile(profile: Profile) -> Profile:
-    """Returns the profile if a device can have it.
+    """Check a profile, and return it unchanged.
 
     Raises:
-      InputError: naming the figure, as in `edge.tiers.sensor.memory`.
+      InputError: if a figure is not valid; names the figure, as in `edge.tiers.sensor.memory`.
     """
     for figure, value in zip(profile._fields[1:], profile[1:], strict=True):
         field = f"edge.tiers.{profile.name}.{figure}"
@@ -62,16 +62,17 @@ def check_profile(profile: Profile) -> Profile:
 
 
 def read_tiers(path: str | Path | Traversable) -> Mapping[str, Profile]:
-    """Reads tiers from a TOML file with one table a tier, as the shipped `tiers.toml`.
+    """Read tiers from a TOML file with one table for each tier, such as the shipped `tiers.toml`.
 
     Args:
-      path: of the file.
+      path: path of the file.
 
     Returns:
       Read-only mapping from the tier's name to its profile, in the file's order.
 
     Raises:
-      InputError: no such file, no TOML, or a figure that is missing, unknown or impossible.
+      InputError: if there is no such file, it is not TOML, or a figure is missing, unknown or not
+        valid.
     """
     try:
         if isinstance(path, str | Path):
@@ -81,7 +82,7 @@ def read_tiers(path: str | Path | Traversable) -> Mapping[str, Profile]:
         tables = tomllib.loads(text)
     except RecursionError as error:
         raise InputError("edge.tiers", path, "is nested too deeply for a file of tiers") from error
-    except (OSError, ValueError) as error:  # ValueError: unreadable, or no TOML
+    except (OSError, ValueError) as error:  # ValueError: unreadable, or not TOML
         raise InputError("edge.tiers", path, f"give a TOML file of tiers ({error})") from error
     figures = Profile._fields[1:]
     tiers = {}
@@ -96,4 +97,4 @@ def read_tiers(path: str | Path | Traversable) -> Mapping[str, Profile]:
 
 
 TIERS: Mapping[str, Profile] = read_tiers(resources.files(__package__) / "tiers.toml")
-"""The shipped tiers: `sensor`, `phone` and `gateway`. The file says where each figure is from."""
+"""The shipped tiers: `sensor`, `phone` and `gateway`. The file gives the source of each figure."""

@@ -1,6 +1,6 @@
-"""How long a round takes, who delivers in it, and how much of its work.
+"""Simulate the duration of a round, the clients that deliver, and the work that they do.
 
-Times are those of the network and the devices that the profiles describe, not of this program.
+Times are simulated from the profiles of network and devices. They are not times of this program.
 
 Axis legend: `C` clients, `P` clients of the round's cohort.
 """
@@ -17,7 +17,7 @@ from flexmoe_jax.options.edge import EdgeOptions
 
 
 class Attempt(NamedTuple):
-    """What each client of a cohort would need if nothing went wrong.
+    """The time that each client of a cohort needs if nothing goes wrong.
 
     Attributes:
       download: (P,) seconds.
@@ -31,20 +31,20 @@ class Attempt(NamedTuple):
 
     @property
     def total(self) -> np.ndarray:
-        """(P,) seconds from the start of the round to the end of the upload."""
+        """Seconds from the start of the round to the end of the upload, (P,)."""
         total: np.ndarray = self.download + self.compute + self.upload
         return total
 
 
 class Outcome(NamedTuple):
-    """What became of a round.
+    """The outcome of a round.
 
     Attributes:
       work: (P,) share of its local work that each client did and delivered, in [0, 1]; 0 without
         delivery.
-      delivered: (P,) bool, whose update the server accepted.
-      reached: (P,) bool, who was sent its download; the others were gone before.
-      seconds: from the start of the round to its end.
+      delivered: (P,) bool, clients whose update the server accepted.
+      reached: (P,) bool, clients that were sent the download; the others dropped out before.
+      seconds: seconds from the start of the round to its end.
     """
 
     work: np.ndarray
@@ -61,14 +61,14 @@ def attempt(
     bytes_up: np.ndarray,
     examples: np.ndarray,
 ) -> Attempt:
-    """Times a cohort: bytes over link speed, examples over training speed.
+    """Compute the times of a cohort: bytes / link speed, examples / training speed.
 
     Args:
-      devices: of all C clients.
+      devices: devices of all C clients.
       cohort: (P,) client ids.
       bytes_down: (P,) bytes that each client downloads.
-      bytes_up: (P,) bytes that each uploads.
-      examples: (P,) examples that each trains on, counted once for every epoch.
+      bytes_up: (P,) bytes that each client uploads.
+      examples: (P,) examples that each client trains on, counted once for every epoch.
 
     Returns:
       The seconds of each stage, (P,).
@@ -89,16 +89,16 @@ def run_attempt(
     dropped_before: np.ndarray,
     dropped_during: np.ndarray,
 ) -> Outcome:
-    """Plays a round: who delivers what, and when the round ends.
+    """Simulate a round: what each client delivers, and when the round ends.
 
-    - *Dropped before*: the server knows at once and does not wait.
-    - *Dropped during*: does its work and then fails at the upload. The server cannot tell it from a
-      slow client, so it waits until the deadline; without one it learns of the loss when the upload
-      would have ended.
-    - *Late* (total time beyond the deadline): with `drop` it delivers nothing; with `partial` it
-      stops training early enough to deliver at the deadline, unless no time is left to train.
-    - *Over-selection* (Bonawitz et al. 2019, arXiv 1902.01046): the `wanted` fastest are accepted,
-      ties in cohort order, and the round ends with the last of them; all other work is lost.
+    - *Dropped before*: the server knows at once and does not wait for the client.
+    - *Dropped during*: the client trains, and then fails at the upload. The server cannot tell it
+      from a slow client, so it waits until the deadline. Without a deadline, it learns of the loss
+      when the upload would have ended.
+    - *Late* (total time beyond the deadline): with `drop` the client delivers nothing. With
+      `partial` it stops training early enough to deliver at the deadline, unless no time is left.
+    - *Over-selection* (Bonawitz et al. 2019, arXiv 1902.01046): the `wanted` fastest clients are
+      accepted, ties in cohort order, and the round ends with the last of them. The rest is lost.
 
     Args:
       attempt: times of the cohort.
@@ -109,11 +109,11 @@ def run_attempt(
       dropped_during: (P,) bool.
 
     Returns:
-      The outcome. It lasts until the last accepted delivery or, if fewer than `wanted` came, until
-      the server stopped waiting for the others.
+      The outcome. The round ends with the last accepted delivery or, if there are fewer than
+      `wanted`, when the server stops waiting for the others.
 
     Raises:
-      InputError: an unknown `late`, or a number out of range.
+      InputError: if `late` is unknown, or a number is out of range.
     """
     EdgeOptions.check(late=late)
     if wanted < 1:
@@ -130,7 +130,7 @@ def run_attempt(
     delivered = np.zeros(len(total), bool)
     delivered[accepted] = True
     awaited = delivered if len(accepted) == wanted else reached
-    # Whoever delivers nothing is waited for until the deadline, however soon it failed.
+    # For a client that delivers nothing, the server waits until the deadline.
     until = np.where(able | np.isinf(deadline), end, deadline)
     return Outcome(
         work=np.where(delivered, possible, 0.0),
@@ -141,7 +141,7 @@ def run_attempt(
 
 
 def _possible_work(attempt: Attempt, deadline: float, late: str) -> np.ndarray:
-    """(P,) part of its training that a client can do and still deliver at the deadline."""
+    """Return (P,), the share of its training that each client can do before the deadline."""
     possible = np.where(attempt.total <= deadline, 1.0, 0.0)
     if late == "partial":
         left = np.maximum(deadline - attempt.download - attempt.upload, 0.0)

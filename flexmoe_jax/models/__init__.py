@@ -1,4 +1,4 @@
-"""Models as pure functions; backbones, the mixture-of-experts layer and a fast convolution."""
+"""Models as pure functions: backbones, the mixture-of-experts layer and fast convolutions."""
 
 from flexmoe_jax.models.backbones import (
     BACKBONES,

@@ -1,7 +1,7 @@
 """Backbones: the part of the shared extractor that turns images into features.
 
 Each is a Linen module that maps images (B, h, w, channels) to features (B, D). Normalisation is by
-group, never by batch: batch statistics would mix clients' label distributions.
+group, never by batch, because batch statistics would mix clients' label distributions.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from flexmoe_jax.types import Array
 def max_pool(x: Num[Array, "B h w i"], window: int = 2) -> Num[Array, "B h_n w_n i"]:
     """Maximum over non-overlapping square windows, (B, h, w, channels) to (B, h/n, w/n, channels).
 
-    Rows and columns that fill no window are left out. By reshaping: the gradient of XLA's own
-    reduction over windows takes four times as long on a CPU. The gradient is shared among equals.
+    Rows and columns that do not fill a window are dropped. The windows are made by reshaping,
+    because the gradient of XLA's own window reduction takes four times as long on a CPU. Equal
+    maxima share the gradient.
     """
     batch, height, width, channels = x.shape
     rows, columns = height // window, width // window
@@ -48,7 +49,8 @@ def _window_max_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
 
 
 def _window_max_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array]:
-    # As JAX's own, but equals are counted by a sum written out, which fuses with all else.
+    # Like JAX's own gradient, but equal maxima are counted by an unrolled sum, which XLA fuses with
+    # the rest.
     x, y = residuals
     window = range(x.shape[2])
     equals = reduce(add, ((x[:, :, i, :, j] == y).astype(y.dtype) for i in window for j in window))
@@ -60,10 +62,11 @@ _window_max.defvjp(_window_max_forward, _window_max_backward)
 
 
 class GroupNorm(nn.Module):
-    """Normalisation over groups of channels (Wu and He 2018), as `flax.linen.GroupNorm`.
+    """Normalisation over groups of channels (Wu and He 2018), like `flax.linen.GroupNorm`.
 
-    Sums run over pixels first and over a group's channels last, and every channel is then scaled
-    and shifted once: passes over the image that a CPU can vectorise. All in single precision.
+    Sums run over pixels first and then over a group's channels, and every channel is scaled and
+    shifted once. A CPU can vectorise these passes over the image. All sums and products are in
+    single precision.
 
     Attributes:
       groups: a divisor of the channels.
@@ -138,12 +141,12 @@ class ConvNet(nn.Module):
 class CNN(nn.Module):
     """Convolutions of 3×3, each followed by a maximum over 2×2, then one fully connected layer.
 
-    The small network of the federated literature (McMahan et al. 2017 take two layers and a wider
-    one). It keeps where in the image something is, and so learns in far fewer steps than
-    `ConvNet`, which takes the mean over pixels.
+    The small network of the federated-learning literature (McMahan et al. 2017 use two convolutions
+    and a wider fully connected layer). It keeps the position of image content, and so learns in far
+    fewer steps than `ConvNet`, which takes the mean over pixels.
 
     Attributes:
-      widths: output channels of each convolution; the last, of the fully connected layer, is D.
+      widths: output channels of each convolution; the last is D, of the fully connected layer.
       groups: groups of the normalisation after each convolution; 0 for none.
       conv: the convolution's implementation.
     """
@@ -163,7 +166,7 @@ class CNN(nn.Module):
             x = Conv(width, use_bias=not self.groups, conv=self.conv)(x)
             if self.groups:
                 x = GroupNorm(self.groups)(x)
-            x = nn.relu(max_pool(x))  # as max_pool(relu(x)), on a quarter of the numbers
+            x = nn.relu(max_pool(x))  # equals max_pool(relu(x)), on a quarter of the numbers
         return nn.relu(Dense(features)(x.reshape(x.shape[0], -1)))
 
 
@@ -203,9 +206,9 @@ class ResNet(nn.Module):
       width: channels of the first stage; each later stage doubles them, so D = 4 * width.
       groups: groups of each normalisation.
       conv: the convolution's implementation.
-      mixture: of the MoE layer after each of `stages`, (B, h, w, channels) to the same shape, which
-        is added to what it sees (FLEX-MoE has such layers, whose places are not public).
-      stages: of 1, 2, 3, those that a MoE layer follows.
+      mixture: makes the MoE layer after each of `stages`, (B, h, w, channels) to the same shape;
+        its output is added to its input (FLEX-MoE has such layers; their places are not public).
+      stages: which of the stages 1, 2, 3 are followed by a MoE layer.
     """
 
     depth: int = 8
@@ -263,11 +266,11 @@ def _check_groups(groups: int, widths: Sequence[int]) -> None:
 
 
 class PersonalMixture(nn.Module):
-    """A shared backbone and one of the client's own, mixed by a gate (pFedMoE, arXiv 2402.01350).
+    """A shared and a client's own backbone, mixed by a gate (pFedMoE, arXiv 2402.01350).
 
-    h = g_0 · shared(x) + g_1 · local(x) with g = softmax(gate(shared(x))); there the gate has a
-    network of its own, here it is linear in the shared features. Who owns which part is for
-    `Ownership`: in pFedMoE "local" and "mixture" stay with their clients, and so does the head.
+    h = g_0 · shared(x) + g_1 · local(x) with g = softmax(gate(shared(x))). In pFedMoE the gate has
+    its own network; here it is linear in the shared features. `Ownership` decides who owns each
+    part: in pFedMoE "local", "mixture" and the head stay with their clients.
 
     Attributes:
       shared: backbone (B, ...) -> (B, D).
@@ -306,7 +309,7 @@ def make_backbone(
 
     Args:
       name: `mlp`, `convnet`, `cnn` or `resnet`.
-      widths: of each layer (`resnet`: of the first stage); empty for the module's default.
+      widths: width of each layer (`resnet`: of the first stage); empty for the module's default.
       depth: of the `resnet`; 0 for its default.
       groups: groups of the normalisation; 0 for the backbone's default.
       conv: the convolution's implementation.

@@ -1,4 +1,4 @@
-"""Whole models as experts: a client holds one and trains all of it.
+"""Whole models as experts: a client holds one model and trains all of it.
 
 Axis legend: `B` batch, `E` whole models, `K` slots of a client.
 """
@@ -17,18 +17,18 @@ from flexmoe_jax.types import Array, Key, PyTree
 
 
 def clustered(model: Model, experts: int) -> Model:
-    """A model whose experts are whole models of this kind, each drawn anew.
+    """Makes a model whose experts are whole models of the given kind, initialised independently.
 
-    With one a client, chosen by its loss on the client's examples, a federation of it is IFCA
-    (Ghosh et al. 2020, arXiv 2006.04088): clients that the same model fits train it together.
-    Outputs of a client that holds several are their mean, in the parts that a gate gives to each.
+    If each client holds one expert, chosen by its loss on the client's examples, the federation is
+    IFCA (Ghosh et al. 2020, arXiv 2006.04088): clients that the same model fits train it together.
+    If a client holds several experts, its output is their mean, weighted by a gate.
 
     Args:
-      model: that each expert is: without MoE layers, or with one expert in each.
+      model: the model of each expert: without MoE layers, or with one expert in each.
       experts: E.
 
     Raises:
-      InputError: when it is initialised, if the model has several experts itself.
+      InputError: at initialisation, if the given model has several experts itself.
     """
 
     def init(key: Key, inputs: PyTree) -> PyTree:
@@ -66,10 +66,10 @@ def clustered(model: Model, experts: int) -> Model:
 
 
 def _inside(model: Model, inputs: PyTree) -> dict[str, Array]:
-    """The one expert of each MoE layer of a model, as held.
+    """Returns the `held` mask of each MoE layer of a model that has one expert per layer.
 
     Raises:
-      InputError: there are several.
+      InputError: the model has several experts.
     """
     layout = lay_out(jax.eval_shape(model.init, jax.random.key(0), inputs))
     if layout.experts != 1:

@@ -1,9 +1,9 @@
-"""Convolutions whose kernels may carry a client axis.
+"""Convolutions whose kernels may have a client axis.
 
-Under `jax.vmap` with one kernel a client, `lax.conv` becomes a grouped convolution, which XLA's CPU
-backend runs one to two orders of magnitude below the machine's matrix-product rate. The same
-convolution written as shifted slices and one matrix product keeps that rate, and under `vmap` it
-becomes a batched product. All forms are here as plain functions with one signature.
+Under `jax.vmap` with one kernel per client, `lax.conv` becomes a grouped convolution. XLA's CPU
+backend runs it one to two orders of magnitude below the machine's matrix-product rate. The same
+convolution, written as shifted slices and one matrix product, reaches that rate, and under `vmap`
+it becomes a batched product. All forms here are plain functions with the same signature.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Convolution = Callable[[Array, Array, Strides, Padding], Array]
 def conv_matmul(
     x: Num[Array, "B h w i"], kernel: Num[Array, "kh kw i o"], strides: Strides, padding: Padding
 ) -> Num[Array, "B H W o"]:
-    """2-D convolution as one matrix product.
+    """Computes a 2-D convolution as one matrix product.
 
     The window under every output pixel is laid out as one row, so the product with the flattened
-    kernel is the convolution. The backward pass is two more such products: of the rows with the
-    output's gradient, and of the latter with the kernel.
+    kernel is the convolution. The backward pass has two more such products: rows by the output's
+    gradient, and the output's gradient by the kernel.
 
     Args:
       x: (B, h, w, i) images.
@@ -54,7 +54,7 @@ def conv_matmul(
 
 
 def _windows(x: Array, taps: tuple[int, int], strides: Strides, padding: Padding) -> Array:
-    """The window under every output pixel as one row, (B, h', w', kh*kw*i)."""
+    """Lays out the window under every output pixel as one row, (B, h', w', kh*kw*i)."""
     pads = lax.padtype_to_pads(x.shape[1:3], taps, strides, padding)
     padded = jnp.pad(x, [(0, 0), *pads, (0, 0)])
     spans = [size - tap + 1 for size, tap in zip(padded.shape[1:3], taps, strict=True)]
@@ -75,7 +75,7 @@ def _conv_forward(
     x: Array, kernel: Array, strides: Strides, padding: Padding
 ) -> tuple[Array, _Residuals]:
     rows = _windows(x, (kernel.shape[0], kernel.shape[1]), strides, padding)
-    # Of the images only shape and type are needed; an unused residual costs nothing.
+    # Only the shape and type of the images are needed; an unused residual costs nothing.
     return rows @ kernel.reshape(-1, kernel.shape[-1]), (x, rows, kernel)
 
 
@@ -88,14 +88,14 @@ def _conv_backward(
 
 
 def _kernel_gradient_by_product(rows: Array, dy: Array) -> Array:
-    """Rows of windows and (B, h', w', o) to (kh*kw*i, o)."""
+    """Maps rows of windows and dy (B, h', w', o) to the kernel's gradient (kh*kw*i, o)."""
     return kernel_gradient(rows.reshape(-1, rows.shape[-1]), dy.reshape(-1, dy.shape[-1]))
 
 
 def _image_gradient_by_product(
     dy: Array, kernel: Array, shape: tuple[int, ...], strides: Strides, padding: Padding
 ) -> Array:
-    """(B, h', w', o) and the kernel to the images' shape."""
+    """Maps dy (B, h', w', o) and the kernel to the gradient of the images."""
     taps, features = (kernel.shape[0], kernel.shape[1]), kernel.shape[-1]
     d_rows = dy @ kernel.reshape(-1, features).T
     windows = partial(_windows, taps=taps, strides=strides, padding=padding)
@@ -109,7 +109,7 @@ conv_matmul.defvjp(_conv_forward, _conv_backward)
 def conv_lax(
     x: Num[Array, "B h w i"], kernel: Num[Array, "kh kw i o"], strides: Strides, padding: Padding
 ) -> Num[Array, "B H W o"]:
-    """The same convolution through XLA's own operator; see `conv_matmul` for the shapes."""
+    """Computes the same convolution by XLA's own operator; see `conv_matmul` for the shapes."""
     return lax.conv_general_dilated(
         x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -119,12 +119,12 @@ def conv_lax(
 def conv_direct(
     x: Num[Array, "B h w i"], kernel: Num[Array, "kh kw i o"], strides: Strides, padding: Padding
 ) -> Num[Array, "B H W o"]:
-    """The same through XLA's own operator, but in a client's loop and with gradients as fast.
+    """Computes the same by XLA's own operator, for clients in a loop, with equally fast gradients.
 
-    Without a client axis, XLA's CPU backend lays windows out a cache's worth at a time, where
-    images are (B, h, w, i), kernels (kh, kw, i, o), and nothing is turned round; anything else
-    falls back to loops up to a hundred times as slow. So both gradients are written as such
-    convolutions, and where kernels have a client axis after all, `conv_matmul` takes over.
+    Without a client axis, XLA's CPU backend lays out as many windows at a time as fit in the cache,
+    if images are (B, h, w, i), kernels are (kh, kw, i, o) and no axis is swapped or reversed. All
+    other cases fall back to loops that are up to a hundred times slower. Both gradients are
+    therefore written as such convolutions. If kernels do have a client axis, `conv_matmul` is used.
     """
     products = partial(conv_matmul, strides=strides, padding=padding)
     return _unless_vmapped(lambda x, k: conv_lax(x, k, strides, padding), products)(x, kernel)
@@ -145,7 +145,7 @@ def _direct_backward(
     reach = [s * (n - 1) + 1 for s, n in zip(strides, dy.shape[1:3], strict=True)]
 
     def image_gradient_alone(dy: Array, kernel: Array) -> Array:
-        # Every output, set apart by the strides, is spread over its window by the turned kernel.
+        # The outputs are dilated by the strides; the reversed kernel spreads each over its window.
         pads = [
             (tap - 1 - low, side + low - length)
             for tap, low, side, length in zip(taps, before, sides, reach, strict=True)
@@ -154,8 +154,8 @@ def _direct_backward(
         return _correlate(dy, turned, pads, strides, (1, 1))
 
     def kernel_gradient_alone(x: Array, dy: Array) -> Array:
-        # The outputs' gradient, set apart by the strides, is moved over the images; sums run over
-        # the batch, which stands where channels do.
+        # The outputs' gradient is dilated by the strides and slides over the images. Sums run over
+        # the batch, which takes the place of the channels.
         pads = [
             (low, tap + length - 1 - side - low)
             for tap, low, side, length in zip(taps, before, sides, reach, strict=True)
@@ -180,7 +180,7 @@ def _direct_backward(
 def _correlate(
     x: Array, kernel: Array, pads: list[tuple[int, int]], spread: Strides, spread_kernel: Strides
 ) -> Array:
-    """`conv_lax` with pads of its own, and pixels or taps set apart."""
+    """Computes `conv_lax` with explicit padding, and with dilated pixels or taps."""
     numbers = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(x, kernel, (1, 1), pads, spread, spread_kernel, numbers)
 
@@ -188,7 +188,7 @@ def _correlate(
 def _unless_vmapped(
     alone: Callable[[Array, Array], Array], vmapped: Callable[[Array, Array], Array]
 ) -> Callable[[Array, Array], Array]:
-    """The first, and under `jax.vmap` the second in its place."""
+    """Returns a function that runs `alone`, or `vmapped` in its place under `jax.vmap`."""
     function = custom_vmap(alone)
 
     @function.def_vmap
@@ -204,7 +204,7 @@ conv_direct.defvjp(_direct_forward, _direct_backward)
 def conv_winograd(
     x: Num[Array, "B h w i"], kernel: Num[Array, "kh kw i o"], strides: Strides, padding: Padding
 ) -> Num[Array, "B H W o"]:
-    """The same for 3×3 kernels of stride 1 by `winograd_3x3`; `conv_matmul` for all others."""
+    """Computes 3×3 kernels of stride 1 by `winograd_3x3`, and all others by `conv_matmul`."""
     if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1):
         return winograd_3x3(x, kernel, padding)
     return conv_matmul(x, kernel, strides, padding)
@@ -213,11 +213,11 @@ def conv_winograd(
 def conv_auto(
     x: Num[Array, "B h w i"], kernel: Num[Array, "kh kw i o"], strides: Strides, padding: Padding
 ) -> Num[Array, "B H W o"]:
-    """The fastest for a client axis: `conv_matmul`, and two others where they pay on a CPU.
+    """Uses the fastest form for a client axis: `conv_matmul`, or one of two others on a CPU.
 
-    Both pay for stride 1: `conv_winograd` from 32 channels on and for images of 8×8 and more
-    (elsewhere the sums before and after the products cost more than they save), `conv_direct` from
-    16 channels on (docs/performance.md).
+    Both are faster for stride 1, in float32: `conv_winograd` from 32 channels and images of 8×8 on
+    (below that, the sums before and after the products cost more than they save), `conv_direct`
+    from 16 channels on (docs/performance.md).
     """
     taps, channels = kernel.shape[:2], kernel.shape[2]
     pays = x.dtype == jnp.float32 and tuple(strides) == (1, 1) and channels >= 16
@@ -238,7 +238,7 @@ CONVOLUTIONS: dict[str, Convolution] = {
 
 
 def convolution(name: str) -> Convolution:
-    """Looks an implementation up.
+    """Looks up an implementation by name.
 
     Raises:
       InputError: if the name is not in `CONVOLUTIONS`.
@@ -248,14 +248,14 @@ def convolution(name: str) -> Convolution:
 
 
 class Conv(nn.Module):
-    """Convolution layer without bias: normalisation or `use_bias` adds it.
+    """Convolution layer; a normalisation that follows or `use_bias` adds a bias.
 
     Attributes:
       features: output channels.
       kernel_size: side of the square window.
       stride: the same in both directions.
       padding: "SAME" or "VALID".
-      use_bias: adds a bias per output channel.
+      use_bias: whether to add a bias per output channel.
       conv: the implementation, see `convolution`.
     """
 

@@ -1,4 +1,4 @@
-"""Fully connected layers, and gradients of kernels in the form that suits XLA's CPU backend."""
+"""Fully connected layers, with kernel gradients in the form that XLA's CPU backend runs fastest."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from flexmoe_jax.types import Array
 
 _OVER_ROWS = (((0,), (0,)), ((), ()))
 _FEW_ROWS, _FEW = 64, 32
-# Up to so many rows the narrower operand is laid out anew, if it is wider than so much.
+# Up to this many rows, the narrower operand is transposed in memory if it is wider than this.
 _MEDIUM_ROWS, _WIDE = 1024, 64
-# Kernels that no core's cache holds, and rows whose outer products take no longer than memory does.
+# Kernel size that exceeds a core's cache, and the most rows whose outer products take no longer
+# than the memory accesses.
 _LARGE, _FEWEST_ROWS = 2**20, 16
 
 
 def kernel_gradient(x: Num[Array, "T i"], dy: Num[Array, "T o"]) -> Num[Array, "i o"]:
-    """xᵀ dy of (T, i) and (T, o): the gradient of a kernel (i, o) that maps rows to rows.
+    """Computes xᵀ dy of (T, i) and (T, o): the gradient of a kernel (i, o) that maps rows to rows.
 
-    A sum over the first axis of both its operands is what XLA's CPU backend computes worst, at a
-    third of the rate of a plain product. Where dy is much the narrower, it comes first, so that the
-    result is (o, i) and turned round. Else xᵀ is laid out if that is little work (few rows), and up
-    to a thousand rows the narrower of two wide ones. A large gradient of few rows is not written to
-    memory at all: as a sum of outer products it is computed in the loop that applies it.
+    XLA's CPU backend is slowest at a sum over the first axis of both operands: it reaches a third
+    of the rate of a plain product. If dy is much narrower than x, dy comes first, and the result
+    (o, i) is transposed. Otherwise xᵀ is laid out in memory if that is little work (few rows). Up
+    to a thousand rows, the narrower of two wide operands is laid out. A large gradient of few rows
+    is never written to memory: it is a sum of outer products, computed in the loop that applies it.
     """
     if jax.default_backend() != "cpu":
         return lax.dot_general(x, dy, _OVER_ROWS)
-    # The barriers keep the compiler from turning the products round again.
+    # The barriers keep the compiler from undoing these transpositions.
     (rows, width), features = x.shape, dy.shape[1]
     if rows <= _FEWEST_ROWS and width * features >= _LARGE and x.dtype == jnp.float32:
         return reduce(add, (x[row, :, None] * dy[row] for row in range(rows)))
@@ -48,7 +49,7 @@ def kernel_gradient(x: Num[Array, "T i"], dy: Num[Array, "T o"]) -> Num[Array, "
 
 
 def dot_general(x: Array, kernel: Array, dimensions: Any, *_: Any, **__: Any) -> Array:
-    """A dense layer's product of (..., D) and (D, F), for `flax.linen.Dense(dot_general=...)`."""
+    """Computes a dense layer's product (..., D) by (D, F), for `flax.linen.Dense(dot_general=)`."""
     if jax.default_backend() != "cpu":
         return lax.dot_general(x, kernel, dimensions)
     return product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
@@ -56,7 +57,7 @@ def dot_general(x: Array, kernel: Array, dimensions: Any, *_: Any, **__: Any) ->
 
 @jax.custom_vjp
 def product(x: Num[Array, "T i"], kernel: Num[Array, "i o"]) -> Num[Array, "T o"]:
-    """The product x @ kernel, whose backward pass is `kernel_gradient`."""
+    """Computes x @ kernel, with `kernel_gradient` in the backward pass."""
     return x @ kernel
 
 
@@ -73,10 +74,10 @@ product.defvjp(_forward, _backward)
 
 
 def as_inputs(*arrays: Array | None, dtype: Any = None, inexact: bool = True) -> list[Any]:
-    """Inputs, which come first, and parameters in the type of the inputs, or in `dtype`, if given.
+    """Casts inputs (the first array) and parameters to the type of the inputs, or to `dtype`.
 
-    For `flax.linen.Dense(promote_dtype=...)`, whose own takes the wider one of both. Inputs that
-    are whole numbers become float32.
+    For `flax.linen.Dense(promote_dtype=...)`, whose default promotes to the wider of the two types.
+    Integer inputs become float32.
     """
     given: Any = arrays[0]
     kind = dtype or (given.dtype if jnp.issubdtype(given.dtype, jnp.floating) else jnp.float32)

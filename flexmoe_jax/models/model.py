@@ -1,4 +1,4 @@
-"""What the framework asks of a model: pure functions, whatever library it is written in.
+"""The interface of a model: pure functions, whatever library the model is written in.
 
 Axis legend: `B` batch, `E` experts, `K` expert slots, `L` MoE layers.
 """
@@ -19,21 +19,21 @@ from flexmoe_jax.options.models import ModelOptions
 from flexmoe_jax.types import Array, Key, PyTree, Routing
 
 Held = Mapping[str, Array]
-"""MoE layer to the experts or slots (E,) or (K,) bool that may be used."""
+"""MoE layer to a mask (E,) or (K,) bool of the experts or slots that may be used."""
 Routings = dict[str, Routing]
-"""MoE layer to where its inputs went."""
+"""MoE layer to the routing of its inputs."""
 
 
 class Model(NamedTuple):
     """A model with any number of MoE layers, as pure functions of its parameters.
 
-    Its stacks of experts take their size from the parameters that are there, so that one model runs
-    on all E experts and on the K that a client holds.
+    The parameters determine the size of the stacks of experts, so the same model runs on all E
+    experts and on the K experts that a client holds.
 
     Attributes:
-      init: (key, inputs (B, ...)) -> parameters, those of experts and gates `Marked`.
-      trunk: (parameters, inputs) -> features that do not depend on any expert or gate, for what all
-        clients compute alike.
+      init: (key, inputs (B, ...)) -> parameters; those of experts and gates are `Marked`.
+      trunk: (parameters, inputs) -> features that do not depend on any expert or gate, so that they
+        can be the same for all clients.
       head: (parameters, features, held) -> (outputs, routings).
     """
 
@@ -42,23 +42,24 @@ class Model(NamedTuple):
     head: Callable[[PyTree, PyTree, Held], tuple[PyTree, Routings]]
 
     def after(self, prepare: Callable[[PyTree], PyTree]) -> Model:
-        """The same model of inputs that go through a function first, as a standardisation."""
+        """Returns the same model with a function, such as a standardisation, applied to inputs."""
         return self._replace(
             init=lambda key, inputs: self.init(key, prepare(inputs)),
             trunk=lambda params, inputs: self.trunk(params, prepare(inputs)),
         )
 
     def computed_in(self, dtype: str) -> Model:
-        """The same model, with its products in another precision; parameters stay as they are.
+        """Returns the same model with its products in another precision; parameters are not cast.
 
-        Inputs and features are cast, and the modules here compute in the type of what reaches
-        them, except where it would cost accuracy: gates, norms and outputs are in single precision.
+        Inputs and features are cast. The modules of this package compute in the type of their
+        inputs, except where that would reduce accuracy: gates, norms and outputs are in single
+        precision.
 
         Args:
           dtype: `float32` or `bfloat16`.
 
         Raises:
-          InputError: another type.
+          InputError: any other type.
         """
         ModelOptions.check(dtype=dtype)
 
@@ -73,7 +74,7 @@ class Model(NamedTuple):
         )
 
     def apply(self, params: PyTree, inputs: PyTree, held: Held) -> tuple[PyTree, Routings]:
-        """The whole model."""
+        """Runs the whole model: the trunk, then the head."""
         return self.head(params, self.trunk(params, inputs), held)
 
 
@@ -82,13 +83,13 @@ def from_functions(
     apply: Callable[[PyTree, PyTree, Held], tuple[PyTree, Routings]],
     rules: Mapping[str, str],
 ) -> Model:
-    """A model of any library as a model: plain functions, and who owns what by paths.
+    """Makes a `Model` of plain functions from any library, with rules that mark parameters by path.
 
     Args:
       init: (key, inputs (B, ...)) -> parameters, any pytree of arrays.
       apply: (parameters, inputs, held) -> (outputs, routings); see `Model`.
-      rules: which parameters are of experts and of gates; see `mark_paths`. All of these lead with
-        the expert axis.
+      rules: which parameters belong to experts and to gates; see `mark_paths`. The first axis of
+        all these parameters is the expert axis.
     """
 
     def init_marked(key: Key, inputs: PyTree) -> PyTree:
@@ -98,15 +99,15 @@ def from_functions(
 
 
 def from_linen(module: nn.Module, *, trunk: str = "", head: str = "__call__") -> Model:
-    """A Linen module as a model: its `MoELayer`s, wherever they stand, find their masks.
+    """Makes a `Model` of a Linen module; its `MoELayer`s find their masks at any place in it.
 
     Args:
-      module: of parameters alone (no batch statistics, no dropout), with MoE layers.
-      trunk: method from inputs to features; empty for none.
-      head: method from features to outputs.
+      module: has only parameters (no batch statistics, no dropout), and MoE layers.
+      trunk: name of the method from inputs to features; empty for none.
+      head: name of the method from features to outputs.
 
     Raises:
-      InputError: when it is initialised or run, if it keeps more than parameters.
+      InputError: when the model is initialised, if the module keeps more than parameters.
     """
 
     def init(key: Key, inputs: PyTree) -> PyTree:
@@ -134,10 +135,10 @@ def from_linen(module: nn.Module, *, trunk: str = "", head: str = "__call__") ->
 
 
 def _places(layer: str) -> list[tuple[str, ...]]:
-    """Where a layer may stand: the one at the top may also be a module of that name."""
+    """Paths where a layer may be: the layer `ROOT` is the model, or a module with that name."""
     return [tuple(layer.split("/")), *([()] if layer == ROOT else [])]
 
 
-# Flax leaves them without types.
+# Flax does not type these functions.
 _flatten: Any = flatten_dict
 _unflatten: Any = unflatten_dict

@@ -1,8 +1,8 @@
 """The mixture-of-experts layer: a masked gate, stacked experts, and the classifier around them.
 
 Axes: `B` batch, `D` features, `H` hidden units, `Y` classes, and `E` experts. A client holds only
-`K` of them: the same code then runs on a stack whose leading axis is `K`, with a mask of the slots
-that are filled. How examples reach experts is data (a `Routing`), not a branch.
+`K` experts: the same code then runs on a stack whose leading axis is `K`, with a mask of the filled
+slots. The routing of examples to experts is data (a `Routing`), not a branch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flexmoe_jax.models.ownership import EXPERT, GATE, mark
 from flexmoe_jax.options.models import ModelOptions
 from flexmoe_jax.types import Array, PyTree, Routing
 
-# Below every logit, and finite: a client without any expert still gives numbers, not NaN.
+# Below every logit, but finite: a client without experts still produces finite numbers, not NaN.
 _NEVER = -1e30
 
 
@@ -32,19 +32,20 @@ def route(logits: Float[Array, "*B E"], held: Bool[Array, " E"], top_k: int = 1)
     """Routes each example to its `top_k` most probable experts among those held.
 
     The combine weights are the probabilities themselves (Fedus et al. 2022, eq. 2), so that the
-    task loss teaches the gate even where one expert is chosen; with two or more chosen they are
-    normalised to sum to 1 over the chosen (Shazeer et al. 2017; Lepikhin et al. 2021).
+    task loss trains the gate even if `top_k` is 1. If `top_k` is 2 or more, the weights are
+    normalised to sum to 1 over the chosen experts (Shazeer et al. 2017; Lepikhin et al. 2021).
 
     Args:
       logits: (..., E).
-      held: (E,) bool, the experts that may be chosen. If none may, nothing is selected.
-      top_k: experts per example; fewer where fewer are held.
+      held: (E,) bool, the experts that may be chosen. If there are none, nothing is selected.
+      top_k: experts per example; fewer if fewer are held.
 
     Returns:
       The routing of the batch.
 
     Raises:
-      InputError: `held` is no mask of the E experts, or `top_k` no whole number of at least 1.
+      InputError: `held` is not a mask of the E experts, or `top_k` is not a whole number of at
+        least 1.
     """
     if held.dtype != bool or held.shape != logits.shape[-1:]:
         found = f"{held.dtype}{list(held.shape)}"
@@ -56,7 +57,7 @@ def route(logits: Float[Array, "*B E"], held: Bool[Array, " E"], top_k: int = 1)
     chosen = lax.top_k(masked, min(top_k, logits.shape[-1]))[1]  # (B, top_k)
     selected = jax.nn.one_hot(chosen, logits.shape[-1], dtype=bool).any(axis=-2) & may
     combine = jnp.where(selected, probability, 0.0)
-    if logits.shape[-1] == 1:  # Whatever its logit: no gradient, and none to be computed.
+    if logits.shape[-1] == 1:  # The logit has no effect, so no gradient is computed.
         combine = lax.stop_gradient(combine)
     if top_k > 1:
         combine = combine / jnp.maximum(combine.sum(axis=-1, keepdims=True), 1e-9)
@@ -64,7 +65,7 @@ def route(logits: Float[Array, "*B E"], held: Bool[Array, " E"], top_k: int = 1)
 
 
 def mean_so_far(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """Of tokens (B, S, D) the mean of each and all before it, brought to a mean square of 1."""
+    """Averages each token of (B, S, D) with all tokens before it, scaled to a mean square of 1."""
     count = jnp.arange(1, x.shape[1] + 1, dtype=x.dtype)
     mean = jnp.einsum("st,btd->bsd", jnp.tri(x.shape[1], dtype=x.dtype) / count[:, None], x)
     return mean * lax.rsqrt((mean**2).mean(axis=-1, keepdims=True) + 1e-6)
@@ -73,10 +74,10 @@ def mean_so_far(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
 def expert_mlp(
     experts: PyTree, x: Float[Array, "B D"], combine: Float[Array, "B E"]
 ) -> Float[Array, "B D"]:
-    """Σ_e combine_e · expert_e(x), of stacked experts D→H→D.
+    """Computes Σ_e combine_e · expert_e(x) for stacked experts D→H→D.
 
-    Side by side the experts are one layer of E·H hidden units, which each example weighs by expert:
-    two products, however many experts there are.
+    Side by side, the experts form one layer of E·H hidden units, and each example weights the units
+    by expert. This takes two matrix products, whatever the number of experts.
 
     Args:
       experts: `{"w_in": (E, D, H), "b_in": (E, H), "w_out": (E, H, D), "b_out": (E, D)}`.
@@ -89,7 +90,7 @@ def expert_mlp(
     count, features, width = experts["w_in"].shape
     w_in = jnp.swapaxes(experts["w_in"], 0, 1).reshape(features, count * width)
     hidden = nn.relu(product(x, w_in) + experts["b_in"].reshape(1, -1))
-    # In the type of the weights: their gradient is a sum over hidden units.
+    # In the type of the weights, because their gradient is a sum over hidden units.
     weighed = hidden.astype(combine.dtype).reshape(-1, count, width) * combine[:, :, None]
     w_out = experts["w_out"].reshape(count * width, features)
     output = product(weighed.reshape(-1, count * width).astype(x.dtype), w_out)
@@ -97,12 +98,12 @@ def expert_mlp(
 
 
 class Experts(nn.Module):
-    """A stack of residual MLP experts; its parameters are what `expert_mlp` takes.
+    """A stack of residual MLP experts, with the parameters that `expert_mlp` takes.
 
     Attributes:
-      count: E, when the parameters are made; later the stack is as large as they are.
+      count: E when the parameters are created; later the parameters determine the stack's size.
       hidden: H.
-      part: the mark of its parameters; empty for experts that everybody holds.
+      part: the mark of its parameters; empty for experts that every client holds.
     """
 
     count: int
@@ -111,7 +112,7 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"], combine: Float[Array, "B E"]) -> Float[Array, "B D"]:
-        """What the experts make of each example; E is as many as there are parameters of."""
+        """Returns the experts' weighted sum for each example; the parameters determine E."""
         fan_in = nn.initializers.variance_scaling(
             2.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
         )
@@ -131,11 +132,11 @@ class Experts(nn.Module):
 
 
 class Gate(nn.Module):
-    """A linear gate; every parameter leads with the expert axis, as the experts' do.
+    """A linear gate; the first axis of every parameter is the expert axis, as in `Experts`.
 
     Attributes:
-      count: E, when the parameters are made.
-      part: the mark of its parameters; empty for one that everybody shares.
+      count: E when the parameters are created.
+      part: the mark of its parameters; empty for a gate that all clients share.
     """
 
     count: int
@@ -143,7 +144,7 @@ class Gate(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
-        """The logits of each example, in single precision."""
+        """Returns the logits of each example, in single precision."""
         small, count = nn.initializers.normal(0.02), _stacked(self, "kernel", self.count)
         kernel = _param(self, "kernel", small, self.part, (count, x.shape[-1]))
         bias = _param(self, "bias", nn.initializers.zeros, self.part, (count,))
@@ -153,13 +154,13 @@ class Gate(nn.Module):
 def _param(
     module: nn.Module, name: str, init: Callable[..., Any], part: str, shape: tuple[int, ...]
 ) -> Array:
-    """A parameter in single precision, with the mark of a part, if any."""
+    """Creates a parameter in single precision, with the mark of a part, if any."""
     value: Any = module.param(name, mark(init, part) if part else init, shape, jnp.float32)
     return value
 
 
 def _stacked(module: nn.Module, name: str, count: int) -> int:
-    """How many experts the parameters of a module are of; `count` where there are none yet."""
+    """Number of experts in a module's parameters; `count` if it has no parameters yet."""
     if not module.has_variable("params", name):
         return count
     stored: Any = nn.meta.unbox(module.get_variable("params", name))
@@ -171,22 +172,23 @@ class MoELayer(nn.Module):
 
     y = Σ_s shared_s(x) + Σ_e combine_e(x) · expert_e(x).
 
-    Wherever it stands in a model, it finds the mask of the experts that may be used in the
-    collection `held` (all, if there is none), and leaves a `Routing` in the collection `routing`:
-    `models.from_linen` fills the one and reads the other.
+    The layer can be at any place in a model. It reads the mask of the usable experts from the
+    collection `held` (all experts if there is none), and writes a `Routing` to the collection
+    `routing`. `models.from_linen` fills `held` and reads `routing`.
 
     Attributes:
-      experts: E; a client's stack of K experts runs by the same module.
+      experts: E; the same module runs a client's stack of K experts.
       hidden: H of each expert.
       top_k: experts per example.
-      shared_experts: experts beside those E that everybody holds and every example passes, with no
-        gate (DeepSeekMoE, arXiv 2401.06066).
-      whole: whether all of an example goes the same way, by the mean of its features: all pixels of
-        a picture.
-      context: of tokens (B, S, D), whether gates see each token together with the mean of all up to
-        it: what a text is of shows in many tokens, and hardly in one.
-      with_router: whether the layer also has a gate over all E experts that everybody shares, which
-        learns where each client's own gate sends what; with it all experts make one model.
+      shared_experts: number of additional experts, beside the E, that every client holds and every
+        example passes through, with no gate (DeepSeekMoE, arXiv 2401.06066).
+      whole: whether a whole example is routed the same way, by the mean of its features, for
+        instance all pixels of an image.
+      context: for tokens (B, S, D), whether gates see each token together with the mean of all
+        tokens up to it. The topic of a text shows in many tokens, and hardly in a single one.
+      with_router: whether the layer also has a router: a gate over all E experts that all clients
+        share. It learns to predict the choices of each client's own gate. With routers, all
+        experts form one model.
     """
 
     experts: int
@@ -198,7 +200,7 @@ class MoELayer(nn.Module):
     with_router: bool = False
 
     def setup(self) -> None:
-        """Names the parts of the parameter tree."""
+        """Creates the parts, under their names in the parameter tree."""
         self.expert = Experts(self.experts, self.hidden)
         self.shared_expert = Experts(self.shared_experts, self.hidden, part="")
         self.gate = Gate(self.experts)
@@ -206,9 +208,9 @@ class MoELayer(nn.Module):
             self.router = Gate(self.experts, part="")
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """What the experts add to examples or tokens."""
+        """Returns what the experts add to examples or tokens."""
         flat = x.reshape(-1, x.shape[-1])
-        # Not by the length of a batch, which is unknown where a model is exported.
+        # Not computed from the batch size, which is unknown when a model is exported.
         places = math.prod(x.shape[1:-1]) if self.whole else 1
         routed = x.mean(axis=tuple(range(1, x.ndim - 1))) if self.whole else x
         if self.context:
@@ -232,7 +234,7 @@ class MoELayer(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A backbone that has its experts within, and a linear head.
+    """A backbone that contains the experts, and a linear head.
 
     Attributes:
       backbone: Linen module (B, ...) -> (B, D), with any number of MoE layers.
@@ -244,14 +246,14 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Class logits (B, Y) from images."""
+        """Returns class logits (B, Y) of images."""
         return Dense(self.classes, name="head")(self.backbone(x)).astype(jnp.float32)
 
 
 class MoEClassifier(nn.Module):
     """Backbone, one mixture-of-experts layer, and a linear head.
 
-    y = head(h + layer(h)),  h = backbone(x),  with a `MoELayer` whose parts are this module's own.
+    y = head(h + layer(h)),  h = backbone(x).  The layer is a `MoELayer` in this module's own scope.
 
     Attributes:
       backbone: Linen module (B, ...) -> (B, D).
@@ -259,7 +261,7 @@ class MoEClassifier(nn.Module):
       experts: E.
       hidden: H of each expert.
       top_k: experts per example.
-      shared_experts: beside those E; see `MoELayer`.
+      shared_experts: additional experts beside the E; see `MoELayer`.
       with_router: see `MoELayer`.
     """
 
@@ -272,7 +274,7 @@ class MoEClassifier(nn.Module):
     with_router: bool = False
 
     def setup(self) -> None:
-        """Names the parts of the parameter tree: the layer's stand beside the backbone and head."""
+        """Creates the parts; those of the layer are beside the backbone and head in the tree."""
         self.layer = MoELayer(
             self.experts,
             self.hidden,
@@ -284,18 +286,18 @@ class MoEClassifier(nn.Module):
         self.head = Dense(self.classes)
 
     def features(self, x: Array) -> Array:
-        """Shared features (B, D) of images (B, h, w, channels): no expert, no gate."""
+        """Returns shared features (B, D) of images (B, h, w, channels), without expert or gate."""
         return self.backbone(x)
 
     def classify(self, features: Array) -> Array:
-        """Class logits (B, Y) from shared features."""
+        """Returns class logits (B, Y) of shared features."""
         return self.head(features + self.layer(features)).astype(jnp.float32)
 
     def __call__(self, x: Array) -> Array:
-        """Class logits (B, Y) from images."""
+        """Returns class logits (B, Y) of images."""
         return self.classify(self.features(x))
 
 
 def classifier(module: MoEClassifier) -> Model:
-    """The classifier as a model, whose backbone is its trunk."""
+    """Returns the classifier as a `Model` whose trunk is the backbone."""
     return from_linen(module, trunk="features", head="classify")

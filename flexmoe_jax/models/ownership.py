@@ -18,20 +18,20 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Params, PyTree
 
 EXPERT, GATE = "expert", "gate"
-"""What a parameter of a MoE layer can be of; both lead with the expert axis."""
+"""The parts of a MoE layer that a parameter can belong to; its first axis is the expert axis."""
 
 
 def _static() -> Any:
-    field: Any = flax.struct.field  # Flax leaves it without types.
+    field: Any = flax.struct.field  # Flax does not type it.
     return field(pytree_node=False)
 
 
 @flax.struct.dataclass
 class Marked(nn.meta.AxisMetadata[Any]):
-    """A parameter of a MoE layer, in the box that Flax takes off when the parameter is used.
+    """A parameter of a MoE layer, in a box that Flax removes when the parameter is used.
 
     Attributes:
-      value: the parameter, leading with the expert axis.
+      value: the parameter; its first axis is the expert axis.
       part: `EXPERT` or `GATE`.
     """
 
@@ -39,24 +39,24 @@ class Marked(nn.meta.AxisMetadata[Any]):
     part: str = _static()
 
     def unbox(self) -> Any:
-        """The parameter."""
+        """Returns the parameter."""
         return self.value
 
     def replace_boxed(self, val: Any) -> Marked:
-        """The same mark on another value."""
+        """Returns another value with the same mark."""
         return Marked(val, self.part)
 
     def add_axis(self, index: int, params: Mapping[Any, Any]) -> Marked:
-        """As it is: layers made by `nn.scan` or `nn.vmap` have no expert axis in front."""
+        """Refuses `nn.scan` and `nn.vmap`: they would put another axis before the expert axis."""
         raise InputError("model", "nn.scan", "MoE layers must stand one by one: call each layer")
 
     def remove_axis(self, index: int, params: Mapping[Any, Any]) -> Marked:
-        """The opposite of `add_axis`."""
+        """Refuses `nn.scan` and `nn.vmap`, as `add_axis` does."""
         raise InputError("model", "nn.scan", "MoE layers must stand one by one: call each layer")
 
 
 def mark(init: Callable[..., Any], part: str) -> Callable[..., Marked]:
-    """An initialiser whose parameter belongs to each expert, or to the gate."""
+    """Wraps an initialiser: its parameter is marked as a part of each expert, or of the gate."""
 
     def init_marked(*arguments: Any) -> Marked:
         return Marked(init(*arguments), part)
@@ -65,15 +65,15 @@ def mark(init: Callable[..., Any], part: str) -> Callable[..., Marked]:
 
 
 def mark_paths(params: PyTree, rules: Mapping[str, str]) -> PyTree:
-    """Marks parameters of a foreign model by their paths.
+    """Marks parameters of a model from another library by their paths.
 
     Args:
       params: any pytree; a path is the names on the way to a leaf, joined by "/".
-      rules: pattern of paths, as in a shell, to `EXPERT` or `GATE`: `{"*/moe/w_*": "expert"}`.
+      rules: shell-style pattern of paths to `EXPERT` or `GATE`: `{"*/moe/w_*": "expert"}`.
 
     Raises:
-      InputError: a rule that matches nothing, or names another part, or one parameter that rules
-        give to both.
+      InputError: a rule matches nothing or names another part, or rules mark one parameter as both
+        parts.
     """
     paths, leaves, tree = _by_path(params)
     for pattern, part in rules.items():
@@ -96,10 +96,10 @@ class Ownership(NamedTuple):
     """Who owns which part of a model's parameters; the default is FLEX-MoE's.
 
     Attributes:
-      private: parts that stay with their client, by the beginnings of their paths: "head", or
+      private: parts that stay with their client, by the first names of their paths: "head", or
         "backbone/local".
-      shared_gate: whether a gate's row for an expert travels with that expert, and is averaged as
-        the expert is, in place of staying with its client.
+      shared_gate: whether a gate's row for an expert is sent and averaged together with that
+        expert, instead of staying with its client.
     """
 
     private: tuple[str, ...] = ()
@@ -110,19 +110,20 @@ FLEX_MOE = Ownership()
 
 
 class _Absent:
-    """Stands in a tree for parameters that are not there; whoever computes with it fails."""
+    """Placeholder in a tree for a missing parameter; any computation with it fails."""
 
 
 class Layout(NamedTuple):
-    """How a model's parameters lie: each leaf's owner, and the MoE layer that it is of.
+    """The layout of a model's parameters: the owner and the MoE layer of each leaf.
 
     Attributes:
-      experts: E; 1 for a model without MoE layers, which is then all of one expert.
-      layers: the L MoE layers, by the paths of their modules, in the order of these. A layer is
-        the innermost module that has both experts and a gate: `mixture`, if that is the model.
+      experts: E; 1 for a model without MoE layers, which counts as a single expert.
+      layers: the L MoE layers, named by the paths of their modules, in the order of the leaves. A
+        layer is the innermost module that contains both experts and a gate. If that is the model
+        itself, the layer is named `mixture`.
       paths: of all leaves, in the tree's order.
-      owner: of each leaf: a field of `Params`.
-      layer: of each leaf: the MoE layer that it is of; empty for none.
+      owner: the owner of each leaf, a field of `Params`.
+      layer: the MoE layer of each leaf; empty for none.
       tree: structure of the model's parameters.
     """
 
@@ -134,7 +135,7 @@ class Layout(NamedTuple):
     tree: Any
 
     def split(self, params: PyTree) -> Params:
-        """The model's parameters, marked or not, by who owns them."""
+        """Splits the model's parameters, marked or not, by their owners."""
         leaves = self.tree.flatten_up_to(nn.meta.unbox(params))
         parts: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in Params._fields}
         for path, owner, layer, leaf in zip(
@@ -146,12 +147,12 @@ class Layout(NamedTuple):
         return Params(**{name: _unflatten(part) for name, part in parts.items()})
 
     def merge_shared(self, shared: PyTree) -> PyTree:
-        """The model's tree with ψ alone: nothing can be computed with the other parameters."""
+        """Returns the model's tree with only ψ; computing with any other parameter fails."""
         flat = _flatten(shared)
         return self.tree.unflatten([flat.get(tuple(p.split("/")), _Absent()) for p in self.paths])
 
     def merge(self, params: Params) -> PyTree:
-        """Inverse of `split`; stacks may hold K experts in place of E."""
+        """Inverse of `split`; stacks may hold K experts instead of E."""
         flat: dict[tuple[str, ...], Any] = {}
         for name, part in params._asdict().items():
             inside = name in ("experts", "gate")
@@ -161,7 +162,7 @@ class Layout(NamedTuple):
         return self.tree.unflatten([flat[tuple(path.split("/"))] for path in self.paths])
 
     def assembled(self, params: Params) -> Params:
-        """All experts in one model, whose gates are the routers where layers have them."""
+        """Puts all experts in one model; layers that have a router use it as their gate."""
         leaves = dict(zip(self.paths, self.tree.flatten_up_to(self.merge(params)), strict=True))
 
         def chosen(path: str, layer: str) -> Any:
@@ -173,15 +174,15 @@ class Layout(NamedTuple):
 
 
 def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:
-    """Finds out who owns what of a model.
+    """Determines who owns each parameter of a model.
 
     Args:
       shapes: the model's parameters with their marks, or their shapes.
-      ownership: who owns what.
+      ownership: which parts are private, and whether gates are shared.
 
     Raises:
-      InputError: a private part that the model does not have, or MoE layers that differ in the
-        number of their experts.
+      InputError: a private part that the model does not have, a layer with the reserved name
+        `ROOT`, or MoE layers that differ in the number of their experts.
     """
     marks = _marks(shapes)
     modules = _layers(marks)
@@ -224,10 +225,10 @@ def lay_out(shapes: PyTree, ownership: Ownership = FLEX_MOE) -> Layout:
 
 
 def check_capacity(layout: Layout, capacity: Sequence[int]) -> None:
-    """Refuses private parts of a MoE layer whose experts clients hold only in part.
+    """Refuses private parts of a MoE layer if some client cannot hold all experts.
 
     Raises:
-      InputError: naming the part.
+      InputError: naming the private part.
     """
     for path, owner, layer in zip(layout.paths, layout.owner, layout.layer, strict=True):
         if layer and owner == "private" and min(capacity) < layout.experts:
@@ -240,14 +241,14 @@ def check_capacity(layout: Layout, capacity: Sequence[int]) -> None:
 
 
 ROOT = "mixture"
-"""Name of the MoE layer whose parts stand at the top of the model's tree."""
+"""Name of the MoE layer whose parts are at the top of the model's tree."""
 
 
 def _layers(marks: Mapping[str, str]) -> dict[str, str]:
-    """The MoE layer of each marked parameter: `blocks/0/moe` of `blocks/0/moe/experts/w_in`.
+    """Finds the MoE layer of each marked parameter: `blocks/0/moe` of `blocks/0/moe/experts/w_in`.
 
-    It is the innermost module around the parameter that has both experts and a gate, however deep
-    these lie in it; where there is none, the module around the parameter's own.
+    The layer is the innermost module around the parameter that contains both experts and a gate, at
+    any depth. If there is none, it is the module around the parameter's own module.
     """
     experts = [path for path, part in marks.items() if part == EXPERT]
     with_experts = {module for expert in experts for module in _around(expert)}
@@ -262,7 +263,7 @@ def _layers(marks: Mapping[str, str]) -> dict[str, str]:
 
 
 def _around(path: str) -> list[str]:
-    """The modules that a parameter is in, innermost first: `a/b`, `a` and the model of `a/b/c`."""
+    """The modules around a parameter, innermost first: `a/b`, `a` and the model for `a/b/c`."""
     names = path.split("/")
     return ["/".join(names[:depth]) for depth in reversed(range(len(names)))]
 
@@ -276,7 +277,7 @@ def _depth(layer: str) -> int:
 
 
 def _marks(params: PyTree) -> dict[str, str]:
-    """The part of each leaf that has a mark, by its path."""
+    """Returns the part of each marked leaf, by its path."""
     found, _ = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda node: isinstance(node, Marked)
     )
@@ -292,6 +293,6 @@ def _text(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-# Flax leaves them without types.
+# Flax does not type these functions.
 _flatten: Any = flatten_dict
 _unflatten: Any = unflatten_dict

@@ -1,8 +1,8 @@
-"""A decoder of tokens with mixture-of-experts layers, small enough for clients.
+"""A token decoder with mixture-of-experts layers, small enough for clients.
 
 y = head(norm(h)), h = embedding, and in every block  h += attention(norm(h)), h += layer(norm(h)),
-where the layer is a `MoELayer`, or a plain MLP in blocks without one (Vaswani et al. 2017; norms
-first, as Xiong et al. 2020; experts in place of MLPs, as Fedus et al. 2022).
+where the layer is a `MoELayer`, or a plain MLP in blocks without experts (Vaswani et al. 2017;
+norms first, as in Xiong et al. 2020; experts in place of MLPs, as in Fedus et al. 2022).
 
 Axes: `B` batch, `S` tokens, `D` features, `A` heads, `F` features of a head, `H` hidden units, `V`
 vocabulary, `E` experts.
@@ -29,7 +29,7 @@ class Attention(nn.Module):
 
     Attributes:
       heads: A, a divisor of D.
-      rotary: whether queries and keys are turned by their positions (Su et al. 2021).
+      rotary: whether queries and keys are rotated by their positions (Su et al. 2021).
     """
 
     heads: int
@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxSxD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Mixes what the tokens up to each one say."""
+        """Lets each token attend to itself and to the tokens before it."""
         features = x_BxSxD.shape[-1]
         joint = Dense(3 * features, use_bias=False, name="qkv")(x_BxSxD)
         q, k, v = (
@@ -54,8 +54,8 @@ class Attention(nn.Module):
 
 
 def rotate(x_BxSxAxF: Float[Array, "B S A F"]) -> Float[Array, "B S A F"]:
-    """Turns pairs of features by angles that grow with the position (Su et al. 2021, eq. 34)."""
-    # By NumPy: in a program they would be computed anew for every number that is turned.
+    """Rotates pairs of features by angles that grow with the position (Su et al. 2021, eq. 34)."""
+    # NumPy computes the angles: a compiled program would recompute them for every rotated number.
     half = x_BxSxAxF.shape[-1] // 2
     rate_F = 10_000.0 ** (-np.arange(half) / half)
     angle_SxF = np.arange(x_BxSxAxF.shape[1])[:, None] * rate_F
@@ -65,7 +65,7 @@ def rotate(x_BxSxAxF: Float[Array, "B S A F"]) -> Float[Array, "B S A F"]:
 
 @jax.custom_vjp
 def _turn(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns pairs, which stand half a row apart; backward the other way round."""
+    """Rotates pairs of features that are half a row apart; the backward pass rotates them back."""
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -83,7 +83,7 @@ _turn.defvjp(_turn_forward, _turn_backward)
 
 
 def normalise(norm: nn.Module, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Normalises in single precision, whatever the type of x (..., D), which the result has."""
+    """Normalises x (..., D) in single precision, and returns the result in the type of x."""
     normal: Array = norm(x.astype(jnp.float32))
     return normal.astype(x.dtype)
 
@@ -94,7 +94,7 @@ class Block(nn.Module):
     Attributes:
       heads: A.
       rotary: see `Attention`.
-      layer: what follows attention, (B, S, D) -> (B, S, D).
+      layer: the layer after the attention, (B, S, D) -> (B, S, D).
     """
 
     heads: int
@@ -124,7 +124,7 @@ class MLPLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder of tokens; of bytes by default.
+    """A decoder of tokens, which are bytes by default.
 
     Attributes:
       experts: E of every MoE layer; 0 for a dense model.
@@ -132,13 +132,13 @@ class Transformer(nn.Module):
       width: D.
       heads: A.
       hidden: H of each expert, and of each MLP in blocks without experts.
-      every: experts stand in every n-th block, the last one first.
+      every: every n-th block has experts, counted backwards from the last block.
       top_k: experts per token.
-      shared_experts: beside those E; see `MoELayer`.
+      shared_experts: additional experts beside the E; see `MoELayer`.
       router: see `MoELayer`.
       vocabulary: V.
       positions: `rotary`, or `learnt` for up to `length` tokens.
-      length: S, at the most, where positions are learnt.
+      length: the largest S if positions are learnt.
     """
 
     experts: int
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
     length: int = 512
 
     def setup(self) -> None:
-        """Makes the parts, and refuses what does not fit together.
+        """Creates the parts, and refuses fields that do not fit together.
 
         Raises:
           InputError: naming the field.
@@ -186,21 +186,21 @@ class Transformer(nn.Module):
         return MLPLayer(self.hidden, parent=None)
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Features of tokens, before any expert."""
+        """Returns the features of tokens, before any expert."""
         x = self.embedding(tokens)
         return x if self.positions == "rotary" else x + self.position(jnp.arange(x.shape[1])[None])
 
     def decode(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        """Logits of the tokens that follow."""
+        """Returns the logits of the next tokens."""
         for block in self.blocks:
             x = block(x)
         return self.head(normalise(self.norm, x)).astype(jnp.float32)
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S V"]:
-        """Logits (B, S, V) of the tokens that follow tokens (B, S)."""
+        """Returns the logits (B, S, V) of the next token after each of the tokens (B, S)."""
         return self.decode(self.embed(tokens))
 
 
 def decoder(module: Transformer) -> Model:
-    """The decoder as a model, whose embedding is its trunk."""
+    """Returns the decoder as a `Model` whose trunk is the embedding."""
     return from_linen(module, trunk="embed", head="decode")

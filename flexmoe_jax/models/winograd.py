@@ -1,9 +1,9 @@
 """3×3 convolutions of stride 1 by Winograd's minimal filtering F(2×2, 3×3).
 
-Two by two outputs need four by four inputs. In the basis of `_input_basis` their convolution is a
-product of 16 numbers where the definition takes 36, so with channels it is 16 matrix products of a
-2.25th of the arithmetic, on 4 numbers an input pixel where shifted windows lay out 9 (Lavin and
-Gray 2016, arXiv 1509.09308). All three bases are linear: backward runs through their transposes.
+A tile of 2×2 outputs needs 4×4 inputs. In the basis of `_input_basis` the convolution takes 16
+multiplications, where the definition takes 36. With channels it is 16 matrix products with 1/2.25
+of the arithmetic, on 4 numbers per input pixel, where shifted windows lay out 9 (Lavin and Gray
+2016, arXiv 1509.09308). All three transforms are linear: backward runs through their transposes.
 
 Axis legend: `B` images, `h`, `w` pixels, `T` tiles of all images, `i`, `o` channels in and out.
 """
@@ -22,14 +22,14 @@ from flexmoe_jax.models.dense import kernel_gradient
 from flexmoe_jax.types import Array
 
 Points = list[Array]
-"""16 arrays, one for each pair of the basis: rows first, then columns."""
+"""16 arrays, one for each pair of basis elements: rows first, then columns."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def winograd_3x3(
     x: Num[Array, "B h w i"], kernel: Num[Array, "3 3 i o"], padding: Literal["SAME", "VALID"]
 ) -> Num[Array, "B H W o"]:
-    """2-D convolution of stride 1.
+    """Computes a 2-D convolution of stride 1.
 
     Args:
       x: (B, h, w, i) images.
@@ -75,7 +75,7 @@ def _transform_input(x: Array, padding: str) -> Points:
             [lax.slice_in_dim(x, i, i + 2 * tiles - 1, stride=2, axis=axis) for i in range(4)]
         )
 
-    # Without the barrier, XLA sums the rows anew for every column.
+    # Without the barrier, XLA recomputes the sums of rows for every column.
     rows = lax.optimization_barrier(along(padded, 1, down))
     return [v.reshape(-1, x.shape[-1]) for row in rows for v in along(row, 2, across)]
 
@@ -83,7 +83,7 @@ def _transform_input(x: Array, padding: str) -> Points:
 def _transform_input_back(points: Points, x: Array, padding: str) -> Array:
     """The transpose of `_transform_input`: 16 of (T, i) to the shape of x, (B, h, w, i).
 
-    By hand, since JAX's transpose of strided slices is a sum of images with gaps, and slower.
+    Written by hand: JAX's transpose of strided slices is a slower sum of images with gaps.
     """
     tiles = [m.reshape(x.shape[0], *_tiles(x, padding), -1) for m in points]
 
@@ -123,11 +123,11 @@ _Residuals = tuple[Array, Points, Array]
 
 def _forward(x: Array, kernel: Array, padding: str) -> tuple[Array, _Residuals]:
     inputs = _transform_input(x, padding)
-    # One product a point: as one batched product, the 16 would have to be copied together first.
+    # One product per point: a single batched product would first copy the 16 arrays together.
     products = [v @ u for v, u in zip(inputs, _transform_kernel(kernel), strict=True)]
     y = _transform_output(products, (x.shape[0], *_tiles(x, padding)))
     lost = 0 if padding == "SAME" else 2
-    # Of the images only shape and type are needed; an unused residual costs nothing.
+    # Only the shape and type of the images are needed; an unused residual costs nothing.
     return y[:, : x.shape[1] - lost, : x.shape[2] - lost], (x, inputs, kernel)
 
 

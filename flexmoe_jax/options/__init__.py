@@ -1,7 +1,7 @@
-"""Options of all rooms, each once: default, range and meaning. A file is the room's of its name.
+"""All options, each defined once: default, range and meaning. A file is named after its subpackage.
 
-They stand outside of their rooms, and import none, so that a launcher can read, refuse and describe
-a config without JAX, which takes a second and 130 MB.
+The options are kept outside of those subpackages and import none of them. A launcher can therefore
+read, check and describe a config without JAX, which takes a second and 130 MB.
 """
 
 from flexmoe_jax.options.assignment import AssignmentOptions

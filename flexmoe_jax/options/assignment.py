@@ -1,4 +1,4 @@
-"""Who holds which expert."""
+"""Options of the assignment: which client holds which expert."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flexmoe_jax.options.record import Options, option
 
-# More overflows somewhere in sums over many clients.
+# Larger values overflow in sums over many clients.
 _LARGEST = 1e100
 LOAD_MODELS = ("clients", "samples", "usage")
 

@@ -1,4 +1,4 @@
-"""How clients train, and how their updates travel."""
+"""Options of clients: how they train, and how their updates are compressed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flexmoe_jax.options.record import Options, option
 
 @dataclass(frozen=True, kw_only=True)
 class LocalWork(Options, section="local"):
-    """How much a client does in a round."""
+    """The amount of work of a client in a round."""
 
     epochs: int = option(1, "passes over the client's examples in a round", least=1)
     batch_size: int = option(32, "B", least=1)
@@ -18,7 +18,7 @@ class LocalWork(Options, section="local"):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSteps(Options, section="local"):
-    """How it steps."""
+    """The training steps of a client."""
 
     optimizer: str = option(
         "sgd", "of the client, started anew each round", choices=("sgd", "adam")
@@ -40,7 +40,7 @@ class LocalSteps(Options, section="local"):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLoss(Options, section="local"):
-    """What its loss has beside the task's."""
+    """The terms of a client's loss beside the task's loss."""
 
     balance: float = option(
         0.1,
@@ -58,7 +58,7 @@ class LocalLoss(Options, section="local"):
 
 @dataclass(frozen=True)
 class UploadOptions(Options, section="upload"):
-    """How updates travel."""
+    """The compression of updates."""
 
     compression: str = option("none", "of updates", choices=("none", "bfloat16", "int8", "top_k"))
     kept: float = option(0.1, "of top_k: part of the entries sent", above=0, most=1)

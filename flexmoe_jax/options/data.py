@@ -1,4 +1,4 @@
-"""What is learnt from, and how it is dealt out to clients."""
+"""Options of the data set, and of how its examples are divided among clients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DataOptions(Options, section="data"):
         0,
         "side in pixels of uint8 images; 0 for the data set's own, or 32 if it varies",
         least=0,
-        # More would not fit into any memory, or would take it long to find out.
+        # Larger images do not fit into memory, or the run finds that out only after a long time.
         most=4096,
     )
     length: int = option(64, "tokens of an example of text", least=1)
@@ -42,7 +42,7 @@ class DataOptions(Options, section="data"):
 
 @dataclass(frozen=True)
 class PartitionOptions(Options, section="partition"):
-    """Who has which examples."""
+    """The partition of the examples among clients."""
 
     name: str = option("dirichlet", "iid | k_class | dirichlet | shards | natural | domains")
     classes_per_client: int = option(4, "of k_class", least=1, where=("name", "k_class"))

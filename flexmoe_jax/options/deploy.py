@@ -1,4 +1,4 @@
-"""Real clients over a network."""
+"""Options for real clients over a network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flexmoe_jax.options.record import Options, option
 
 @dataclass(frozen=True)
 class DeployOptions(Options, section="deploy"):
-    """How long a round waits for real clients; a simulation has no use for it."""
+    """How long a round waits for real clients; a simulation does not use these options."""
 
     deadline: float = option(
         600.0, "seconds after which a round goes on without those who have not answered", least=1

@@ -1,4 +1,4 @@
-"""Devices, links and availability."""
+"""Options of devices, links and availability."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flexmoe_jax.options.record import Options, option
 
 @dataclass(frozen=True)
 class EdgeOptions(Options, section="edge"):
-    """The clients' devices, and what becomes of a round on them."""
+    """The clients' devices, and how they affect a round."""
 
     mix: str = option(
         "",

@@ -1,4 +1,4 @@
-"""Where rounds are computed, and how often they are judged."""
+"""Options of where rounds are computed, and of how often the models are evaluated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model is trained, and who owns which part of it."""
+"""Options of the model: which model is trained, and who owns which part of it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ModelOptions(Options, section="model"):
     )
 
     def __post_init__(self) -> None:
-        """Refuses what does not fit, widths among them."""
+        """Refuses values that do not fit, including the widths."""
         super().__post_init__()
         check_widths(self.widths or ())
         if self.top_k > self.experts:
@@ -79,10 +79,10 @@ class ModelOptions(Options, section="model"):
 
 
 def check_widths(widths: tuple[int, ...]) -> None:
-    """Refuses widths of layers that are none.
+    """Refuses widths that are not whole numbers of at least 1.
 
     Raises:
-      InputError: naming them.
+      InputError: naming the widths.
     """
     if not all(isinstance(width, Integral) and width >= 1 for width in widths):
         raise InputError("model.widths", widths, 'choose whole numbers of 1 or more: "(32, 64)"')

@@ -1,11 +1,11 @@
-"""What an option is: a field of a frozen record, with its default, its range and its meaning.
+"""Defines options: fields of a frozen record, each with its default, its range and its meaning.
 
     @dataclass(frozen=True)
     class FitnessOptions(Options, section="fitness"):
         beta: float = option(0.5, "β: weight of the newest score", above=0, most=1)
 
-A record refuses what does not fit, in one line, wherever it is made: in a program of one's own, or
-from a section of a config.
+A record refuses values that do not fit, with a message of one line, wherever it is created: in a
+user's program, or from a section of a config.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from flexmoe_jax.errors import InputError
 
-# JAX counts in 32 bits.
+# JAX's integers have 32 bits.
 _LARGEST = 2**31 - 1
 
 KINDS: dict[type, str] = {
@@ -30,23 +30,23 @@ KINDS: dict[type, str] = {
     str: "a text",
     tuple: 'a tuple, as "(32, 64)"',
 }
-"""What to give, by the type of an option."""
+"""What an option expects, by its type."""
 
 
 class Rule(NamedTuple):
-    """What is known of an option.
+    """The definition of an option.
 
     Attributes:
-      default: its value where nothing is said; None for an option that may stay unset.
+      default: its value if none is given; None for an option that may stay unset.
       meaning: what it does, with its unit.
-      kind: of its values, a key of `KINDS`; `object` for what the room that uses it judges itself.
-      least: the smallest number.
-      above: what a number must be greater than.
-      most: the greatest number.
-      below: what a number must be less than.
-      choices: the texts there are.
-      own: whether a function of the caller's own may take the place of a text.
-      where: another option of the record and its value, under which alone the range counts.
+      kind: the type of its values, a key of `KINDS`; `object` if the code that uses it checks it.
+      least: the smallest number allowed.
+      above: a number must be greater than this.
+      most: the greatest number allowed.
+      below: a number must be less than this.
+      choices: the texts allowed.
+      own: whether the caller may give a function instead of a text.
+      where: another option of the record and its value; the range counts only if it has that value.
     """
 
     default: Any
@@ -62,7 +62,7 @@ class Rule(NamedTuple):
 
     @property
     def range(self) -> str:
-        """What fits, in words; empty where all of its kind does."""
+        """The allowed values in words; empty if every value of the kind is allowed."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.kind is int and self.most is not None:
@@ -87,10 +87,10 @@ class Rule(NamedTuple):
         Args:
           field: dotted name of the option.
           value: what was given.
-          counts: whether its range matters, too.
+          counts: whether the range is checked too.
 
         Raises:
-          InputError: naming both, and what fits.
+          InputError: naming the field, the value, and the allowed values.
         """
         optional = self.default is None and value is None
         if self.kind not in KINDS or optional or (self.own and callable(value)):
@@ -125,13 +125,13 @@ class Rule(NamedTuple):
 
 
 def option(default: Any, meaning: str, *, kind: type | None = None, **limits: Any) -> Any:
-    """A field of a record.
+    """Defines a field of a record.
 
     Args:
-      default: that works.
+      default: a value that works.
       meaning: what it does, with its unit.
-      kind: of its values; that of the default if none is given.
-      **limits: the rest of a `Rule`.
+      kind: the type of its values; the type of the default if None.
+      **limits: the other fields of a `Rule`.
     """
     rule = Rule(default, meaning, kind or type(default), **limits)
     return dataclasses.field(default=default, metadata={"rule": rule})
@@ -139,43 +139,43 @@ def option(default: Any, meaning: str, *, kind: type | None = None, **limits: An
 
 @dataclass(frozen=True)
 class Options:
-    """A record of options; fields that are none have no `option`.
+    """A record of options; a field without `option` is not an option.
 
     Attributes:
-      section: of a config, that has these fields; empty for its outermost.
+      section: the section of a config that has these fields; empty for the outermost level.
     """
 
     section: ClassVar[str] = ""
 
     def __init_subclass__(cls, section: str | None = None, **others: Any) -> None:
-        """Names the section; a record that extends another has that one's."""
+        """Sets the section; a subclass without its own section inherits its parent's."""
         super().__init_subclass__(**others)
         if section is not None:
             cls.section = section
 
     def __post_init__(self) -> None:
-        """Refuses what does not fit."""
+        """Refuses values that do not fit."""
         for name, rule in self.rules().items():
             counts = rule.where is None or getattr(self, rule.where[0]) == rule.where[1]
             rule.check(self.field(name), getattr(self, name), counts)
 
     @classmethod
     def rules(cls) -> dict[str, Rule]:
-        """The options by name."""
+        """Returns the options by name."""
         fields = dataclasses.fields(cls)
         return {field.name: field.metadata["rule"] for field in fields if "rule" in field.metadata}
 
     @classmethod
     def field(cls, name: str) -> str:
-        """Dotted name of an option."""
+        """Returns the dotted name of an option."""
         return f"{cls.section}.{name}" if cls.section else name
 
     @classmethod
     def check(cls, **values: Any) -> None:
-        """Refuses values of some of the options, for functions that take no whole record.
+        """Refuses values of some options that do not fit, for functions that take no whole record.
 
         Raises:
-          InputError: naming the option, its value and what fits.
+          InputError: naming the option, its value and the allowed values.
         """
         rules = cls.rules()
         for name, value in values.items():
@@ -183,12 +183,12 @@ class Options:
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Self:
-        """The record that a config describes.
+        """Creates the record that a config describes.
 
         Args:
-          given: values by dotted name, those of other records among them.
+          given: values by dotted name; they may include values of other records.
 
         Raises:
-          InputError: as soon as one does not fit, or is missing.
+          InputError: for the first value that does not fit or is missing.
         """
         return cls(**{name: given.get(cls.field(name)) for name in cls.rules()})

@@ -1,4 +1,4 @@
-"""What the server lets in, what it makes of it, and how it learns the fitness."""
+"""Options of the server: admission and aggregation of updates, and how it learns the fitness."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexmoe_jax.options.record import Options, option
 
 @dataclass(frozen=True)
 class Aggregation(Options, section="server"):
-    """How one update is made of many, and applied."""
+    """The aggregation of updates, and how the aggregate is applied."""
 
     optimizer: str = option("sgd", "applied to the mean update", choices=("sgd", "adam"))
     learning_rate: float = option(1.0, "of that optimizer", above=0)
@@ -29,11 +29,11 @@ class Aggregation(Options, section="server"):
 
 @dataclass(frozen=True)
 class Admission(Options, section="server"):
-    """Which updates are let in, and how they count.
+    """Which updates the server accepts, and how they count.
 
-    An update that is not all numbers cannot be cut to `clip`, and is then refused, quarantine or
-    not. Under `noise_multiplier` every client weighs the same, and `norm_factor` does not count: a
-    limit learnt from clients would tell of them.
+    An update with NaN or infinity cannot be cut to `clip`: with `clip` it is refused, with or
+    without quarantine. Under `noise_multiplier` every client has the same weight, and `norm_factor`
+    is ignored, because a limit learnt from clients would reveal information about them.
     """
 
     quarantine: bool = option(
@@ -59,7 +59,7 @@ class Admission(Options, section="server"):
     delta: float = option(1e-5, "δ of the guarantee that is reported", above=0, below=1)
 
     def __post_init__(self) -> None:
-        """Refuses what does not fit, and noise on updates of any length."""
+        """Refuses values that do not fit, and noise on updates without a limit on their length."""
         super().__post_init__()
         if 0 < self.norm_factor < 1:
             remedy = "choose 0 for none, or 1 or more"
@@ -70,17 +70,17 @@ class Admission(Options, section="server"):
 
     @property
     def compares(self) -> bool:
-        """Whether updates are judged by what others' were like."""
+        """Whether updates are judged by comparison with other updates."""
         return bool(self.quarantine and self.norm_factor and not self.noise_multiplier)
 
     @property
     def private(self) -> bool:
-        """Whether noise makes the sums private, so that all clients weigh the same."""
+        """Whether noise makes the sums private, so that all clients have the same weight."""
         return bool(self.noise_multiplier)
 
     @property
     def simulated_noise(self) -> bool:
-        """Whether that noise comes from the run's key, and not from a secret."""
+        """Whether that noise comes from the run's key instead of a secret."""
         return self.noise == "simulated"
 
 
@@ -131,5 +131,5 @@ class FitnessOptions(Options, section="fitness"):
 
     @property
     def sketched(self) -> int:
-        """F, numbers that are kept of an update: 0 where nobody asks."""
+        """F, the count of numbers kept of each update; 0 if they are not used."""
         return self.sketch if self.affinity and self.profile == "updates" else 0

@@ -1,4 +1,4 @@
-"""How many clients there are, and what goes wrong with them."""
+"""Options of the simulated clients: how many there are, and which faults they have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexmoe_jax.options.record import Options, option
 class ClientsOptions(Options, section="clients"):
     """The clients."""
 
-    # More would not fit into any memory, or would take it long to find out.
+    # More clients do not fit into memory, or the run finds that out only after a long time.
     count: int = option(20, "C, how many", least=1, most=10_000_000)
     newcomers: int = option(
         0,
@@ -40,7 +40,7 @@ class ClientsOptions(Options, section="clients"):
     )
 
     def __post_init__(self) -> None:
-        """Refuses what does not fit, and more clients in a round than there are."""
+        """Refuses values that do not fit, and more clients per round than there are."""
         super().__post_init__()
         if self.newcomers >= self.count:
             remedy = (
@@ -59,7 +59,7 @@ class ClientsOptions(Options, section="clients"):
 
 @dataclass(frozen=True)
 class FaultsOptions(Options, section="faults"):
-    """Clients whose every update is wrong."""
+    """Clients whose updates are all wrong."""
 
     share: float = option(0.0, "of the clients", least=0, most=1)
     kind: str = option(

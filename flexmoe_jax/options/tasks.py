@@ -1,4 +1,4 @@
-"""What is learnt."""
+"""Options of the task: what is learnt."""
 
 from __future__ import annotations
 

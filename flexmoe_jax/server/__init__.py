@@ -1,4 +1,4 @@
-"""What runs on the server: it assigns, sends, admits, aggregates, learns, and closes the round."""
+"""The server side: it assigns experts, admits and aggregates updates, and learns the fitness."""
 
 from flexmoe_jax.options.assignment import LOAD_MODELS
 from flexmoe_jax.options.server import Admission, FitnessOptions

@@ -1,4 +1,4 @@
-"""Admission: what the server makes of one client's answer before it counts.
+"""Admission: the server judges each client's answer before it aggregates the update.
 
 Axis legend: `K` expert slots, `L` MoE layers.
 """
@@ -19,18 +19,18 @@ from flexmoe_jax.types import Array, Feedback, Upload
 
 
 class Verdict(NamedTuple):
-    """What became of one answer.
+    """The server's verdict on one answer.
 
     Attributes:
-      accepted: () bool, there was one and it was let in.
-      refused: () bool, there was one and it was not.
-      lengths: (2,) of its parts, ψ and experts (see `quarantine`), refused ones included; 0 where
-        that is no number, and of what never arrived.
-      feedback: (L, K) what it says of the experts; 0 unless it was let in.
-      loss: () mean training loss, the same.
-      units: () units trained on, the same.
-      examples: () examples trained on, the same.
-      sketch: (F,) of Δψ, the same; F is 0 where none is kept.
+      accepted: () bool, whether an answer arrived and was accepted.
+      refused: () bool, whether an answer arrived and was refused.
+      lengths: (2,) lengths of the update's parts, ψ and experts (see `quarantine`), for refused
+        answers too; 0 if a length is not finite or no answer arrived.
+      feedback: (L, K) the client's feedback on the experts; 0 unless accepted.
+      loss: () mean training loss; 0 unless accepted.
+      units: () units trained on; 0 unless accepted.
+      examples: () examples trained on; 0 unless accepted.
+      sketch: (F,) sketch of Δψ; 0 unless accepted. F is 0 if the server keeps no sketches.
     """
 
     accepted: Array
@@ -54,15 +54,16 @@ def admit(
     """Judges one answer.
 
     Args:
-      admission: by which rules.
-      upload: decoded; with 0 examples if there is none.
-      slots: by MoE layer (K,) int32 the experts that its client was sent.
+      admission: the rules.
+      upload: the decoded answer; with 0 examples if no answer arrived.
+      slots: by MoE layer (K,) int32 the experts that were sent to the client.
       steps: () int32 the local steps that the server asked for.
-      limits: (2,) greatest lengths of the two parts that others' updates allow; None for none.
-      sketched: F, numbers that are kept of ψ's part.
+      limits: (2,) greatest allowed lengths of the two parts, learnt from other updates; None for no
+        limits.
+      sketched: F, size of the sketch of Δψ.
 
     Returns:
-      The update as it counts, with nothing in it if it was refused, and the verdict.
+      The update for the aggregator, all zeros if it was refused, and the verdict.
     """
     shared, experts = upload.shared, upload.experts
     norms = part_norms(shared, experts)
@@ -72,7 +73,7 @@ def admit(
     if admission.clip:
         factor = jnp.minimum(1.0, admission.clip / jnp.maximum(_together(norms), 1e-12))
         shared, experts = jax.tree.map(lambda x: x * factor, (shared, experts))
-    # A layer whose experts stay with their clients sends none.
+    # No experts are sent for a layer whose experts stay with their clients.
     usage = {x: upload.feedback.usage[i] for i, x in enumerate(slots) if x in experts}
     weight = upload.units
     accepted = ~(refused | idle)
@@ -93,7 +94,7 @@ def admit(
 def _refuse(
     admission: Admission, loss: Array, norms: Array, limits: Array | None, reach: Array
 ) -> Array:
-    """Whether an answer is refused, by its norms and what is known of others': () bool."""
+    """Whether an answer is refused, by its own norms and the limits from other updates: () bool."""
     refused = jnp.zeros((), bool)
     if admission.quarantine or admission.clip:
         refused = ~jnp.isfinite(norms.sum() + loss)

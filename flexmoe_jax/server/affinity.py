@@ -1,24 +1,25 @@
-"""Which experts suit a client, told by how its updates of ψ differ from others'.
+"""Affinity of clients to experts, inferred from how clients' updates of ψ differ.
 
-Early experts are alike, so that what clients say of them is chance; but the updates of what all
-share differ from the first round on by what a client's examples are like, whatever the task. Every
-update is sketched (count sketch; Charikar et al. 2002), and what makes a client's sketches differ
-from the cohort's is added up over rounds: its profile. Profiles p_c are then taken apart into D
-centres v_d, one for each kind of data, such that every client lies in the middle of k_c of them:
+Early experts are similar, so the clients' first scores of them are mostly noise. The updates of the
+shared parameters, however, depend on a client's data from the first round on, in any task. The
+server sketches every update (count sketch; Charikar et al. 2002) and sums over rounds how a
+client's sketches differ from the cohort's mean: this sum is the client's profile p_c. It then
+decomposes the profiles into D centres v_d, one for each kind of data, such that every profile is
+near the mean of k_c centres:
 
     minimise  Σ_c |p_c - (1/k_c) Σ_d n_cd v_d|² + λ Σ_d |v_d|²  over n_cd ∈ {0, 1, ...},
     Σ_d n_cd = k_c, and v_d,
 
-k-means with overlaps (Cleuziou 2008), in the space of the first D - 1 principal components, in
-which D centres lie. Of a sum of two centres that explains a client, the second term prefers the one
-of two like centres, so that kinds are not mixed where they need not be. How many kinds there are is
-told by the gap statistic (Tibshirani et al. 2001): where the centres explain most beyond what as
-many would of profiles without any structure. A kind has one expert, or several where there are
-fewer kinds than experts.
+This is k-means with overlaps (Cleuziou 2008), in the space of the first D - 1 principal components,
+in which D centres lie. If several sums of two centres explain a client, the second term prefers two
+similar centres, so that kinds are not mixed without need. The gap statistic (Tibshirani et al.
+2001) selects the number of kinds: the one whose centres explain most beyond what as many centres
+explain of profiles without structure. A kind has one expert, or several if there are fewer kinds
+than experts.
 
 Axis legend: `C` clients, `P` clients of a round's plan, `E` experts, `D` kinds of data, `F` numbers
-of a sketch, `M` landmarks: the clients that the centres are found from, `R` principal components,
-`S` searches that run side by side.
+of a sketch, `M` landmarks: the clients from which the centres are computed, `R` principal
+components, `S` searches that run in parallel.
 """
 
 from __future__ import annotations
@@ -34,26 +35,26 @@ from jaxtyping import Bool, Float, Int
 
 from flexmoe_jax.types import Array, PyTree
 
-# Most landmarks, numbers of kinds that are tried, and steps of a search.
+# Largest number of landmarks, of values tried for the number of kinds, and of steps of a search.
 _LANDMARKS, _KINDS, _STEPS = 512, 8, 30
-# Least and most searches, what they may cost in clients times pairs of kinds, and how many of them
-# are followed to the end (successive halving; Jamieson and Talwalkar 2016).
+# Least and largest number of searches, their budget in clients times pairs of kinds, and how many
+# searches run to the end (successive halving; Jamieson and Talwalkar 2016).
 _SEARCHES, _WORK, _FINALISTS = (16, 100), 3_000_000, 8
-# More threads than this wait for the interpreter's lock more than they compute.
+# With more threads, they wait longer for the interpreter's lock than they compute.
 _THREADS = 2
-# λ, in clients that each centre has on average.
+# λ, relative to the average number of clients per centre.
 _RIDGE = 0.2
-# An expert of a client's kind that is not its own is worth so much of one that is.
+# Worth of an expert of a client's kind that is not one of the client's own; its own are worth 1.
 _OTHER = 0.5
-# Names of random streams.
+# Constants that separate the random streams.
 _SIGNS, _SEARCH = 0x5169, 0xAFF1
 
 
 def sketch(update: PyTree, size: int) -> Float[Array, " F"]:
-    """(F,) sums of an update's numbers with random signs, which keep inner products as they are.
+    """Sketches an update: sums (F,) of its numbers with random signs.
 
-    Each array of the update counts at length 1, so that neither the largest alone is heard, nor who
-    takes the longest steps.
+    Sketches preserve inner products in expectation. Each array of the update is scaled to length 1,
+    so that neither the largest array nor the client with the longest steps dominates.
     """
     total = jnp.zeros(size, jnp.float32)
     for i, leaf in enumerate(jax.tree.leaves(update) if size else ()):
@@ -71,9 +72,10 @@ def learn_profile(
     sketches: Float[Array, "P F"],
     accepted: Bool[Array, " P"],
 ) -> Float[Array, "C F"]:
-    """Adds a round's sketches (P, F), each less their mean and at length 1, to profiles (C, F).
+    """Adds a round's sketches (P, F) to the profiles (C, F).
 
-    Updates that were not accepted, or are not all numbers, tell nothing.
+    The mean of the sketches is subtracted, and each difference is scaled to length 1. Sketches that
+    were not accepted or are not finite are ignored.
     """
     there = (accepted & jnp.isfinite(sketches).all(axis=1))[:, None]
     count = jnp.maximum(there.sum(dtype=jnp.float32), 1.0)
@@ -89,17 +91,17 @@ def affinity(
     capacity: Int[np.ndarray, " C"],
     seed: int,
 ) -> Float[np.ndarray, "G C E"]:
-    """How far each expert is of a client's kinds, times how much kinds explain.
+    """Computes how well each expert matches a client's kinds, times how much the kinds explain.
 
     Args:
-      profile: (C, F); 0 of clients that are not known yet.
-      usage: (G, C, E) units that each client has routed to each expert so far: kinds are given the
-        experts that their clients have used, so that an expert keeps its own.
+      profile: (C, F); 0 for clients without a profile yet.
+      usage: (G, C, E) units that each client has routed to each expert so far. A kind gets the
+        experts that its clients have used, so that an expert keeps its kind.
       capacity: (C,) k_c.
-      seed: of the search.
+      seed: seed of the search.
 
     Returns:
-      (G, C, E) in [0, 1]; 0 while fewer clients are known than there are experts.
+      (G, C, E) in [0, 1]; 0 while fewer clients have a profile than there are experts.
     """
     experts = usage.shape[2]
     length = np.linalg.norm(profile, axis=1, keepdims=True)
@@ -121,13 +123,14 @@ def affinity(
 
 
 class _Kinds(NamedTuple):
-    """Kinds of data, as found.
+    """The kinds of data that were found.
 
     Attributes:
-      centres: (D, R) in the space of the components.
-      components: (R, F).
-      once: whether a client has no kind more than once.
-      beyond: part of the squares that chance leaves which they explain, in [0, 1].
+      centres: (D, R) centres in the space of the components.
+      components: (R, F) principal components.
+      once: whether a client has each kind at most once.
+      beyond: in [0, 1]; of the squares that centres do not explain by chance, the part that these
+        centres explain.
     """
 
     centres: np.ndarray
@@ -139,9 +142,9 @@ class _Kinds(NamedTuple):
 def _find_kinds(
     profiles: np.ndarray, room: np.ndarray, experts: int, rng: np.random.Generator
 ) -> _Kinds:
-    """Kinds in that number whose centres explain most beyond chance.
+    """Finds the kinds, in the number whose centres explain most beyond chance.
 
-    Tried both ways: a client has no kind twice, or may be of one kind alone.
+    Each number is tried in two ways: a client has each kind at most once, or may repeat a kind.
     """
     total = float((profiles**2).sum())
     axes = np.linalg.svd(profiles, full_matrices=False)[2]
@@ -151,7 +154,7 @@ def _find_kinds(
     most = room.max()
     tried, searches = [], []
     for kinds, once in itertools.product(numbers, (True, False)):
-        if (kinds < most) if once else (most == 1):  # Too few, or no other way than once.
+        if (kinds < most) if once else (most == 1):  # Too few kinds, or repeating is impossible.
             continue
         tried.append((kinds, once))
         count = int(np.clip(_WORK // (len(room) * kinds**2), *_SEARCHES))
@@ -177,13 +180,13 @@ def _find_kinds(
 def _search(
     points: np.ndarray, room: np.ndarray, wish: np.ndarray, once: bool
 ) -> tuple[np.ndarray, float]:
-    """The best of several searches: centres (D, R), and the squares that they explain.
+    """Runs several searches, and returns the best centres (D, R) and the squares they explain.
 
     Args:
-      points: (M, R).
+      points: (M, R) profiles of the landmarks.
       room: (M,) k_c.
-      wish: (S, M, D) uniform draws, from which searches begin.
-      once: whether a client has no kind more than once.
+      wish: (S, M, D) uniform draws, from which the searches start.
+      once: whether a client has each kind at most once.
     """
     searches, _, kinds = wish.shape
     ridge = _RIDGE * len(room) / (kinds * room.mean()) * np.eye(kinds)
@@ -196,7 +199,7 @@ def _search(
         centres = np.linalg.solve(turned @ share + ridge, turned @ points)
         made_of = _take_apart(points, centres, room, once)
         missed = ((points - made_of / room[:, None] @ centres) ** 2).sum(axis=(1, 2))
-        # Rounded, so that of searches that end alike it is always the same that is taken.
+        # Rounded, so that the choice among searches with equal results is always the same.
         cost = (missed + ridge[0, 0] * (centres**2).sum(axis=(1, 2))).round(9)
         if (cost >= least * (1 - 1e-9)).all():
             break
@@ -209,7 +212,7 @@ def _search(
 
 
 def _draw(wish: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """(S, M, D) k_c draws of kinds, which may be the same."""
+    """Draws k_c kinds for each client, with repetition: counts (S, M, D)."""
     kinds = wish.shape[2]
     drawn = np.zeros(wish.shape)
     for step in range(int(room.max())):
@@ -221,9 +224,9 @@ def _draw(wish: np.ndarray, room: np.ndarray) -> np.ndarray:
 def _take_apart(
     points: np.ndarray, centres: np.ndarray, room: np.ndarray, once: bool
 ) -> np.ndarray:
-    """(S, M, D) how often each point has each kind: k_c in all, whose mean is nearest to it.
+    """Chooses k_c kinds for each point, whose mean is near to it: counts (S, M, D).
 
-    One after the other, then exchanged as long as it helps.
+    Kinds are added one by one, and then exchanged as long as an exchange reduces the distance.
     """
     most, kinds = int(room.max()), centres.shape[1]
     inner = centres @ centres.swapaxes(1, 2)
@@ -239,7 +242,7 @@ def _take_apart(
     apart = length.swapaxes(1, 2) + length - 2 * inner  # (S, D leaves, D comes)
     pull = 2 * (room[:, None] * reach - made_of @ inner).reshape(-1, kinds)
     held = made_of.reshape(-1, kinds)
-    going = np.arange(len(held))  # A point at which no exchange helps has come to its end.
+    going = np.arange(len(held))  # A point for which no exchange helps is finished.
     search = going // len(points)
     for _ in range(2 * most):
         has, own = held[going] > 0, pull[going]
@@ -258,24 +261,26 @@ def _take_apart(
 
 
 def _deal_out(made_of: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """(C, E) 1 for as many experts of each of its kinds as a client has it, less for the others.
+    """Assigns experts to kinds, and returns the worth (C, E) of each expert to each client.
+
+    A client that has a kind n times values n experts of this kind at 1, and its others at `_OTHER`.
 
     Args:
       made_of: (C, D) how often each client has each kind.
-      used: (C, E) part of a client's units that went to each expert so far.
+      used: (C, E) part of a client's units that were routed to each expert so far.
     """
-    from scipy.optimize import linear_sum_assignment  # Takes half a second: for those who ask.
+    from scipy.optimize import linear_sum_assignment  # The import takes half a second.
 
     experts, count = used.shape[1], made_of.sum(axis=0)
     seats = np.ones(made_of.shape[1], int)
-    for _ in range(experts - len(seats)):  # D'Hondt: to whom has most for each of its experts
+    for _ in range(experts - len(seats)):  # D'Hondt: to the kind with most clients per expert
         seats[np.argmax(count / seats)] += 1
     kind = np.repeat(np.arange(len(seats)), seats)
     kind = kind[linear_sum_assignment(used.T @ made_of[:, kind], maximize=True)[1]]  # (E,)
     worth = np.zeros(used.shape)
     for d in range(len(seats)):
         own, of_client = np.flatnonzero(kind == d), made_of[:, d]
-        # What a client has used of them before others, then in turn.
+        # The experts that the client has used come first, then the others in turn.
         turn = (np.arange(len(own)) - (np.cumsum(of_client) - of_client)[:, None]) % len(own)
         order = np.lexsort((turn, -used[:, own]), axis=1)
         first = order.argsort(axis=1) < of_client[:, None]

@@ -1,10 +1,11 @@
-"""Server aggregation: one update of ψ and of every expert, made of many.
+"""Server aggregation: combines the clients' updates of ψ and of every expert into one.
 
-An aggregator is four functions, so that updates can be added block by block while the cohort
-trains. A mean keeps running sums, in the memory of one block; a robust aggregator keeps all.
+An aggregator is a record of functions, so that updates can be added block by block while the cohort
+trains. A mean keeps running sums and needs the memory of one block; a robust aggregator keeps all
+updates.
 
-Axis legend: `P` clients of the round's plan, `p` of a block, `E` experts, `K` expert slots, `L` MoE
-layers.
+Axis legend: `P` clients of the round's plan, `p` clients of a block, `E` experts, `K` expert slots,
+`L` MoE layers.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from flexmoe_jax.types import Array, Key, PyTree
 
 
 class Arrived(NamedTuple):
-    """Updates that were let in, side by side, as they count.
+    """A block of admitted updates and their weights.
 
     Attributes:
       shared: Δψ, leaves (p, ...).
       experts: Δθ of the experts held, by MoE layer, leaves (p, K, ...).
-      slots: by MoE layer (p, K) int32 which expert each slot holds; E for an empty slot.
-      weight: (p,) of each client in ψ; 0 for one that delivered nothing.
-      usage: by MoE layer (p, K), the weight of each client in θ_e.
+      slots: by MoE layer (p, K) int32 the expert that each slot holds; E for an empty slot.
+      weight: (p,) weight of each client in ψ; 0 for a client that delivered nothing.
+      usage: by MoE layer (p, K) weight of each client in θ_e.
     """
 
     shared: PyTree
@@ -41,7 +42,7 @@ class Arrived(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Weighted sums of a round's updates, kept apart from their weights until the end.
+    """Weighted sums of a round's updates, with the sums of their weights.
 
     Attributes:
       shared: Σ_c n_c Δψ_c.
@@ -57,12 +58,12 @@ class Sums(NamedTuple):
 
 
 class Due(NamedTuple):
-    """What a round was to bring, which no client's data decides.
+    """The deliveries that a round's plan expects; they do not depend on any client's data.
 
     Attributes:
-      clients: () how many clients were to deliver.
-      holders: by MoE layer (E,), how many of them held each expert.
-      key: of the noise of differential privacy.
+      clients: () number of clients expected to deliver.
+      holders: by MoE layer (E,), number of these clients that hold each expert.
+      key: key for the noise of differential privacy.
     """
 
     clients: Array
@@ -71,15 +72,16 @@ class Due(NamedTuple):
 
 
 class Aggregator(NamedTuple):
-    """How the server makes one update of many.
+    """The functions with which the server aggregates updates.
 
     Attributes:
-      zero: (ψ, θ, P, K) -> total: of nobody, with room for P clients of K slots.
-      add: (total, block of `Arrived`) -> total.
-      merge: (total, mesh axis) -> total: of all devices along the axis.
-      drop: (total, late (P,) bool) -> (total without them, (P,) who had to be left out): updates
-        that should not have been let in, as turns out when all are there. Of a sum only all can be.
-      mean: (total, due) -> `Sums` whose quotients the server moves by.
+      zero: (ψ, θ, P, K) -> empty total, with room for P clients with K slots each.
+      add: (total, block of `Arrived`) -> total with the block added.
+      merge: (total, mesh axis) -> total over all devices along the axis.
+      drop: (total, late (P,) bool) -> (total without the late updates, (P,) bool the clients that
+        were removed). Late updates turn out to be too long only when all have arrived. From a sum,
+        only all updates together can be removed.
+      mean: (total, due) -> `Sums`; the server moves by these sums divided by their weights.
     """
 
     zero: Callable[[PyTree, PyTree, int, int], Any]
@@ -90,7 +92,7 @@ class Aggregator(NamedTuple):
 
 
 def mean() -> Aggregator:
-    """Means weighted by units (ψ) and usage (θ_e), as in FLEX-MoE."""
+    """Makes the aggregator of weighted means: by units (ψ) and usage (θ_e), as in FLEX-MoE."""
 
     def zero(shared: PyTree, experts: PyTree, rows: int, slots: int) -> Sums:
         zeros = jax.tree.map(jnp.zeros_like, (shared, experts))
@@ -122,11 +124,13 @@ def mean() -> Aggregator:
 
 
 def private(deviation: float) -> Aggregator:
-    """Means with Gaussian noise, weighed by numbers that no client's data decides.
+    """Makes the aggregator of means with Gaussian noise, for differential privacy.
+
+    The divisors of the sums do not depend on any client's data.
 
     Args:
-      deviation: of the noise on the sums of updates that were cut, each with weight 1; in units of
-        the parameters.
+      deviation: standard deviation of the noise on the sums of the clipped updates, each with
+        weight 1; in units of the parameters.
     """
     plain = mean()
 
@@ -141,20 +145,20 @@ def private(deviation: float) -> Aggregator:
 
 
 class Collected(NamedTuple):
-    """All updates so far: how many rows are filled, and `Arrived` with room for P."""
+    """All updates so far: the number of filled rows, and `Arrived` with room for P clients."""
 
     rows: Array
     updates: Arrived
 
 
 Centre = Callable[[PyTree, Array], PyTree]
-"""(values, leaves (P, ...), their weights (P,), 0 for those that are not there) -> their centre."""
+"""(values, leaves (P, ...), weights (P,), 0 for missing values) -> centre of the values."""
 
 
 def collect(centre: Centre) -> Aggregator:
-    """Keeps all updates, and takes the centre of ψ's, and of each expert's by itself.
+    """Makes an aggregator that keeps all updates and takes the centre for ψ and for each expert.
 
-    Updates that are not all numbers are left out. The sums carry the total weights of all.
+    Updates that are not finite are left out. The sums are the centres times the total weights.
     """
 
     def zero(shared: PyTree, experts: PyTree, rows: int, slots: int) -> Collected:
@@ -196,7 +200,7 @@ def collect(centre: Centre) -> Aggregator:
 
 
 def _by_part(updates: Arrived, due: Due, centre: Centre) -> Sums:
-    """Sums whose means are the centres of ψ's updates, and of each expert's."""
+    """Returns sums whose means are the centres of the updates of ψ and of each expert."""
     whole = jax.vmap(_all_finite, axis_size=len(updates.weight))((updates.shared, updates.experts))
     shared, of_slots = jax.tree.map(
         lambda leaf: jnp.where(_along(whole, leaf), leaf, 0.0), (updates.shared, updates.experts)
@@ -204,7 +208,7 @@ def _by_part(updates: Arrived, due: Due, centre: Centre) -> Sums:
 
     def weigh(values: PyTree, weight: Array) -> tuple[PyTree, Array]:
         total = weight.sum()
-        # Clients may keep all experts, or all else, to themselves.
+        # The tree is empty if clients keep all experts, or all other parameters, to themselves.
         middle = centre(values, weight) if jax.tree.leaves(values) else values
         return jax.tree.map(lambda leaf: total * leaf, middle), total
 
@@ -228,18 +232,18 @@ def _by_part(updates: Arrived, due: Due, centre: Centre) -> Sums:
 
 
 def trimmed_mean(trim: float) -> Aggregator:
-    """Coordinate-wise trimmed mean over clients (Yin et al. 2018, arXiv 1803.01498).
+    """Makes the coordinate-wise trimmed mean over clients (Yin et al. 2018, arXiv 1803.01498).
 
-    Of `n` values of a coordinate the `⌈trim · n⌉` least and greatest are left out, as long as one
-    value is left, or two of an even number; the others are averaged with equal weight.
-    `trim = 0.5` is the median. ψ is averaged over all clients that delivered, θ_e over those that
-    used expert e. One or two values have no outlier: they are averaged as they are.
+    Of the `n` values of a coordinate, the `⌈trim · n⌉` smallest and largest are left out, but one
+    value always remains, or two if `n` is even. The remaining values are averaged with equal
+    weight. `trim = 0.5` is the median. ψ is averaged over all clients that delivered, θ_e over the
+    clients that used expert e. One or two values are averaged without trimming.
 
     Args:
-      trim: part cut off at either end, in [0, 0.5].
+      trim: fraction cut off at each end, in [0, 0.5].
 
     Raises:
-      InputError: another number.
+      InputError: `trim` is out of range.
     """
     if not isinstance(trim, jax.core.Tracer):
         Aggregation.check(trim=trim)
@@ -247,7 +251,7 @@ def trimmed_mean(trim: float) -> Aggregator:
     def centre(values: PyTree, weight: Array) -> PyTree:
         present = weight > 0
         count = present.sum(dtype=jnp.int32)
-        # A product just above a whole number, by rounding, is that number.
+        # A product slightly above an integer, because of rounding, counts as this integer.
         wanted = jnp.ceil(trim * count.astype(jnp.float32) * (1 - 1e-6)).astype(jnp.int32)
         cut = jnp.minimum(wanted, jnp.maximum(count - 1, 0) // 2)
         rank = jnp.arange(len(weight), dtype=jnp.int32)
@@ -264,21 +268,22 @@ def trimmed_mean(trim: float) -> Aggregator:
 
 
 def geometric_median(steps: int = 8) -> Aggregator:
-    """Geometric median over clients (Pillutla et al. 2019, arXiv 1912.13445: RFA).
+    """Makes the geometric median over clients (Pillutla et al. 2019, arXiv 1912.13445: RFA).
 
-    The point with the least sum of distances to the updates, weighed by units (ψ) and by usage
-    (θ_e, each expert by itself), found by smoothed Weiszfeld steps `v ← Σ β_c Δ_c / Σ β_c` with
-    `β_c = w_c / max(|Δ_c - v|, ν)`. It holds while faulty clients have less than half of the
-    weight. It starts at no change at all, where an update counts by its direction and not by its
-    length; so of two updates it stays near the shorter, and one alone is taken as it is.
+    This is the point with the least sum of distances to the updates, weighted by units (ψ) and by
+    usage (θ_e, each expert separately). Smoothed Weiszfeld steps `v ← Σ β_c Δ_c / Σ β_c` with
+    `β_c = w_c / max(|Δ_c - v|, ν)` find it. It is robust while faulty clients have less than half
+    of the weight. The steps start at 0 (no change), where an update counts by its direction and not
+    by its length. Of two updates, the result is therefore near the shorter; a single update is
+    returned unchanged.
 
     Args:
-      steps: Weiszfeld steps.
+      steps: number of Weiszfeld steps.
     """
 
     def centre(values: PyTree, weight: Array) -> PyTree:
         lengths = jax.vmap(optax.tree.norm)
-        # ν, a tenth of the median length: an update of no length must not hold the others back.
+        # ν is a tenth of the median length: an update of length 0 must not dominate the others.
         ranked = jnp.sort(jnp.where(weight > 0, lengths(values), jnp.inf))
         smooth = jnp.maximum(0.1 * ranked[jnp.maximum((weight > 0).sum() - 1, 0) // 2], 1e-12)
 
@@ -295,7 +300,7 @@ def geometric_median(steps: int = 8) -> Aggregator:
 
 
 def _along(clients: Array, leaf: Array) -> Array:
-    """(P,) in the shape of a leaf (P, ...), to be broadcast."""
+    """Reshapes (P,) so that it broadcasts to a leaf (P, ...)."""
     return clients.reshape(-1, *[1] * (leaf.ndim - 1))
 
 
@@ -304,12 +309,12 @@ def _all_finite(tree: PyTree) -> Array:
 
 
 def count_of(stack: PyTree) -> int:
-    """E of a stack of experts, leaves (E, ...)."""
+    """Returns E of a stack of experts, leaves (E, ...)."""
     return int(jax.tree.leaves(stack)[0].shape[0])
 
 
 def _add(contraction: str, totals: PyTree, weight: Array, updates: PyTree) -> PyTree:
-    # Full precision: on accelerators the default would round the updates to 10 bits or fewer.
+    # Full precision: the default on accelerators would round the updates to 10 bits or fewer.
     product = partial(jnp.einsum, contraction, precision=lax.Precision.HIGHEST)
 
     def add(total: Array, update: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Who holds which expert in a round: what the server knows, put to a policy.
+"""Assignment of experts to clients: the server passes its records to a policy.
 
 Axis legend: `C` clients, `P` clients of the cohort, `E` experts, `G` groups of MoE layers, `n`
 newcomers.
@@ -23,10 +23,10 @@ from flexmoe_jax.types import Server
 Assign = Callable[..., tuple[Solution, ...]]
 """(server, cohort (P,), said=None) -> a solution for each group of MoE layers. Runs on the host.
 
-`said` (G, P, E) is the fitness as clients have just told it; None for what the server has learnt.
+`said` (G, P, E) is the fitness that the clients have just reported; None to use the server's Q.
 """
 
-# Keeps the draws of each group of layers apart from others of the same seed.
+# Separates the random draws of the groups of layers, which share a seed.
 _GROUPS = 0x6C61
 
 
@@ -38,16 +38,16 @@ def make_assign(
     seed: int,
     profile: Float[np.ndarray, "C S"] | None = None,
 ) -> Assign:
-    """Builds the server's assignment.
+    """Builds the server's assignment function.
 
     Args:
-      desk: what the server runs with.
-      policy: who holds which experts.
+      desk: the server's settings.
+      policy: assigns experts to clients.
       capacity: (C,) k_c.
-      descriptor: (C, F) what kind of data each client has, or None.
-      seed: of the policy's ties and draws.
-      profile: (C, S) what is known of clients beforehand, for `affinity`; None for what their
-        updates tell.
+      descriptor: (C, F) the kind of data of each client, or None.
+      seed: seed of the policy's tie-breaking and random draws.
+      profile: (C, S) profiles of the clients that are known in advance, for `affinity`; None for
+        the profiles learnt from their updates.
     """
 
     def assign(
@@ -60,7 +60,7 @@ def make_assign(
         if desk.fitness.affinity:
             of_clients = books.profile if profile is None else profile
             like = desk.fitness.affinity * affinity(of_clients, books.usage, capacity, seed)
-        # Telling who is alike is a part of the assignment's time, entered once.
+        # The time to compute the affinity is part of the assignment's time, counted once.
         telling = time.perf_counter() - begin
         for g in range(desk.groups):
             fitness, usage, rounds, fresh = (
@@ -94,18 +94,18 @@ def make_assign(
 def enrol(
     fitness: Float[np.ndarray, "G n E"], capacity: Int[np.ndarray, " n"], seed: int
 ) -> tuple[Solution, ...]:
-    """Gives newcomers the experts that suit them best, as many as each has room for.
+    """Gives each newcomer the experts with the best fitness, up to its capacity.
 
-    Without load bounds: whoever has not trained adds nothing to what experts learn from. In its
-    first round a newcomer is one of the cohort, whose assignment evens out the load.
+    There are no load bounds, because a client that has not trained contributes no updates yet. In
+    its first round a newcomer is part of the cohort, and the assignment balances the load.
 
     Args:
-      fitness: of all experts on their data, from a probe.
-      capacity: k_c.
-      seed: of ties.
+      fitness: (G, n, E) fitness of all experts on the newcomers' data, from a probe.
+      capacity: (n,) k_c.
+      seed: seed of the tie-breaking.
 
     Returns:
-      A solution for each group of MoE layers, with the newcomers' load alone.
+      A solution for each group of MoE layers, with the load of the newcomers only.
     """
     fittest, places = make_policy("greedy"), np.arange(len(capacity))
     return tuple(
@@ -126,11 +126,11 @@ def check_solution(
     capacity: Int[np.ndarray, " C"],
     experts: int,
 ) -> None:
-    """Refuses a policy's answer that is none for this cohort.
+    """Checks that a policy's answer is valid for this cohort.
 
     Raises:
-      InputError: no `Solution`, an assignment of another shape or type, or a client with more
-        experts than it has room for.
+      InputError: the answer is not a `Solution`, its assignment has another shape or type, or a
+        client gets more experts than its capacity.
     """
     given = getattr(solution, "assignment", None)
     if not (isinstance(given, np.ndarray) and given.dtype == bool):

@@ -1,4 +1,4 @@
-"""The client-expert fitness Q, learnt from training feedback (FLEX-MoE)."""
+"""The client-expert fitness Q, which the server learns from training feedback (FLEX-MoE)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from flexmoe_jax.options.server import FitnessOptions
 from flexmoe_jax.types import Array, Feedback
 
 Score = Callable[[Feedback], Array]
-"""Feedback (..., K) -> score (..., K) of each pair, in [0, 1]; void where `usage` is 0."""
+"""Feedback (..., K) -> score (..., K) of each pair, in [0, 1]; meaningless where `usage` is 0."""
 
 
 def accuracy_score(feedback: Feedback) -> Array:
-    """Score a: the share of the units routed to the expert that were right."""
+    """Score a: the fraction of the units routed to the expert that were predicted correctly."""
     return feedback.correct / _usage(feedback)
 
 
 def loss_score(alpha: float = 1.0) -> Score:
-    """Score exp(-α l), with l the mean loss of the units routed to the expert."""
+    """Makes the score exp(-α l), where l is the mean loss of the units routed to the expert."""
 
     def score(feedback: Feedback) -> Array:
         return jnp.exp(-alpha * feedback.loss / _usage(feedback))
@@ -30,12 +30,15 @@ def loss_score(alpha: float = 1.0) -> Score:
 
 
 def _usage(feedback: Feedback) -> Array:
-    """What to divide by; units that are routed in parts, or in some layers only, can be below 1."""
+    """Returns the divisor: `usage`, or 1 where it is 0.
+
+    Usage can be between 0 and 1 if units are routed in parts, or in some layers only.
+    """
     return jnp.where(feedback.usage > 0, feedback.usage, 1.0)
 
 
 def make_score(options: FitnessOptions) -> Score:
-    """The score that the options name, or bring along."""
+    """Returns the score that the options name, or their own score function."""
     if callable(options.score):
         return options.score
     return {"accuracy": accuracy_score, "loss": loss_score(options.alpha)}[options.score]
@@ -48,13 +51,13 @@ def update_fitness(
     feedback: Feedback,
     options: FitnessOptions,
 ) -> Float[Array, "C E"]:
-    """Q ← (1-β) Q + β s for every held pair with feedback; all others keep their value.
+    """Updates Q ← (1-β) Q + β s for every held pair with feedback; other pairs keep their value.
 
     Args:
       fitness: (C, E) Q.
       clients: (P,) int32 the cohort; C marks padding.
       slots: (P, K) int32 the experts held; E marks an empty slot.
-      feedback: (P, K).
+      feedback: (P, K) feedback of each pair.
       options: β and the score.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Load models: how much load a client puts on an expert that it holds."""
+"""Load models: the load that a client puts on each expert it holds."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from flexmoe_jax.types import Array
 
 
 class LoadModel(NamedTuple):
-    """What load is: foreseen for the assignment, and settled after the round.
+    """A load model: predicts the load for the assignment, and measures it after the round.
 
     Attributes:
       weigh: (cohort (P,), usage (P, E) and rounds held (P, E) so far) -> load weight w of a holder
         on its expert: a scalar, (P,) or (P, E). Runs on the host.
-      settle: (slots (P, K), units trained on (P,), usage (P, K)) -> the load (P, K) that each
-        pair really gave, which is what deficits are reckoned from: a client whose update never
-        arrived, or was refused, gave none. Runs inside the round's jit.
-      equal: whether every pair weighs 1.
+      settle: (slots (P, K), examples trained on (P,), usage (P, K)) -> load (P, K) that each pair
+        really delivered. Deficits are computed from it. A client whose update never arrived, or was
+        refused, delivered none. Runs inside the round's jit.
+      equal: whether every pair has weight 1.
     """
 
     weigh: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray | float]
@@ -36,23 +36,24 @@ def make_load_model(
 ) -> LoadModel:
     """Builds a load model by name.
 
-    `clients`: every holder weighs 1. `samples`: a holder weighs the examples it trains on in a
-    round. `usage`: a holder weighs the examples that it is predicted to route to the expert: the
-    mean over the rounds in which it held the expert, or an even split before the first. Gates are
-    free to do otherwise, so there the load given is what was used, not what was assigned: an expert
-    that its holders neglect is owed the difference.
+    `clients`: the weight of a holder is 1. `samples`: the weight is the number of examples that the
+    holder trains on in a round. `usage`: the weight is the predicted number of examples that the
+    holder routes to the expert: the mean over the rounds in which it held the expert, or an even
+    split before the first. Gates may route differently, so with `usage` the delivered load is the
+    measured usage, not the assigned load: an expert that its holders neglect is owed the
+    difference.
 
     Args:
       name: one of `LOAD_MODELS`.
-      examples: (C,) examples that each client trains on in a round, counted once a step.
+      examples: (C,) examples that each client trains on in a round, counted once per step.
       capacity: (C,) k_c.
-      top_k: experts per example, or all that are held if those are fewer.
+      top_k: experts per example; a client that holds fewer experts uses all of them.
 
     Returns:
       The load model.
 
     Raises:
-      InputError: if the name is none of these.
+      InputError: the name is not in `LOAD_MODELS`.
     """
 
     def clients(cohort: np.ndarray, seen: np.ndarray, rounds: np.ndarray) -> float:

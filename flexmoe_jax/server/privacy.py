@@ -1,23 +1,25 @@
-"""Central differential privacy of what the server learns from a cohort (DP-FedAvg).
+"""Central differential privacy of the parameters that the server learns (DP-FedAvg).
 
-Every client's whole update, ψ and its experts together, is cut to an L2 norm `clip` and counts with
-weight 1; the server adds Gaussian noise of deviation `noise_multiplier · clip` to the sums (McMahan
-et al. 2018, arXiv 1710.06963).
+Each client's whole update, ψ and its experts together, is clipped to an L2 norm `clip` and has
+weight 1. The server adds Gaussian noise of standard deviation `noise_multiplier · clip` to the sums
+(McMahan et al. 2018, arXiv 1710.06963).
 
 Neighbouring federations differ in one client that is added or removed: its update is in the sums or
-is not, which moves them by at most `clip`. All else is the same for both and counts as public: who
-is asked, who delivers, how many clients hold which expert, and so what the sums are divided by. One
-client put in another's place moves the sums by twice as much: read ε at half the noise multiplier.
+not, which changes them by at most `clip`. Everything else is equal for both and counts as public:
+which clients are asked, which deliver, how many clients hold each expert, and therefore the
+divisors of the sums. If one client replaces another, the sums change by twice as much: in this case
+compute ε with half the noise multiplier.
 
 The guarantee covers the parameters ψ and θ after every round. It does not cover the feedback from
-which the fitness is learnt, so the assignment is private only under a policy that asks for none
-(`random`, `round_robin`, `static`, `full`), nor losses, usage, label shares, private parameters, or
-the mean and deviation by which examples are standardised.
+which the server learns the fitness, so the assignment is private only under a policy that uses no
+feedback (`random`, `round_robin`, `static`, `full`). Nor does it cover losses, usage, label shares,
+private parameters, or the mean and deviation by which examples are standardised.
 
-The noise is drawn from random bits of the operating system, new in every round and kept nowhere
-(`draw_secret`). JAX's generator is not a cryptographic one, its keys have 64 bits, and its normal
-numbers are those of single precision: against someone who can search or exploit that, ε is not
-proven. Noise from the run's own key can be drawn again by whoever knows the seed: a simulation.
+The noise is drawn from random bits of the operating system, which are new in every round and are
+not stored (`draw_secret`). JAX's generator is not cryptographic, its keys have 64 bits, and its
+normal numbers have single precision: ε is not proven against an attacker who can search the keys or
+exploit the precision. Noise from the run's own key can be reproduced by anyone who knows the seed,
+so such a run only simulates privacy.
 """
 
 from __future__ import annotations
@@ -33,17 +35,17 @@ from flexmoe_jax.types import Key, Plan
 
 
 def draw_secret() -> np.ndarray:
-    """(2,) uint32 random bits of the operating system, for `Plan.secret`."""
+    """Draws (2,) uint32 random bits from the operating system, for `Plan.secret`."""
     return np.frombuffer(secrets.token_bytes(8), np.uint32)
 
 
 def noise_key(plan: Plan, own: Key, simulated: bool) -> Key:
-    """The key of a round's noise.
+    """Returns the key of a round's noise.
 
     Args:
-      plan: of the round.
-      own: key from the run's.
-      simulated: whether to take that one, and not the plan's secret.
+      plan: the round's plan.
+      own: key derived from the run's key.
+      simulated: whether to use `own` instead of the plan's secret.
 
     Raises:
       InputError: the plan has no secret.
@@ -57,18 +59,18 @@ def noise_key(plan: Plan, own: Key, simulated: bool) -> Key:
 
 
 def epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
-    """ε of (ε, δ)-differential privacy after some rounds, by zero-concentrated privacy.
+    """Computes ε of (ε, δ)-differential privacy after T rounds, by zero-concentrated privacy.
 
-    A round is one Gaussian mechanism, of `ρ = 1 / (2 z²)`; these add up over rounds, and
+    A round is one Gaussian mechanism with `ρ = 1 / (2 z²)`. The values of ρ add up over rounds, and
     `ε = ρ + 2 √(ρ ln(1/δ))` (Bun and Steinke 2016, arXiv 1605.02658, propositions 1.3 and 1.6 and
-    lemma 1.7). ψ and the experts are one mechanism, since an update is cut as a whole. Every client
-    counts as one of every round: that a cohort is only a part of all is not counted in favour. A
-    round that is done again, since a run was killed before it was saved, is not counted twice.
+    lemma 1.7). ψ and the experts are one mechanism, because an update is clipped as a whole. The
+    bound assumes that every client takes part in every round: sampling of cohorts does not lower ε.
+    A round that is repeated because a run was killed before saving it is not counted twice.
 
     Args:
-      noise_multiplier: z, deviation of the noise over the clip norm.
+      noise_multiplier: z, standard deviation of the noise over the clip norm.
       rounds: T.
-      delta: δ, below one over the number of clients.
+      delta: δ; choose it below one over the number of clients.
     """
     rho = rounds / (2 * noise_multiplier**2)
     return rho + 2 * math.sqrt(rho * math.log(1 / delta))

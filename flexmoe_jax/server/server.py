@@ -1,4 +1,4 @@
-"""The server's part of a round: it sends, and it closes the round.
+"""The server's part of a round: it sends parameters to clients, and closes the round.
 
 Axis legend: `C` clients, `P` clients of the round's plan, `E` experts, `K` expert slots, `G` groups
 of MoE layers that are assigned together, `L` MoE layers.
@@ -37,22 +37,22 @@ from flexmoe_jax.types import (
     Server,
 )
 
-# Name of the random stream that is folded into a round's key.
+# Constant that is folded into a round's key, for the random stream of the noise.
 _NOISE = 0x5E12
 
 
 class Desk(NamedTuple):
-    """What a server runs with.
+    """The settings that a server runs with.
 
     Attributes:
       experts: E.
-      group: MoE layer to its group, of those that are assigned together.
+      group: maps each MoE layer to its group; the layers of a group are assigned together.
       optimizer: optax transform of the mean update.
-      admission: which updates are let in.
-      fitness: how Q is learnt.
-      load: what an assignment weighs, and what counts as given.
-      deficit_decay: how much of an expert's deficit lasts from round to round, in [0, 1].
-      share: (E,) part of the load that each expert is meant to get; None for the same.
+      admission: which updates the server accepts.
+      fitness: how the server learns Q.
+      load: the load model: load for the assignment, and load delivered.
+      deficit_decay: factor on an expert's deficit from round to round, in [0, 1].
+      share: (E,) share of the load that each expert should get; None for equal shares.
     """
 
     experts: int
@@ -66,18 +66,18 @@ class Desk(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """G."""
+        """G, the number of groups of MoE layers."""
         return max(self.group.values(), default=0) + 1
 
     def of_experts(
         self, slots: Int[Array, "P G K"], amount: Float[Array, "P G K"]
     ) -> Float[Array, "G E"]:
-        """Sums (G, E) over clients of what each gives its slots (P, G, K)."""
+        """Sums amounts (P, G, K) per slot over clients, to totals (G, E) per expert."""
         none = jnp.zeros((self.groups, self.experts), amount.dtype)
         return none.at[np.arange(self.groups)[:, None], slots].add(amount, mode="drop")
 
     def by_group(self, of_layers: Float[Array, "*P L K"]) -> Float[Array, "*P G K"]:
-        """Means (..., G, K) over the layers of each group of (..., L, K)."""
+        """Averages (..., L, K) over the layers of each group, to (..., G, K)."""
         rows = np.zeros((self.groups, len(self.group)), np.float32)
         rows[list(self.group.values()), np.arange(len(self.group))] = 1
         if self.groups == len(self.group):
@@ -87,7 +87,7 @@ class Desk(NamedTuple):
 
 
 def init(desk: Desk, key: Key, shared: PyTree, experts: PyTree, clients: int) -> Server:
-    """The server before the first round, which knows nothing of C `clients`."""
+    """Returns the initial state of the server, with empty records of C `clients`."""
     pairs = (desk.groups, clients, desk.experts)
     ledger = Ledger(
         fitness=jnp.full(pairs, desk.fitness.initial, jnp.float32),
@@ -111,7 +111,7 @@ def init(desk: Desk, key: Key, shared: PyTree, experts: PyTree, clients: int) ->
 
 
 def send(desk: Desk, server: Server, slots: Int[Array, "G K"], steps: Int[Array, ""]) -> Download:
-    """What a client gets that is given the experts `slots` (G, K) for so many steps."""
+    """Returns the download of a client that trains the experts `slots` (G, K) for `steps` steps."""
     experts = {
         layer: jax.tree.map(
             lambda leaf, s=slots[desk.group[layer]]: jnp.take(leaf, s, axis=0, mode="clip"), stack
@@ -122,7 +122,7 @@ def send(desk: Desk, server: Server, slots: Int[Array, "G K"], steps: Int[Array,
 
 
 def limits(desk: Desk, begun: Server) -> Float[Array, " 2"] | None:
-    """Greatest lengths (2,) of an answer's parts that others' updates allow; None for none."""
+    """Returns the greatest allowed lengths (2,) of an answer's parts; None for no limits."""
     if not desk.admission.compares:
         return None
     return norm_limits(begun.ledger.norms, desk.admission.norm_factor)
@@ -137,20 +137,20 @@ def conclude(
     plan: Plan,
     gather: Callable[[Any], Any] = lambda total: total,
 ) -> tuple[Server, Verdict, Bool[Array, " P"]]:
-    """Closes a round whose answers are all judged, and added up or lost.
+    """Closes a round after every answer was judged and added to the total, or was lost.
 
     Args:
-      desk: what the server runs with.
-      aggregator: how it makes one update of many.
-      begun: the server as the round began.
-      total: the aggregator's, of all answers that were let in.
-      verdicts: on the answers, leaves (P, ...).
-      plan: of the round.
-      gather: brings the total together before its mean is taken.
+      desk: the server's settings.
+      aggregator: aggregates the updates.
+      begun: the server at the start of the round.
+      total: the aggregator's total of all accepted answers.
+      verdicts: verdicts on the answers, leaves (P, ...).
+      plan: the round's plan.
+      gather: gathers the total from all devices before its mean is taken.
 
     Returns:
-      The server after the round, the verdicts, and who was refused late (P,): where nothing was
-      known of lengths before the cohort's own, it is judged by these when all are there.
+      The server after the round, the verdicts, and the clients that were refused late (P,): if no
+      lengths were known before the round, the cohort is judged by its own lengths at the end.
     """
     norms, late = begun.ledger.norms, jnp.zeros(plan.clients.shape, bool)
     if desk.admission.compares:
@@ -167,7 +167,7 @@ def conclude(
 def report(
     desk: Desk, plan: Plan, verdicts: Verdict, late: Bool[Array, " P"], finite: Bool[Array, ""]
 ) -> RoundReport:
-    """What a round reports: the verdicts, from `conclude`, and whether all is still numbers."""
+    """Makes the round's report from the verdicts of `conclude`; see `RoundReport` for `finite`."""
     return RoundReport(
         loss=verdicts.loss,
         units=verdicts.units,
@@ -180,7 +180,7 @@ def report(
 
 
 def due(desk: Desk, begun: Server, plan: Plan) -> Due:
-    """What a round is to bring, which no client's data decides."""
+    """Returns the deliveries that a plan expects; they do not depend on any client's data."""
     asked = (plan.steps > 0).astype(jnp.float32)
     holders = {
         layer: jnp.zeros(desk.experts, jnp.float32)
@@ -196,7 +196,7 @@ def due(desk: Desk, begun: Server, plan: Plan) -> Due:
 
 
 def without(late: Bool[Array, " P"], verdicts: Verdict) -> Verdict:
-    """Verdicts as if some updates (P,) bool had been refused."""
+    """Returns the verdicts as if the `late` updates (P,) bool had been refused."""
 
     def drop(tree: PyTree) -> PyTree:
         return jax.tree.map(
@@ -208,14 +208,14 @@ def without(late: Bool[Array, " P"], verdicts: Verdict) -> Verdict:
 
 
 def close(desk: Desk, server: Server, sums: Sums, verdicts: Verdict, plan: Plan) -> Server:
-    """The server after a round: parameters moved, books kept.
+    """Updates the server's parameters and records after a round.
 
     Args:
-      desk: what it runs with.
-      server: before the round.
-      sums: of all updates that were let in.
-      verdicts: on the answers, leaves (P, ...).
-      plan: of the round.
+      desk: the server's settings.
+      server: the server before the round.
+      sums: sums of all accepted updates.
+      verdicts: verdicts on the answers, leaves (P, ...).
+      plan: the round's plan.
     """
     shared, experts, optimizer = _move(desk.optimizer, server, sums)
     ledger = _keep_books(desk, server.ledger, sums, verdicts, plan)
@@ -225,10 +225,10 @@ def close(desk: Desk, server: Server, sums: Sums, verdicts: Verdict, plan: Plan)
 def _move(
     optimizer: optax.GradientTransformation, server: Server, sums: Sums
 ) -> tuple[PyTree, PyTree, tuple[PyTree, PyTree]]:
-    """Moves ψ and θ by the mean updates, taken as pseudo-gradients (Reddi et al. 2021).
+    """Updates ψ and θ with the mean updates as pseudo-gradients (Reddi et al. 2021).
 
     With `optax.sgd(1.0)`: ψ ← ψ + Σ n_c Δψ_c / Σ n_c and θ_e ← θ_e + Σ u_ce Δθ_ce / Σ u_ce
-    (FLEX-MoE). An expert that nobody used keeps its value and its optimiser state bit for bit.
+    (FLEX-MoE). An expert that no client used keeps its value and its optimiser state bit for bit.
     """
 
     def move(total: PyTree, weight: Array, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
@@ -252,7 +252,7 @@ def _move(
 
 
 def _keep_books(desk: Desk, ledger: Ledger, sums: Sums, verdicts: Verdict, plan: Plan) -> Ledger:
-    """What the server has learnt of clients and experts after a round."""
+    """Updates the server's records about clients and experts after a round."""
     feedback: Feedback = jax.tree.map(desk.by_group, verdicts.feedback)  # (P, G, K)
     trained = (verdicts.examples > 0).astype(jnp.int32)
     clients = ledger.fitness.shape[1]

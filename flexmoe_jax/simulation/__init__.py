@@ -1,4 +1,4 @@
-"""Many clients as one program: the client's and the server's functions, mapped over blocks."""
+"""Simulates many clients in one program: client and server functions mapped over client blocks."""
 
 from flexmoe_jax.simulation.ahead import compile_ahead
 from flexmoe_jax.simulation.blocks import (

@@ -1,4 +1,4 @@
-"""Compiles a simulation's programs side by side, before they are first called."""
+"""Compiles the programs of a simulation concurrently, before their first call."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from flexmoe_jax.types import Plan, State
 def compile_ahead(
     simulation: Simulation, data: ClientData, test: TestSet, per_round: int, noise: bool = False
 ) -> Simulation:
-    """Starts to compile `init`, `round` and `evaluate`, while the caller goes on.
+    """Starts to compile `init`, `round` and `evaluate` in the background.
 
-    XLA compiles a program mostly on one core, so several at a time take little longer than one.
+    XLA compiles a program mostly on one core, so compiling several programs at the same time takes
+    little longer than compiling one.
 
     Args:
       simulation: from `simulate`.
-      data: that `round` will be given.
-      test: that `evaluate` will be given.
+      data: the client data that `round` will receive.
+      test: the test set that `evaluate` will receive.
       per_round: P clients in a cohort.
-      noise: whether some clients drown their updates in noise (`Plan.noise`).
+      noise: whether faulty clients add noise to their updates (`Plan.noise`).
 
     Returns:
-      The simulation with the three functions bound to these shapes; a call waits for its program.
-      In a run over several processes, and where JAX is told not to compile
-      (`JAX_DISABLE_JIT`), the simulation as it is.
+      The simulation with the three functions bound to these shapes. A call waits until its program
+      is compiled. In a run with several processes, or if JAX is told not to compile
+      (`JAX_DISABLE_JIT`), the simulation is returned unchanged.
     """
     if jax.process_count() > 1 or jax.config.values["jax_disable_jit"]:
         return simulation
@@ -45,7 +46,8 @@ def compile_ahead(
     init = _jitted(simulation.init).lower(jax.random.key(0))
     state = jax.tree.map(like, init.out_info)
     plan = jax.tree.map(like, _plan_shapes(simulation, state, per_round, noise))
-    # Tracing is Python, one at a time: the longest program first, while XLA compiles the others.
+    # Python traces one program at a time, the longest one (`round`) first. XLA compiles the
+    # programs in other threads meanwhile.
     tracer, compiler = ThreadPoolExecutor(1), ThreadPoolExecutor()
 
     def start(lower: Callable[[], jax.stages.Lowered], level: int) -> Callable[..., Any]:
@@ -65,7 +67,7 @@ def compile_ahead(
 
 
 def _plan_shapes(simulation: Simulation, state: State, per_round: int, noise: bool) -> Plan:
-    """Shapes of the plans of all rounds."""
+    """Returns the shapes of a plan, which are the same in every round."""
     floor, admission = simulation.setting.floor, simulation.setting.federation.admission
     size = resolve_block_size(floor.block_size, per_round, floor.devices)
     rows = floor._replace(rows=per_round, block_size=size).padded

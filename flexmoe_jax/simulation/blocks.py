@@ -1,11 +1,11 @@
-"""Many clients as one program: devices share them, and each takes them block by block.
+"""Runs many clients in one program: devices share the clients and process them block by block.
 
-Nothing here is federated: a function of one client is mapped over rows, and what the clients send
-is added up on the way. How many devices there are and how many clients run side by side decides
-speed alone. On a CPU one client at a time keeps its activations in cache; on an accelerator the
-mapped client axis is what fills the chip.
+Nothing here is specific to federated learning: a function of one client is mapped over rows, and
+the outputs of the rows are accumulated on the way. The number of devices and the number of clients
+side by side affect only speed. On a CPU, one client at a time keeps its activations in cache. On
+an accelerator, the mapped client axis fills the chip.
 
-Axis legend: `P` rows, one a client, `p` rows of a block.
+Axis legend: `P` rows, one per client, `p` rows of a block.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _ALONG_FIRST = PartitionSpec(AXIS)
 
 
 def client_mesh(devices: int = 0) -> Mesh:
-    """A mesh of this many devices, over all processes; 0 for all there are.
+    """Makes a mesh of `devices` devices over all processes; 0 uses all devices.
 
     Raises:
-      InputError: there are fewer.
+      InputError: `devices` is negative, or more than the available devices.
     """
     there = jax.device_count()
     if not 0 <= devices <= there:
@@ -42,10 +42,11 @@ def client_mesh(devices: int = 0) -> Mesh:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Puts a whole copy of every array on each device of the mesh.
+    """Puts a full copy of every array on each device of the mesh.
 
-    Of several processes each hands over its own copy, which must be equal to the others'. It is not
-    checked: that would send all copies around, and refuse NaN, which differs from itself.
+    If there are several processes, each passes its own copy, and all copies must be equal. This is
+    not checked: a check would send all copies between processes, and it would refuse NaN, which is
+    not equal to itself.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     if jax.process_count() == 1:
@@ -58,9 +59,9 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def resolve_block_size(block_size: int, cohort: int, devices: int = 1) -> int:
-    """Turns 0 (automatic) into a number, and cuts it to a device's share of the cohort.
+    """Replaces 0 (automatic) by a number, and limits it to a device's share of the cohort.
 
-    Automatic is 1 on CPU and the device's whole share, up to 64 clients, elsewhere.
+    Automatic means 1 on CPU. Elsewhere it means the device's whole share, up to 64 clients.
     """
     automatic = 1 if jax.default_backend() == "cpu" else 64
     return min(block_size or automatic, -(-cohort // devices))
@@ -78,14 +79,14 @@ def over_devices(
     """Runs a function of (a share of `split`, all of `whole`) on every device of a mesh.
 
     Args:
-      function: its first output is merged over the devices, its second is joined along the first
-        axis.
-      split: arrays that the devices share out, along the axis that `spec` gives to `AXIS`.
-      whole: arrays that each device gets as they are.
-      mesh: from `client_mesh`. One device alone runs the plain function, which JAX can then also
-        run without compiling it.
-      merge: (a device's first output, name of the axis) -> that of all devices.
-      spec: of `split`.
+      function: its first output is merged over the devices. Its second output is concatenated
+        along the first axis.
+      split: arrays that are divided among the devices, along the axis that `spec` maps to `AXIS`.
+      whole: arrays that each device receives in full.
+      mesh: from `client_mesh`. With a single device the plain function runs, so that JAX can also
+        run it without compiling it.
+      merge: (a device's first output, name of the axis) -> the merged output of all devices.
+      spec: the partition of `split`.
     """
     if mesh.size == 1:
         return function(split, whole)
@@ -112,25 +113,25 @@ def over_blocks(
     rows: PyTree,
     block_size: int,
 ) -> tuple[Any, PyTree]:
-    """Visits every row and adds up what the rows send, block by block.
+    """Visits every row and accumulates what the rows send, block by block.
 
     Args:
-      visit: row -> (what it sends, what is kept of it).
-      add: (total so far, what a block sends, leaves (p, ...)) -> total.
-      zero: total of nobody.
+      visit: row -> (output to be accumulated, output to be kept for this row).
+      add: (total so far, outputs of a block to be accumulated, leaves (p, ...)) -> total.
+      zero: the total of no rows.
       rows: leaves (P, ...), P a multiple of the block size.
-      block_size: p, rows side by side.
+      block_size: p, rows that are processed side by side.
 
     Returns:
-      The total, and what is kept, leaves (P, ...).
+      The total, and the kept outputs, leaves (P, ...).
     """
 
     def run(total: Any, block: PyTree) -> tuple[Any, PyTree]:
         if block_size > 1:
             sent, kept = jax.vmap(visit)(block)
         else:
-            # A row alone is taken out of its block: with the axis of one, XLA copies all
-            # parameters at every step of its training.
+            # A single row is taken out of its block. With an axis of length one, XLA would copy
+            # all parameters at every training step.
             sent, kept = jax.tree.map(lambda x: x[None], visit(jax.tree.map(lambda x: x[0], block)))
         return add(total, sent), kept
 
@@ -140,10 +141,10 @@ def over_blocks(
 
 
 def take_rows(table: PyTree, rows: Array) -> PyTree:
-    """Rows (..., ) of leaves (C, ...); a number out of range takes any row."""
+    """Gathers rows (..., ) of leaves (C, ...); an index out of range yields an arbitrary row."""
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), table)
 
 
 def put_rows(table: PyTree, rows: Array, new: PyTree) -> PyTree:
-    """The table with new rows (P, ...); a number out of range puts nothing."""
+    """Returns the table with new rows (P, ...); an index out of range is ignored."""
     return jax.tree.map(lambda old, row: old.at[rows].set(row, mode="drop"), table, new)

@@ -1,11 +1,11 @@
-"""Evaluation of every client's model on the whole test set, in one pass over the examples.
+"""Evaluates every client's model on the whole test set, in one pass over the examples.
 
-What all clients compute alike of an example is computed once, not once per client; what differs
-(gates, experts held, private parts) runs on those features, block by block of clients. Devices
-share the examples.
+Features that all clients compute identically are computed once per example, not once per client.
+The parts that differ between clients (gates, held experts, private parts) run on those features,
+one block of clients at a time. The devices share the examples.
 
-Axis legend: `C` clients, `B` batch, `U` units of an example, `Y` classes (one column for all
-examples where they have no class), `E` experts, `K` expert slots.
+Axis legend: `C` clients, `B` batch, `U` units of an example, `Y` classes (a single column for all
+examples if they have no class), `E` experts, `K` expert slots.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _SHARED = PartitionSpec(None, AXIS)
 
 
 class TestSet(NamedTuple):
-    """The test set in equal chunks.
+    """The test set in chunks of equal size.
 
     Attributes:
       arrays: named examples, leaves (chunks, B, ...).
       valid: (chunks, B) bool; False marks padding.
-      group: (chunks, B) int32, the group that each example is of, -1 for none: a domain, or one
-        client (see `data.About`). None where clients have no test examples of their own.
+      group: (chunks, B) int32, the group of each example, -1 for none. A group is a domain or a
+        single client (see `data.About`). None if clients have no test examples of their own.
     """
 
     arrays: dict[str, Array]
@@ -51,17 +51,17 @@ def chunk_test_set(
     mesh: Mesh | None = None,
     group: np.ndarray | None = None,
 ) -> TestSet:
-    """Cuts a test set into chunks of about `batch_size`, as even as can be, shared by the mesh.
+    """Cuts a test set into equal chunks of about `batch_size`, shared by the devices of a mesh.
 
     Args:
       arrays: named examples, leaves (M, ...).
-      batch_size: B, about.
+      batch_size: the approximate B; padding is kept as small as possible.
       mesh: from `client_mesh`; None for one device.
-      group: (M,) int, the group that each example is of, -1 for none; None where clients have no
-        test examples of their own.
+      group: (M,) int, the group of each example, -1 for none. None if clients have no test
+        examples of their own.
 
     Raises:
-      InputError: arrays of different lengths, or none; or a `batch_size` below 1.
+      InputError: arrays of different lengths, no examples, or a `batch_size` below 1.
     """
     mesh = mesh or client_mesh(1)
     lengths = {name: len(values) for name, values in arrays.items()}
@@ -88,10 +88,10 @@ def chunk_test_set(
 
 
 class Checked:
-    """The jitted `evaluate`, which looks at a test set when it is first given it."""
+    """The jitted `evaluate`, which checks a test set on its first use."""
 
     def __init__(self, federation: Federation, jitted: jax.stages.Wrapped) -> None:
-        """Has seen none."""
+        """Wraps the jitted function; no test set is checked yet."""
         self._federation, self._jitted = federation, jitted
         self.lower, self.trace = jitted.lower, jitted.trace
         self._seen: TestSet | None = None
@@ -111,15 +111,15 @@ def check_test(federation: Federation, test: TestSet, about: About) -> None:
     """Refuses a test set that does not fit a federation.
 
     Raises:
-      InputError: arrays where a test set belongs, arrays that the task or the model cannot take,
-        or groups that are nobody's.
+      InputError: `test` is not a `TestSet`, the task or the model cannot take its arrays, or a
+        group number is out of range.
     """
     if not isinstance(test, TestSet):
         remedy = "give what chunk_test_set(arrays) makes of them"
         raise InputError("test", type(test).__name__, remedy)
     leaves = jax.tree.leaves(test)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or jax.process_count() > 1:
-        return  # Nobody can look at the numbers here.
+        return  # The values cannot be read here.
     try:
         jax.eval_shape(federation.task.inputs, {n: x[0] for n, x in test.arrays.items()})
     except KeyError as error:
@@ -137,7 +137,7 @@ def check_test(federation: Federation, test: TestSet, about: About) -> None:
 
 
 class _Rows(Mapping[str, np.ndarray]):
-    """The test examples by name (M, ...), brought to the host as they are asked for."""
+    """The test examples by name (M, ...); each array is copied to the host on access."""
 
     def __init__(self, chunks: Mapping[str, Array], valid: np.ndarray) -> None:
         self._chunks, self._valid = chunks, valid
@@ -165,23 +165,24 @@ def evaluate(
     """Evaluates all clients with the aggregated ψ and θ, their own gates and latest experts.
 
     Args:
-      federation: all its choices.
+      federation: the configuration of the federation.
       mesh: devices that share the examples, along its axis `AXIS`.
       state: of the federation.
       test: the test set.
-      about: what is known of the clients. Where they have no test examples of their own, personal
+      about: information about the clients. If they have no test examples of their own, personal
         figures are means over the classes of the test set, weighted by their label shares.
-      models: (C, ...) of the clients, from `tune`; None for those that they have: the aggregated
-        parts, and their own. Label shares are added to outputs of tuned ones only where training
-        leaves them out (`local.prior`): else they have learnt them.
+      models: (C, ...) the clients' models from `tune`. None for the clients' current models, which
+        consist of the aggregated parts and their own. Label shares are added to the outputs of
+        tuned models only if training leaves them out (`local.prior`). Otherwise the tuned models
+        have learnt them.
 
     Returns:
-      What the models make of it. Clients that have never held an expert take no part.
+      The evaluation. Clients that have never held an expert are left out.
     """
-    # Slots rise, so an empty first slot means none held.
+    # Slots are sorted and empty slots come last: if the first slot is empty, all are.
     evaluated = (state.clients.slots[:, :, 0] < federation.layout.experts).any(axis=1)
 
-    if models is not None:  # Each has a trunk of its own, and has learnt its prior as well.
+    if models is not None:  # Each model has its own trunk; for the prior see `models` above.
         whole = federation.model._replace(
             trunk=lambda params, inputs: inputs, head=federation.model.apply
         )
@@ -211,7 +212,7 @@ def evaluate(
 
 
 class _Sums(NamedTuple):
-    """Sums over test examples: see `Evaluation`; `personal` is by class without owners."""
+    """Sums over test examples, as in `Evaluation`; without groups, `personal` is by class."""
 
     common: Tally
     units: Array
@@ -222,11 +223,11 @@ class _Sums(NamedTuple):
 
 
 _Known = tuple[State, About, Array, Params | None]
-"""The federation, its clients, who of them has held an expert, and their models if given."""
+"""The state, the clients' `About`, which clients have held an expert, and their models if given."""
 
 
 def _count(federation: Federation, test: TestSet, known: _Known) -> _Sums:
-    """Sums over one device's share of the examples."""
+    """Computes the sums over one device's share of the examples."""
     state, about, evaluated, models = known
     clients, classes = about.label_share.shape
     log_share = client.log_shares(about.label_share)
@@ -286,13 +287,13 @@ def _count(federation: Federation, test: TestSet, known: _Known) -> _Sums:
 
 
 def _units_of_own(judge: client.Judge, chunk: TestSet, about: About) -> Array:
-    """(C,) units of each client's own examples; 0 where nobody has any."""
+    """(C,) units of each client's own test examples; all 0 if clients have none of their own."""
     clients = about.label_share.shape[0]
     groups = clients if about.owns is None else about.owns.shape[1]
     none = jnp.zeros(groups, jnp.float32)
     if chunk.group is None:
         return jnp.zeros(clients, jnp.float32)
-    # A number out of range is dropped; a negative one would count from the end.
+    # An index out of range is dropped, but a negative index would count from the end.
     group = jnp.where(chunk.group >= 0, chunk.group, groups)
     units = none.at[group].add(judge.units(), mode="drop")
     return units if about.owns is None else jnp.where(about.owns, units[None], 0.0).sum(axis=1)
@@ -301,7 +302,7 @@ def _units_of_own(judge: client.Judge, chunk: TestSet, about: About) -> Array:
 def _outputs(
     federation: Federation, params: Params, features: PyTree, held: dict[str, Array]
 ) -> PyTree:
-    """Outputs from the trunk's features, or from the inputs where every client has its own."""
+    """Outputs from the trunk's features, or from the inputs if every client has its own trunk."""
     model, merged = federation.model, federation.layout.merge(params)
     if federation.shares_trunk:
         return model.head(merged, features, held)[0]
@@ -311,7 +312,7 @@ def _outputs(
 def _assembled(
     federation: Federation, state: State, features: PyTree, judge: client.Judge
 ) -> Tally | None:
-    """All experts and their gates in one model, where none of its parts stays with a client."""
+    """Evaluates all experts in one model; None if some parts of the model stay with clients."""
     if not federation.assembles:
         return None
     params, held = federation.assemble(state.server)
@@ -319,7 +320,7 @@ def _assembled(
 
 
 def _trunk(federation: Federation) -> Any:
-    """(ψ, named arrays) -> what every client computes alike of them."""
+    """Returns (ψ, named arrays) -> features, or inputs, that are the same for all clients."""
 
     def shared_trunk(shared: PyTree, arrays: dict[str, Array]) -> PyTree:
         inputs = federation.task.inputs(arrays)
@@ -331,7 +332,7 @@ def _trunk(federation: Federation) -> Any:
 
 
 def _blocks(clients: PyTree) -> PyTree:
-    """Leaves (C, ...) as (blocks, p, ...), padded with zeros: p clients run side by side."""
+    """Reshapes leaves (C, ...) to (blocks, p, ...), padded with zeros; p clients run together."""
     count = jax.tree.leaves(clients)[0].shape[0]
     together = 1 if jax.default_backend() == "cpu" else min(64, count)
 

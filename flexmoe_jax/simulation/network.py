@@ -1,7 +1,7 @@
-"""The cohort as the network has it: who is asked, who answers, and what that costs.
+"""Simulates the network: which clients are asked, which of them answer, and at what cost.
 
-Everything here is a function of (seed, round) and runs on the host between rounds; a run that is
-resumed sees what it would have seen.
+Everything here is a function of (seed, round) and runs on the host between rounds. A resumed run
+therefore sees the same cohorts, dropouts and faults as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from flexmoe_jax.options.simulation import FaultsOptions
 from flexmoe_jax.simulation.plan import Arrival, sample_cohort
 from flexmoe_jax.simulation.traffic import Traffic
 
-# Keeps the choice of faulty clients apart from other draws of the same seed.
+# Separates the choice of faulty clients from other draws of the same seed.
 _FAULTY = 0xFA017
 
 
 class Faults(NamedTuple):
-    """Clients whose updates are not what they trained.
+    """Clients that send an altered update in place of the trained one.
 
     Attributes:
-      share: of all clients, in [0, 1]; who they are is drawn once.
-      factor: on their updates: NaN sends no numbers, -1 turns them around, 1000 blows them up.
-      noise: L2 norm of the Gaussian noise added to each update, over the update's own.
+      share: the fraction of all clients that is faulty, in [0, 1]; these clients are drawn once.
+      factor: multiplies their updates: NaN makes all numbers NaN, -1 reverses the update, 1000
+        makes it 1000 times as long.
+      noise: L2 norm of the Gaussian noise added to each update, relative to the update's own norm.
     """
 
     share: float = FaultsOptions.share
@@ -40,13 +41,13 @@ class Network(NamedTuple):
 
     Attributes:
       clients: C.
-      per_round: P deliveries that a round is made for.
+      per_round: P, the number of updates that a round should receive.
       steps: (C,) local steps of each client in a round.
-      examples: (C,) examples that each trains on in a round, counted once a step.
-      seed: of all draws.
-      weighted: clients are drawn in proportion to `examples`, in place of uniformly.
-      availability: who can be reached; None for everybody.
-      devices: of the clients; None to leave time out.
+      examples: (C,) examples that each client trains on in a round, counted once per step.
+      seed: of all random draws.
+      weighted: whether clients are drawn in proportion to `examples` instead of uniformly.
+      availability: which clients can be reached; None if all can.
+      devices: of the clients; None to ignore time.
       edge: over-selection, deadline and dropouts.
       faults: clients whose updates are tampered with.
     """
@@ -64,11 +65,11 @@ class Network(NamedTuple):
 
     @property
     def asked(self) -> int:
-        """Most clients that a round asks."""
+        """The largest number of clients that a round asks."""
         return min(self.clients, int(np.ceil(self.per_round * self.edge.over_select - 1e-9)))
 
     def cohort(self, round_index: int) -> np.ndarray:
-        """Draws the clients that a round asks, (P,) ids in rising order; fewer if few are there."""
+        """Draws the clients that a round asks: (P,) ascending ids, fewer if fewer are available."""
         weight = None
         if self.weighted or self.availability is not None:
             weight = np.asarray(self.examples if self.weighted else np.ones(self.clients), float)
@@ -81,14 +82,14 @@ class Network(NamedTuple):
     def play(
         self, cohort: np.ndarray, traffic: Traffic, round_index: int
     ) -> tuple[Arrival, Outcome]:
-        """Plays a round: what of the cohort's work arrives, and how long that takes.
+        """Simulates a round: how much of the cohort's work arrives, and how long that takes.
 
-        Without devices every client answers at once, and the round takes no time.
+        Without devices, every client answers immediately and the round takes no time.
 
         Args:
           cohort: (P,) client ids.
-          traffic: of each.
-          round_index: of the round, from 0.
+          traffic: the bytes that each client transfers.
+          round_index: index of the round, from 0.
         """
         draw = partial(draw_dropouts, cohort=cohort, seed=self.seed, round_index=round_index)
         devices = self.devices or instant_devices(self.clients)
@@ -106,7 +107,7 @@ class Network(NamedTuple):
             dropped_before=draw(self.edge.dropout_before, stage="before"),
             dropped_during=draw(self.edge.dropout_during, stage="during"),
         )
-        # A client that had no time for a single step has nothing to deliver.
+        # A client that has no time for a single step delivers nothing.
         whole = np.floor(outcome.work * self.steps[cohort] + 1e-9) > 0
         outcome = outcome._replace(
             delivered=outcome.delivered & whole, work=np.where(whole, outcome.work, 0.0)
@@ -125,7 +126,7 @@ class Network(NamedTuple):
 
 
 def instant_devices(clients: int) -> Devices:
-    """Devices without limits."""
+    """Returns devices without limits on memory, speed or bandwidth."""
     endless = np.full(clients, np.inf)
     none = np.zeros(clients, np.int64)
     return Devices(("instant",), none, endless, endless, endless, endless, np.ones(clients))
@@ -137,9 +138,9 @@ FAULTS = {
     "scale": Faults(factor=1000.0),
     "noise": Faults(factor=1.0, noise=10.0),
 }
-"""What becomes of the updates of faulty clients, by name."""
+"""The kinds of faults by name: how the updates of faulty clients are altered."""
 
 
 def make_faults(options: FaultsOptions) -> Faults:
-    """The faults of that kind, of that share of clients."""
+    """Returns the faults of the given kind, for the given share of clients."""
     return FAULTS[options.kind]._replace(share=options.share)

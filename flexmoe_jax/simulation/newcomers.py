@@ -1,11 +1,11 @@
-"""Clients that come when others have trained: probed, assigned experts, and judged before they do.
+"""Clients that join late: they are probed, given experts and evaluated before they train.
 
     coming = await_newcomers(federation, data, capacity)
     owns = coming.init(key)
     fitness = coming.probe(state.server, owns, data)
     evaluation = coming.evaluate(state.server, owns, coming.enrol(fitness), test, data.about)
 
-Nothing of this changes the federation's state.
+Nothing here changes the federation's state.
 
 Axis legend: `n` newcomers, `E` experts, `K` expert slots, `G` groups of MoE layers, `L` MoE layers,
 `S` batches, `B` batch.
@@ -41,15 +41,15 @@ from flexmoe_jax.types import Array, Evaluation, Key, Own, Server, State
 
 
 class Newcomers(NamedTuple):
-    """What becomes of newcomers, as functions of a federation's state.
+    """The steps that newcomers go through, as functions of a federation's state.
 
     Attributes:
-      init: key of the run -> Own, leaves (n, ...): what they own, as it is drawn. Jitted.
-      probe: (Server, Own, ClientData) -> (G, n, E) fitness of all experts on all their examples.
-        Jitted.
+      init: key of the run -> Own, leaves (n, ...): the newcomers' own parts at the start. Jitted.
+      probe: (Server, Own, ClientData) -> (G, n, E) fitness of all experts on all examples of the
+        newcomers. Jitted.
       enrol: fitness -> a Solution for each group of MoE layers. Runs on the host.
-      evaluate: (Server, Own, solutions, TestSet, About) -> Evaluation of the newcomers, without all
-        experts in one model, which is not about them.
+      evaluate: (Server, Own, solutions, TestSet, About) -> Evaluation of the newcomers. The
+        assembled model of all experts is left out, because it does not depend on newcomers.
     """
 
     init: Callable[[Key], Own]
@@ -66,18 +66,19 @@ def await_newcomers(
     shortlist: int = 0,
     mesh: Mesh | None = None,
 ) -> Newcomers:
-    """Builds what becomes of newcomers of a federation.
+    """Builds the functions that handle the newcomers of a federation.
 
     Args:
-      federation: that they come to.
-      data: a few examples of each, to be probed with (see `ClientData.few`).
-      capacity: (n,) int k_c of each.
-      shortlist: how many experts each downloads to be probed, as routers recommend; 0 for all.
+      federation: the federation that they join.
+      data: a few examples of each newcomer, used to probe the experts (see `ClientData.few`).
+      capacity: (n,) int k_c of each newcomer.
+      shortlist: how many experts each newcomer downloads for the probe, as recommended by the
+        routers; 0 for all.
       mesh: the devices, as for `simulate`.
 
     Raises:
-      InputError: a capacity out of range or none for each newcomer, examples that the task cannot
-        take, or a shortlist that cannot be.
+      InputError: a capacity out of range, not exactly one capacity per newcomer, examples that the
+        task cannot take, or an impossible shortlist.
     """
     capacity = np.asarray(capacity, np.int64)
     experts, newcomers = federation.layout.experts, len(data.size)
@@ -101,7 +102,8 @@ def await_newcomers(
     ) -> Evaluation:
         assignment = np.stack([solution.assignment for solution in solutions], axis=1)
         given: Any = assignment_slots(assignment, slots)
-        # Solvers with a time limit need not end alike on every host: the first one's answer holds.
+        # A solver with a time limit may give different results on different hosts: all hosts use
+        # the result of the first one.
         if jax.process_count() > 1:
             given = multihost_utils.broadcast_one_to_all(given)
         found: Evaluation = judge(begun, owns, replicate(given, mesh), test, about)
@@ -116,10 +118,11 @@ def await_newcomers(
 
 
 def check_shortlist(federation: Federation, shortlist: int, capacity: int) -> None:
-    """Refuses a shortlist that nobody can recommend, or that holds less than a client does.
+    """Refuses a shortlist without routers, or one that is shorter than the largest capacity.
 
     Raises:
-      InputError: naming it.
+      InputError: the shortlist is out of range, a MoE layer has no router, or experts stay with
+        their clients.
     """
     experts = federation.layout.experts
     if shortlist and not capacity <= shortlist <= experts:
@@ -135,7 +138,7 @@ def check_shortlist(federation: Federation, shortlist: int, capacity: int) -> No
 
 
 def _init(federation: Federation, newcomers: int, key: Key) -> Own:
-    """What newcomers own: numbered after the clients that train, so that their draws are others."""
+    """Draws the newcomers' own parts; their ids follow the training clients', so draws differ."""
     numbers = federation.clients + jnp.arange(newcomers, dtype=jnp.int32)
     return init_owns(federation, key, numbers)[1]
 
@@ -161,7 +164,7 @@ def _probe_all(
     owns: Own,
     data: ClientData,
 ) -> Array:
-    """(G, n, E) fitness of all experts on all examples of all newcomers."""
+    """Computes the fitness (G, n, E) of all experts on all examples of all newcomers."""
     newcomers, padded = data.index.shape
     log_share = None
     if federation.local.prior and data.label_share.shape[1]:

@@ -1,21 +1,21 @@
-"""Whole rounds on the device: cohort, assignment and training in one compiled program.
+"""Runs whole rounds on the device: cohort, assignment and training in one compiled program.
 
-The host path asks the host for a cohort and an assignment before every round. Here both are part
-of the program, with the assignment from `dual_assign`, so that many rounds are one `lax.scan` and
-many seeds one `vmap` over their states:
+In the host path, the host draws a cohort and assigns experts before every round. Here both are
+part of the program, and `dual_assign` makes the assignment. Many rounds are then one `lax.scan`,
+and many seeds are one `vmap` over their states:
 
     run = run_on_device(simulation, rounds=20)
     state, reports = jax.jit(run, donate_argnums=0)(state, data)
     states, reports = jax.jit(jax.vmap(run, (0, None)), donate_argnums=0)(states, data)
 
-The federation must have the load model `clients`, where every holder weighs 1, one assignment for
-all its MoE layers, and the policy `flex`: its slack and exploration hold here too, its other terms
-are refused. Seeds differ in
-all that their `state.key` decides; the host path's draws (cohorts by `sample_cohort`, ties and
-exploration by `Request.seed`) are other draws of the same distributions.
+The federation must have the load model `clients` (every holder has weight 1), one assignment for
+all its MoE layers, and the policy `flex`. The slack and the exploration of `flex` apply here too;
+its other terms are refused. Seeds differ in everything that depends on their `state.key`. The host
+path (cohorts by `sample_cohort`, ties and exploration by `Request.seed`) makes different draws
+from the same distributions.
 
-Nothing stops a run that diverges: look at `training.finite` of the reports, which says of every
-round whether the model was still one of numbers. Load bounds hold while fitness is finite.
+Nothing stops a run that diverges: check `training.finite` of the reports, which says for every
+round whether all parameters were still finite. Load bounds hold while fitness is finite.
 """
 
 from __future__ import annotations
@@ -36,27 +36,29 @@ from flexmoe_jax.simulation.plan import Floor
 from flexmoe_jax.simulation.rounds import Simulation
 from flexmoe_jax.types import Array, Key, Plan, RoundReport, State
 
-# Name of the random stream of cohorts and assignments, folded into a round's key.
+# Identifies the random stream of cohorts and assignments; it is folded into a round's key.
 _PLANNING = 0x91A7
 
-# Breaks ties: far below any fitness that matters, yet many steps of single precision near 1.
+# Scale of the noise that breaks ties: far below any relevant difference in fitness, but many steps
+# of single precision near 1.
 _TIE_NOISE = 1e-5
-# Targets are sums of many rounds in single precision: a whole load missed by less is that load.
+# Targets are sums over many rounds in single precision: a target that misses a whole load by less
+# than this counts as that load.
 _SLIP = 1e-3
-# Halvings that exhaust single precision.
+# Bisection steps that exhaust single precision.
 _HALVINGS = 32
 
 
 class DeviceReport(NamedTuple):
-    """What a round on the device reports; stacked over rounds, every array leads with T.
+    """The report of a round on the device; stacked over rounds, every array has a leading axis T.
 
     Attributes:
-      training: what the host path's round reports.
-      plan: who trained, what each held, and the load (E,) assigned, in clients.
+      training: the report of the training, as in the host path.
+      plan: the cohort, the experts that each client held, and the assigned load (1, E), in clients.
       load_min: (E,) least load of this round.
       load_max: (E,) greatest load of this round.
-      value: () worth of the assignment, in the fitness that the solver saw.
-      bound: () no assignment within the load bounds is worth more.
+      value: () value of the assignment, in terms of the fitness that the solver saw.
+      bound: () upper bound on the value of any assignment within the load bounds.
     """
 
     training: RoundReport
@@ -72,10 +74,10 @@ Rounds = Callable[[State, ClientData], tuple[State, DeviceReport]]
 
 
 def run_on_device(simulation: Simulation, rounds: int, *, per_round: int = 0) -> Rounds:
-    """Makes the function that runs many rounds without touching the host.
+    """Makes the function that runs many rounds without returning to the host.
 
     Args:
-      simulation: from `simulate`. Its block size and mesh hold here too; a `vmap` over seeds wants
+      simulation: from `simulate`. Its block size and mesh apply here too; a `vmap` over seeds needs
         a mesh of one device.
       rounds: T.
       per_round: P clients in a cohort; 0 for all.
@@ -84,7 +86,7 @@ def run_on_device(simulation: Simulation, rounds: int, *, per_round: int = 0) ->
       The function, with reports stacked over rounds (T, ...).
 
     Raises:
-      InputError: a number out of range, or a federation that the device cannot plan.
+      InputError: a number out of range, or a federation whose rounds the device cannot plan.
     """
     if rounds < 1:
         raise InputError("rounds", rounds, "give a number of at least 1")
@@ -97,7 +99,7 @@ def run_on_device(simulation: Simulation, rounds: int, *, per_round: int = 0) ->
 
 
 def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
-    """Makes the function that `run_on_device` repeats; it takes that function's arguments."""
+    """Makes the function of one round, which `run_on_device` repeats; it has the same arguments."""
     setting, federation = simulation.setting, simulation.setting.federation
     clients = federation.clients
     if not 0 <= per_round <= clients:
@@ -144,7 +146,7 @@ def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
 
 
 def _left(round_index: Array, rounds: int) -> Array:
-    """What is left of exploration that falls to 0 in so many rounds; 0 for never."""
+    """Remaining part of an exploration that falls to 0 within `rounds`; always 1 if that is 0."""
     if not rounds:
         return jnp.ones((), jnp.float32)
     return jnp.maximum(1.0 - round_index.astype(jnp.float32) / rounds, 0.0)
@@ -164,7 +166,7 @@ def _flex_options(policy: Policy) -> AssignmentOptions:
 
 
 def draw_cohort(key: Key, clients: int, per_round: int) -> Array:
-    """(P,) int32 client ids of C, rising: uniform, without replacement; all of them if P is C."""
+    """Draws (P,) ascending int32 ids of C clients, uniformly without replacement; all if P is C."""
     everyone = jnp.arange(clients, dtype=jnp.int32)
     if per_round == clients:
         return everyone
@@ -172,7 +174,7 @@ def draw_cohort(key: Key, clients: int, per_round: int) -> Array:
 
 
 def device_load_bounds(capacity: Array, deficit: Array, slack: float) -> tuple[Array, Array]:
-    """`load_bounds` on the device, for equal shares and holders that all weigh 1.
+    """Computes `load_bounds` on the device, for equal shares and holders that all have weight 1.
 
     Args:
       capacity: (P,) int experts that each client holds.
@@ -180,8 +182,8 @@ def device_load_bounds(capacity: Array, deficit: Array, slack: float) -> tuple[A
       slack: δ ≥ 0, the part of its share by which an expert's load may miss its target.
 
     Returns:
-      `load_min` and `load_max`, (E,) each: whole numbers with room for the ones just below and
-      above the target. A target is taken for the whole number that it is within 0.001 of.
+      `load_min` and `load_max`, (E,) each: whole numbers that allow the whole numbers just below
+      and above the target. A target within 0.001 of a whole number counts as that number.
     """
     reachable = (capacity > 0).sum().astype(deficit.dtype)
     total = capacity.sum().astype(deficit.dtype)
@@ -194,7 +196,7 @@ def device_load_bounds(capacity: Array, deficit: Array, slack: float) -> tuple[A
 
 
 def device_plan(cohort: Array, assignment: Array, load: Array, steps: Array, floor: Floor) -> Plan:
-    """`make_plan` on the device, for a cohort (P,) in rising order and one group of layers."""
+    """Does `make_plan` on the device, for a cohort (P,) in ascending order and one layer group."""
     size, experts = assignment.shape
     padding, dealt = floor.padded - size, floor.deal(size)
     order = jnp.argsort(-steps, stable=True)

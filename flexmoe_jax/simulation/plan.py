@@ -1,4 +1,4 @@
-"""Who takes part in a simulated round, and how they are laid out on the devices.
+"""Plans a simulated round: which clients take part, and how they are laid out on the devices.
 
 Axis legend: `C` clients, `P` clients of the cohort, `E` experts, `K` expert slots, `G` groups of
 MoE layers.
@@ -16,10 +16,10 @@ from flexmoe_jax.types import Array, Plan
 
 
 def check_cohort(cohort: npt.ArrayLike, clients: int) -> np.ndarray:
-    """A cohort as (P,) client ids, each once; nobody where none can be reached.
+    """Returns a cohort as (P,) distinct client ids; it is empty if no client can be reached.
 
     Raises:
-      InputError: ids of no client, or one of them twice.
+      InputError: values that are not client ids, or an id that occurs twice.
     """
     given = np.asarray(cohort)
     if given.shape == (0,):
@@ -47,12 +47,12 @@ def sample_cohort(
       clients: C.
       per_round: P.
       seed: of the run.
-      round_index: of the round; the same round always draws the same cohort.
-      weight: (C,) of each client in the draw, of any scale; 0 for one that cannot be drawn. None to
-        draw uniformly from all.
+      round_index: index of the round; the same round always draws the same cohort.
+      weight: (C,) relative weight of each client in the draw, on any scale; 0 excludes a client.
+        None to draw uniformly from all clients.
 
     Returns:
-      (P,) int32 client ids in rising order; fewer where fewer can be drawn.
+      (P,) int32 client ids in ascending order; fewer if fewer clients can be drawn.
     """
     generator = np.random.default_rng([seed, round_index])
     if weight is None:
@@ -65,14 +65,14 @@ def sample_cohort(
 
 
 class Floor(NamedTuple):
-    """Where a simulated cohort trains; it decides the shapes of all plans.
+    """The layout in which simulated cohorts train; it determines the shapes of all plans.
 
     Attributes:
       clients: C.
-      slots: K, at least the largest number of experts held.
-      rows: P, for how many clients there is room.
+      slots: K, at least the largest number of experts that a client holds.
+      rows: P, the number of clients that there is room for.
       block_size: clients side by side on a device.
-      devices: how many share the cohort; each gets an equal run of the plan's rows.
+      devices: number of devices that share the cohort; each gets an equal run of consecutive rows.
     """
 
     clients: int
@@ -88,19 +88,20 @@ class Floor(NamedTuple):
         return -(-self.rows // together) * together
 
     def deal(self, cohort: int) -> np.ndarray:
-        """Places of clients in order, dealt out in blocks to the devices in turn: (P,)."""
+        """(P,) which of the ordered clients each row takes: devices receive the blocks in turn."""
         padded = self._replace(rows=max(self.rows, cohort)).padded
         return np.arange(padded).reshape(-1, self.devices, self.block_size).swapaxes(0, 1).ravel()
 
 
 class Arrival(NamedTuple):
-    """What of a cohort's work reaches the server.
+    """The part of a cohort's work that reaches the server.
 
     Attributes:
       work: (P,) share of its local steps that each client completes and delivers, in [0, 1].
-      reached: (P,) bool, clients that received their experts; the others keep what they held.
-      tamper: (P,) factor on each update on its way; 1 for an honest client.
-      noise: (P,) L2 norm of the noise added to each, over its own; None where there is none.
+      reached: (P,) bool, clients that received their experts; the others keep their old experts.
+      tamper: (P,) factor on each update on its way to the server; 1 for an honest client.
+      noise: (P,) L2 norm of the noise added to each update, relative to the update's own norm; None
+        for no noise.
     """
 
     work: np.ndarray
@@ -110,11 +111,12 @@ class Arrival(NamedTuple):
 
 
 class Tampering(NamedTuple):
-    """What becomes of a cohort's updates on their way to the server.
+    """How a cohort's updates are altered on their way to the server.
 
     Attributes:
-      factor: (P,) on each; 1 for an honest client; None for ones.
-      noise: (P,) L2 norm of the noise added to each, over its own; None where there is none.
+      factor: (P,) factor on each update, 1 for an honest client; None for all ones.
+      noise: (P,) L2 norm of the noise added to each update, relative to the update's own norm; None
+        for no noise.
     """
 
     factor: Any = None
@@ -130,20 +132,20 @@ def make_plan(
     tampering: Tampering,
     secret: np.ndarray | None = None,
 ) -> Plan:
-    """Lays a cohort and its assignment out for training.
+    """Lays out a cohort and its assignment for training.
 
-    Clients are put in order of their local steps, longest first, so that those side by side finish
-    together, padded to whole blocks, and the blocks dealt out to the devices in turn, so that each
-    has as much to do as the next.
+    Clients are sorted by their local steps, most steps first, so that clients side by side finish
+    together. They are padded to whole blocks. The devices receive the blocks in turn, so that all
+    devices have about the same amount of work.
 
     Args:
       cohort: (P,) client ids.
       assignment: (P, G, E) bool.
       load: (G, E) assigned load.
-      floor: where they train.
+      floor: the layout in which they train.
       steps: (P,) local steps that each client of the cohort completes and delivers.
-      tampering: what becomes of their updates.
-      secret: (2,) random bits of this round; None where no noise is drawn from any.
+      tampering: how their updates are altered.
+      secret: (2,) random bits of this round; None if no noise is drawn from a secret.
 
     Returns:
       The plan in NumPy arrays, with P rounded up to whole blocks on every device.
@@ -169,14 +171,14 @@ def make_plan(
 
 
 def assignment_slots(assignment: np.ndarray, slots: int) -> np.ndarray:
-    """Turns (..., E) bool into (..., K) int32 expert numbers, rising, with E for an empty slot."""
+    """Converts (..., E) bool to (..., K) int32 expert ids, ascending, with E for an empty slot."""
     experts = assignment.shape[-1]
     numbered = np.where(assignment, np.arange(experts), experts)
     return np.sort(numbered, axis=-1)[..., :slots].astype(np.int32)
 
 
 def slots_assignment(slots: np.ndarray, experts: int) -> np.ndarray:
-    """Inverse of `assignment_slots`: (..., K) expert numbers to (..., E) bool."""
+    """Inverse of `assignment_slots`: converts (..., K) expert ids to (..., E) bool."""
     assignment = np.zeros((*slots.shape[:-1], experts + 1), bool)
     np.put_along_axis(assignment, slots, True, axis=-1)
     return assignment[..., :experts]

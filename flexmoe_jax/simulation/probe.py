@@ -1,4 +1,4 @@
-"""What clients say of every expert on a few of their batches, whatever they have room for.
+"""Probes: each client scores every expert on a few of its batches, whatever its capacity.
 
 Axis legend: `n` clients, `E` experts, `K` expert slots, `G` groups of MoE layers, `L` MoE layers,
 `S` batches, `B` batch.
@@ -27,17 +27,17 @@ def probe_all(
     arrays: Batch,
     shortlist: int = 0,
 ) -> Array:
-    """(G, n, E) fitness of all experts on batches of many clients.
+    """Computes the fitness (G, n, E) of all experts on batches of many clients.
 
     Args:
-      federation: all its choices.
+      federation: the configuration of the federation.
       mesh: devices that share the clients.
-      begun: the server as it is.
-      each: of each client, leaves (n, ...), what `probe` takes: what it owns, rows of its batches
-        (n, S, B), and the logarithm of its label shares, or None.
+      begun: the current state of the server.
+      each: the arguments of `probe` for each client, leaves (n, ...): what it owns, rows of its
+        batches (n, S, B), and the logarithm of its label shares, or None.
       arrays: named examples.
-      shortlist: how many experts each downloads to be asked about them, those that the routers give
-        most of its examples to; the others are rated below all of these. 0 for all experts.
+      shortlist: how many experts each client downloads to score them: those to which the routers
+        give most of its examples. The others are rated below all of these. 0 for all experts.
     """
     clients = len(each[1])
     size = resolve_block_size(0, clients, mesh.size)
@@ -72,22 +72,23 @@ def probe(
     rows: Array,
     log_share: Array | None = None,
 ) -> Array:
-    """Fitness of all experts on one client's batches: its score of each, held alone.
+    """Scores every expert on one client's batches, each as the only expert that the client holds.
 
-    One expert at a time is sent, whatever the client has room for, and nothing is trained. Where
-    every group of MoE layers is assigned by itself, all groups hold one expert each, in other
-    company from batch to batch. Experts that stay with their clients are tried together.
+    The server sends one expert at a time, whatever the client's capacity, and nothing is trained.
+    If every group of MoE layers is assigned by itself, each group holds one expert, and the
+    combination of experts changes from batch to batch. Experts that stay with their clients are
+    tried together.
 
     Args:
-      federation: all its choices.
-      begun: the server as it is.
-      own: of the client.
+      federation: the configuration of the federation.
+      begun: the current state of the server.
+      own: what the client owns.
       arrays: named examples.
-      rows: (S, B) int32 rows of them, -1 for none.
+      rows: (S, B) int32 rows of the examples, -1 for none.
       log_share: (Y,) logarithm of the client's label shares; None for none.
 
     Returns:
-      (G, E) as Q; the initial value where nothing reached an expert.
+      (G, E) fitness, on the scale of Q; the initial value if no example reached an expert.
     """
     desk, site, experts = federation.desk, federation.site, federation.layout.experts
     groups = jnp.arange(desk.groups, dtype=jnp.int32)[:, None]
@@ -103,7 +104,7 @@ def probe(
             down = server.send(desk, begun, slots, jnp.zeros((), jnp.int32))
             return client.appraise(site, own, down, arrays, rows, log_share)
 
-        # What does not depend on the expert is computed once for all trials.
+        # The parts that do not depend on the expert are computed once for all trials.
         said = jax.tree.map(desk.by_group, jax.vmap(try_out)(slots))
         return jax.tree.map(lambda t, x: t + desk.of_experts(slots, x), total, said), None
 
@@ -114,10 +115,10 @@ def probe(
 
 
 def _routed(federation: Federation, begun: Server, own: Own, arrays: Batch, rows: Array) -> Array:
-    """(G, E) part of a client's batches that routers give to each expert.
+    """Computes the part (G, E) of a client's batches that the routers give to each expert.
 
-    Of the first layer of each group, by name: where that comes first in the model, no expert has a
-    part in what reaches it, so that a client needs none to say this.
+    Only the first layer of each group, by name, counts. If it is also the first layer in the model,
+    no expert influences its inputs, so the client needs no expert to compute this.
     """
     site, groups = federation.site, federation.groups
     none = jnp.full((groups, 1), federation.layout.experts, jnp.int32)

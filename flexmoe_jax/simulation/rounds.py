@@ -1,8 +1,9 @@
-"""A federation simulated: init, assign, plan, round, evaluate, as pure functions.
+"""Simulates a federation: init, assign, plan, round and evaluate, as pure functions.
 
-One round: the server assigns experts to the cohort (host); every client of the plan receives,
-trains and answers, and the server admits, adds up and closes the round (one jit). These are the
-functions of `client` and `server`, mapped over blocks of clients.
+A round has two parts. On the host, the server assigns experts to the cohort. Then, in one jit,
+every client of the plan receives its experts, trains and answers, and the server admits and
+aggregates the answers and closes the round. The functions of `client` and `server` are mapped over
+blocks of clients.
 
 Axis legend: `C` clients, `P` clients of the plan, `E` experts, `K` expert slots, `G` groups of MoE
 layers, `L` MoE layers.
@@ -57,11 +58,11 @@ from flexmoe_jax.types import (
     Upload,
 )
 
-# Name of the random stream that is folded into a client's key.
+# Identifies the random stream of a faulty client's noise; it is folded into the client's key.
 _NOISE_OF_CLIENT = 0xC11E
-# More than any client has in a round.
+# More steps than any client has in a round.
 _ALL_STEPS = 2**31 - 1
-# Batches on which a client says what it makes of an expert that it may not hold.
+# Number of batches on which a client scores each expert, whether it holds the expert or not.
 _ASKED = 4
 
 
@@ -74,17 +75,17 @@ class MakePlan(Protocol):
         solutions: tuple[Solution, ...],
         arrival: Arrival | None = None,
     ) -> Plan:
-        """Lays a cohort out."""
+        """Lays out a cohort and its assignment."""
 
 
 class Setting(NamedTuple):
-    """What all rounds have in common, for whoever plans them on the device or compiles them.
+    """The settings of all rounds, for code that plans rounds on the device or compiles them.
 
     Attributes:
-      floor: where cohorts train.
+      floor: the layout in which cohorts train.
       capacity: (C,) int k_c.
       steps: (C,) int local steps of each client in a round.
-      federation: all choices.
+      federation: the configuration of the federation.
     """
 
     floor: Floor
@@ -99,15 +100,15 @@ class Simulation(NamedTuple):
     Attributes:
       init: key -> State. Jitted.
       assign: (State, cohort (P,), ClientData=None) -> a Solution for each group of MoE layers. Runs
-        on the host. Where clients are asked about all experts (`fitness.probe`), of these data.
-      plan: (cohort (P,), solutions, Arrival or None) -> Plan: the arrays that `round` takes, on the
-        host. Without an `Arrival` all clients deliver all their work.
+        on the host. The data are needed if clients score all experts first (`fitness.probe`).
+      plan: (cohort (P,), solutions, Arrival or None) -> Plan, the arrays that `round` takes. Runs
+        on the host. Without an `Arrival`, all clients deliver all their work.
       round: (State, ClientData, Plan) -> (State, RoundReport). Jitted; the state is donated.
       tune: (State, ClientData of all clients) -> Params (C, ...): each client's model after it has
         trained once more, for itself alone (see `rounds.tune`). Jitted.
-      evaluate: (State, TestSet, About, models=None) -> Evaluation, of these models of clients where
-        given. Jitted.
-      setting: what the functions above were built with.
+      evaluate: (State, TestSet, About, models=None) -> Evaluation, of the given models of the
+        clients if there are any. Jitted.
+      setting: the settings that the functions above were built with.
     """
 
     init: Callable[[Key], State]
@@ -130,16 +131,17 @@ def simulate(
     """Builds the simulation of a federation.
 
     Args:
-      federation: all its choices.
-      data: every client's examples, on the device or on the host; `round` takes them, or those of
-        its cohort (`data.feed_cohorts`), as an argument, so that none are baked into the program.
-      rows: for how many clients a plan makes room, where cohorts differ in size; 0 for the cohort.
+      federation: the configuration of the federation.
+      data: every client's examples, on the device or on the host. `round` takes them, or those of
+        its cohort (`data.feed_cohorts`), as an argument, so that the compiled program contains no
+        examples.
+      rows: how many clients a plan has room for, if cohorts differ in size; 0 for the cohort's.
       block_size: clients side by side on a device; 0 for automatic.
-      mesh: the devices that share a cohort, from `client_mesh`; None for one. Give `round` and
-        `evaluate` arrays that `replicate` has put there.
+      mesh: the devices that share a cohort, from `client_mesh`; None for one device. Pass to
+        `round` and `evaluate` arrays that `replicate` has put on this mesh.
 
     Raises:
-      InputError: data that do not fit the federation.
+      InputError: the data do not fit the federation.
     """
     federation.check_data(data.arrays, data.label_share)
     ExecutionOptions.check(client_block_size=block_size)
@@ -191,17 +193,17 @@ def _assigner(
         said = np.asarray(ask(state, data, replicate(numbers.astype(np.int32), mesh)))
         asking = time.perf_counter() - begin
         first, *others = assign(state.server, cohort, said[:, : len(cohort)])
-        # Asking is a part of the assignment's time, entered once.
+        # The time for asking clients is part of the assignment's time; only one solution gets it.
         return (replace(first, seconds=first.seconds + asking), *others)
 
     return assign_cohort
 
 
 def _given_profile(federation: Federation, data: ClientData) -> np.ndarray | None:
-    """(C, F) what is known of clients beforehand, less its mean; None where updates are to tell.
+    """Prior knowledge (C, F) about the clients, minus its mean; None if updates provide a profile.
 
     Raises:
-      InputError: nothing is known of them.
+      InputError: nothing is known about the clients in advance.
     """
     if not federation.fitness.affinity or federation.fitness.profile != "given":
         return None
@@ -214,10 +216,10 @@ def _given_profile(federation: Federation, data: ClientData) -> np.ndarray | Non
 
 
 def init(federation: Federation, key: Key) -> State:
-    """The state before the first round, (C,) clients with gates and private parts of their own.
+    """Returns the state before the first round; each of C clients has its own gates and parts.
 
     Raises:
-      InputError: a number where a key belongs.
+      InputError: `key` is not a random key of JAX.
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise InputError("key", key.dtype, "give a key, as jax.random.key(0)")
@@ -227,7 +229,7 @@ def init(federation: Federation, key: Key) -> State:
 
 
 def init_owns(federation: Federation, key: Key, numbers: Array) -> tuple[Params, Own]:
-    """The model as it is drawn, and what clients with these numbers (C,) own at the start."""
+    """Draws the model, and what the clients with the given ids (C,) own at the start."""
     model_key, gate_key = jax.random.split(key)
     params = federation.draw(model_key)
 
@@ -271,7 +273,8 @@ def _plan(
         tampering,
         server.draw_secret() if secret else None,
     )
-    # Solvers with a time limit need not end alike on every host: the first one's plan holds.
+    # A solver with a time limit may give different results on different hosts: all hosts use the
+    # plan of the first one.
     if jax.process_count() > 1:
         laid_out = multihost_utils.broadcast_one_to_all(laid_out)
     plan: Plan = replicate(laid_out, mesh)
@@ -283,12 +286,12 @@ class Row(NamedTuple):
 
     Attributes:
       number: () int32 its id; C for padding.
-      slots: (G, K) int32 the experts that it is given.
-      steps: () int32 the steps that it delivers.
-      batches: what it trains on.
-      log_share: (Y,) logarithm of its label shares; None where nobody trains with them.
-      tampering: what becomes of its update: factor (), noise () or None.
-      key: of that noise.
+      slots: (G, K) int32 the experts that it receives.
+      steps: () int32 the local steps that it completes and delivers.
+      batches: the batches that it trains on.
+      log_share: (Y,) logarithm of its label shares; None if training does not use them.
+      tampering: how its update is altered: factor (), noise () or None.
+      key: for that noise.
     """
 
     number: Array
@@ -303,7 +306,7 @@ class Row(NamedTuple):
 def run_round(
     federation: Federation, floor: Floor, mesh: Mesh, state: State, data: ClientData, plan: Plan
 ) -> tuple[State, RoundReport]:
-    """Send, train, admit, close: one round of all clients of a plan (P,)."""
+    """Runs one round for all clients of a plan (P,): send, train, admit, close."""
     site, desk = federation.site, federation.desk
     key = jax.random.fold_in(state.server.key, state.server.round)
     received = jax.vmap(partial(client.receive, site))(
@@ -318,14 +321,15 @@ def run_round(
         everywhere = NamedSharding(mesh, PartitionSpec())
         return lax.with_sharding_constraint(shared_out, everywhere) if mesh.size > 1 else shared_out
 
-    # Whole on every device before the server goes on. Else devices exchange parts within a median's
-    # sort, which takes longer than all of it, and within a robust mean's loops, where XLA's CPU
-    # devices can come to wait for each other in different exchanges, for ever.
+    # Every device gets all results before the server continues. Otherwise devices exchange parts
+    # inside a median's sort, which takes longer than the whole sort on each device, and inside a
+    # robust mean's loops, where XLA's CPU devices can wait for each other in different exchanges
+    # and deadlock.
     owns, verdicts = gather((owns, verdicts))
     following, verdicts, late = server.conclude(
         desk, federation.aggregation, state.server, total, verdicts, plan, gather
     )
-    # What clients keep that are refused late is what they had.
+    # Clients whose updates are refused late keep what they had before.
     learners = jnp.where(late, federation.clients, plan.clients)
     kept = put_rows(table, learners, owns)
     slots = state.clients.slots.at[plan.clients].set(plan.slots, mode="drop")
@@ -344,11 +348,11 @@ def _train_cohort(
     plan: Plan,
     key: Key,
 ) -> tuple[Any, tuple[Own, server.Verdict]]:
-    """Sends to every client of a plan, trains it and admits its answer, device by device.
+    """Sends to every client of a plan, trains it and admits its answer; devices share the clients.
 
     Returns:
-      The aggregator's total; what each client then owns, if its answer is not refused late, and the
-      verdict on it, leaves (P, ...).
+      The aggregator's total; what each client then owns unless its answer is refused late; and the
+      verdict on each answer, leaves (P, ...).
     """
     site, desk, aggregator = federation.site, federation.desk, federation.aggregation
     limits = server.limits(desk, begun)
@@ -379,13 +383,13 @@ def _train_cohort(
 
 
 def _of_clients(plan: Plan) -> Plan:
-    """A plan without what is not of single clients, to be shared out."""
+    """Returns a plan without the arrays that have no client axis, to divide it among devices."""
     nothing: Any = None
     return plan._replace(load=nothing, secret=nothing)
 
 
 def _rows(federation: Federation, data: ClientData, plan: Plan, key: Key) -> Row:
-    """The clients of a plan, or of a device's share of it, with what they draw for the round."""
+    """The clients of a plan, or of a device's share, with their random draws for the round."""
     numbers = plan.clients
     index = take_rows(data.index, numbers)
     size = jnp.where(numbers < federation.clients, take_rows(data.size, numbers), 0)
@@ -408,7 +412,7 @@ def _rows(federation: Federation, data: ClientData, plan: Plan, key: Key) -> Row
 def ask_cohort(
     federation: Federation, floor: Floor, mesh: Mesh, state: State, data: ClientData, cohort: Array
 ) -> Array:
-    """(G, P, E) fitness of all experts, on a few of the batches that each client trains on next."""
+    """Scores all experts (G, P, E) on a few of the batches that each client trains on next."""
     key = jax.random.fold_in(state.server.key, state.server.round)
     slots = take_rows(state.clients.slots, cohort)
     nothing: Any = None
@@ -421,16 +425,17 @@ def ask_cohort(
 def tune(
     federation: Federation, floor: Floor, mesh: Mesh, state: State, data: ClientData
 ) -> Params:
-    """Every client's model (C, ...) after it has trained once more, for itself: nobody hears of it.
+    """Trains every client's model (C, ...) once more, for that client alone; no update is sent.
 
-    What is left of a method's lead once clients may fit any model to their own examples (Yu et al.
-    2020). It trains the experts that it has now, as in its next round, and not without any.
+    This shows how much of a method's lead remains once clients may fit any model to their own
+    examples (Yu et al. 2020). A client trains the experts that it holds now, as in its next round;
+    a client without experts does not train.
 
     Args:
-      federation: all its choices.
-      floor: where cohorts train.
+      federation: the configuration of the federation.
+      floor: the layout in which cohorts train.
       mesh: devices that share the clients.
-      state: of the federation, which stays as it is.
+      state: of the federation; it is not changed.
       data: of all clients.
     """
     site, desk, clients = federation.site, federation.desk, federation.clients
@@ -465,7 +470,7 @@ def tune(
 
 
 def _deliver(site: client.Site, upload: Upload, down: Download, row: Row) -> Upload:
-    """An answer as it reaches the server: decoded, and tampered with if its client is faulty."""
+    """Returns an answer as it reaches the server: decoded, and altered if its client is faulty."""
     like = down.shared, down.experts
     shared, experts = client.decode(site.codec, (upload.shared, upload.experts), like)
     sent = tamper((shared, experts), row.tampering, row.key)
@@ -473,18 +478,18 @@ def _deliver(site: client.Site, upload: Upload, down: Download, row: Row) -> Upl
 
 
 def tamper(sent: tuple[PyTree, PyTree], tampering: Tampering, key: Key) -> tuple[PyTree, PyTree]:
-    """What a faulty client makes of its update: so many times as long, and drowned in noise.
+    """Alters an update as a faulty client does: multiplies it by a factor and adds noise.
 
     Args:
       sent: Δψ and Δθ, leaves (...) and (K, ...).
-      tampering: factor (), and the noise's L2 norm over the update's own (), or None.
-      key: of the noise.
+      tampering: factor (), and the L2 norm of the noise relative to the update's own (), or None.
+      key: for the noise.
     """
     changed = jax.tree.map(lambda x: x * tampering.factor, sent)
     if tampering.noise is None:
         return changed
     noise = optax.tree.random_like(key, sent, jax.random.normal)
-    # What a client does not send, an attacker in its place does not send either.
+    # Entries that the client does not send get no noise: an attacker would not send them either.
     noise = jax.tree.map(lambda n, x: jnp.where(x == 0, 0.0, n), noise, sent)
     length = tampering.noise * optax.tree.norm(sent) / jnp.maximum(optax.tree.norm(noise), 1e-12)
     return jax.tree.map(lambda x, n: x + length * n, changed, noise)

@@ -1,7 +1,8 @@
-"""Models taken out of a federation: of one client, or of all experts together.
+"""Extracts models from a federation: the model of one client, or all experts in one model.
 
-Evaluation runs the same ones: a client's latest experts as the server has them, with its own gate
-and private parts, or all experts, led by routers or by the gates' rows that travel with them.
+Evaluation uses the same models. A client's model has the client's latest experts as the server has
+them, with the client's own gate and private parts. The assembled model has all experts, gated by
+the routers, or by the gates' rows if these travel with the experts.
 
 Axis legend: `B` batch, `E` experts, `K` expert slots, `k` experts that a client holds, `Y` classes.
 """
@@ -21,19 +22,19 @@ from flexmoe_jax.federation import Federation
 from flexmoe_jax.types import Array, Own, Params, PyTree, Server, State
 
 Held = dict[str, Array]
-"""MoE layer to the slots or experts (K,) or (E,) bool that may be used."""
+"""MoE layer to a mask (K,) or (E,) bool of the slots or experts that may be used."""
 
 
 class Standalone(NamedTuple):
-    """A model by itself: parameters, and a pure function of them.
+    """A stand-alone model: parameters, and a pure function of them.
 
     Attributes:
-      params: by their paths in the model, as `backbone/Dense_0/kernel`; stacks (k, ...) hold the
-        experts below, in this order.
+      params: by their paths in the model, such as `backbone/Dense_0/kernel`; stacks (k, ...) hold
+        the experts listed in `experts`, in the same order.
       apply: (params, inputs (B, ...) as the task takes them from a batch) -> outputs.
-      experts: MoE layer to the numbers (k,) of its experts among the federation's E.
+      experts: MoE layer to the ids (k,) of its experts among the federation's E.
       log_share: (Y,) logarithm of the client's label shares, which `apply` adds to its outputs;
-        None where it adds nothing.
+        None if it adds nothing.
     """
 
     params: dict[str, Array]
@@ -45,14 +46,14 @@ class Standalone(NamedTuple):
 def client_model(
     federation: Federation, state: State, number: int, label_share: Array | None = None
 ) -> Standalone:
-    """The model of one client as evaluation runs it, with the experts that it holds and no others.
+    """Returns the model of one client as used in evaluation, with only the experts that it holds.
 
     Args:
-      federation: all its choices.
+      federation: the configuration of the federation.
       state: of the federation.
-      number: of the client.
-      label_share: (Y,) the client's own, to predict its own examples as personal figures have it
-        (where `federation.prior` is on and examples have classes); None for outputs without.
+      number: id of the client.
+      label_share: (Y,) the client's label shares, to predict its own examples as in personal
+        figures (if `federation.prior` is on and examples have classes); None for plain outputs.
 
     Raises:
       InputError: there is no such client, or it has not held any expert yet.
@@ -61,7 +62,7 @@ def client_model(
         raise InputError("client", number, f"give 0 to {federation.clients - 1}")
     own: Own = jax.tree.map(lambda leaf: leaf[number], state.clients)
     slots = np.asarray(own.slots)
-    filled = slots < federation.layout.experts  # They come first.
+    filled = slots < federation.layout.experts  # Filled slots come first.
     if not filled.any():
         raise InputError("client", number, "has not held any expert yet, so it has no model")
     own = own._replace(slots=own.slots[:, : filled.sum(axis=1).max()])
@@ -76,7 +77,7 @@ def client_model(
 
 
 def assembled_model(federation: Federation, state: State) -> Standalone:
-    """All E experts as one model, led by the routers, or where there are none by the gates' rows.
+    """Returns all E experts as one model, gated by the routers, or by the gates' rows without them.
 
     Raises:
       InputError: parts of the model stay with their clients.
@@ -93,7 +94,7 @@ def assembled_model(federation: Federation, state: State) -> Standalone:
 
 
 def of_client(federation: Federation, begun: Server, own: Own) -> tuple[Params, Held]:
-    """A client's parameters with its latest experts, as the server has them, and its slots."""
+    """A client's parameters, with its latest experts as the server has them, and its slot masks."""
     down = server.send(federation.desk, begun, own.slots, jnp.zeros((), jnp.int32))
     return client.model_of(federation.site, own, down)
 

@@ -1,4 +1,4 @@
-"""Bytes that travel in a round, counted from the arrays themselves."""
+"""Counts the bytes transferred in a round, from the arrays themselves."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _FEEDBACK_BYTES = 3 * 4
 
 
 class Payload(NamedTuple):
-    """Bytes of the parts that travel.
+    """Sizes in bytes of the parts that are transferred.
 
     Attributes:
       shared_down: of ψ.
       expert_down: of one expert.
       shared_up: of ψ's update, compressed.
-      expert_up: of one expert's update, compressed, and its feedback.
+      expert_up: of one expert's update, compressed, plus its feedback.
     """
 
     shared_down: int
@@ -34,12 +34,12 @@ class Payload(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Bytes of each client of a cohort.
+    """Bytes that each client of a cohort transfers.
 
     Attributes:
-      down: (P,) int64 ψ and the assigned experts that the client does not have already.
-      up: (P,) int64 their updates and the feedback.
-      cached: (P,) int64 bytes that were not sent, since the client had them.
+      down: (P,) int64 for ψ and the assigned experts that the client does not have already.
+      up: (P,) int64 for the updates of ψ and of all assigned experts, and the feedback.
+      cached: (P,) int64 bytes of assigned experts that are not sent because the client has them.
     """
 
     down: np.ndarray
@@ -48,13 +48,13 @@ class Traffic(NamedTuple):
 
 
 def payload(shared: PyTree, experts: PyTree, codec: Codec | None = None) -> Payload:
-    """Sizes of what travels.
+    """Computes the sizes of the parts that are transferred.
 
     Args:
       shared: ψ, or its shapes.
-      experts: θ by MoE layer, leaves (E, ...), or its shapes: of an expert in all layers, or of one
-        layer alone where each is assigned by itself.
-      codec: how updates travel; None for as they are.
+      experts: θ by MoE layer, leaves (E, ...), or its shapes: all layers that an expert spans, or
+        a single layer if each layer is assigned by itself.
+      codec: how updates are encoded; None for no compression.
     """
     codec = codec or Codec()
     expert = jax.eval_shape(lambda stack: jax.tree.map(lambda x: x[0], stack), experts)
@@ -67,11 +67,11 @@ def payload(shared: PyTree, experts: PyTree, codec: Codec | None = None) -> Payl
 
 
 def payloads(federation: Federation) -> tuple[Payload, ...]:
-    """Sizes of what travels in a federation, by group of MoE layers."""
+    """Computes the sizes of the transferred parts in a federation, for each group of MoE layers."""
     parts = federation.layout.split(nn.meta.unbox(federation.shapes))
     groups: list[dict[str, PyTree]] = [{} for _ in range(federation.groups)]
     for layer, group in federation.group.items():
-        # Experts that stay with their clients are told of, all the same.
+        # Clients send feedback even on experts that stay with them.
         groups[group][layer] = parts.experts.get(layer, {})
     return tuple(payload(parts.shared, experts, federation.codec) for experts in groups)
 
@@ -79,12 +79,13 @@ def payloads(federation: Federation) -> tuple[Payload, ...]:
 def traffic(
     assignment: np.ndarray, payload: Payload | Sequence[Payload], fresh: np.ndarray | None = None
 ) -> Traffic:
-    """What travels for an assignment; gates that are their clients' own stay with them.
+    """Computes the bytes transferred for an assignment; private gates are not transferred.
 
     Args:
       assignment: (P, E) bool, or (P, G, E) for groups of MoE layers.
       payload: sizes of the parts, one for each group; ψ is counted once, with the first.
-      fresh: as the assignment, experts that a client has as the server has them; None for none.
+      fresh: same shape as the assignment: experts of which the client has the server's current
+        version; None for none.
     """
     sizes = [payload] if isinstance(payload, Payload) else list(payload)
     given = assignment if assignment.ndim == 3 else assignment[:, None]
@@ -101,9 +102,9 @@ def traffic(
 
 
 def probe_traffic(federation: Federation, clients: int) -> Traffic:
-    """What travels when so many clients are probed: ψ and all experts there, feedback back.
+    """Computes the bytes for probing `clients` clients: ψ and all experts down, feedback up.
 
-    Whatever they are then assigned they have by then.
+    Afterwards the clients already have every expert that they may be assigned.
     """
     sizes, experts = payloads(federation), federation.layout.experts
     everything = np.ones((clients, federation.groups, experts), bool)
@@ -112,6 +113,6 @@ def probe_traffic(federation: Federation, clients: int) -> Traffic:
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """Bytes that the leaves of a pytree hold."""
+    """Returns the size in bytes of all leaves of a pytree."""
     leaves: list[Any] = jax.tree.leaves(tree)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -1,4 +1,4 @@
-"""Solves under threads, interruptions and forks: each answer is right or an error, and none hangs.
+"""Solve under threads, interruptions and forks: each answer is right or an error, and none hangs.
 
 `python -m tests.assignment.stress threads flow 2000` prints how many were right, wrong, errors and
 hangs; so do `interrupts` and `forks`. The tests run small numbers of each.
@@ -35,13 +35,13 @@ def draw(index: int, solver: str) -> Problem:
     weight = rng.integers(5, 40, clients).astype(float) if weighted else 1.0
     low, high = load_bounds(capacity, np.zeros(experts), load_weight=weight)
     if index % 7 == 5:
-        # More than there is to share.
+        # The bounds demand more load than there is.
         low, high = low * 1.5, high * 1.5
     return Problem(rng.random((clients, experts)), capacity, low, high, weight)
 
 
 class Checker:
-    """Problems and their answers, found one by one."""
+    """Problems and their reference solutions, which are found one at a time."""
 
     def __init__(self, solver: str) -> None:
         self.solver = solver
@@ -72,7 +72,7 @@ def threads(solver: str, count: int) -> Counter[str]:
 
 
 def interrupts(solver: str, count: int) -> Counter[str]:
-    """Solves right after `count` others that were interrupted at random moments."""
+    """Solves right after `count` other solves that were interrupted at random moments."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -92,9 +92,9 @@ def interrupts(solver: str, count: int) -> Counter[str]:
 
 
 def forks(solver: str, count: int) -> Counter[str]:
-    """Solves in forked processes, while the one they come from solves, too."""
+    """Solves in forked processes while the parent process also solves."""
     check, outcomes = Checker(solver), Counter[str]()
-    # Where JAX is loaded it warns; here somebody looks whether anything hangs.
+    # JAX, if loaded, warns about forks; this test checks itself whether a fork hangs.
     warnings.simplefilter("ignore", RuntimeWarning)
     codes = ("right", "error", "wrong")
     for index in range(count):

@@ -21,7 +21,7 @@ from flexmoe_jax.assignment.problem import expert_load, objective
 
 
 def choices(problem: Problem) -> list[np.ndarray]:
-    """All assignments that keep to the capacities; for tiny problems."""
+    """Enumerates all assignments within the capacities, for tiny problems."""
     rows = np.array(list(itertools.product([False, True], repeat=problem.experts)))
     if problem.expert_size is None:
         of_client = [rows[rows.sum(axis=1) == k] for k in problem.capacity]
@@ -104,7 +104,7 @@ def test_every_solution_is_what_it_says(problem: Problem) -> None:
 @given(problems(), st.integers(0, 2**32 - 1))
 @settings(max_examples=150)
 def test_no_solver_is_believed(problem: Problem, seed: int) -> None:
-    # Whatever assignment and prices a solver answers with.
+    # Any assignment and prices that a solver may return.
     rng = np.random.default_rng(seed)
     answers = choices(problem)
     held = answers[rng.integers(len(answers))]

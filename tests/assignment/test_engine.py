@@ -105,7 +105,7 @@ def test_three_exact_solvers_agree_where_bounds_give_way() -> None:
 
 
 def test_large_relaxation_equals_exact_optimum() -> None:
-    # More pairs than the full linear program takes: the one over the pairs in doubt.
+    # More pairs than the full linear program accepts: the one over the undecided pairs is used.
     rng = np.random.default_rng(3)
     fitness = 0.5 * rng.random((3000, 8)) + 0.5 * rng.random(8) ** 2
     capacity = rng.integers(1, 5, 3000)

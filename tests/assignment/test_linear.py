@@ -112,7 +112,7 @@ def test_nothing_is_printed(first):
 
 
 def test_no_thread_of_highs_is_left_for_a_fork():
-    # Somebody else's HiGHS with three threads, then ours, then theirs; a fork that ends well.
+    # Another user's HiGHS with three threads, then ours, then theirs; then a fork that succeeds.
     code = (
         "import os, sys, numpy as np, highspy\n"
         "from flexmoe_jax.assignment import Problem, solve\n"

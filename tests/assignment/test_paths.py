@@ -54,7 +54,7 @@ def test_clients_who_are_indifferent_choose_evenly() -> None:
 
 
 def test_ties_take_few_paths() -> None:
-    # 3000 clients who do not care, who are all alike, or of 6 kinds: thousands of holders move.
+    # 3000 clients without preference, all alike, or of 6 kinds: thousands of holders move.
     rng = np.random.default_rng(0)
     kinds = rng.integers(0, 1000, (6, 12))[rng.integers(0, 6, 3000)].astype(float)
     alike = np.tile(rng.integers(0, 1000, 12).astype(float), (3000, 1))
@@ -128,7 +128,7 @@ def test_few_pairs_are_in_doubt(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     fitness = {
         "equal": np.ones((3000, 12)),
         "levels": np.round(3 * rng.random((3000, 12))),
-        # Who holds the expert that is worth most depends on who weighs least.
+        # The clients with the least weight determine who holds the most valuable expert.
         "dominating": rng.random((3000, 12)) + 1e6 * (np.arange(12) == 0),
     }[name]
     found = solve(Problem(fitness, 2, low, high, weight), "auto")

@@ -21,7 +21,7 @@ from flexmoe_jax.errors import InputError
 
 
 def favouring_few(seed: int, clients: int = 20, experts: int = 8) -> np.ndarray:
-    """Fitness that puts the same few experts first for most clients."""
+    """Returns a fitness matrix in which most clients prefer the same few experts."""
     rng = np.random.default_rng(seed)
     return 0.5 * rng.random((clients, experts)) + 0.5 * (np.arange(experts) < 2)
 
@@ -121,7 +121,7 @@ def test_greedy_goes_by_fitness_and_greedy_usage_by_use() -> None:
     assert make_policy("greedy_usage")(asked).assignment[0, 2]
     once = replace(asked, held_rounds=np.ones((1, 3), int))
     assert make_policy("greedy_usage")(once).assignment.tolist() == [[True, False, True]]
-    # What was never tried comes first.
+    # Experts that were never tried come first.
     untried = replace(asked, held_rounds=np.array([[7, 0, 2]]))
     assert make_policy("greedy_usage")(untried).assignment.tolist() == [[False, True, True]]
 
@@ -320,7 +320,7 @@ def test_a_backend_that_cannot_is_refused_before_any_round(
 ) -> None:
     with pytest.raises(InputError, match=rf"assignment\.backend={backend}: .*{remedy}"):
         make_policy("flex", backend=backend, **terms)
-    # What it is not needed for, it may be unable to do; and what it can do it is let do.
+    # An unsuitable backend is accepted where it is not used, and a suitable one is accepted.
     assert make_policy("greedy", backend="SCS", diversity=1.0).name == "greedy"
     make_policy("flex", backend="CLARABEL", **{**terms, "solver": "relaxation"})
 

@@ -144,7 +144,7 @@ def test_worths_that_cancel_leave_no_gap_of_rounding() -> None:
     found = solve(Problem([[0.1, 0.0], [0.2, 0.0], [-0.3, 0.0]], 1, [3, 0], [3, 0]))
     assert abs(found.value) < 1e-15
     assert (found.status, found.gap) == ("optimal", 0.0)
-    # A gap of a tenth of what there is stays one, though all of it cancels to nothing.
+    # A gap of a tenth of the terms remains a gap, even if the terms cancel to zero.
     assert relative_gap(-0.1, 0.0, 1.0) > 1.0
     assert relative_gap(0.9, 1.0, 0.9) == pytest.approx(0.1)
 

@@ -16,7 +16,7 @@ from tests.limits import HANGS
 
 @pytest.fixture(autouse=True)
 def empty_shelf() -> Iterator[None]:
-    """Programs of this test alone."""
+    """Returns a fresh pool of programs for this test."""
     program._SHELF.clear()
     yield
     program._SHELF.clear()
@@ -30,7 +30,7 @@ def small(seed: int) -> Problem:
 def test_a_program_is_used_again_and_by_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     solve(small(0), "relaxation")
     [(_, kept)] = program._SHELF
-    # What a signal handler would do in the middle of it.
+    # As a signal handler would do in the middle of a solve.
     values = []
 
     def interrupted(self: program.Program, *numbers: object) -> program.Found:

@@ -169,7 +169,7 @@ def test_one_huge_number_costs_the_others_no_digits() -> None:
     fitness[0, 0] = 1e9
     problem = Problem(fitness, 1, 6, 7)
     found = solve(problem, "auto")
-    # Worth it has anyway; the rest is as good as if it were not there.
+    # The huge value is won in any case; the rest is solved as well as without it.
     rest = solve(replace(problem, fitness=np.where(fitness > 1, 1e3, fitness)), "auto")
     assert (found.assignment == rest.assignment).all()
 

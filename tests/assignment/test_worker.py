@@ -33,7 +33,7 @@ def answer(*numbers, of=0):
 
 @pytest.fixture
 def no_workers() -> Iterator[None]:
-    """Workers of this test alone."""
+    """Returns a fresh pool of workers for this test."""
     worker._close_all()
     yield
     worker._close_all()
@@ -127,7 +127,7 @@ def test_pipes_hold_more_than_their_buffers() -> None:
 
 
 def wait_for_end(pid: int, seconds: float) -> bool:
-    """Whether a process that is nobody's child here ends, or is left as a zombie, in time."""
+    """Whether a process that is not our child ends, or becomes a zombie, in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -147,7 +147,7 @@ def test_a_worker_ends_with_whoever_started_it() -> None:
         "from flexmoe_jax.assignment import Problem, solve, worker\n"
         "solve(Problem(np.eye(4), 1, 0, 1), 'flow')\n"
         "print(worker._IDLE[0]._process.pid, flush=True)\n"
-        # A fork that outlives us must not keep it alive, nor the work of a minute.
+        # Neither a fork that outlives this process nor a minute of work may keep the worker alive.
         "if not os.fork():\n"
         "    sys.stdout.close(); os.close(1); sys.stdin.read(); os._exit(0)\n"
         "if sys.argv[1] == 'busy':\n"
@@ -226,5 +226,5 @@ def test_many_threads_share_few_workers(monkeypatch: pytest.MonkeyPatch) -> None
 
     with ThreadPoolExecutor(12) as pool:
         assert all(pool.map(counted, range(60)))
-    # Threads can find room for one at once, but not all of them.
+    # Several threads may find a free place at once, but not all of them.
     assert max(most) <= 6

@@ -1,4 +1,4 @@
-"""What a client makes of a round, with training that moves its parameters as the tests want it."""
+"""A client's round, with a training function that changes its parameters as the tests specify."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ START = Params(
     gate={"a": {"kernel": jnp.array([[4.0], [5.0], [6.0]])}},
     private={"own": jnp.array([1.0])},
 )
-# What training adds to them; the empty slot's part must never count.
+# The change by training; the part of the empty slot must never count.
 CHANGE = Params(
     shared={"w": jnp.array([6.0, 0.0])},
     experts={"a": {"w": jnp.array([[8.0], [1e9]])}},
@@ -63,7 +63,7 @@ def make_site(codec=None, change=CHANGE, used=(True, False), **options) -> Site:
     task = tasks.Task(
         name="as wanted",
         inputs=lambda batch: batch["loss"],
-        # Of this value, and with a gradient that moves the parameters by what is wanted.
+        # A loss of this value, with a gradient that moves the parameters by the specified change.
         loss=lambda out, batch: batch["loss"] + (jax.lax.stop_gradient(out) - out),
         hits=lambda out, batch: batch["right"],
         weight=lambda batch: jnp.ones(batch["loss"].shape),
@@ -116,14 +116,14 @@ def test_what_a_client_says_of_experts_by_hand():
 def test_an_answer_by_hand():
     after, upload = answer(make_site(), owned())
     assert np.allclose(upload.shared["w"], [6, 0])
-    # The empty slot does not travel.
+    # The empty slot is not sent.
     assert np.allclose(upload.experts["a"]["w"], [[8], [0]])
     assert (upload.units, upload.examples) == (10, 10)
     assert upload.loss == pytest.approx(0.9)
     usage, correct, loss = upload.feedback
     assert (usage.tolist(), correct.tolist()) == ([[10, 0]], [[6, 0]])
     assert np.allclose(loss, [[9, 0]])
-    # The gate's row of expert 1 moved, and what else is the client's own; no other row.
+    # The gate's row of expert 1 and the client's other private parameters changed; no other row.
     assert np.allclose(after.gates["a"]["kernel"], [[4], [7], [6]])
     assert after.gates["a"]["kernel"][::2].tolist() == [[4], [6]]
     assert np.allclose(after.private["own"], [2])
@@ -134,7 +134,7 @@ def test_who_is_refused_goes_back_to_what_it_was():
     after, _ = answer(make_site(Codec(make_compressor("int8"))), own)
     chex.assert_trees_all_equal(settle(own, after, jnp.array(False)), own)
     chex.assert_trees_all_equal(settle(own, after, jnp.array(True)), after)
-    # What compression kept back has changed, if the answer counts.
+    # The residual of the compression has changed, if the answer counts.
     assert not np.allclose(after.residual[0]["w"], 0.5)
 
 
@@ -143,7 +143,7 @@ def test_the_client_alone_can_tell_that_what_it_keeps_is_no_number(part):
     broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), getattr(CHANGE, part))
     _, upload = answer(make_site(change=CHANGE._replace(**{part: broken})), owned())
     assert np.isfinite(upload.shared["w"]).all()
-    # It says so by its loss, by which the server refuses it.
+    # Its loss shows this, and the server refuses the update for it.
     assert np.isnan(upload.loss)
 
 
@@ -164,7 +164,7 @@ def test_an_expert_that_was_not_used_keeps_its_residual():
     after, upload = answer(make_site(codec, used=(False, False)), own)
     assert not upload.experts["a"]["w"][0].any()
     chex.assert_trees_all_equal(after.residual[1], own.residual[1])
-    # Under the noise of privacy it counts as much as any other, so there it is sent.
+    # With the noise of differential privacy it counts like any other, so there it is sent.
     site = make_site(codec, used=(False, False), send_all=True)
     after, upload = answer(site, own)
     _, arrived = decode(codec, (upload.shared, upload.experts), START[:2])
@@ -236,7 +236,7 @@ def test_what_is_kept_back_of_an_expert_goes_with_it():
 
 
 def test_an_empty_slot_keeps_nothing_back():
-    # Empty slots are alike by number: what stood in one before must not grow in another.
+    # Empty slots have the same number: the residual of one must not accumulate in another.
     site, kept = make_site(), {"a": {"w": jnp.array([[1.0], [0.0]])}}
     own = Own({}, {}, jnp.array([[1, E]]), ({}, kept))
     assert not receive(site, own, jnp.array([[E, E]])).residual[1]["a"]["w"].any()

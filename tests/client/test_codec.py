@@ -70,7 +70,7 @@ def test_errors_stay_within_what_each_promises(x):
     assert error["none"].max() == 0
     assert (error["bfloat16"] <= np.abs(x) * 2.0**-8 + 1e-37).all()
     assert error["int8"].max() <= top / 254 * 1.0001
-    # What top-k drops is no greater than anything it keeps.
+    # No entry that top-k drops is greater than one that it keeps.
     assert error["top_k"].max() <= np.median(np.abs(x)) + 1e-6
 
 

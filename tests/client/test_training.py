@@ -37,7 +37,7 @@ def start() -> Params:
 
 
 def fit(start, local, arrays, index, size, held=HELD, number=0, log_share=None) -> Trained:
-    """A client's training in round `number`, from experts 0 and 1."""
+    """Trains a client in round `number`, starting from experts 0 and 1."""
     learner = Learner(apply, TASK, local, LAYOUT.layers)
 
     @jax.jit

@@ -54,7 +54,7 @@ def test_axes_of_neither_kind_are_refused():
     st.integers(0, 2**32 - 1),
 )
 def test_every_unit_is_counted_once_for_each_expert_chosen(batch, axes, routed, units, top, seed):
-    """Whatever the layer routes: what all experts get adds up to the units' weight."""
+    """For any routing, the units of all experts add up to the weight of the units."""
     rng = np.random.default_rng(seed)
     weight = rng.random((batch, *axes[:units])).astype(np.float32)
     scores = rng.random((batch, *axes[:routed], 4))

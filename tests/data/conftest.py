@@ -22,7 +22,7 @@ def load(name: str, *, data_dir: str | Path = "", **given: Any) -> data.Dataset:
 
 
 def dealing(name: str, given: dict[str, Any]) -> data.PartitionOptions:
-    """Takes the options of a partition out of what is given by name."""
+    """Separates the options of a partition from the other keyword arguments."""
     options = {key: given.pop(key) for key in data.PartitionOptions.rules() if key in given}
     return data.PartitionOptions(name, **{"min_per_client": 1} | options)
 
@@ -103,7 +103,7 @@ def define_builder(
 def make_builder(
     name: str, info: Any, examples: Any, splits: Mapping[str, Any], version: str
 ) -> Any:
-    """A TFDS builder class of what `examples` makes of each split."""
+    """Returns a TFDS builder class whose splits are the results of `examples`."""
     import tensorflow_datasets as tfds
 
     def generators(self: Any, _: Any) -> Any:
@@ -142,7 +142,7 @@ def write_dataset(tmp_path: Path) -> Callable[..., Path]:
 
 
 def flat(identity: int, height: int, width: int, channels: int) -> np.ndarray:
-    """An image whose every pixel is its identity, in channel i shifted by i."""
+    """Returns an image whose pixels all equal its identity, shifted by i in channel i."""
     pixel = (identity + np.arange(channels)).astype(np.uint8)
     return np.broadcast_to(pixel, (height, width, channels)).copy()
 

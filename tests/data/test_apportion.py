@@ -45,7 +45,7 @@ def test_apportion_reaches_the_total_above_the_floors(
     shares = apportion(int(floor.sum()) + spare, weight, floor)
     assert shares.sum() == floor.sum() + spare
     assert (shares >= floor).all()
-    # Above its floor (by more than rounding), nobody has more per weight than anybody else could.
+    # Above its floor (beyond rounding), no client has more per weight than another could have.
     above = shares > floor + 1
     if above.any():
         level = ((shares - 1) / weight)[above].max()

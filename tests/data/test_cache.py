@@ -10,7 +10,7 @@ from flexmoe_jax.data import cache
 
 
 class Counter:
-    """Builds the same arrays every time, and counts the times."""
+    """Builds the same arrays at every call, and counts the calls."""
 
     def __init__(self) -> None:
         self.calls = 0

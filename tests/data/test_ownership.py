@@ -35,7 +35,7 @@ def test_holdings_and_deal_are_inverse() -> None:
 def test_minimum_takes_from_the_largest_alone() -> None:
     owner = np.repeat([0, 1, 2, 3], [0, 5, 20, 30])
     moved = ensure_minimum(owner, 4, 4, np.random.default_rng(0))
-    # Client 0 needs 4; cutting client 3 to 26 gives them, and nobody else changes.
+    # Client 0 needs 4; reducing client 3 to 26 provides them, and no other client changes.
     assert np.bincount(moved).tolist() == [4, 5, 20, 26]
 
 

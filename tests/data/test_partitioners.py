@@ -46,7 +46,7 @@ def test_k_class_raises_the_poor_to_the_minimum() -> None:
 
 
 def test_k_class_refuses_a_minimum_that_its_classes_cannot_give() -> None:
-    # With one class each, somebody has class 0 and its one example.
+    # With one class each, one of the clients has class 0 and its only example.
     with pytest.raises(InputError, match=r"partition\.min_per_client=2: .*too few examples"):
         k_class(1, min_per_client=2)(np.repeat([0, 1], [1, 50]), 2, rng())
 

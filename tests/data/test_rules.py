@@ -1,4 +1,4 @@
-"""Rules of clients' own: who follows which, and what becomes of examples."""
+"""Rules of clients: which client follows which rule, and how a rule changes the examples."""
 
 from __future__ import annotations
 

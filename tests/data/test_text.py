@@ -1,4 +1,4 @@
-"""Text as bytes, dealt out by domains."""
+"""Text as bytes, distributed by domains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexmoe_jax.errors import InputError
 
 
 def corpus(*lengths: int) -> Corpus:
-    """Domain f counts up from 100 f, so that a byte says where it stood."""
+    """Domain f counts up from 100 f, so that the value of a byte gives its position."""
     texts = tuple((100 * f + np.arange(n) % 100).astype(np.uint8) for f, n in enumerate(lengths))
     return Corpus(tuple(f"d{f}" for f in range(len(lengths))), texts)
 

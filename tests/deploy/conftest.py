@@ -39,7 +39,7 @@ def small(**fields: Any) -> ConfigDict:
 
 
 class Town:
-    """A server and its clients, which can be ended and started again.
+    """A server and its clients, which can be stopped and started again.
 
     Args:
       folder: of everything.
@@ -55,7 +55,7 @@ class Town:
             self.start(number)
 
     def start(self, number: int, node: int | None = None, memory: int = 0) -> Worker:
-        """A client's process begins, or begins again, at a node."""
+        """Starts, or restarts, the process of a client at a node."""
         path = self.files[number]
         arrays, tests = read_examples(path)
         worker = Worker(
@@ -69,7 +69,7 @@ class Town:
         return worker
 
     def train(self, rounds: int = 0, name: str = "served") -> Workdir:
-        """Serves the run, or goes on with it, to a round."""
+        """Serves the run, or resumes it, up to a round."""
         config = self.config.copy_and_resolve_references()
         config.rounds = rounds or config.rounds
         workdir = Workdir(self.folder / name)
@@ -82,7 +82,7 @@ class Town:
 
 
 class _Lines(logging.Handler):
-    """What is logged, line by line."""
+    """Returns the lines of the log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _Lines(logging.Handler):
 
 @pytest.fixture
 def make_town(tmp_path: Path) -> Iterator[Callable[..., Town]]:
-    """Makes a town; fields as `local__max_steps=3`."""
+    """Returns a function that creates a town; config fields are given as `local__max_steps=3`."""
     log, handler = logging.getLogger("flexmoe_jax.deploy"), _Lines()
 
     def make(**fields: Any) -> Town:

@@ -1,4 +1,4 @@
-"""A deployed federation is the simulated one, and goes on whatever ends its parts."""
+"""A deployed federation equals the simulated one, and continues whichever part is stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.deploy.conftest import small
 
 
 def same(one, other):
-    """Figures that differ, times aside."""
+    """Returns the metrics that differ, apart from times."""
     assert len(one) == len(other)
     for mine, theirs in zip(one, other, strict=True):
         keys = {k for k in mine | theirs if not k.startswith("time/") and "seconds" not in k}

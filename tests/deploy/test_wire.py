@@ -1,4 +1,4 @@
-"""What travels: there and back, and whatever else comes is refused."""
+"""The wire format: messages survive the round trip, and anything else is refused."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_bytes_are_those_of_the_numbers():
 
 @st.composite
 def mutated(draw):
-    """An upload that somebody tampered with."""
+    """Returns an upload that was tampered with."""
     records = wire.pack_upload(upload(draw(st.integers(0, 3))), GROUP, SLOTS, 4)
     names = sorted(records.array_records)
     name = draw(st.sampled_from(names))

@@ -60,7 +60,7 @@ def test_shares_of_long_records(mean_on_rounds: float | None) -> None:
     [
         (0.5, 5.0, 5.0),
         (0.2, 1.0, 1.0),
-        # There in 90 % of rounds, away for one round at a time: it stays nine, whatever was asked.
+        # Present in 90 % of rounds, absent for one at a time: stays last nine, whatever was asked.
         (0.9, 2.0, 9.0),
     ],
 )

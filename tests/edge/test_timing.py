@@ -133,7 +133,7 @@ def test_what_always_holds(request: dict[str, Any]) -> None:
         assert not outcome.delivered[~on_time].any()
     if outcome.delivered.sum() == request["wanted"]:
         assert outcome.seconds == min(times.total[outcome.delivered].max(), deadline)
-        # Nobody who was turned away had been faster.
+        # No client whose delivery was rejected had been faster.
         rest = outcome.reached & ~outcome.delivered
         rest[request["during"]] = False
         assert (times.total[rest] >= min(outcome.seconds, deadline)).all()

@@ -25,7 +25,7 @@ TEXT = Workload(decode(1, 8, hidden=4), (6,), clients=2, examples=4, batch=2, ex
 
 @pytest.fixture(autouse=True)
 def few_calls(monkeypatch):
-    """Times little: these tests are of what is measured, not of how fast it is."""
+    """Keeps timings short: the tests check what is measured, not how fast it is."""
     monkeypatch.setattr(timing, "_TURN_SECONDS", 0.0)
     monkeypatch.setattr(clients, "make_products", partial(timing.make_products, side=16, count=2))
 

@@ -27,7 +27,7 @@ from flexmoe_jax.types import Array, Params
 
 
 def measurements(path, owners: int) -> ConfigDict:
-    """A config of 8 features, the first 3 of which tell the class, and of who measured them."""
+    """Writes data of 8 features, 3 of which give the class, and of owners; returns the config."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 400)
     features = rng.normal(size=(400, 8)) + 4 * np.eye(3, 8)[labels]
@@ -74,7 +74,7 @@ def with_arrays(path, **changes) -> None:
 
 
 def test_natural_clients_are_measured_on_their_own_test_examples(tmp_path):
-    """Five hospitals, one without test examples; an array that nobody knows stays in the report."""
+    """Five hospitals, one without test examples; an unknown array stays in the report."""
     config = measurements(tmp_path / "mine.npz", owners=5)
     owner = np.array(["b", "a", "e", "d"])[np.arange(100) % 4]  # c has none
     named = np.array(list("abcde"))[np.arange(300) % 5]

@@ -1,4 +1,4 @@
-"""Flipped bits and values of the wrong kind in files that are read back: left out, and said.
+"""Flipped bits and values of the wrong kind in files that are read: left out, with a note.
 
 Of every kind of file a few, by a seed. Those of archives and checkpoints have tests beside the
 modules that read them.
@@ -38,7 +38,7 @@ HASH = "a" * 32
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
-    """Four finished runs with all that a run leaves."""
+    """Creates four finished runs with all files of a run."""
     folder = tmp_path_factory.mktemp("damage") / "study"
     write_record(make_study(seeds=(0, 1)), folder)
     model = make_workdir(folder.with_name("model"))
@@ -128,7 +128,7 @@ def test_what_is_left_out_is_named_in_table_and_page(copied):
         "held_rounds",
         "usage",
     }
-    # Nobody knows whether a lost round reached the target first, or what it sent.
+    # It is unknown whether a lost round reached the target first, and how much it sent.
     whole, lacking = figures(shown, 0.6), figures(read_run(copied / second), 0.6)
     assert set(whole) - set(lacking) == {"target/rounds", "target/bytes"}
     assert lacking["global/final"] == whole["global/final"]

@@ -127,7 +127,7 @@ def test_health_is_that_of_honest_clients_and_of_the_model():
             honest,
             "round 4: every update is not a number, or too long for server.norm_factor",
         ),
-        # There must be somebody to learn from.
+        # At least one client must train.
         (nobody, np.ones(5, bool), "round 4: every update is not a number"),
         (report([False] * 3, [5, 7, 0], finite=False), faulty, "round 4: the model is no longer"),
         (fine._replace(loss=np.array([0, np.nan, 0])), faulty, "round 4: the loss of clients 0 is"),

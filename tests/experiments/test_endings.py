@@ -1,4 +1,4 @@
-"""Signals, and output that nobody reads any more."""
+"""Signals, and output whose reader is gone."""
 
 from __future__ import annotations
 

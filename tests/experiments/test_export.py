@@ -1,4 +1,4 @@
-"""Exported models, loaded where there is JAX and nothing of ours."""
+"""Exported models, loaded with JAX alone, without this package."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The folder of a run that was interrupted after the first of two rounds, and went on."""
+    """Returns the folder of a run that was interrupted after one of two rounds and resumed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     assert train(settings(), Workdir(folder), stop=lambda: True) == "interrupted"
     (line,) = export(folder, "assembled", folder.parent / "early")
@@ -96,7 +96,7 @@ def evaluated(run):
 
 
 def only_jax(folder: Path) -> Path:
-    """A folder of packages in which there is JAX, and what it and the instructions need."""
+    """Returns a folder of packages with JAX, its dependencies and those of the instructions."""
     for name in ALONE:
         home = Path(find_spec(name).origin).parent
         for part in (home, home.with_name(f"{name}.libs")):
@@ -177,7 +177,7 @@ def test_what_the_files_say(run, evaluated, tmp_path):
     assert {
         name: x.shape[0] for name, x in parameters.items() if "expert" in name
     } == dict.fromkeys([f"expert/{name}" for name in ("b_in", "b_out", "w_in", "w_out")], held)
-    # What is the client's own is in no file but its own.
+    # Private parameters of a client are in its own file alone.
     early = json.loads((run.parent / "early" / "model.json").read_text())
     assert early.keys() == said.keys() - {"prior"}
 

@@ -1,4 +1,4 @@
-"""Runs that meet with faults of the machine, each of them a real one, as processes."""
+"""Runs, as processes, on which real faults of the machine act."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LONG = (*SMALL, "--config.rounds=6", "--config.checkpoint.every=2")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run that nothing happened to."""
+    """Returns a run without any fault."""
     workdir = tmp_path_factory.mktemp("faults") / "finished"
     process = launch(f"--workdir={workdir}", *LONG)
     assert (process.returncode, process.stderr) == (0, "")
@@ -42,7 +42,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def assert_same_run(workdir: Path, finished: Path) -> None:
-    """The same rounds, arrays and final state, bit for bit."""
+    """Checks that rounds, arrays and final state are the same, bit for bit."""
     assert timeless(workdir) == timeless(finished)
     found, expected = (np.load(folder / "arrays.npz") for folder in (workdir, finished))
     assert set(found) == set(expected)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what is damaged costs itself alone."""
+"""metrics.jsonl: damage to a line costs that line alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_round_is_a_whole_number_from_1(tmp_path, number):
 
 
 def test_a_number_that_its_neighbours_deny_is_damaged(tmp_path):
-    """One flipped bit makes 6 of 2, or 1 of 5: nobody else's round is lost to it."""
+    """One flipped bit turns 2 into 6, or 5 into 1: no other round may be lost by this."""
     for numbers, at in (((1, 6, 3, 4), 2), ((1, 2, 3, 4, 1, 6), 5), ((3, 2), 1)):
         found = read(tmp_path, b"".join(lines(*numbers)))
         assert rounds(found) == [n for n in range(1, max(numbers[-1], 2) + 1) if n != at]

@@ -1,4 +1,4 @@
-"""The lock on a folder: one process at a time, and none that is gone."""
+"""The lock on a folder: one process at a time, and none that has ended."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_second_launcher_is_refused_in_one_line_at_once(tmp_path):
     folder = tmp_path / "run"
     first = Workdir(folder)
     first.keep_others_out()
-    # A lock alone is no run: whoever comes next begins one.
+    # A lock file alone is no run: the next process starts one.
     Workdir(folder).check(base.get_config())
     process = launch(f"--workdir={folder}", *SMALL)
     assert (process.returncode, process.stdout) == (2, "")

@@ -1,4 +1,4 @@
-"""What names and values from files may do to a page, a table or a spreadsheet: nothing."""
+"""Names and values from files cannot change the structure of a page, table or spreadsheet."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_latex_has_no_command_of_the_texts_own(text):
 
 
 def hostile_study(folder: Path) -> None:
-    """A study of two runs, whose every name is one of the hostile ones."""
+    """Creates a study of two runs in which every name is a hostile one."""
     study = make_study(seeds=(0,), variants={"axis": {"1": {}}})
     write_record(study, folder)
     record = json.loads((folder / "study.json").read_text())

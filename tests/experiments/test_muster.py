@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 def meet(*processes: Program, **changes: object) -> list[str]:
-    """How the muster of each ends, the last with changed fields; empty for those that begin."""
+    """Returns the error of each process, empty for none; the last process has changed fields."""
 
     def one(program: Program) -> str:
         try:

@@ -1,4 +1,4 @@
-"""One run over several processes, as on several hosts; here they talk over the loopback."""
+"""One run over several processes, as on several hosts; here they use the loopback interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which processes are one run, by flags and by what a batch queue says of this process."""
+"""Which processes form one run, according to flags and to the batch queue's variables."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ HERE = "localhost:61517"  # 61440 + 77
 def test_a_process_is_alone_unless_asked(environ):
     assert find_program(Asked(), environ, PID) is None
     assert find_program(OFF, environ, PID) is None
-    # Flags say all there is to say.
+    # The flags are complete.
     assert find_program(FLAGS, environ, PID) == Program("node1:1234", 2, 1)
 
 

@@ -1,4 +1,4 @@
-"""Every figure of metrics.jsonl, counted anew with NumPy from what the run left on disk.
+"""Every metric of metrics.jsonl, recomputed with NumPy from the files of the run.
 
 Checkpoints hold the models after every round. Clients take one step of all their examples, so that
 what a round trained on, and how it was routed, follows from the models before it.
@@ -84,7 +84,7 @@ RUNS: dict[str, dict[str, object]] = {
 
 
 def write_hospitals(path: Path) -> None:
-    """Ten clients, whose labels are shifted by who they are; the last has no test examples."""
+    """Ten clients, whose labels are shifted by their number; the last has no test examples."""
     rng = np.random.default_rng(0)
     owner, truth = np.arange(600) % 10, rng.integers(0, 4, 600)
     images = (rng.normal(size=(600, 6)) + 3 * np.eye(4, 6)[truth]).astype(np.float32)
@@ -103,7 +103,7 @@ def write_hospitals(path: Path) -> None:
 
 
 class Ran(NamedTuple):
-    """A run as it lies on disk; of states what the one MoE layer has, by name.
+    """A run as read from disk; of each state the arrays of the one MoE layer, by name.
 
     Clients that train are numbered from 0, and newcomers after them.
     """
@@ -141,7 +141,7 @@ def ran(request, tmp_path_factory) -> Ran:
 
 
 def opened(state: Tree) -> Tree:
-    """What the server and the clients have, of one group with one MoE layer, side by side."""
+    """Returns the state of the server and of the clients, with one group and one MoE layer."""
     server, clients = state["server"], state["clients"]
     ledger = {
         name: table[0]
@@ -156,7 +156,7 @@ def opened(state: Tree) -> Tree:
 
 
 def standard(ran: Ran, images: np.ndarray) -> np.ndarray:
-    """(M, D) float64, each channel with the mean and deviation of all training examples."""
+    """Returns (M, D) float64, standardised by channel with all training examples."""
     known = ran.seen.astype(np.float64)
     axes = tuple(range(known.ndim - 1))
     deviation = known.std(axes)
@@ -165,7 +165,7 @@ def standard(ran: Ran, images: np.ndarray) -> np.ndarray:
 
 
 class Outputs(NamedTuple):
-    """Logits (M, Y), and who of the experts was used (M, E)."""
+    """Returns logits (M, Y), and which experts were used (M, E)."""
 
     logits: np.ndarray
     used: np.ndarray
@@ -177,7 +177,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def predict(ran: Ran, state: Tree, client: int, images: np.ndarray) -> Outputs:
-    """A client's model with the experts of its latest assignment."""
+    """Returns a client's model with the experts of its latest assignment."""
     held = np.isin(np.arange(ran.config.model.experts), state["slots"][client])
     gate = state["experts"].get("gate") or {
         name: leaf[client] for name, leaf in state["gates"]["gate"].items()
@@ -186,7 +186,7 @@ def predict(ran: Ran, state: Tree, client: int, images: np.ndarray) -> Outputs:
 
 
 def compute(ran: Ran, state: Tree, held: np.ndarray, gate: Tree, images: np.ndarray) -> Outputs:
-    """The model with these experts (E,) bool and this gate."""
+    """Returns the model with these experts (E,) bool and this gate."""
     experts, shared = state["experts"]["expert"], state["shared"]
     layer = shared["backbone"]["Dense_0"]
     h = np.maximum(standard(ran, images) @ layer["kernel"] + layer["bias"], 0)
@@ -206,7 +206,7 @@ def compute(ran: Ran, state: Tree, held: np.ndarray, gate: Tree, images: np.ndar
 
 
 class Judged(NamedTuple):
-    """Of each test example (M,): whether it is right, and its loss in nats."""
+    """Returns (M,) for the test examples: whether the prediction is right, and the loss in nats."""
 
     hit: np.ndarray
     loss: np.ndarray
@@ -219,13 +219,13 @@ def judge(ran: Ran, probability: np.ndarray) -> Judged:
 
 
 def share_of(ran: Ran, client: int) -> np.ndarray:
-    """(Y,) of each class among a client's training examples."""
+    """Returns (Y,) counts of the classes among a client's training examples."""
     own = ran.dataset.train_labels[ran.parts[client]]
     return np.bincount(own, minlength=ran.dataset.num_classes) / len(own)
 
 
 def personal(ran: Ran, client: int, logits: np.ndarray) -> tuple[float, float] | None:
-    """Accuracy and loss on what is a client's own; None where there is nothing of it."""
+    """Returns accuracy and loss on a client's own test examples; None if it has none."""
     labels, share = ran.dataset.test_labels, share_of(ran, client)
     if ran.config.eval.prior:
         logits = logits + np.log((share + 1e-3) / (1 + len(share) * 1e-3))
@@ -242,7 +242,7 @@ def personal(ran: Ran, client: int, logits: np.ndarray) -> tuple[float, float] |
 
 
 def evaluation(ran: Ran, state: Tree) -> dict[str, float]:
-    """What `eval/` keys say."""
+    """Recomputes the `eval/` metrics."""
     test, experts = ran.dataset.test_images, ran.config.model.experts
     able = [c for c in range(8) if state["slots"][c, 0] < experts]
     if not able:
@@ -290,7 +290,7 @@ def test_accuracies_and_losses(ran: Ran) -> None:
 
 
 def probed(ran: Ran, state: Tree, client: int) -> np.ndarray:
-    """(E,) score of each expert, held alone, on all of a client's examples."""
+    """Returns the (E,) scores of the experts, each held alone, on all of a client's examples."""
     images, labels = ran.dataset.train_images[ran.parts[client]], ran.dataset.train_labels
     experts, right = ran.config.model.experts, np.arange(len(images))
     gate = {"kernel": np.zeros((experts, 16)), "bias": np.zeros(experts)}
@@ -305,7 +305,7 @@ def probed(ran: Ran, state: Tree, client: int) -> np.ndarray:
 
 
 def enrolled(ran: Ran, fitness: np.ndarray) -> np.ndarray:
-    """(2, E) bool: the fittest experts of each; which of equals, the seed says."""
+    """Returns (2, E) bool, the fittest experts of each newcomer; the seed breaks ties."""
     capacity = ran.config.clients.capacity
     (found,) = enrol(fitness[None], np.full(2, capacity), ran.config.seed)
     best = np.sort(fitness, axis=1)[:, -capacity:]
@@ -314,7 +314,7 @@ def enrolled(ran: Ran, fitness: np.ndarray) -> np.ndarray:
 
 
 def test_newcomers(ran: Ran) -> None:
-    """Who has not trained, with experts chosen by what each says of its own examples."""
+    """Newcomers have not trained, and choose experts by scores on their own examples."""
     keys = {key for row in ran.rows for key in row if "newcomer" in key}
     if not ran.config.clients.newcomers:
         assert not keys
@@ -351,7 +351,7 @@ def variation(load: np.ndarray) -> float:
 
 
 def holders(ran: Ran, state: Tree) -> np.ndarray:
-    """(C, E) bool, who held what in the round that led to this state."""
+    """Returns (C, E) bool, the experts that each client held in the round before this state."""
     return (state["slots"][:, :, None] == np.arange(ran.config.model.experts)).any(axis=1)
 
 
@@ -360,7 +360,7 @@ def test_training_load_and_clients(ran: Ran) -> None:
     sizes = np.array([len(part) for part in ran.parts[:8]])
     images, labels = ran.dataset.train_images, ran.dataset.train_labels
     for row, before, after in zip(ran.rows[1:], ran.states, ran.states[1:], strict=False):
-        # Those who took part hold what the assignment gave them; who trained, delivered as well.
+        # Clients that took part hold the assigned experts; those that trained also delivered.
         asked, held = cohort(ran, row), holders(ran, after)
         trained = (after["held_rounds"] > before["held_rounds"]).any(axis=1)
         start = before | {"slots": after["slots"]}
@@ -392,7 +392,7 @@ def test_training_load_and_clients(ran: Ran) -> None:
 
 
 def cohort(ran: Ran, row: dict[str, Any]) -> np.ndarray:
-    """(C,) bool, the clients that the round asked: all, or those drawn without replacement."""
+    """Returns (C,) bool, the clients of the round: all, or those drawn without replacement."""
     if not ran.config.clients.per_round:
         return np.ones(8, bool)
     drawn = np.random.default_rng([ran.config.seed, row["round"] - 1])
@@ -402,7 +402,7 @@ def cohort(ran: Ran, row: dict[str, Any]) -> np.ndarray:
 
 
 def foreseen(ran: Ran, before: Tree, sizes: np.ndarray) -> np.ndarray:
-    """(C, E) examples that a holder is foreseen to send: as so far, or an even share at first."""
+    """Returns (C, E) expected examples of a holder: the mean so far, or at first an even share."""
     options = ran.config
     capacity = client_capacities(options.clients.capacity, 8, options.model.experts, options.seed)
     even = sizes * np.minimum(options.model.top_k, capacity) / capacity
@@ -444,14 +444,14 @@ def test_bytes_and_time(ran: Ran) -> None:
 
 
 def test_the_clock_of_the_run(ran: Ran) -> None:
-    """A round's assignment is solved while the one before it is evaluated, and counts there."""
+    """An assignment is solved during the evaluation of the round before, and counts there."""
     clock = [row["time/run_seconds"] for row in ran.rows]
     for row, before, now in zip(ran.rows, [0.0, *clock], clock, strict=False):
         assert now - before >= row["time/round_seconds"] - row["assignment/solve_seconds"]
 
 
 def test_assignments(ran: Ran) -> None:
-    """The gap of an assignment that can be solved anew, and what the status says of its loads."""
+    """Recomputes the gap where the assignment can be solved again, and checks the status."""
     for row, before, after in zip(ran.rows[1:], ran.states, ran.states[1:], strict=False):
         assert row["assignment/gap"] >= 0
         asked, held = cohort(ran, row), holders(ran, after)
@@ -470,7 +470,7 @@ def test_assignments(ran: Ran) -> None:
 
 
 def linear_optimum(before: Tree, slack: float) -> float:
-    """The relaxation's optimum, holders counted: two experts a client, loads near what is owed."""
+    """Solves the relaxation with load as holders: two experts a client, loads near the targets."""
     fair = 8 * 2 / 4
     target = fair + before["deficit"]
     low = np.minimum(np.ceil(target - slack * fair), np.floor(target))
@@ -507,7 +507,7 @@ COUNTED = {
 
 
 def test_no_figure_is_left_out(ran: Ran) -> None:
-    """A figure that is new must be counted here, too."""
+    """Every new metric must be recomputed here, too."""
     for t, row in enumerate(ran.rows):
         assert row["round"] == t + 1
         assert row.keys() <= COUNTED

@@ -223,7 +223,7 @@ def test_losses_of_text_are_told_in_bits_a_byte(tmp_path: Path) -> None:
 
 
 def test_a_run_without_them_has_the_pictures_that_it_had(tmp_path: Path) -> None:
-    """As one from before there were such figures, and one whose gates stay with their clients."""
+    """Runs without these metrics: of an older version, and with private gates."""
     run = make_workdir(tmp_path / "run")
     kept = {key: v for key, v in record(1).items() if "_loss" not in key and "assem" not in key}
     (run / "metrics.jsonl").write_text(json.dumps(kept) + "\n")

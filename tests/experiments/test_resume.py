@@ -1,4 +1,4 @@
-"""A run goes on with the data it began with, wherever they lie, and loses nothing to damage."""
+"""A run resumes with the data it started with, wherever they are, and survives damaged files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def set_(config: ConfigDict, **fields: object) -> ConfigDict:
 
 
 def go_on(config: ConfigDict, folder: Path) -> tuple[str, ...]:
-    """All that is asked before a run goes on; what it would then write is written."""
+    """Performs all checks before a run resumes, and writes the files that it writes then."""
     workdir = Workdir(folder)
     workdir.check(config)
     inputs = inputs_of(config, load_examples(config))
@@ -98,7 +98,7 @@ def test_other_data_in_their_place_are_refused_and_nothing_is_touched(begun, nam
         go_on(config, home / "run")
     assert f"the run in {home / 'run'} began with; put them back" in str(refusal.value)
     assert files(home / "run") == before
-    # The remedy of those who know better.
+    # The way to override the check.
     (home / "run" / "inputs.json").unlink()
     assert go_on(config, home / "run") == ()
 

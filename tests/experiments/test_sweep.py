@@ -81,7 +81,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def finish(folder: Path, config: ConfigDict, status: str = "finished") -> None:
-    """What a finished run leaves, as far as a sweep looks at it."""
+    """Writes those files of a finished run that a sweep reads."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(as_json(config)))
     row = {"round": 1, "eval/global_accuracy": 0.5, "comm/bytes_up": 1, "comm/bytes_down": 1}
@@ -90,7 +90,7 @@ def finish(folder: Path, config: ConfigDict, status: str = "finished") -> None:
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Until the file has something in it."""
+    """Waits until the file is not empty."""
     while not (path.exists() and path.stat().st_size):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Text through the launcher, run as its users run it, and what is said of its fields."""
+"""Text data with the launcher, run as users run it, and the messages about its fields."""
 
 from __future__ import annotations
 

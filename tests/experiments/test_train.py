@@ -88,7 +88,7 @@ def rows(workdir: Path) -> list[dict]:
 
 
 def timeless(workdir: Path) -> list[dict]:
-    """The rounds without what the clock says."""
+    """Returns the recorded rounds without measured times."""
     return [
         {key: value for key, value in row.items() if "time/" not in key and "seconds" not in key}
         for row in rows(workdir)

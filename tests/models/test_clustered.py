@@ -1,4 +1,4 @@
-"""Whole models as experts: each is a model by itself, and clients of a kind come to share one."""
+"""Whole models as experts: each is a complete model, and clients of one kind come to share one."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ EVERYBODY = np.arange(9, dtype=np.int32)
 
 @pytest.fixture(scope="module")
 def clients():
-    """The same pictures of three kinds of clients, which call them by other names."""
+    """Three kinds of clients with the same pictures, but different labels."""
     rng = np.random.default_rng(1)
     labels = rng.integers(3, size=180).astype(np.int32)
     pictures = np.eye(3)[labels] + 0.1 * rng.normal(size=(180, 3))
@@ -100,7 +100,7 @@ def test_clients_that_are_asked_come_to_share_the_model_that_fits_them(clients):
     assert len(set(held)) == 3
     assert {tuple(held[kind == KIND]) for kind in range(3)} == {(e, e, e) for e in set(held)}
     assert float(report.loss.mean()) < 0.3
-    # What they say is what each model alone would make of their examples; a part is asked about.
+    # Their predictions are those of each model alone on their examples; a part is checked.
     some = EVERYBODY[[4, 7]]
     (alone,) = simulated.assign(state, some, clients)
     np.testing.assert_array_equal(alone.assignment.argmax(axis=1), held[some])

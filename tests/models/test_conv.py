@@ -106,7 +106,7 @@ def test_direct_form_becomes_products_where_there_is_a_client_axis(axes):
     chex.assert_trees_all_close(
         train(conv_direct)(x, kernels), train(conv_lax)(x, kernels), atol=2e-5, rtol=2e-5
     )
-    # Grouped convolutions, one group a client, are what must not be.
+    # Grouped convolutions, one group for each client, must not occur.
     programs = [str(jax.make_jaxpr(train(conv))(x, kernels)) for conv in (conv_direct, conv_lax)]
     grouped = [bool(re.search("group_count=[^1]", program)) for program in programs]
     assert grouped == [False, axes == (0, 0)]

@@ -1,4 +1,4 @@
-"""Linen modules as models: MoE layers are found, masked and cut to slots wherever they stand."""
+"""Linen modules as models: MoE layers are found, masked and cut to slots at any depth."""
 
 from __future__ import annotations
 

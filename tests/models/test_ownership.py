@@ -1,4 +1,4 @@
-"""Who owns what of a model that is written in anything: a tree, and marks on some of its leaves."""
+"""Ownership of parameters in a model of any library: a tree with marks on some of its leaves."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_the_norm_limit_judges_the_update_and_not_the_loss():
 
 
 def test_a_loss_that_is_no_number_is_refused():
-    # So a client says that its gate, or what else it keeps, is not one of numbers.
+    # This is how a client reports that its gate or other private parameters are not finite.
     broken = make_upload()._replace(loss=jnp.array(jnp.nan))
     update, verdict = judge(Admission(), broken)
     assert verdict.refused
@@ -140,7 +140,7 @@ def test_under_noise_all_weigh_the_same():
     update, verdict = judge(Admission(clip=100.0, noise_multiplier=1.0))
     assert update.weight == 1
     assert update.usage["a"].tolist() == [1, 1]
-    # What was trained on counts in the books as it is.
+    # The server's records count all examples that were trained on.
     assert verdict.units == 10
     assert verdict.feedback.usage.tolist() == [[10, 0]]
 

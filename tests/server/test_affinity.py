@@ -1,4 +1,4 @@
-"""Affinity: who is alike is told by updates, and experts go to those who are."""
+"""Affinity: updates show which clients are similar, and these share experts."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ from flexmoe_jax.server.affinity import affinity, learn_profile, sketch
 
 @pytest.fixture(autouse=True, scope="module")
 def few_searches() -> Iterator[None]:
-    """A tenth of the searches finds what profiles as plain as these have to tell."""
+    """Reduces the searches to a tenth, which is enough for profiles as simple as these."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_SEARCHES", (4, 16))
         yield
@@ -130,7 +130,7 @@ def test_a_profile_adds_up_what_differs_from_the_cohort() -> None:
     learnt = jax.jit(learn_profile)(jnp.ones((3, 2)), clients, sketches, accepted)
     # The mean of those let in is (2, 0): one lies a length of 1 to either side.
     np.testing.assert_allclose(learnt, [[0, 1], [1, 1], [2, 1]])
-    # What is not all numbers tells nothing, whoever let it in.
+    # An update with a value that is not finite gives no information, even if it was accepted.
     broken = sketches.at[2].set(jnp.nan)
     same = jax.jit(learn_profile)(jnp.ones((3, 2)), clients, broken, accepted.at[2].set(True))
     np.testing.assert_allclose(same, learnt)
@@ -140,7 +140,7 @@ def test_fewer_kinds_than_experts_are_given_several_each() -> None:
     rng = np.random.default_rng(6)
     profiles, owns = mixed_profiles(rng, 24, 3, 1, noise=0.3)
     like = affinity(profiles, np.zeros((1, 24, 6)), np.full(24, 2), seed=0)[0]
-    # Two experts are a kind's, and no others hold either: nobody is mixed of two kinds.
+    # Two experts belong to each kind, held by no other kind: no client mixes two kinds.
     kinds = owns.argmax(axis=1)
     theirs = {kind: {tuple(row) for row in like[kinds == kind] > 0} for kind in range(3)}
     assert all(len(rows) == 1 for rows in theirs.values())

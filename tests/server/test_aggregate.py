@@ -18,7 +18,7 @@ EXPERTS = {"a": {"w": jnp.zeros((3, 2))}, "b": {"v": jnp.zeros((3, 1))}}
 
 
 def add_up(aggregator, updates: Arrived, shared, experts, blocks=()) -> Sums:
-    """What the aggregator makes of the updates, added in blocks of these sizes."""
+    """Returns the aggregate of the updates, added in blocks of these sizes."""
     rows, slots = next(iter(updates.slots.values())).shape
     total, first = aggregator.zero(shared, experts, rows, slots), 0
     for size in blocks or (rows,):

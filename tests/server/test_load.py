@@ -46,7 +46,7 @@ def test_only_holders_that_weigh_1_are_equal():
 
 
 def test_what_each_pair_gave_by_hand():
-    # The second client's update never arrived, or was refused: it gave nothing.
+    # The second client's update never arrived, or was refused: it counts for nothing.
     slots, examples = jnp.array([[0, 1], [0, 3]]), jnp.array([40.0, 0.0])
     usage = jnp.array([[30.0, 10.0], [0.0, 0.0]])
     settled = {

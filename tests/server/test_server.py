@@ -1,4 +1,4 @@
-"""The server's books and moves, by hand: two layers that are assigned together, or each by itself.
+"""The server's state and steps, by hand: two layers, assigned together or each by itself.
 
 Three clients, three experts, two slots.
 """
@@ -61,7 +61,7 @@ def finish(desk: Desk, server: Server, plan: Plan, updates: Arrived, verdicts: V
 
 
 def play(desk, server, slots, shared, of_a, of_b, units, feedback) -> Server:
-    """Clients 2 and 0 (and padding, where there are three rows) answer: Δψ, Δθ and what they say.
+    """Clients 2 and 0 (and padding, if there are three rows) answer: Δψ, Δθ and feedback.
 
     Args:
       desk: of the server.

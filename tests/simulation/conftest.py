@@ -39,7 +39,7 @@ DEEP = models.from_linen(TwoLayers()).after(prepare)
 
 @pytest.fixture(scope="session")
 def make_simulation(clients: data.ClientData) -> Callable[..., simulation.Simulation]:
-    """Choices of a `Federation` and of `simulate`, by name, over those of a small one."""
+    """Builds a small simulation; options of `Federation` and `simulate` replace its defaults."""
     sample = {name: values[:2] for name, values in clients.arrays.items()}
 
     def make(rows=0, block_size=0, mesh=None, **choices) -> simulation.Simulation:
@@ -58,7 +58,7 @@ def make_simulation(clients: data.ClientData) -> Callable[..., simulation.Simula
 
 @pytest.fixture(scope="session")
 def simulated(make_simulation) -> simulation.Simulation:
-    """The small one as it is."""
+    """The small simulation with its defaults."""
     return make_simulation()
 
 

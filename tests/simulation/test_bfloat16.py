@@ -1,4 +1,4 @@
-"""Clients that compute in bfloat16: what is kept, sent and counted stays in single precision."""
+"""Clients that compute in bfloat16: state, updates and counts stay in single precision."""
 
 from __future__ import annotations
 

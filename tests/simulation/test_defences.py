@@ -1,4 +1,4 @@
-"""Rounds with faulty clients: what the server makes of them."""
+"""Rounds with faulty clients: how the server treats their updates."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def without_norms(state):
 
 @pytest.fixture(scope="module")
 def guarded(make_simulation):
-    """With a state in all that a refusal has to put back."""
+    """A simulation with every kind of state that a refusal has to restore."""
     return make_simulation(
         codec=Codec(make_compressor("int8")),
         optimizer=optax.adam(0.01),
@@ -68,7 +68,7 @@ def test_a_long_update_in_the_first_round_voids_it_and_is_refused_later(guarded,
     assert np.asarray(report.quarantined).sum() == 7
     assert not np.asarray(report.examples).any()
     assert not np.asarray(report.usage).any()
-    # All is as if nobody's work had arrived, but for what was learnt of lengths.
+    # The state is as if no update had arrived, except for the lengths that were recorded.
     nobody, silent = play(simulated, clients, simulated.init(jax.random.key(0)), work=0.0)
     assert not silent.void
     # The one that was too long tells nothing of the spread of honest lengths.
@@ -100,7 +100,7 @@ def test_where_updates_are_collected_the_first_round_refuses_the_long_one_alone(
     assert refused.sum() == 1
     assert ((np.asarray(report.examples) == 0) == refused).all()
     assert np.asarray(report.usage).sum() == np.asarray(report.examples).sum()
-    # Its update is in no mean, and itself it keeps what it had.
+    # Its update is in no mean, and the client keeps its previous state.
     after = plain(state)
     moved = jax.tree.map(lambda o, n: np.abs(o - n), before.server.shared, after.server.shared)
     assert 0 < max(leaf.max() for leaf in jax.tree.leaves(moved)) < 3
@@ -122,7 +122,7 @@ def test_without_faults_nobody_is_refused_and_limits_change_nothing(make_simulat
 
 
 def test_noise_depends_on_seed_round_and_client_alone(make_simulation, clients):
-    """Clients that stand still send nothing but their noise, of so many times nothing."""
+    """Updates are tiny, and the noise, a multiple of their length, dominates the aggregate."""
     loud, quiet = np.where(EVERYBODY == 2, 1e3, 0.0), np.zeros(7)
     short = LocalTraining(optax.sgd(1e-3), balance=0.0, batch_size=8, max_steps=1)
     simulateds = [
@@ -208,7 +208,7 @@ def test_a_model_that_is_no_number_shows_in_the_report(make_simulation, clients)
         (careless, 1.0, True),
         (careless, np.nan, False),
         (careless, np.inf, False),
-        # What its client alone keeps counts, too.
+        # The client's private parameters count, too.
         (diverging, 1.0, False),
     ):
         _, report = play(simulated, clients, simulated.init(jax.random.key(0)), factor)

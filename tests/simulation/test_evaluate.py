@@ -30,7 +30,7 @@ def begin(simulated):
 
 @pytest.fixture(scope="module")
 def federation(make_simulation):
-    """One whose clients know their label shares."""
+    """A simulation whose clients know their label shares."""
     simulated = make_simulation(prior=True)
     return simulated, begin(simulated)
 
@@ -81,7 +81,7 @@ def softmax(logits):
     ids=["plain", "shared gate and prior"],
 )
 def test_against_a_plain_loop(make_simulation, clients, test_arrays, choices):
-    """One client at a time, one whole model each, in NumPy."""
+    """Evaluates one client at a time, each with its whole model, in NumPy."""
     simulated = make_simulation(**choices)
     state, layout = begin(simulated), simulated.setting.federation.layout
     images, labels = prepare(jnp.asarray(test_arrays["images"])), test_arrays["labels"]
@@ -153,7 +153,7 @@ def test_a_client_none_of_whose_classes_are_there_has_no_personal_figure(
     federation, clients, test_arrays
 ):
     simulated, state = federation
-    # Who has as much of every class predicts what it would predict without knowing that.
+    # A client with equal label shares predicts the same as without knowing them.
     share = jnp.zeros_like(clients.label_share).at[:, 3].set(1.0).at[0].set(0.1)
     some = test_arrays["labels"] != 3
     test = chunk_test_set({name: values[some] for name, values in test_arrays.items()})
@@ -172,7 +172,7 @@ def one_by_one(federation, clients, test_arrays):
     """What each client makes of each example: `common` and `personal` of (C, M), one at a time."""
     simulated, state = federation
     size = len(test_arrays["labels"])
-    # All examples are everybody's own.
+    # Every example belongs to all clients.
     everyone = clients.about._replace(owns=jnp.ones((7, 1), bool))
     # NumPy's arrays, of which a slice is no program of its own.
     test = jax.device_get(chunk_test_set(test_arrays, 1, group=np.zeros(size)))
@@ -188,7 +188,7 @@ def one_by_one(federation, clients, test_arrays):
 def test_own_examples_are_counted_for_their_owners_in_any_order(
     federation, clients, test_arrays, one_by_one, seed, nobody, domains
 ):
-    """Whoever owns what, and however the rows stand: the same sums as counted one by one."""
+    """For any ownership and order of rows, the sums are those counted one by one."""
     simulated, state = federation
     rng = np.random.default_rng(seed)
     size = len(test_arrays["labels"])

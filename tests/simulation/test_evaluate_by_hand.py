@@ -1,6 +1,6 @@
-"""Every figure of an evaluation, counted on a sheet of paper.
+"""Every metric of an evaluation, worked out by hand.
 
-Two experts say with which probabilities an input is of each class. One client holds the first, one
+Two experts give the probabilities of the classes for an input. One client holds the first, one
 the second, one both, and one none.
 """
 
@@ -27,7 +27,7 @@ from flexmoe_jax.models import Marked, Model, Ownership, route
 from flexmoe_jax.simulation import Simulation, chunk_test_set, simulate
 from flexmoe_jax.types import Evaluation, State
 
-# What each expert says of the inputs 0, 1, 2.
+# The class probabilities of each expert for the inputs 0, 1, 2.
 SAID = np.array(
     [
         [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.5, 0.25]],
@@ -44,7 +44,7 @@ LN2 = log(2)
 
 
 def table(outputs: np.ndarray) -> Model:
-    """A model that looks up what each expert (E, X, Y) says of an input, by each gate (E, X)."""
+    """A model that looks up the experts' probabilities (E, X, Y) and the gate's logits (E, X)."""
 
     def init(key: Any, inputs: Any) -> Any:
         gate = jnp.zeros(outputs.shape[:2])
@@ -153,7 +153,7 @@ def test_figures_by_hand(plain):
 
 
 def adjusted(said: list[float], share: list[float], label: int) -> float:
-    """Loss of probabilities times smoothed label shares: what Bayes' rule says of the class."""
+    """Loss of probabilities times smoothed label shares: the posterior by Bayes' rule."""
     likely = np.array(said) * (np.array(share) + 0.001) / 1.003
     return -log(likely[label] / likely.sum())
 

@@ -1,4 +1,4 @@
-"""Models of other libraries, and plain functions, are federated as Linen modules are."""
+"""Models of other libraries, and plain functions, can be federated like Linen modules."""
 
 from __future__ import annotations
 

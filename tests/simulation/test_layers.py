@@ -81,7 +81,7 @@ def test_a_model_with_several_layers_trains(digits, kind, layers):
 
 
 def check_slots(federation, state, clients):
-    """Each client's model on its K slots gives what the model of E gives with a mask."""
+    """Each client's model with K slots gives the output of the model of E experts with a mask."""
     inputs = federation.task.inputs({name: x[:3] for name, x in clients.arrays.items()})
     apply = jax.jit(federation.apply)
     for number in range(0, CLIENTS, 2):

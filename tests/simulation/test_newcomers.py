@@ -1,4 +1,4 @@
-"""Clients that come when others have trained."""
+"""Clients that join after others have trained."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def trained(simulated, clients, rounds=2):
 
 
 class Started(NamedTuple):
-    """A federation whose gates travel, as it is when newcomers come to it."""
+    """A trained federation with shared gates, which newcomers then join."""
 
     federation: Federation
     state: State
@@ -212,7 +212,7 @@ def test_experts_that_stay_with_their_clients_are_tried_together(make_simulation
     shown = clients.of(COMING)
     coming = await_newcomers(federation, shown, everything[COMING])
     owns = coming.init(jax.random.key(0))
-    # Their gates and experts are as drawn, and those of others who have not trained.
+    # Their gates and experts are as initialised, as are those of others that have not trained.
     kernels = np.asarray(owns.gates["mixture"]["gate"]["kernel"])
     assert len(np.unique(kernels.reshape(3, -1), axis=0)) == 3
     fitness = coming.probe(state.server, owns, shown)

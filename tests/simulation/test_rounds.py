@@ -43,7 +43,7 @@ def run(simulated, data, rounds=3, per_round=7, seed=0):
 
 
 def learnt(state):
-    """What a round without any delivery leaves as it was."""
+    """Returns the part of the state that a round without any delivery leaves unchanged."""
     ledger = state.server.ledger
     return jax.device_get(
         (
@@ -157,7 +157,7 @@ def test_who_sat_out_is_untouched(simulated, clients):
 
 
 def test_fitness_is_the_training_accuracy_of_each_pair(make_simulation, clients):
-    """By a plain loop: with a learning rate of 0 a client's model is the one it started with."""
+    """Recounts with a plain loop: with learning rate 0 a client's model stays as it started."""
     still = LocalTraining(optax.sgd(0.0), balance=0.0, epochs=1, batch_size=8)
     simulated = make_simulation(local=still, fitness=FitnessOptions(beta=0.5, initial=0.2))
     layout = simulated.setting.federation.layout
@@ -254,7 +254,7 @@ def test_a_diverging_client_shows_in_the_report(make_simulation, simulated, clie
 
 
 def test_clients_that_do_not_deliver_leave_no_trace(make_simulation, clients):
-    """As if they had not been asked, but that they hold what they were sent."""
+    """The state is as if they had not been asked, but they hold the experts they received."""
     simulated = make_simulation(rows=7)
     state = simulated.init(jax.random.key(0))
     cohort = np.arange(7, dtype=np.int32)
@@ -274,7 +274,7 @@ def test_clients_that_do_not_deliver_leave_no_trace(make_simulation, clients):
     assert (np.asarray(some.clients.slots)[:, 0, 0] < EXPERTS).all()
     assert ((np.asarray(others.clients.slots)[:, 0, 0] < EXPERTS) == there).all()
 
-    # A round in which nobody can be reached changes nothing but its number.
+    # A round in which no client can be reached changes only the round number.
     def but_for_the_round(state):
         return plain(state._replace(server=state.server._replace(round=0)))
 
@@ -307,7 +307,7 @@ def test_robust_means_withstand_a_client_that_blows_its_update_up(make_simulatio
     cohort = np.arange(7, dtype=np.int32)
     moved = {}
     for name, aggregator in (("mean", None), ("robust", trimmed_mean(0.2))):
-        # Everybody holds everything, so that every expert has several holders.
+        # All clients hold all experts, so every expert has several holders.
         simulated = make_simulation(
             aggregator=aggregator,
             admission=Admission(quarantine=False),
@@ -376,7 +376,7 @@ def test_a_shared_gate_travels_with_its_expert(make_simulation, clients):
 
 
 def test_own_backbones_are_evaluated_for_each_client(make_simulation, clients, digits):
-    """A private backbone gives what the shared one gives, as long as nobody has trained it."""
+    """A private backbone gives the same output as the shared one until it is trained."""
     arrays = {"images": digits.test_images[:60], "labels": digits.test_labels[:60]}
     test = simulation.chunk_test_set(arrays)
     slots = np.full((7, 1, 3), EXPERTS, np.int32)

@@ -1,4 +1,4 @@
-"""JAX's strict switches: no type and no rank is promoted by the way, and doubles change nothing."""
+"""JAX's strict modes: no implicit promotion of types or ranks, and x64 changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a faulty client makes of its update on the way to the server."""
+"""How a faulty client alters its update on the way to the server."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_noise_is_so_many_times_as_long_as_the_update_and_drawn_from_its_key():
     assert not np.array_equal(flat(noisy), flat(drown(1)))
     # Turned around, it is drowned in the same noise.
     assert np.allclose(flat(drown(0, -1.0)) + flat(SENT), noise, atol=1e-4)
-    # Of no noise at all, and of an update that is nothing, there is none.
+    # Without a noise factor, or with a zero update, there is no noise.
     assert np.array_equal(flat(drown(0, noise=0.0)), flat(SENT))
     nothing = jax.tree.map(jnp.zeros_like, SENT)
     drowned = tamper(nothing, Tampering(jnp.asarray(1.0), jnp.asarray(10.0)), jax.random.key(0))

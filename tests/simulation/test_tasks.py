@@ -1,4 +1,4 @@
-"""Whatever is learnt: numbers, several labels an example, by tasks of the package and of a user."""
+"""Other tasks: regression and several labels per example, by the package and by a user."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_regression():
     losses, evaluation, state = federated(tasks.regression("x", "y"), {"x": X, "y": y}, 2)
     assert losses[-1] < 0.5 * losses[0]
     figures = evaluation_figures(evaluation)
-    # Nothing is right or wrong: losses alone.
+    # There is no accuracy: losses alone.
     assert {k for k in figures if figures[k] == figures[k] and "accuracy" in k} == set()
     # Half the squared distance, by example; of nought it is half the mean square.
     nought = 0.5 * np.square(y[400:]).sum(axis=1).mean()

@@ -102,7 +102,7 @@ def test_bytes_are_those_of_the_leaves_that_travel(make_simulation, state, name)
 
 
 def test_what_a_client_still_has(simulated, clients):
-    """Fresh is what was received last and has not been changed by anybody since."""
+    """A copy is fresh if it was received last and no update has changed it since."""
     state = simulated.init(jax.random.key(0))
     assert not state.server.ledger.fresh.any()
     received = {}
@@ -133,7 +133,7 @@ def test_what_a_client_still_has(simulated, clients):
         for client, experts in received.items():
             expected[client, list(experts)] = True
         assert np.array_equal(state.server.ledger.fresh, [expected])
-    assert expected.any()  # a client that delivered nothing, of an expert that nobody else used
+    assert expected.any()  # a client that delivered nothing, with an expert that no other used
 
 
 def test_a_price_on_movement_keeps_experts_where_they_are(make_simulation, simulated):

@@ -1,1 +1,1 @@
-"""The Flower app: a folder that `flwr run` takes; see app.py."""
+"""The Flower app: the folder that `flwr run` needs; see app.py."""

@@ -1,9 +1,9 @@
 """The Flower app: it carries messages between Flower and the processes that do the work.
 
-Flower starts a process of its own for every message to a client. This one therefore imports no JAX:
-it hands the message to the client's process, which lives as long as the federation, over a Unix
-socket that the user alone may open, and takes the answer back. So does the server's app for as long
-as its run lasts. What passes the socket is a line of JSON and Flower's own protobuf bytes.
+Flower starts a new process for every message to a client. That process does not import JAX. It
+passes the message to the client's process, which runs as long as the federation, and takes the
+answer back. The server's app does the same for the server's process, as long as its run lasts. They
+talk over a Unix socket that only the user may open, in lines of JSON and Flower's protobuf bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ client_app.evaluate()(_answer)
 
 @server_app.main()
 def serve(grid: Grid, context: Context) -> None:
-    """Does what the server's process asks for, until it has no more to ask."""
+    """Serve the requests of the server's process until it closes the socket."""
     with Client(str(context.run_config["socket"]), "AF_UNIX") as line:
         while True:
             try:
