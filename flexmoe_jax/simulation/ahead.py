@@ -40,12 +40,12 @@ def compile_ahead(
     if jax.process_count() > 1 or jax.config.values["jax_disable_jit"]:
         return simulation
 
-    def like(leaf: Any) -> Any:
+    def place(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=data.index.sharding)
 
     init = _jitted(simulation.init).lower(jax.random.key(0))
-    state = jax.tree.map(like, init.out_info)
-    plan = jax.tree.map(like, _plan_shapes(simulation, state, per_round, noise))
+    state = init.out_info
+    plan = jax.tree.map(place, _plan_shapes(simulation, state, per_round, noise))
     # Python traces one program at a time, the longest one (`round`) first. XLA compiles the
     # programs in other threads meanwhile.
     tracer, compiler = ThreadPoolExecutor(1), ThreadPoolExecutor()

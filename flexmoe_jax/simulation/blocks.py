@@ -25,7 +25,8 @@ from flexmoe_jax.types import Array, PyTree
 
 AXIS = "clients"
 """The mesh axis over which devices share a cohort."""
-_ALONG_FIRST = PartitionSpec(AXIS)
+ALONG_FIRST = PartitionSpec(AXIS)
+"""Splits the first axis over the devices."""
 
 
 def client_mesh(devices: int = 0) -> Mesh:
@@ -74,7 +75,7 @@ def over_devices(
     mesh: Mesh,
     *,
     merge: Callable[[Any, str], Any] = lax.psum,
-    spec: PartitionSpec = _ALONG_FIRST,
+    spec: PartitionSpec = ALONG_FIRST,
 ) -> tuple[Any, PyTree]:
     """Runs a function of (a share of `split`, all of `whole`) on every device of a mesh.
 
@@ -95,7 +96,7 @@ def over_devices(
         jax.shard_map,
         mesh=mesh,
         in_specs=(spec, PartitionSpec()),
-        out_specs=(PartitionSpec(), _ALONG_FIRST),
+        out_specs=(PartitionSpec(), ALONG_FIRST),
         check_vma=False,
     )
     def on_one(split: PyTree, whole: PyTree) -> tuple[Any, PyTree]:

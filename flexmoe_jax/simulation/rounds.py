@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.options.execution import ExecutionOptions
 from flexmoe_jax.simulation.blocks import (
+    ALONG_FIRST,
     client_mesh,
     over_blocks,
     over_devices,
@@ -62,6 +63,8 @@ from flexmoe_jax.types import (
 _NOISE_OF_CLIENT = 0xC11E
 # More steps than any client has in a round.
 _ALL_STEPS = 2**31 - 1
+# Number of clients whose own parameters are drawn side by side.
+_DRAWN = 256
 # Number of batches on which a client scores each expert, whether it holds the expert or not.
 _ASKED = 4
 
@@ -147,18 +150,35 @@ def simulate(
     ExecutionOptions.check(client_block_size=block_size)
     mesh = mesh or client_mesh(1)
     everywhere = NamedSharding(mesh, PartitionSpec())
+    of_state = _places(federation.clients, mesh)
     steps = np.asarray(federation.local.steps(np.asarray(data.size)))
     floor = Floor(federation.clients, federation.slots, rows, block_size, mesh.size)
     jitted = partial(jax.jit, out_shardings=everywhere)
     return Simulation(
-        init=jitted(partial(init, federation)),
+        init=jax.jit(partial(init, federation), out_shardings=of_state),
         assign=_assigner(federation, floor, mesh, data, jitted),
         plan=partial(_plan, federation, floor, steps, mesh),
-        round=jitted(partial(run_round, federation, floor, mesh), donate_argnums=0),
+        round=jax.jit(
+            partial(run_round, federation, floor, mesh),
+            donate_argnums=0,
+            out_shardings=(of_state, everywhere),
+        ),
         tune=jitted(partial(tune, federation, floor, mesh)),
         evaluate=Checked(federation, jitted(partial(evaluate, federation, mesh))),
         setting=Setting(floor, np.asarray(federation.capacity, np.int64), steps, federation),
     )
+
+
+def _places(clients: int, mesh: Mesh) -> State:
+    """Places a state on the devices: what clients own is split over them, the rest is replicated.
+
+    If the devices cannot have equally many clients each, or belong to several processes, what
+    clients own is replicated, too.
+    """
+    whole, shared_out = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), ALONG_FIRST))
+    even = mesh.size > 1 and clients % mesh.size == 0 and jax.process_count() == 1
+    own = shared_out if even else whole
+    return State(cast(Any, whole), Own(own, own, cast(Any, whole), own))
 
 
 def _assigner(
@@ -236,7 +256,26 @@ def init_owns(federation: Federation, key: Key, numbers: Array) -> tuple[Params,
     def own(number: Array) -> Own:
         return federation.own(params, jax.random.fold_in(gate_key, number))
 
-    return params, jax.vmap(own)(numbers)
+    return params, _in_blocks(own, numbers)
+
+
+def _in_blocks(function: Callable[[Array], PyTree], numbers: Array) -> PyTree:
+    """Maps a function of one number over many (C,), block by block.
+
+    If all clients were drawn at once, the random bits would take several times the memory of the
+    parameters.
+    """
+    size = min(len(numbers), _DRAWN)
+    table = jax.tree.map(
+        lambda x: jnp.zeros((len(numbers), *x.shape), x.dtype), jax.eval_shape(function, numbers[0])
+    )
+
+    def fill(block: Array, table: PyTree) -> PyTree:
+        # The last block overlaps the one before it, so that all blocks have the same size.
+        rows = jnp.minimum(block * size, len(numbers) - size) + jnp.arange(size, dtype=jnp.int32)
+        return put_rows(table, rows, jax.vmap(function)(take_rows(numbers, rows)))
+
+    return lax.fori_loop(0, -(-len(numbers) // size), fill, table)
 
 
 def _plan(
@@ -312,9 +351,8 @@ def run_round(
     received = jax.vmap(partial(client.receive, site))(
         take_rows(state.clients, plan.clients), plan.slots
     )
-    table = put_rows(state.clients, plan.clients, received) if site.codec.keeps else state.clients
     total, (owns, verdicts) = _train_cohort(
-        federation, floor, mesh, state.server, table, data, plan, key
+        federation, floor, mesh, state.server, received, data, plan, key
     )
 
     def gather(shared_out: Any) -> Any:
@@ -329,13 +367,11 @@ def run_round(
     following, verdicts, late = server.conclude(
         desk, federation.aggregation, state.server, total, verdicts, plan, gather
     )
-    # Clients whose updates are refused late keep what they had before.
-    learners = jnp.where(late, federation.clients, plan.clients)
-    kept = put_rows(table, learners, owns)
-    slots = state.clients.slots.at[plan.clients].set(plan.slots, mode="drop")
     finite = client.all_finite((following.shared, following.experts, owns.gates, owns.private))
     report = server.report(desk, plan, verdicts, late, finite)
-    return State(following, kept._replace(slots=slots)), report
+    # Clients whose updates are refused late keep what they had before.
+    kept = jax.vmap(client.settle)(received, owns, ~late)
+    return State(following, put_rows(state.clients, plan.clients, kept)), report
 
 
 def _train_cohort(
@@ -343,7 +379,7 @@ def _train_cohort(
     floor: Floor,
     mesh: Mesh,
     begun: Server,
-    table: Own,
+    received: Own,
     data: ClientData,
     plan: Plan,
     key: Key,
@@ -357,12 +393,13 @@ def _train_cohort(
     site, desk, aggregator = federation.site, federation.desk, federation.aggregation
     limits = server.limits(desk, begun)
 
-    def train_share(plan: Plan, known: tuple) -> tuple[Any, PyTree]:
-        data, begun, table, key, limits = known
-        rows = _rows(federation, data, plan, key)
+    def train_share(share: tuple[Plan, Own], known: tuple) -> tuple[Any, PyTree]:
+        plan, received = share
+        data, begun, key, limits = known
+        rows = _rows(federation, data, plan, key), received
 
-        def visit(row: Row) -> tuple[server.Arrived, tuple[Own, server.Verdict]]:
-            own = take_rows(table, row.number)._replace(slots=row.slots)
+        def visit(one: tuple[Row, Own]) -> tuple[server.Arrived, tuple[Own, server.Verdict]]:
+            row, own = one
             down = server.send(desk, begun, row.slots, row.steps)
             after, upload = client.train_and_answer(
                 site, own, down, data.arrays, row.batches, row.log_share
@@ -378,8 +415,8 @@ def _train_cohort(
         size = resolve_block_size(floor.block_size, len(plan.clients))
         return over_blocks(visit, aggregator.add, zero, rows, size)
 
-    known = data, begun, table, key, limits
-    return over_devices(train_share, _of_clients(plan), known, mesh, merge=aggregator.merge)
+    share, known = (_of_clients(plan), received), (data, begun, key, limits)
+    return over_devices(train_share, share, known, mesh, merge=aggregator.merge)
 
 
 def _of_clients(plan: Plan) -> Plan:

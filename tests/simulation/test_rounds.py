@@ -14,7 +14,7 @@ from flexmoe_jax.assignment import make_policy
 from flexmoe_jax.client import LocalTraining
 from flexmoe_jax.data import crop_flip, feed_cohorts
 from flexmoe_jax.server import Admission, FitnessOptions, trimmed_mean
-from flexmoe_jax.simulation import Arrival, sample_cohort, slots_assignment
+from flexmoe_jax.simulation import Arrival, rounds, sample_cohort, slots_assignment
 from flexmoe_jax.types import Params
 from tests.conftest import CAPACITY
 from tests.simulation.conftest import EXPERTS, MODULE, plain, prepare
@@ -64,7 +64,7 @@ def test_block_size_changes_nothing_beyond_rounding(make_simulation, clients, al
     chex.assert_trees_all_close(plain(alone), plain(other), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("devices", "block_size"), [(2, 2), (8, 1)])
+@pytest.mark.parametrize(("devices", "block_size"), [(2, 2), (7, 1), (8, 1)])
 def test_devices_change_nothing_beyond_rounding(
     make_simulation, clients, alone, devices, block_size
 ):
@@ -73,6 +73,22 @@ def test_devices_change_nothing_beyond_rounding(
     shared = run(simulated, simulation.replicate(clients, mesh))[0]
     chex.assert_trees_all_equal(*(jax.device_get(s.clients.slots) for s in (alone, shared)))
     chex.assert_trees_all_close(plain(alone), plain(shared), atol=1e-5, rtol=1e-5)
+    # Each device has what an equal share of the clients own, where there is one.
+    rows = {
+        leaf.sharding.shard_shape(leaf.shape)[0] for leaf in jax.tree.leaves(shared.clients.gates)
+    }
+    assert rows == {1 if devices == 7 else 7}
+
+
+def test_many_clients_own_what_each_would_draw_alone(make_simulation):
+    # More than are drawn side by side, and not a multiple of these.
+    numbers = np.arange(700)
+    owned = rounds.init_owns(make_simulation().setting.federation, jax.random.key(0), numbers)[1]
+    for number in (0, 255, 256, 699):
+        alone = rounds.init_owns(
+            make_simulation().setting.federation, jax.random.key(0), numbers[number : number + 1]
+        )[1]
+        chex.assert_trees_all_equal(jax.tree.map(lambda x, n=number: x[n : n + 1], owned), alone)
 
 
 def test_the_order_of_the_cohort_changes_nothing_beyond_rounding(make_simulation, clients):
