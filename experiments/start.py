@@ -85,10 +85,8 @@ def main(argv: list[str]) -> int:
 def _alone(config: ConfigDict, folder: Path) -> int:
     try:
         return _train(config, folder, None)
-    except (OSError, InputError) as error:
-        if not (line := _fault(error, folder)):
-            raise
-        print(line, file=sys.stderr)
+    except OSError as error:
+        print(_fault(error, folder), file=sys.stderr)
         return 1
 
 
@@ -101,15 +99,18 @@ def _together(config: ConfigDict, folder: Path, program: Program) -> int:
     try:
         return _train(config, folder, program)
     except Exception as error:
-        line = _fault(error, folder) or _lost(str(error), folder)
-        if line or isinstance(error, InputError):
-            print(line or error, file=sys.stderr)
+        # An InputError may quote anything, so its text is not searched for a lost process.
+        if isinstance(error, InputError):
+            code, line = 2, str(error)
+        elif isinstance(error, OSError):
+            code, line = 1, _fault(error, folder)
         else:
-            traceback.print_exc()
+            code, line = 1, _lost(str(error), folder) or traceback.format_exc().rstrip()
+        print(line, file=sys.stderr)
         if program.number == 0:
             # The other processes end with process 0; give them time to print the same error.
             time.sleep(_LAST_WORDS_SECONDS)
-        _leave(1 if line or not isinstance(error, InputError) else 2)
+        _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
@@ -137,22 +138,30 @@ def _train(config: ConfigDict, folder: Path, program: Program | None) -> int:
         if workdir.writes and not _REPORT.value:
             print(status)
         elif workdir.writes:
-            from experiments.report import write_report
-
-            page = write_report([folder], folder / "report" / "index.html")
-            print(f"{status} · report: {printable(page)}")
+            print(f"{status} · report: {printable(_write_page(folder))}")
     if status == "interrupted":
         # The signal may have reached another process of the program.
         return 128 + (wish.number or SIGTERM)
     return 1 if status == "diverged" else 0
 
 
-def _fault(error: Exception, folder: Path) -> str:
-    """Returns a line about a file that cannot be read or written; empty for any other error."""
-    # `write_report` raises an InputError for a page that it cannot write, caused by an OSError.
-    fault = error if isinstance(error, OSError) else error.__cause__
-    if not isinstance(fault, OSError):
-        return ""
+def _write_page(folder: Path) -> Path:
+    """Writes the report of the run.
+
+    Raises:
+      OSError: the page cannot be written. Its path is not the user's choice, so this is no
+        `InputError`.
+    """
+    from experiments.report import write_report
+
+    try:
+        return write_report([folder], folder / "report" / "index.html")
+    except InputError as error:
+        raise error.__cause__ or error from None
+
+
+def _fault(fault: OSError, folder: Path) -> str:
+    """Returns a line about a file that cannot be read or written."""
     return (
         f"{printable(fault.filename or folder)}: {fault.strerror or fault}; once that is put right "
         "(free some space?), the same command goes on from the newest checkpoint"

@@ -88,6 +88,13 @@ def test_several_processes_give_the_numbers_of_one(tmp_path: Path, one: list[dic
     assert (tmp_path / "report" / "index.html").is_file()
 
 
+def test_a_users_mistake_is_no_lost_process_whatever_it_quotes(tmp_path: Path) -> None:
+    mistaken = (*SMALL, "--config.data.name=gloo.npz", "--config.execution.devices=2")
+    line = "data.name=gloo.npz: there is no such file\n"
+    assert launch_together(2, tmp_path / "run", *mistaken) == [(2, line)] * 2
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [

@@ -198,6 +198,8 @@ BAD = {
     "--config.model.private=gate": "model.private=gate: is of a MoE layer",
     "--config.clients.capacity=9": "clients.capacity=9: choose 1 to model.experts=8",
     "--config.data.name=cifar10 --config.data.dir=/no/such/folder": "data.dir=/no/such/folder",
+    "--config.data.name=missing.npz": "data.name=missing.npz: there is no such file\n",
+    "--config.edge.mix=car --config.edge.tiers=no.toml": "edge.tiers=no.toml: give a TOML file",
     "stray": "argument=stray",
 }
 
