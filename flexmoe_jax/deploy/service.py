@@ -45,7 +45,7 @@ class Roll(NamedTuple):
     """What the server knows about the state of its clients.
 
     Attributes:
-      slots: (C, G, K) int32, the latest experts of each client; E marks an empty slot.
+      slots: (C, G, K) int32, the experts of each client's latest answer; E marks an empty slot.
       accepted: (C,) int32, the latest round in which the client's answer was accepted; -1 if none.
     """
 
@@ -287,14 +287,17 @@ class Service:
             total, verdict = self._take(total, begun, upload, plan.slots[row], plan.steps[row])
             verdicts.append(verdict)
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *verdicts)
-        following, verdicts, report = self._close(begun, total, stacked, plan)
-        broken = np.isin(np.asarray(plan.clients), list(bad))
+        clients = np.asarray(plan.clients)
+        # Only an answer proves that a client stored its experts. In the records, the others are
+        # padding: they keep their old experts, and later orders skip no expert that has moved.
+        stored = np.where(np.isin(clients, list(uploads)), clients, federation.clients)
+        known = plan._replace(clients=placed(stored.astype(np.int32)))
+        following, verdicts, report = self._close(begun, total, stacked, known)
+        broken = np.isin(clients, list(bad))
         report = report._replace(quarantined=np.asarray(report.quarantined) | broken)
-        accepted = np.asarray(verdicts.accepted)
-        took = np.asarray(plan.clients)[accepted]
-        reached = np.asarray(plan.clients)
+        took = clients[np.asarray(verdicts.accepted)]
         roll = Roll(
-            state.clients.slots.at[reached].set(plan.slots, mode="drop"),
+            state.clients.slots.at[stored].set(plan.slots, mode="drop"),
             state.clients.accepted.at[took].set(begun.round, mode="drop"),
         )
         return ServerState(following, roll), report

@@ -121,6 +121,24 @@ def test_a_client_asked_again_gives_the_same_answer(make_town):
                 np.testing.assert_array_equal(array.numpy(), second[name][part].numpy())
 
 
+def test_experts_that_moved_are_sent_again_after_a_refused_order(make_town):
+    served = []
+    for cache in (True, False):
+        # Most experts are held by client 0 alone: they move in round 1, and stay in round 2.
+        town = make_town(clients__count=2, clients__capacity=(4, 1), edge__cache=cache)
+        worker = town.carrier.clients[100]
+
+        def damaged(message, worker=worker):
+            if message["ask"]["what"] == "train" and message["ask"]["round"] == 1:
+                del message["shared"]
+            return worker(message)
+
+        town.carrier.clients[100] = damaged
+        served.append(town.train(rounds=3, name=f"cache_{cache}").read())
+    assert [row["clients/delivered"] for row in served[0]] == [2, 1, 2]
+    same(*served)
+
+
 def test_strangers_take_no_part_and_others_go_on(make_town):
     town = make_town()
     town.train(rounds=1)
