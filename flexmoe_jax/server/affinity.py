@@ -190,8 +190,7 @@ def _search(
     """
     searches, _, kinds = wish.shape
     ridge = _RIDGE * len(room) / (kinds * room.mean()) * np.eye(kinds)
-    rank = wish.argsort(axis=2).argsort(axis=2)
-    made_of = (rank < room[:, None]) if once else _draw(wish, room)
+    made_of = _draw_different(wish, room) if once else _draw(points, room, wish)
     least = np.full(searches, np.inf)
     for step in range(_STEPS):
         share = made_of / room[:, None]
@@ -211,13 +210,27 @@ def _search(
     return centres[best], float((points**2).sum() - missed[best])
 
 
-def _draw(wish: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Draws k_c kinds for each client, with repetition: counts (S, M, D)."""
+def _draw_different(wish: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """Draws k_c different kinds for each client: counts (S, M, D)."""
+    return wish.argsort(axis=2).argsort(axis=2) < room[:, None]
+
+
+def _draw(points: np.ndarray, room: np.ndarray, wish: np.ndarray) -> np.ndarray:
+    """Draws k_c kinds for each client, with repetition: counts (S, M, D).
+
+    In every other search all kinds of a client are the same: that of the nearest of D clients,
+    drawn at random. Kinds of clients that have one each are hardly found from mixtures, since three
+    kinds can also be explained as the three pairs of three others.
+    """
     kinds = wish.shape[2]
     drawn = np.zeros(wish.shape)
     for step in range(int(room.max())):
         of_step = (wish[:, :, step % kinds] * kinds * (step // kinds + 1)).astype(int) % kinds
         drawn += (np.arange(kinds) == of_step[:, :, None]) & (room > step)[:, None]
+    typical = points[wish[1::2, :, 0].argsort(axis=1)[:, :kinds]]  # (S / 2, D, R)
+    distance = (typical**2).sum(axis=2)[:, None] - 2 * points @ typical.swapaxes(1, 2)
+    nearest = distance.argmin(axis=2)[:, :, None] == np.arange(kinds)
+    drawn[1::2] = nearest * room[:, None]
     return drawn
 
 
@@ -228,7 +241,9 @@ def _take_apart(
 
     Kinds are added one by one, and then exchanged as long as an exchange reduces the distance.
     """
-    most, kinds = int(room.max()), centres.shape[1]
+    kinds = centres.shape[1]
+    room = np.minimum(room, kinds) if once else room
+    most = int(room.max())
     inner = centres @ centres.swapaxes(1, 2)
     length = np.einsum("sdd->sd", inner)[:, None]
     reach = points @ centres.swapaxes(1, 2)  # (S, M, D)

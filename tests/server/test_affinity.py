@@ -50,6 +50,15 @@ def test_clients_of_a_kind_are_given_an_expert_of_their_own(held: int) -> None:
     assert like.max() > 0.5
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_clients_of_one_kind_with_room_for_two_have_one_expert_of_their_own(seed: int) -> None:
+    # Three kinds can also be explained as the three pairs of three others, which is further away.
+    rng = np.random.default_rng(seed)
+    profiles, owns = mixed_profiles(rng, 24, 8, 1, noise=0.6)
+    like = affinity(profiles, np.zeros((1, 24, 8)), np.full(24, 2), seed)[0] > 0.1
+    assert {tuple(column) for column in like.T} == {tuple(column) for column in owns.T}
+
+
 def test_profiles_without_structure_count_for_nothing() -> None:
     rng = np.random.default_rng(0)
     like = affinity(rng.normal(size=(60, 64)), np.zeros((1, 60, 8)), np.full(60, 2), seed=0)
