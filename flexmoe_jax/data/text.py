@@ -189,17 +189,20 @@ def _utf8(file: Path, content: bytes) -> bytes:
 
 
 def _by_client(file: Path) -> dict[str, bytes]:
-    texts: dict[str, list[str]] = {}
-    for number, line in enumerate(_utf8(file, file.read_bytes()).decode().splitlines(), start=1):
+    texts: dict[bytes, list[bytes]] = {}
+    # Not `splitlines`: JSON strings may hold other line breaks as they are, such as U+2028.
+    for number, line in enumerate(_utf8(file, file.read_bytes()).decode().split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            texts.setdefault(str(entry["client"]), []).append(entry["text"] + "\n")
-        except (ValueError, TypeError, KeyError) as error:
-            remedy = f"line {number} is no object with text and client"
+            # JSON can escape half a character ("\ud800"), which `encode` refuses.
+            client, text = str(entry["client"]).encode(), (entry["text"] + "\n").encode()
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            remedy = f"line {number} is no object with text and client, both valid Unicode"
             raise InputError("data.dir", file, remedy) from error
-    return {client: "".join(parts).encode() for client, parts in texts.items()}
+        texts.setdefault(client, []).append(text)
+    return {client.decode(): b"".join(parts) for client, parts in texts.items()}
 
 
 def deal_domains(
@@ -287,7 +290,7 @@ def _run_of(
       InputError: if the runs would be too short, or need more bytes than the domain has.
     """
     stride = size // holders
-    run = bytes_per_client // domains_per_client or stride
+    run = bytes_per_client // domains_per_client if bytes_per_client else stride
     if stride <= length:
         found = f"{name} has {size} bytes for {holders} clients, not {length + 1} for each"
         raise InputError("data.length", length, f"{found}: choose a smaller one, or fewer clients")

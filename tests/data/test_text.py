@@ -106,6 +106,15 @@ def test_folders_and_lines_of_clients(tmp_path):
     assert [bytes(text) for text in read.texts] == [b"y\n", b"x\nz\n"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_only_newlines_end_a_line(tmp_path, end):
+    texts = ["one\u2028two", "three\u2029four\x85"]
+    lines = [json.dumps({"client": "a", "text": text}, ensure_ascii=False) for text in texts]
+    file = tmp_path / "chat.jsonl"
+    file.write_bytes("".join(line + end for line in lines).encode())
+    assert bytes(read_corpus(file).texts[0]).decode() == "".join(text + "\n" for text in texts)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
@@ -114,6 +123,9 @@ def test_folders_and_lines_of_clients(tmp_path):
         ("x.jsonl", b'{"client": 1}', "line 1 is no object with text and client"),
         ("x.jsonl", b'\n{"client": 1, "text": 3}', "line 2 is no object"),
         ("x.jsonl", b"[]", "line 1 is no object"),
+        ("x.jsonl", rb'{"client": 1, "text": "\ud800"}', "line 1 is no object .* valid Unicode"),
+        ("x.jsonl", rb'{"client": "\ud800", "text": "a"}', "line 1 is no object"),
+        ("x.jsonl", b"[" * 100_000, "line 1 is no object"),
         ("x.jsonl", b"\xff", "is not UTF-8 text"),
         ("x.jsonl", b"", "there is no text in it"),
     ],
@@ -148,6 +160,7 @@ def test_folders_without_text_are_refused(tmp_path):
         ({"clients": 20}, "data.length=4: d0 has 81 bytes for 20 clients, not 5 for each"),
         ({"bytes_per_client": 90}, "partition.bytes_per_client=90: d0 has 81 bytes for 2 clients"),
         ({"bytes_per_client": 8}, "partition.bytes_per_client=8: d0 has .* give each 5 to 40"),
+        ({"bytes_per_client": 1}, "partition.bytes_per_client=1: d0 has .* give each 5 to 40"),
     ],
 )
 def test_what_cannot_be_dealt_is_refused(options, line):
