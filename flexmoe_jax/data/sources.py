@@ -36,7 +36,8 @@ class Dataset:
       classes: names of the Y classes.
       train_clients: (M,) int or str, id of the client that owns each training example; None if the
         data set does not say.
-      test_clients: the same for the test examples; each owner must also own training examples.
+      test_clients: the same for the test examples. An owner without training examples, for example
+        because `data.train_limit` left them out, is not a client.
       notes: sentences that tell the user how the data were read.
 
     Raises:
@@ -64,7 +65,7 @@ class Dataset:
             _check_owners("train_clients", self.train_clients, len(self.train_images))
         if self.test_clients is not None:
             _check_owners("test_clients", self.test_clients, len(self.test_images))
-            _check_known_owners(self.test_clients, self.train_clients)
+            _check_same_ids(self.test_clients, self.train_clients)
 
     @property
     def num_classes(self) -> int:
@@ -263,9 +264,11 @@ def _dataset(name: str, arrays: Arrays, notes: tuple[str, ...] = ()) -> Dataset:
     others = dict(arrays)
     classes = tuple(str(y) for y in np.ravel(others.pop("classes")))
     try:
-        return Dataset(name=name, classes=classes, notes=notes, **others)
+        dataset = Dataset(name=name, classes=classes, notes=notes, **others)
+        _check_known_owners(dataset)
     except InputError as error:
         raise InputError("data.name", name, str(error)) from error
+    return dataset
 
 
 def _check_labels(field: str, labels: np.ndarray, images: np.ndarray, num_classes: int) -> None:
@@ -292,13 +295,19 @@ def _check_owners(field: str, found: np.ndarray, count: int) -> None:
         raise InputError(field, given, remedy)
 
 
-def _check_known_owners(test: np.ndarray, train: np.ndarray | None) -> None:
-    """Check that all owners of test examples also own training examples."""
+def _check_same_ids(test: np.ndarray, train: np.ndarray | None) -> None:
+    """Check that the owners of training examples are known too, by ids of the same kind."""
     if train is None or (test.dtype.kind == "U") != (train.dtype.kind == "U"):
         kind = "none" if train is None else train.dtype
         remedy = f"train_clients are {kind}; give ids of the same clients in both"
         raise InputError("test_clients", test.dtype, remedy)
-    strangers = np.setdiff1d(test, train)
+
+
+def _check_known_owners(whole: Dataset) -> None:
+    """Check that all owners of test examples also own training examples, before any limit."""
+    if whole.train_clients is None or whole.test_clients is None:
+        return
+    strangers = np.setdiff1d(whole.test_clients, whole.train_clients)
     if strangers.size:
         alone = strangers.size == 1
         which = "owns no" if alone else f"is one of {strangers.size} owners without a"

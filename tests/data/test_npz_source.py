@@ -75,6 +75,20 @@ def test_clients_may_have_names(save: Save, kind: type) -> None:
     assert [["ann", "bob", "zoé"][n] for n in numbers] == data.test_clients.tolist()
 
 
+def test_a_limit_may_leave_owners_without_training_examples(save: Save) -> None:
+    # Ten owners of one training example each, of whom four are left.
+    data = load(
+        save(train_clients=np.arange(10), test_clients=np.array([9, 0, 5, 1])), train_limit=4
+    )
+    assert data.num_owners == 4
+    assert data.train_clients is not None
+    assert data.test_clients is not None
+    assert data.test_clients.tolist() == [9, 0, 5, 1]
+    numbers = client_numbers(data.train_clients, data.test_clients)
+    assert (numbers >= 0).tolist() == np.isin(data.test_clients, data.train_clients).tolist()
+    assert not (numbers >= 0).all()
+
+
 def test_owners_whom_a_limit_leaves_out_have_no_number() -> None:
     assert client_numbers(np.array([5, 3, 5]), np.array([3, 4, 5, 9, 0])).tolist() == [
         *(0, -1, 1, -1, -1)
