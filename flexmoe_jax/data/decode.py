@@ -14,6 +14,11 @@ from flexmoe_jax.reading import UnreadableError, require_memory
 Decoder = Callable[[bytes], np.ndarray]
 
 
+def package() -> str:
+    """Return the package that `decoder` uses. The two may differ by a few grey levels."""
+    return "PIL" if importlib.util.find_spec("cv2") is None else "cv2"
+
+
 def decoder(channels: int) -> Decoder:
     """Return the fastest decoder that is installed: OpenCV, else Pillow.
 
@@ -28,7 +33,7 @@ def decoder(channels: int) -> Decoder:
       bytes are not an image.
     """
     require_package("PIL", "data", "pictures are decoded by Pillow")
-    if importlib.util.find_spec("cv2") is None:
+    if package() == "PIL":
         return lambda encoded: decode_with_pillow(encoded, channels)
     return lambda encoded: decode_with_opencv(encoded, channels)
 

@@ -184,11 +184,12 @@ def download(name: str, folder: Path) -> None:
 
 
 def fingerprint(version_folder: Path) -> str:
-    """Hash the path of a prepared data set, and the name, size and time of each of its files."""
+    """Hash the decoder, a prepared data set's path, and the name, size and time of each file."""
     files = sorted(path for path in version_folder.iterdir() if path.is_file())
     stats = [(path.name, path.stat()) for path in files]
     listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return hashlib.sha256(repr((str(version_folder), listing)).encode()).hexdigest()
+    made_from = decode.package(), str(version_folder), listing
+    return hashlib.sha256(repr(made_from).encode()).hexdigest()
 
 
 def _columns(name: str, info: Any, image_size: int) -> _Columns:

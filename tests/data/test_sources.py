@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexmoe_jax.data import sources, tfds_source
+from flexmoe_jax.data import decode, sources, tfds_source
 from flexmoe_jax.errors import InputError
 from tests.data.conftest import load
 
@@ -98,6 +98,11 @@ def test_images_are_decoded_once(
         file.write_bytes(b"damaged")
     load("once", data_dir=folder, cache_dir=cache)
     assert reads == [0, 8, 0]
+    # Another decoder may give other pixels.
+    other = "PIL" if decode.package() == "cv2" else "cv2"
+    monkeypatch.setattr(decode, "package", lambda: other)
+    load("once", data_dir=folder, cache_dir=cache)
+    assert reads == [0, 8, 0, 0]
 
 
 def test_what_will_not_do_is_refused_before_it_is_decoded(
