@@ -23,6 +23,8 @@ from flexmoe_jax.errors import printable
 _DEEPEST = 32
 # Number of digits of the largest 64-bit integer.
 _LONGEST = 19
+# The limit and use of memory of a container (cgroup 2).
+_CONTAINER = Path("/sys/fs/cgroup")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -190,14 +192,23 @@ def require_memory(needed: int) -> None:
 
 
 def _free_memory() -> int:
-    """Returns the bytes that Linux reports: free memory, or the container's limit if lower."""
+    """Returns the free bytes that Linux reports: of the machine, or of the container if fewer."""
     free = 2**63
     try:
-        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-        kilobytes = {words[0]: int(words[1]) for words in lines}
+        kilobytes = _table(Path("/proc/meminfo"))
         free = 1024 * (kilobytes["MemAvailable:"] + kilobytes["SwapFree:"])
         # The file says "max" if no limit is set.
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limit = int((_CONTAINER / "memory.max").read_text())
+        used = int((_CONTAINER / "memory.current").read_text())
+        # Linux counts its cache of files as used, but gives it up when memory is needed.
+        use = _table(_CONTAINER / "memory.stat")
+        free = min(free, limit - used + use["active_file"] + use["inactive_file"])
     except (OSError, ValueError, KeyError, IndexError):
         pass
     return free
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Reads lines of a name, a number and possibly a unit."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines}

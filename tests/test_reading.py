@@ -114,6 +114,18 @@ def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
         reading.require_memory(10**15)
 
 
+def test_a_container_has_its_limit_less_what_it_uses(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_CONTAINER", tmp_path)
+    (tmp_path / "memory.current").write_text("9000\n")
+    (tmp_path / "memory.stat").write_text("anon 6000\nactive_file 1000\ninactive_file 2000\n")
+    (tmp_path / "memory.max").write_text("10000\n")
+    reading.require_memory(4000)  # 1000 are not used, and 3000 hold a cache of files
+    with pytest.raises(UnreadableError, match="takes"):
+        reading.require_memory(4001)
+    (tmp_path / "memory.max").write_text("max\n")
+    reading.require_memory(4001)
+
+
 @given(st.text())
 def test_what_is_printed_is_one_line_without_commands(text):
     line = printable(text)

@@ -81,10 +81,11 @@ def markov(share: np.ndarray, mean_on_rounds: float, seed: int) -> Availability:
     latest: tuple[int, np.ndarray] | None = None
 
     def there(round_index: int) -> np.ndarray:
-        # Continue from the last answer. It is one tuple, so that threads never see half of it.
+        # Continue from the last answer. It is one tuple and is read once: threads may replace it.
         nonlocal latest
-        if latest is not None and latest[0] <= round_index:
-            known, state = latest
+        last = latest
+        if last is not None and last[0] <= round_index:
+            known, state = last
         else:
             known, state = 0, _uniform(seed, 0, len(share)) < share
         for index in range(known + 1, round_index + 1):

@@ -38,6 +38,21 @@ def test_no_order_of_asking_changes_an_answer(
             answer[:] = ~answer  # whoever asked may write on it
 
 
+def test_a_later_round_asked_in_between_changes_no_answer() -> None:
+    make = {"share": np.full(50, 0.5), "mean_on_rounds": 2.0, "seed": 0}
+    expected, asked = record(markov(**make), 9)[5], markov(**make)
+
+    class Interrupted(int):
+        """A round index whose first comparison lets another caller ask for a later round."""
+
+        def __ge__(self, other: int) -> bool:
+            asked(8)
+            return int(self) >= other
+
+    asked(2)
+    assert np.array_equal(asked(Interrupted(5)), expected)
+
+
 @pytest.mark.parametrize("mean_on_rounds", [None, 1.0, 5.0])
 def test_shares_of_long_records(mean_on_rounds: float | None) -> None:
     rounds, copies = 400, 100
