@@ -62,15 +62,17 @@ class Checkpoints:
 
     Args:
       folder: folder of the checkpoints; created if it does not exist.
-      keep: how many checkpoints to keep.
+      keep: how many checkpoints to keep, at least 1.
 
     Raises:
-      InputError: Orbax is not installed.
+      InputError: Orbax is not installed, or `keep` is no number of at least 1.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int) -> None:
         """Stores the arguments; reads and writes nothing."""
         require_package("orbax", "checkpoint", "checkpoints are written by Orbax")
+        if keep < 1:
+            raise InputError("keep", keep, "give a number of at least 1")
         self._folder, self._keep = Path(folder).resolve(), keep
 
     def rounds(self) -> list[int]:
@@ -204,7 +206,8 @@ class Checkpoints:
                 )
                 raise InputError("checkpoint", folder, remedy)
         restored: State = self._checkpointer.restore(folder, args=ocp.args.StandardRestore(target))
-        key = jax.random.wrap_key_data(restored.server.key)
+        kind = jax.random.key_impl(like.server.key)
+        key = jax.random.wrap_key_data(restored.server.key, impl=kind)
         return restored._replace(server=restored.server._replace(key=key))
 
     def _arrays(self, folder: Path) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class Federation:
         experts = self.layout.experts
         check_range("capacity", given, 0, experts, "the number of experts")
         check_capacity(self.layout, given.tolist())
-        if self.fitness.affinity and self.admission.private:
+        if self.fitness.sketched and self.admission.private:
             remedy = "what it keeps of single updates is not private: give 0"
             raise InputError("fitness.affinity", self.fitness.affinity, remedy)
         self._check_outputs()
@@ -165,7 +165,8 @@ class Federation:
         Raises:
           InputError: an array does not fit; the error names it.
         """
-        self.task.check(arrays, self.outputs[0].shape[1:])
+        outputs, _ = self.outputs
+        self.task.check(arrays, jax.tree.map(lambda x: x.shape[1:], outputs))
 
     @property
     def clients(self) -> int:

@@ -270,7 +270,8 @@ class Tally(NamedTuple):
 class Evaluation(NamedTuple):
     """Test results of the clients' models.
 
-    The arrays are sums, which always exist. The properties are means; an undefined mean is NaN.
+    The arrays are sums, which always exist. The properties are means; an undefined mean is NaN, and
+    so are all means of a client that has never held an expert.
 
     Attributes:
       common: (C, Y) sums of each client's model on the whole test set, by class.
@@ -298,7 +299,8 @@ class Evaluation(NamedTuple):
     @property
     def class_accuracy(self) -> np.ndarray:
         """(C, Y) accuracy on each class; NaN for a class without examples in the test set."""
-        return _ratio(self.common.hits, np.broadcast_to(self.units, np.shape(self.common.loss)))
+        there = np.asarray(self.evaluated)[:, None]
+        return _ratio(self.common.hits, there * np.asarray(self.units))
 
     @property
     def global_accuracy(self) -> np.ndarray:
@@ -313,12 +315,12 @@ class Evaluation(NamedTuple):
     @property
     def personal_accuracy(self) -> np.ndarray:
         """(C,) accuracy on the client's own data; NaN for a client without test data."""
-        return _ratio(self.personal.hits, self.personal_weight)
+        return _ratio(self.personal.hits, self._of_own)
 
     @property
     def personal_loss(self) -> np.ndarray:
         """(C,) mean loss on the client's own data; NaN for a client without test data."""
-        return _ratio(self.personal.loss, self.personal_weight)
+        return _ratio(self.personal.loss, self._of_own)
 
     @property
     def server_accuracy(self) -> float:
@@ -342,7 +344,11 @@ class Evaluation(NamedTuple):
 
     @property
     def _of_each(self) -> np.ndarray:
-        return np.broadcast_to(_total(self.units), np.shape(self.evaluated))
+        return _total(self.units) * np.asarray(self.evaluated)
+
+    @property
+    def _of_own(self) -> np.ndarray:
+        return np.asarray(self.personal_weight) * np.asarray(self.evaluated)
 
     @property
     def _of_anybody(self) -> np.ndarray:

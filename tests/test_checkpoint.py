@@ -96,6 +96,18 @@ def test_every_part_comes_back_bit_for_bit(state, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"4", "5"}
 
 
+def test_keys_of_another_kind_come_back(state, tmp_path):
+    drawn = with_server(state, key=jax.random.key(7, impl="rbg"))
+    checkpoints = saved(tmp_path, drawn, 3)
+    assert_same(checkpoints.restore(drawn).state, after(drawn, 3))
+    checkpoints.close()
+
+
+def test_to_keep_none_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"^keep=0: give a number of at least 1"):
+        Checkpoints(tmp_path, keep=0)
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4

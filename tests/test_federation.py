@@ -10,7 +10,7 @@ from flexmoe_jax.assignment import make_policy
 from flexmoe_jax.client import LocalTraining
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
-from flexmoe_jax.server import Admission, mean, trimmed_mean
+from flexmoe_jax.server import Admission, FitnessOptions, mean, trimmed_mean
 
 LOCAL = LocalTraining(optax.sgd(0.1), balance=0.0)
 
@@ -147,3 +147,32 @@ def test_the_trunk_is_shared_unless_a_part_of_it_is_private(clients):
     assert federate(clients, ownership=models.Ownership(shared_gate=True)).assembles
     both = models.Ownership(("head",), shared_gate=True)
     assert not federate(clients, ownership=both).assembles
+
+
+def test_outputs_may_be_any_tree(clients):
+    """A task of two answers is checked as one of a single array is."""
+    seen = []
+    plain = tasks.classification()
+    task = plain._replace(
+        loss=lambda outputs, batch: plain.loss(outputs["class"], batch),
+        hits=lambda outputs, batch: plain.hits(outputs["class"], batch),
+        adjust=None,
+        check=lambda arrays, shapes: seen.append(shapes),
+    )
+
+    model = functions(clients).model
+
+    def answer_twice(params, features, held):
+        logits, routing = model.head(params, features, held)
+        return {"class": logits, "sum": logits.sum(axis=1, keepdims=True)}, routing
+
+    federation = federate(clients).replace(model=model._replace(head=answer_twice), task=task)
+    federation.check({name: np.asarray(values) for name, values in clients.arrays.items()})
+    assert seen == [{"class": (10,), "sum": (1,)}]
+
+
+def test_what_is_given_beforehand_tells_nothing_of_single_updates(clients):
+    private = Admission(clip=2.0, noise_multiplier=0.5)
+    with pytest.raises(InputError, match=r"^fitness\.affinity=1\.0: .*not private: give 0"):
+        federate(clients, admission=private, fitness=FitnessOptions(affinity=1.0))
+    federate(clients, admission=private, fitness=FitnessOptions(affinity=1.0, profile="given"))

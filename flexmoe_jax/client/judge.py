@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from flexmoe_jax.client.training import add_up
 from flexmoe_jax.tasks import Batch, Task
 from flexmoe_jax.types import Array, PyTree, Tally
 
@@ -37,7 +38,7 @@ class Judge:
 
     def by_class(self, outputs: PyTree) -> Tally:
         """Returns the sums (Y,) by class."""
-        return jax.tree.map(lambda x: x @ self._column, self._of_examples(outputs))
+        return jax.tree.map(lambda x: add_up(x, self._column), self._of_examples(outputs))
 
     def of_rows(self, outputs: PyTree, chosen: Bool[Array, " B"]) -> Tally:
         """Returns the sums () over the examples `chosen` (B,) bool."""
@@ -53,7 +54,7 @@ class Judge:
 
     def units_by_class(self) -> Float[Array, " Y"]:
         """Returns the number of units (Y,) of each class."""
-        return self.units() @ self._column
+        return add_up(self.units(), self._column)
 
     def _of_examples(self, outputs: PyTree) -> Tally:
         """Returns the sums (B,) over the units of each example."""

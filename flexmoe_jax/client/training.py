@@ -372,8 +372,14 @@ def objective(
 def _feedback(selected: Array, losses: Array, hits: Array | None, weight: Array) -> Feedback:
     """Returns the feedback sums (K,) of a layer; a unit routed in parts counts in parts."""
     share = fractions(selected, weight)  # (units, K)
-    correct = jnp.zeros(share.shape[1:], jnp.float32) if hits is None else hits.ravel() @ share
-    return Feedback(share.sum(axis=0), correct, losses.ravel() @ share)
+    right = jnp.zeros(losses.size, jnp.float32) if hits is None else hits.ravel()
+    return Feedback(share.sum(axis=0), add_up(right, share), add_up(losses.ravel(), share))
+
+
+def add_up(values: Array, part: Array) -> Array:
+    """Returns the sums (K,) of values (B,) by the part (B, K) of each that belongs to a column."""
+    # On accelerators the default precision would round the values to 10 bits.
+    return jnp.matmul(values, part, precision=jax.lax.Precision.HIGHEST)
 
 
 def _flat(routing: Routing, weight: Array) -> tuple[Routing, Array]:

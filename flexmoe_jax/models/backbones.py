@@ -7,6 +7,7 @@ group, never by batch, because batch statistics would mix clients' label distrib
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
@@ -253,7 +254,7 @@ def _resnet(widths: Sequence[int], depth: int, groups: int, conv: Convolution) -
     depth = depth or ResNet.depth
     if depth < 8 or (depth - 2) % 6:
         raise InputError("model.depth", depth, "choose 6n+2: 8, 14, 20, 26, 32, ...")
-    groups = groups or min(ResNet.groups, width)
+    groups = groups or math.gcd(ResNet.groups, width)
     _check_groups(groups, (width,))
     return ResNet(depth, width, groups, conv)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -148,7 +149,9 @@ class Gate(nn.Module):
         small, count = nn.initializers.normal(0.02), _stacked(self, "kernel", self.count)
         kernel = _param(self, "kernel", small, self.part, (count, x.shape[-1]))
         bias = _param(self, "bias", nn.initializers.zeros, self.part, (count,))
-        return jnp.einsum("bd,ed->be", x.astype(jnp.float32), kernel) + bias[None]
+        # On accelerators the default would round to 10 bits, and examples would change experts.
+        product = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+        return product("bd,ed->be", x.astype(jnp.float32), kernel) + bias[None]
 
 
 def _param(
@@ -200,7 +203,13 @@ class MoELayer(nn.Module):
     with_router: bool = False
 
     def setup(self) -> None:
-        """Creates the parts, under their names in the parameter tree."""
+        """Creates the parts, under their names in the parameter tree.
+
+        Raises:
+          InputError: `whole` and `context` together.
+        """
+        if self.whole and self.context:
+            raise InputError("context", True, "whole examples have no tokens: give whole=False")
         self.expert = Experts(self.experts, self.hidden)
         self.shared_expert = Experts(self.shared_experts, self.hidden, part="")
         self.gate = Gate(self.experts)

@@ -186,9 +186,17 @@ class Transformer(nn.Module):
         return MLPLayer(self.hidden, parent=None)
 
     def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Returns the features of tokens, before any expert."""
+        """Returns the features of tokens, before any expert.
+
+        Raises:
+          InputError: more tokens than learnt positions.
+        """
         x = self.embedding(tokens)
-        return x if self.positions == "rotary" else x + self.position(jnp.arange(x.shape[1])[None])
+        if self.positions == "rotary":
+            return x
+        if x.shape[1] > self.length:
+            raise InputError("tokens", x.shape[1], f"positions are learnt for up to {self.length}")
+        return x + self.position(jnp.arange(x.shape[1])[None])
 
     def decode(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Returns the logits of the next tokens."""

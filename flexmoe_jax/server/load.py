@@ -37,11 +37,11 @@ def make_load_model(
     """Builds a load model by name.
 
     `clients`: the weight of a holder is 1. `samples`: the weight is the number of examples that the
-    holder trains on in a round. `usage`: the weight is the predicted number of examples that the
+    holder trains on in a round. `usage`: the weight is the predicted number of units that the
     holder routes to the expert: the mean over the rounds in which it held the expert, or an even
-    split before the first. Gates may route differently, so with `usage` the delivered load is the
-    measured usage, not the assigned load: an expert that its holders neglect is owed the
-    difference.
+    split before the first, with as many units per example as the cohort has had so far. Gates may
+    route differently, so with `usage` the delivered load is the measured usage, not the assigned
+    load: an expert that its holders neglect is owed the difference.
 
     Args:
       name: one of `LOAD_MODELS`.
@@ -65,7 +65,9 @@ def make_load_model(
     def usage(cohort: np.ndarray, seen: np.ndarray, rounds: np.ndarray) -> np.ndarray:
         each = np.minimum(top_k, capacity) / np.maximum(capacity, 1)
         even = (examples * each)[cohort, None]
-        return np.where(rounds > 0, seen / np.maximum(rounds, 1), even)
+        expected = (even * rounds).sum()
+        units = seen.sum() / expected if expected else 1.0
+        return np.where(rounds > 0, seen / np.maximum(rounds, 1), units * even)
 
     def holders(slots: Array, examples: Array, usage: Array) -> Array:
         return jnp.broadcast_to(examples[:, None] > 0, slots.shape).astype(usage.dtype)

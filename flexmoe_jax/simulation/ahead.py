@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from flexmoe_jax.compiling import ONCE, USUAL, compiler_options
-from flexmoe_jax.data import ClientData
+from flexmoe_jax.data import About, ClientData
 from flexmoe_jax.simulation.blocks import resolve_block_size
 from flexmoe_jax.simulation.evaluate import TestSet
 from flexmoe_jax.simulation.rounds import Simulation
-from flexmoe_jax.types import Plan, State
+from flexmoe_jax.types import Evaluation, Params, Plan, State
 
 
 def compile_ahead(
@@ -41,7 +41,7 @@ def compile_ahead(
         return simulation
 
     def place(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=data.index.sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=state.server.round.sharding)
 
     init = _jitted(simulation.init).lower(jax.random.key(0))
     state = init.out_info
@@ -56,11 +56,21 @@ def compile_ahead(
         return lambda *arguments: program.result()(*arguments)
 
     run, judge = _jitted(simulation.round), _jitted(simulation.evaluate)
-    ready = simulation._replace(
-        init=start(lambda: init, ONCE),
-        round=start(lambda: run.lower(state, data, plan), USUAL),
-        evaluate=start(lambda: judge.lower(state, test, data.about), USUAL),
-    )
+    initialised = start(lambda: init, ONCE)
+    rounds = start(lambda: run.lower(state, data, plan), USUAL)
+    judged = start(lambda: judge.lower(state, test, data.about), USUAL)
+
+    def evaluate(
+        state: State, test: TestSet, about: About, models: Params | None = None
+    ) -> Evaluation:
+        found: Evaluation = (
+            judged(state, test, about)
+            if models is None
+            else simulation.evaluate(state, test, about, models)
+        )
+        return found
+
+    ready = simulation._replace(init=initialised, round=rounds, evaluate=evaluate)
     tracer.shutdown(wait=False)
     compiler.shutdown(wait=False)
     return ready

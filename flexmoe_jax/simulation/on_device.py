@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flexmoe_jax.assignment import NamedPolicy, Policy, dual_assign
@@ -160,7 +161,7 @@ def _flex_options(policy: Policy) -> AssignmentOptions:
     terms = {name: getattr(options, name) for name in ("holders_min", "balance", "diversity")}
     terms |= {"movement": options.movement, "share": policy.options["share"]}
     for name, value in terms.items():
-        if value not in (None, 0):
+        if value is not None and np.any(value):
             raise InputError(f"assignment.{name}", value, "not on the device")
     return options
 

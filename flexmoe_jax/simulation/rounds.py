@@ -294,7 +294,7 @@ def _plan(
     if len(assignment) != len(cohort):
         remedy = f"give the solutions of this cohort, of {len(cohort)} clients"
         raise InputError("solutions", f"for {len(assignment)} clients", remedy)
-    room = floor.rows or len(cohort)
+    room = max(floor.rows, len(cohort), 1)
     tampering = Tampering() if arrival is None else Tampering(arrival.tamper, arrival.noise)
     if arrival is not None:
         planned = np.floor(arrival.work * planned + 1e-9).astype(np.int32)

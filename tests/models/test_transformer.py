@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexmoe_jax.models import Dense
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.models import Dense, MoELayer, Transformer
 from flexmoe_jax.models.transformer import rotate
 
 RNG = np.random.default_rng(0)
@@ -44,3 +45,14 @@ def test_a_dense_layer_has_the_gradients_of_its_product(shape, features):
     out, back = jax.vjp(apply, kernel, x)
     expected, plain = jax.vjp(lambda kernel, x: jnp.tensordot(x, kernel, 1), kernel, x)
     chex.assert_trees_all_close((out, back(dy)), (expected, plain(dy)), atol=1e-4, rtol=1e-5)
+
+
+def test_texts_longer_than_learnt_positions_are_refused():
+    module = Transformer(experts=0, depth=1, width=8, heads=1, positions="learnt", length=4)
+    with pytest.raises(InputError, match=r"^tokens=5: positions are learnt for up to 4"):
+        module.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
+
+
+def test_a_whole_example_has_no_tokens_to_see():
+    with pytest.raises(InputError, match=r"^context=True: "):
+        MoELayer(2, whole=True, context=True).init(jax.random.key(0), jnp.zeros((1, 5, 8)))

@@ -19,16 +19,19 @@ def test_clients_and_samples():
 
 
 def test_usage_by_hand():
-    # Client 0 held expert 1 twice and routed 30 examples to it in all: 15 a round. What it never
-    # held is predicted at an even split of its 40 examples over k = 2: 20.
-    usage, rounds = np.array([[0, 30.0, 0, 0]]), np.array([[0, 2, 0, 0]])
+    # Client 0 held experts 0 and 1 twice, and routed 50 and 30 examples to them in all: 25 and 15 a
+    # round. What it never held is predicted at an even split of its 40 examples over k = 2: 20.
+    usage, rounds = np.array([[50, 30.0, 0, 0]]), np.array([[2, 2, 0, 0]])
     cohort, examples, capacity = np.array([0]), np.full(7, 40), np.full(7, 2)
     model = make_load_model("usage", examples, capacity)
-    assert model.weigh(cohort, usage, rounds).tolist() == [[20, 15, 20, 20]]
+    assert model.weigh(cohort, usage, rounds).tolist() == [[25, 15, 20, 20]]
+    # Texts of ten tokens: an even split counts tokens, too.
+    assert model.weigh(cohort, 10 * usage, rounds).tolist() == [[250, 150, 200, 200]]
     # With two experts an example, both of the two get all 40; with three, too.
+    usage = np.array([[80.0, 80, 0, 0]])
     for top_k in (2, 3):
         model = make_load_model("usage", examples, capacity, top_k)
-        assert model.weigh(cohort, usage, rounds).tolist() == [[40, 15, 40, 40]]
+        assert model.weigh(cohort, usage, rounds).tolist() == [[40, 40, 40, 40]]
 
 
 def test_unknown_model_is_refused():

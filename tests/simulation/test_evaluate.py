@@ -120,6 +120,10 @@ def test_against_a_plain_loop(make_simulation, clients, test_arrays, choices):
     assert found.server_accuracy == pytest.approx(hit.mean(), abs=1e-6)
     assert found.server_loss == pytest.approx(loss.mean(), rel=1e-5)
     assert found.evaluated.tolist() == [True] * 6 + [False]
+    # The last client has never held an expert, so that it has no model.
+    for of_client in (found.global_accuracy, found.global_loss, found.personal_loss):
+        assert np.isnan(of_client).tolist() == [False] * 6 + [True]
+    assert np.isnan(found.class_accuracy[6]).all()
     figures = evaluation_figures(found)
     assert figures["eval/clients"] == figures["eval/personal_clients"] == 6
     assert figures["eval/personal_accuracy_p10"] == pytest.approx(np.percentile(accuracies, 10))

@@ -208,6 +208,7 @@ def test_what_the_device_would_leave_out_is_refused(make_simulation):
         (make_policy("random"), r"assignment\.policy=random: "),
         (lambda request: None, r"assignment\.policy=a function of the host: "),
         (make_policy("flex", diversity=2.0), r"assignment\.diversity=2\.0: "),
+        (make_policy("flex", share=np.full(EXPERTS, 0.25)), r"assignment\.share=.*: not on the"),
     ):
         with pytest.raises(InputError, match=line):
             run_on_device(make_simulation(policy=policy), 2)

@@ -356,6 +356,21 @@ def test_compiled_ahead_it_is_the_same_simulation(simulated, clients, digits):
         for each, state in zip(both, states, strict=True)
     ]
     chex.assert_trees_all_close(*found, atol=0.011, rtol=1e-4)
+    # Also of other models than those that clients hold, and with data on the host.
+    models = simulated.tune(states[0], clients)
+    tuned = [each.evaluate(states[0], test, clients.about, models) for each in both]
+    chex.assert_trees_all_equal(*map(jax.device_get, tuned))
+    simulation.compile_ahead(simulated, jax.device_get(clients), test, per_round=7)
+
+
+def test_cohorts_may_be_larger_than_planned_for_or_empty(make_simulation, clients):
+    simulated = make_simulation(rows=2, block_size=6)
+    state, everybody, nobody = simulated.init(jax.random.key(0)), np.arange(7), np.zeros(0, int)
+    plan = simulated.plan(everybody, simulated.assign(state, everybody))
+    state, report = simulated.round(state, clients, plan)
+    assert (np.asarray(report.examples) > 0).sum() == 7
+    plan = make_simulation().plan(nobody, simulated.assign(state, nobody))
+    assert not np.asarray(plan.steps).any()
 
 
 def test_what_is_private_never_meets_another_client(make_simulation, clients):
