@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Listener
@@ -12,6 +13,10 @@ from typing import NamedTuple, Protocol
 from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
+
+from flexmoe_jax.errors import printable
+
+_LOG = logging.getLogger(__name__)
 
 
 class LostError(ConnectionError):
@@ -191,8 +196,9 @@ def answer_calls(path: Path, answer: Answer) -> Listener:
             with line:
                 try:
                     line.send_bytes(to_bytes(answer(from_bytes(line.recv_bytes()))))
-                except (EOFError, OSError):
-                    continue  # Flower's process has ended; the server asks again.
+                except Exception as error:  # Flower reports it, and the server asks again.
+                    why = printable(f"{type(error).__name__}: {error}", 200)
+                    _LOG.warning("a message was not answered: %s", why)
 
     threading.Thread(target=serve, daemon=True).start()
     return listener

@@ -273,9 +273,7 @@ class Post:
         there = {self._number_of(node): node for node in sorted(self._ready)}
         wanted = [number for number in orders if number in there and number not in under_way]
         messages = [(there[n], kind, n, orders[n].content) for n in wanted]
-        if messages:
-            self._send(kind, group, messages)
-        for number in wanted:
+        for number in self._send(kind, group, messages) if messages else ():
             self.standing[self._names[there[number]]].asked += 1
 
     def _number_of(self, node: int) -> int:
@@ -283,11 +281,16 @@ class Post:
 
     def _send(
         self, kind: str, group: str, messages: list[tuple[int, str, int, RecordDict]]
-    ) -> None:
+    ) -> list[int]:
+        """Send messages; return the clients' numbers of those that the carrier has taken."""
         ids = self._carrier.push(kind, group, [(node, what) for node, _, _, what in messages])
-        for name, (node, purpose, number, _) in zip(ids, messages, strict=True):
-            if name:
-                self._sent[name] = _Sent(node, purpose, number)
+        sent = {
+            name: _Sent(node, purpose, number)
+            for name, (node, purpose, number, _) in zip(ids, messages, strict=True)
+            if name
+        }
+        self._sent |= sent
+        return [one.number for one in sent.values()]
 
     def _collect(
         self, orders: dict[int, Order], tries: dict[int, int]

@@ -69,11 +69,15 @@ def _push(grid: Grid, line: Connection, wish: dict) -> None:
     _tell(line, list(grid.push_messages(messages)))
 
 
+def _error(message: Message) -> str | None:
+    """Return why there is no answer; None if there is one. Flower gives a code, if no reason."""
+    if not message.has_error():
+        return None
+    return message.error.reason or f"error {message.error.code}"
+
+
 def _pull(grid: Grid, line: Connection, wish: dict) -> None:
     found = list(grid.pull_messages(wish["ids"])) if wish["ids"] else []
-    heads = [
-        [m.metadata.reply_to_message_id, m.error.reason if m.has_error() else None] for m in found
-    ]
-    _tell(line, heads)
+    _tell(line, [[m.metadata.reply_to_message_id, _error(m)] for m in found])
     for message in found:
         line.send_bytes(b"" if message.has_error() else _bytes(message.content))
