@@ -10,12 +10,15 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from experiments.muster import bind_address
 from experiments.program import Program
 from flexmoe_jax.data.cache import default_folder
 from flexmoe_jax.errors import InputError
 
+# The fields that name what a run reads.
+_READ = ("data.name", "edge.tiers", "edge.availability")
 _PLATFORM = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
 # A peer whose machine fails sends no message; JAX's default limit is 100 s.
 _HEARTBEAT_SECONDS = 30
@@ -72,25 +75,35 @@ def _join(program: Program) -> None:
         raise InputError("--coordinator", program.coordinator, remedy) from error
 
 
-def require_same_inputs(inputs: Mapping[str, str]) -> None:
-    """Rejects a run whose processes read different data.
+def require_same_inputs(config: ConfigDict, inputs: Mapping[str, str]) -> None:
+    """Rejects a run whose processes read different data or different files of the user.
 
     Args:
-      inputs: hashes of the data that this process reads.
+      config: the config of the run.
+      inputs: hashes of what this process reads, as in inputs.json.
 
     Raises:
-      InputError: naming a process whose data differ from those of process 0; all processes raise
-        the same error.
+      InputError: naming a field and a process for which its content differs from that for process
+        0; all processes raise the same error.
     """
     if jax.process_count() == 1:
         return
-    text = json.dumps(inputs, sort_keys=True).encode()
-    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint32)
-    digests = multihost_utils.process_allgather(digest)
-    others = np.flatnonzero((digests != digests[0]).any(axis=1))
-    if others.size:
-        remedy = f"holds other data for process {others[0]} than for process 0"
-        raise InputError("data.dir", "", remedy)
+    hashes: dict[str, dict[str, str]] = {field: {} for field in _READ}
+    for name, value in inputs.items():
+        hashes["data.name" if name.startswith("data.") else name][name] = value
+    ours = np.stack([_digest(of_field) for of_field in hashes.values()])
+    digests = multihost_utils.process_allgather(ours)  # (processes, fields, 8)
+    differs = (digests != digests[0]).any(axis=2)
+    for field, processes in zip(_READ, differs.T, strict=True):
+        if processes.any():
+            group, name = field.split(".")
+            remedy = f"is not the same for process {processes.argmax()} as for process 0"
+            raise InputError(field, config[group][name], remedy)
+
+
+def _digest(hashes: Mapping[str, str]) -> np.ndarray:
+    text = json.dumps(hashes, sort_keys=True).encode()
+    return np.frombuffer(hashlib.sha256(text).digest(), np.uint32)
 
 
 def _require_platform() -> None:

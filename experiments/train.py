@@ -70,7 +70,7 @@ def train(
     begin -= workdir.seconds()
     way = way or SIMULATED
     experiment = way.build(config)
-    require_same_inputs(experiment.inputs)
+    require_same_inputs(config, experiment.inputs)
     notes = (*experiment.notes, *workdir.check_inputs(config, experiment.inputs))
     wanted = config.tensorboard and workdir.writes
     tensorboard = TensorBoard(workdir.path / "tensorboard" if wanted else None)

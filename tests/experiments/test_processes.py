@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import devices
+from experiments.configs import digits
 from flexmoe_jax.errors import InputError
 from tests.experiments.test_muster import free_port
 from tests.experiments.test_train import ROOT, SMALL, command, rows
@@ -189,7 +190,11 @@ def test_processes_that_read_different_data_are_refused(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(devices.jax, "process_count", lambda: 2)
     monkeypatch.setattr(devices.multihost_utils, "process_allgather", gather)
+    config = digits.get_config()
+    config.edge.tiers = "t.toml"
     for _ in range(2):
-        devices.require_same_inputs({"data.train": "a1", "edge.tiers": "b"})
-    with pytest.raises(InputError, match="other data for process 2 than for process 0"):
-        devices.require_same_inputs({"data.train": "a2", "edge.tiers": "b"})
+        devices.require_same_inputs(config, {"data.train": "a1", "edge.tiers": "b1"})
+    for train, tiers, line in (("a2", "b1", "data.name=digits"), ("a1", "b2", "edge.tiers=t.toml")):
+        with pytest.raises(InputError, match=f"{line}: is not the same for process 2 as for"):
+            devices.require_same_inputs(config, {"data.train": train, "edge.tiers": tiers})
+        gathered.pop()
