@@ -80,7 +80,7 @@ def _traffic(
 ) -> simulation.Traffic:
     """Computes the bytes sent to newcomers to probe experts, and then to hold some of them.
 
-    With a shortlist, a newcomer downloads only the experts on it and those it is assigned.
+    With a shortlist of some experts, a newcomer downloads only these and those it is assigned.
 
     Args:
       federation: the federation of the clients that train.
@@ -90,12 +90,13 @@ def _traffic(
       solutions: the assignment of each layer group.
     """
     everything = simulation.probe_traffic(federation, fitness.shape[1])
-    if not shortlist:
+    experts = fitness.shape[2]
+    if shortlist in (0, experts):
         return everything
     asked = fitness > fitness.min(axis=(0, 2), keepdims=True) + 0.5
     sent = asked | np.stack([solution.assignment for solution in solutions])
     down = simulation.traffic(sent.swapaxes(0, 1), simulation.payloads(federation)).down
-    up = everything.up * (shortlist / fitness.shape[2])
+    up = everything.up * (shortlist / experts)
     return everything._replace(down=down, up=up.astype(np.int64))
 
 

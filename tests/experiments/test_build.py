@@ -56,6 +56,21 @@ def measurements(path, owners: int) -> ConfigDict:
     return config
 
 
+def test_a_shortlist_of_all_experts_costs_newcomers_as_much_as_none(tmp_path):
+    config = measurements(tmp_path / "mine.npz", owners=5)
+    fields = {"rounds": 1, "clients.newcomers": 2, "clients.capacity": 2, "model.router": True}
+    config.update_from_flattened_dict(fields)
+    sent = []
+    for shortlist in (0, config.model.experts, 2):
+        config.clients.shortlist = shortlist
+        workdir = Workdir(tmp_path / str(shortlist))
+        assert train(config, workdir) == "finished"
+        (row,) = workdir.read()
+        sent.append([row[f"comm/newcomer_bytes_{way}"] for way in ("down", "up")])
+    assert sent[0] == sent[1]
+    assert all(np.less(sent[2], sent[0]))
+
+
 def test_ones_own_features_and_clients_are_trained_on(tmp_path):
     config = measurements(tmp_path / "mine.npz", owners=5)
     assert train(config, Workdir(tmp_path / "run")) == "finished"
