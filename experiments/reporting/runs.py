@@ -220,8 +220,9 @@ def different_data(runs: Mapping[str, Run]) -> list[str]:
     groups: dict[str, dict[str, list[str]]] = {}
     for name, run in runs.items():
         asked = {f: v for f, v in run.config.items() if f.startswith("data.") and not incidental(f)}
-        # The name of the file alone: its folder does not matter.
-        asked["data.name"] = json_text(asked.get("data.name", "")).rpartition(os.sep)[2]
+        asked["data.name"] = data = json_text(asked.get("data.name", ""))
+        if data.endswith(".npz"):  # The folder of a user's file does not matter.
+            asked["data.name"] = os.path.basename(data)
         if run.data:
             read = groups.setdefault(json.dumps(asked, sort_keys=True), {})
             read.setdefault(run.data, []).append(name)

@@ -12,6 +12,7 @@ import random
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,14 @@ def test_other_data_under_one_name_are_said(copied):
         (copied / name / "arrays.npz").unlink()
     pair = Page(write_report([copied / first, copied / last]))
     assert f"{said} seed 0; of seed 1 differ." in pair.text
+    # A TFDS data set is known by its whole name, a file by its own without that of its folder.
+    runs = {name: read_run(copied / name) for name in (first, last)}
+    for here, there, warnings in (("digits", "emnist/digits", 0), ("a/x.npz", "b/x.npz", 1)):
+        asked = {
+            name: replace(run, config={**run.config, "data.name": of})
+            for (name, run), of in zip(runs.items(), (here, there), strict=True)
+        }
+        assert len(different_data(asked)) == warnings
     # Those that have another limit, or do not say, are no others.
     (copied / last / "inputs.json").unlink()
     runs = {name: read_run(copied / name) for name in (first, last)}
