@@ -117,13 +117,14 @@ def _table(sheet: Sheet) -> str:
         kind = "" if index < sheet.words else ' class="n"'
         return f"<{tag}{kind}>{escape(text)}</{tag}>"
 
+    title = sheet.title.rpartition(": ")[2]
     head = "".join(cell(text, "th", i) for i, text in enumerate(sheet.heads))
     body = "".join(
         "<tr>" + "".join(cell(text, "td", i) for i, text in enumerate(row)) + "</tr>"
         for row in sheet.rows
     )
     return (
-        f'<h3>{escape(sheet.title.rpartition(": ")[2].capitalize())}</h3><div class="scroll">'
+        f'<h3>{escape(title[:1].upper() + title[1:])}</h3><div class="scroll">'
         f"<table><caption>{escape(sheet.note)}</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )

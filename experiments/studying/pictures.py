@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -81,19 +82,19 @@ def along_axis(
 
     Args:
       axis: name of the axis.
-      names: names on it, in order; one that is no number is not joined to the name before it.
+      names: names on it, in order; one that is no number is not joined to its neighbours.
       rows: method to name to row.
       drawn: method to its pen.
     """
-    # A NaN before each name that is no number interrupts the line there.
-    x = np.array([p for i, name in enumerate(names) for p in _gap(i, name)], dtype=float)
+    places = axis_places(names)
 
     def line(found: Mapping[str, Row], word: str, pen: Pen) -> Line:
-        values: list[list[float]] = []
-        for name in names:
-            seeds = found[name].values(f"{word}/final") if name in found else []
-            values += [[]] * (len(_gap(0, name)) - 1) + [seeds]
-        return _line(x, values, pen)
+        seeds = {
+            float(i): found[name].values(f"{word}/final")
+            for i, name in enumerate(names)
+            if name in found
+        }
+        return _line(places, [seeds.get(place, []) for place in places.tolist()], pen)
 
     panels = [
         Panel(
@@ -113,6 +114,16 @@ def along_axis(
         "from the lowest seed to the highest. Higher is better; one scale for all.",
         Grid(shared=True, height=max(HEIGHT, 0.9 + ink.LABEL_GAP * len(rows))),
     )
+
+
+def axis_places(names: Sequence[str]) -> Floats:
+    """Returns the places of names on an axis, 0, 1, ..., and of the breaks of a line between them.
+
+    A line breaks halfway between two names unless both are numbers.
+    """
+    numeric = [name.replace(".", "", 1).isdecimal() for name in names]
+    breaks = [i + 0.5 for i, both in enumerate(pairwise(numeric)) if not all(both)]
+    return np.sort(np.array([*range(len(names)), *breaks], dtype=float))
 
 
 def balance_bars(rows: Sequence[Row]) -> Picture | None:
@@ -165,18 +176,16 @@ def balance_bars(rows: Sequence[Row]) -> Picture | None:
 
 def trade_off(rows: Sequence[Row], drawn: Mapping[str, Pen]) -> Picture | None:
     """Draws final global against personal accuracy: a letter per method, a dot per seed."""
-    rows = [row for row in rows if row.values("personal/final") and row.values("global/final")]
-    if not rows:
+    found = [(drawn[row.method], row.points("personal/final", "global/final")) for row in rows]
+    clouds = [(pen, np.array(points)) for pen, points in found if points]
+    if not clouds:
         return None
-    clouds = [
-        np.array([row.values("personal/final"), row.values("global/final")]).T for row in rows
-    ]
     inches = (HALF, 3.5)
     width, height = HALF - 0.75, 2.55
 
     def paint(figure: Figure) -> None:
         axes = ink.axes_at(figure, 0.55, 0.38, width, height)
-        points = np.concatenate(clouds)
+        points = np.concatenate([cloud for _, cloud in clouds])
         room = np.maximum(0.14 * np.ptp(points, axis=0), 0.005)
         low, high = points.min(axis=0) - room, points.max(axis=0) + room
         axes.set_xlim(low[0], high[0])
@@ -188,10 +197,9 @@ def trade_off(rows: Sequence[Row], drawn: Mapping[str, Pen]) -> Picture | None:
             side.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
             side.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.6g}"))
         scale = np.array([width, height]) / (high - low)
-        means = np.array([cloud.mean(axis=0) for cloud in clouds])
+        means = np.array([cloud.mean(axis=0) for _, cloud in clouds])
         labels = place_labels((means - low) * scale, (width, height)) / scale + low
-        for row, cloud, mean, label in zip(rows, clouds, means, labels, strict=True):
-            pen = drawn[row.method]
+        for (pen, cloud), mean, label in zip(clouds, means, labels, strict=True):
             axes.plot(*cloud.T, "o", color=pen.colour, ms=2.4, mew=0, alpha=0.45)
             axes.plot(*mean, "o", color=pen.colour, ms=5, mew=0)
             axes.annotate(
@@ -296,11 +304,6 @@ def _crowd(places: Floats, others: Floats, distance: float) -> Floats:
     """Counts for each place the others that are closer than `distance`."""
     apart = np.linalg.norm(places[:, None] - others[None], axis=2)
     return (apart < distance).sum(axis=1).astype(float)
-
-
-def _gap(place: int, name: str) -> list[float]:
-    numeric = name.replace(".", "", 1).isdecimal()
-    return [float(place)] if numeric else [place - 0.5, float(place)]
 
 
 def _line(x: Floats, values: Sequence[Sequence[float]], pen: Pen) -> Line:

@@ -33,7 +33,15 @@ class Row:
 
     def values(self, key: str) -> list[float]:
         """Returns the quantity `key` for all seeds that have it."""
-        return [found[key] for found in self.seeds.values() if key in found]
+        return [value for (value,) in self.points(key)]
+
+    def points(self, *keys: str) -> list[tuple[float, ...]]:
+        """Returns several quantities together, for all seeds that have every one of them."""
+        return [
+            tuple(found[key] for key in keys)
+            for found in self.seeds.values()
+            if all(key in found for key in keys)
+        ]
 
     def against(self, reference: Row, key: str) -> Difference:
         """Compares this row with the reference: this minus the reference, over common seeds."""

@@ -20,11 +20,13 @@ from scipy.stats import t, ttest_rel
 
 from experiments.configs import digits
 from experiments.report import write_report
-from experiments.reporting.quantities import MINUS, NOTHING
+from experiments.reporting.curves import pens
+from experiments.reporting.quantities import MINUS, NATS, NOTHING
 from experiments.reporting.runs import read_run
 from experiments.studying.formats import latex, latex_text, markdown
-from experiments.studying.pictures import LABEL, place_labels
+from experiments.studying.pictures import LABEL, axis_places, place_labels, trade_off
 from experiments.studying.results import figures, read_results
+from experiments.studying.rows import Row
 from experiments.studying.sheets import Sheet, sheets
 from experiments.studying.standing import write_record
 from experiments.studying.statistics import estimate, paired_difference
@@ -340,7 +342,7 @@ def test_a_folder_without_a_study(tmp_path):
 
 @pytest.mark.parametrize("axis", [{}, {"capacity": {"1": {}, "1-4": {}}}])
 def test_the_page_of_a_study_has_every_picture(tmp_path, axis):
-    study = make_study(methods={"flex": {}} if axis else {"flex": {}, "full": {}}, variants=axis)
+    study = make_study(methods={"flex": {}} if axis else {"FedAvg": {}, "full": {}}, variants=axis)
     write_record(study, tmp_path)
     for trial in study.trials()[:-1]:
         write_run(tmp_path / trial.name, [0.5, 0.6 + 0.01 * trial.seed])
@@ -350,8 +352,31 @@ def test_the_page_of_a_study_has_every_picture(tmp_path, axis):
     assert f"{len(study.trials()) - 1} of {len(study.trials())} runs finished" in page.text
     assert "Not finished: " + study.trials()[-1].name in page.text
     assert "± 95 % interval" in page.text
+    assert "<h3>Difference from FedAvg</h3>" in page.source or axis
     assert all(image["alt"] for image in page.images)
     assert write_report([tmp_path]).read_text() == page.source
+
+
+def test_a_seed_without_one_of_two_quantities_is_no_point():
+    personal, global_ = "personal/final", "global/final"
+    seeds = {0: {personal: 0.1}, 1: {global_: 0.2}, 2: {personal: 0.3, global_: 0.4}, 3: {}}
+    rows = [
+        Row(("digits", "iid"), (), "flex", len(some), some, NATS)
+        for some in (seeds, seeds | {3: seeds[0]}, {seed: seeds[seed] for seed in (0, 1)})
+    ]
+    assert [row.points(personal, global_) for row in rows] == [[(0.3, 0.4)], [(0.3, 0.4)], []]
+    assert rows[0].values(personal) == [0.1, 0.3]
+    one, other, nothing = (trade_off([row], {"flex": pens(1)[0]}) for row in rows)
+    assert one is not None
+    assert other is not None
+    assert one.source == other.source
+    assert nothing is None
+
+
+def test_a_line_along_an_axis_joins_only_numbers():
+    assert axis_places(["1", "2.5", "4"]).tolist() == [0, 1, 2]
+    assert axis_places(["1", "2", "all", "4", "8"]).tolist() == [0, 1, 1.5, 2, 2.5, 3, 4]
+    assert axis_places(["1", "1-4"]).tolist() == [0, 0.5, 1]
 
 
 @given(st.lists(st.tuples(st.floats(0.2, 3.8), st.floats(0.2, 2.3)), min_size=1, max_size=5))
