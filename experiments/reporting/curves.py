@@ -256,8 +256,10 @@ def smoothing_remark(runs: Sequence[Run]) -> str:
     longest = max((run.rounds for run in runs), default=0)
     if longest <= SMOOTH_FROM:
         return ""
-    mean = f"running mean over {_window(longest)} rounds"
-    return f"; pale each round, strong the {mean}" if len(runs) == 1 else f"; lines show the {mean}"
+    mean = "the running mean over a fortieth of them"
+    if len(runs) == 1:
+        return f"; of more than {SMOOTH_FROM} rounds, pale each, strong {mean}"
+    return f"; a line over more than {SMOOTH_FROM} single rounds is {mean}"
 
 
 def calm(x: Floats, y: Floats) -> tuple[Floats, Floats]:

@@ -170,7 +170,7 @@ def _labels(run: Run, order: Order) -> Picture | None:
         for i, (name, values, colour) in enumerate(strips):
             below = ink.axes_at(figure, LEFT, top + i * (strip + between), INNER, strip)
             _per_client(below, name, values, colour)
-        client_axis(below, order, classes, each)
+        client_axis(below, order, classes, run.kind, each)
 
     held = ""
     if capacity is not None:
@@ -239,7 +239,9 @@ def _specialisation(run: Run) -> Picture | None:
     kinds = [str(kind) for kind in run.arrays.get("classes", ())]
     if usage is None or counts is None or not np.nansum(usage) or not 1 < len(kinds) <= MOST_KINDS:
         return None
-    served = shares(shares(counts).T @ np.nan_to_num(usage.astype(float)))  # (kinds, experts)
+    # A client without examples has no shares, and one without usage sent nothing.
+    mix, sent = np.nan_to_num(shares(counts)), np.nan_to_num(usage.astype(float))
+    served = shares(mix.T @ sent)  # (kinds, experts)
     # Experts are sorted by the kind that they serve most: specialisation shows as a diagonal.
     rows = np.lexsort((-served.max(axis=0), served.argmax(axis=0)))
     cells = served.T[rows]
@@ -342,7 +344,7 @@ def _client_maps(
                     columns, rows, s=15, color="white", edgecolors=INK, linewidths=0.7, zorder=3
                 )
             if i == len(panels) - 1:
-                client_axis(axes, order, classes, each)
+                client_axis(axes, order, classes, run.kind, each)
 
     return Picture(
         name=name,

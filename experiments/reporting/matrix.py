@@ -74,8 +74,11 @@ def row_labels(axes: Axes, labels: Sequence[str], height: float) -> None:
     axes.set_yticks(kept, [cut(labels[i], LEFT - 0.12) for i in kept])
 
 
-def client_axis(axes: Axes, order: Order, classes: Sequence[str], each: int) -> None:
-    """Labels the x axis with client numbers or, for many clients, with their groups by label."""
+def client_axis(axes: Axes, order: Order, classes: Sequence[str], kind: str, each: int) -> None:
+    """Labels the x axis with client numbers or, for many clients, with their groups by class.
+
+    `kind` is what the classes are, as in `Run.kind`; a column is the mean of `each` clients.
+    """
     clients = len(order.clients)
     scale = INNER / clients
     merged = "" if each == 1 else f"; a column is the mean of {each}"
@@ -94,7 +97,7 @@ def client_axis(axes: Axes, order: Order, classes: Sequence[str], each: int) -> 
     axes.tick_params(axis="x", which="minor", length=4, color=MUTED)
     axes.set_xticks([centres[i] for i in kept], [names[i] for i in kept])
     axes.tick_params(axis="x", which="major", length=0, pad=7)
-    axes.set_xlabel(f"{count(clients)} clients, grouped by most frequent label{merged}")
+    axes.set_xlabel(f"{count(clients)} clients, grouped by most frequent {kind}{merged}")
 
 
 def colour_bar(figure: Figure, left: float, height: float, scale: Scale, top: float = TOP) -> None:

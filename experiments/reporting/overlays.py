@@ -29,6 +29,7 @@ _LETTERS = "Each line is a run, drawn and lettered as in the list above"
 def overlay_pictures(runs: Sequence[Run]) -> list[Picture]:
     """Draws the curves of several runs together, in the order and with the letters of `pens`."""
     told_in = common_unit(runs)
+    one_scale = f"all panels share one scale{smoothing_remark(runs)}."
     made = [
         draw_panels(
             "accuracy",
@@ -37,7 +38,7 @@ def overlay_pictures(runs: Sequence[Run]) -> list[Picture]:
                 _panel(runs, key, f"{word.capitalize()} accuracy, %", "percent")
                 for key, word, _ in (*ACCURACIES, NEWCOMERS)
             ],
-            f"{_LETTERS}; higher is better, and all panels share one scale.",
+            f"{_LETTERS}; higher is better, and {one_scale}",
             Grid(shared=True),
         ),
         draw_panels(
@@ -47,7 +48,7 @@ def overlay_pictures(runs: Sequence[Run]) -> list[Picture]:
                 _loss(runs, key, f"{word.capitalize()} loss", told_in)
                 for key, word, _ in (*LOSSES, NEWCOMERS_LOSS)
             ],
-            f"{_LETTERS}; lower is better, and all panels share one scale.",
+            f"{_LETTERS}; lower is better, and {one_scale}",
             Grid(shared=True),
         ),
         _balance(runs),

@@ -55,7 +55,7 @@ def ratio(value: float) -> str:
     if value and abs(value) < 1e-4:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}{TIMES}10{_superscript(int(exponent))}"
-    return f"{value:.3g}" if abs(value) < 1000 else count(value)
+    return f"{value:.3g}" if abs(_rounded(value)) < 1000 else count(value)
 
 
 def count(value: float) -> str:
@@ -94,17 +94,17 @@ def power_of_ten(largest: float) -> tuple[float, str]:
 
 def size(value: float) -> str:
     """Formats a number of bytes in decimal units."""
-    factor, unit = byte_unit(value)
-    return f"{value / factor:.3g}{NBSP}{unit}"
+    factor, unit = byte_unit(_rounded(value))
+    return f"{ratio(value / factor)}{NBSP}{unit}"
 
 
 def duration(value: float) -> str:
     """Formats a number of seconds in milliseconds, seconds, minutes or hours."""
     if not math.isfinite(value):
         return _not_finite(value)
-    if value < 1:
+    if _rounded(value) < 1:
         return f"{1000 * value:.3g}{NBSP}ms"
-    if value < 120:
+    if _rounded(value) < 120:
         return f"{value:.3g}{NBSP}s"
     minutes, seconds = divmod(round(value), 60)
     if minutes < 120:
@@ -193,6 +193,11 @@ def show(key: str, value: float | None, unit: LossUnit = UNNAMED) -> str:
     else:
         text = QUANTITIES[key].format(value) if key in QUANTITIES else f"{value:,.6g}"
     return text.replace("-", MINUS)
+
+
+def _rounded(value: float) -> float:
+    """Rounds to three significant digits: 999.6 is shown as 1,000, in the unit of 1,000."""
+    return float(f"{value:.3g}")
 
 
 def _not_finite(value: float) -> str:

@@ -103,7 +103,12 @@ def comparison(runs: Sequence[Run], names: Sequence[str], letters: Sequence[str]
         if key not in FURTHER or any(value is not None for value in finals[key])
     ]
     columns = [finals[key] for key, _ in compared]
-    leaders = [_leader(key, values) for (key, _), values in zip(compared, columns, strict=True)]
+    # Losses of different tasks have different units: none of them is the best.
+    one_task = len({run.task for run in runs}) == 1
+    leaders = [
+        _leader(key, finals[key]) if one_task or not quantities.is_loss(key) else None
+        for key, _ in compared
+    ]
     rows = []
     for i, run in enumerate(runs):
         cells = [

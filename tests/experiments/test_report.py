@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from experiments.report import default_out, write_report
 from experiments.reporting.ink import spread, thin
+from experiments.reporting.maps import client_pictures
 from experiments.reporting.orders import by_clients, by_label, pool
 from experiments.reporting.quantities import NBSP, QUANTITIES, duration, ratio, show, size
 from experiments.reporting.runs import differing_fields, name_runs, read_run
@@ -219,6 +220,10 @@ def test_losses_of_text_are_told_in_bits_a_byte(tmp_path: Path) -> None:
     run = make_workdir(tmp_path / "numbers", {"task": {"name": "regression"}})
     assert "Personal loss 0.25 0.25 6" in Page(write_report([run])).text
     both = Page(write_report([run, twins[0]]))
+    # Both recorded 0.25, of which neither is the best.
+    assert f'<td class="n top">0.361{NBSP}bits' in Page(write_report(twins)).source
+    assert '<td class="n top">0.25</td>' not in both.source
+    assert f'<td class="n top">0.361{NBSP}bits' not in both.source
     assert ">Personal loss, as recorded</text>" in svg_of(both.images[1])
 
 
@@ -388,6 +393,20 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert all(f">{letter}</text>" in ends for letter in "ABC")
 
 
+def test_a_client_without_examples_leaves_the_others_in_the_picture(tmp_path: Path) -> None:
+    path, drawn = make_workdir(tmp_path / "run"), []
+    with np.load(path / "arrays.npz") as file:
+        arrays = dict(file)
+    # Without usage it makes no difference which examples it has.
+    arrays["usage"][0] = 0
+    for examples in (5, 0):
+        arrays["label_counts"][0] = examples
+        np.savez(path / "arrays.npz", **arrays)
+        pictures = {picture.name: picture.source for picture in client_pictures(read_run(path))}
+        drawn.append(pictures["specialisation"])
+    assert drawn[0] == drawn[1]
+
+
 def test_names_tell_runs_apart(tmp_path: Path) -> None:
     same = [read_run(make_workdir(tmp_path / name / "run")) for name in ("x", "y")]
     assert differing_fields(same) == []
@@ -414,7 +433,7 @@ def test_a_workdir_named_twice_counts_once(tmp_path: Path) -> None:
 
 
 def test_many_clients_and_rounds_stay_readable_and_small(tmp_path: Path) -> None:
-    run = make_workdir(tmp_path / "run")
+    run = make_workdir(tmp_path / "run", {"task": {"name": "next_token"}})
     clients, experts, rounds = 1500, 64, 600
     rng = np.random.default_rng(1)
     load = rng.integers(1, 90, (rounds, experts))
@@ -443,7 +462,9 @@ def test_many_clients_and_rounds_stay_readable_and_small(tmp_path: Path) -> None
     # Two maps with their own labels; type of 7 points needs rows at least 7 points apart.
     assert 20 < len(heights) < 2 * experts
     assert np.diff(heights).min() >= 7
-    assert "grouped by most frequent label; a column is the mean of 2" in svg
+    assert "grouped by most frequent domain; a column is the mean of 2" in svg
+    # Each line has a window of its own, which the caption does not give in rounds.
+    assert "running mean over a fortieth of them" in page.text
     assert "round (a column is the mean of 3)" in svg_of(pictures["run-load-usage"])
 
 
@@ -506,6 +527,13 @@ def test_importing_the_library_function_declares_no_flag_and_no_matplotlib() -> 
 def test_numbers_as_people_read_them() -> None:
     assert size(999) == "999\u00a0B"
     assert size(1_234_000_000) == "1.23\u00a0GB"
+    assert size(999.6) == "1\u00a0kB"
+    assert size(999_501) == "1\u00a0MB"
+    assert size(1.5e15) == "1,500\u00a0TB"
+    assert duration(0.99951) == "1\u00a0s"
+    assert duration(119.6) == "2\u00a0min 0\u00a0s"
+    assert ratio(999.4) == "999"
+    assert ratio(999.6) == "1,000"
     assert duration(0.0123) == "12.3\u00a0ms"
     assert duration(685) == "11\u00a0min 25\u00a0s"
     assert duration(7_500) == "2\u00a0h 5\u00a0min"
