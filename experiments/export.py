@@ -92,10 +92,11 @@ def client_number(what: str) -> int | None:
 
 
 def check_target(target: Path) -> None:
-    """Rejects a target that exists, unless it is an empty folder.
+    """Rejects a target that exists, unless it is an empty folder that can be replaced.
 
     Raises:
-      InputError: the folder is not empty, or the target is not a folder.
+      InputError: the folder is not empty, is the current one or a mount point, or the target is not
+        a folder.
     """
     if not os.path.lexists(target):
         return
@@ -103,16 +104,21 @@ def check_target(target: Path) -> None:
         raise InputError("--to", target, "is there and no folder; name a new one")
     if any(target.iterdir()):
         raise InputError("--to", target, "is not empty; name a new folder, or empty it")
+    if target.samefile(os.curdir) or target.is_mount():
+        raise InputError("--to", target, "cannot be replaced as a whole; name a new folder in it")
 
 
 def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     """Writes a folder of files under a temporary name, and renames it in one step.
 
+    If the target is a link to an empty folder, that folder is replaced.
+
     Raises:
       OSError: the folder cannot be written; only its parent folders may be left behind.
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent.resolve()))
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         for name, content in files.items():
             with (unfinished / name).open("xb") as file:

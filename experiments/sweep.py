@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("study", None, "File of the study.")
     flags.DEFINE_string("workdir", None, "Folder of the study; runs get folders in it.")
-    flags.DEFINE_string("data_dir", "", "Folder of prepared TFDS data, for all runs.")
+    flags.DEFINE_string("data_dir", "", "Folder of the data, for all runs.")
     flags.DEFINE_string("only", "*", "Pattern that the names of runs must match: '*/flex/seed_*'.")
     flags.DEFINE_integer("index", 0, "Which share of the runs to take, from 0.")
     flags.DEFINE_integer(

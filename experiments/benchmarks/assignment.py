@@ -19,6 +19,7 @@ from experiments.benchmarks.process import Figures, peak_bytes, run_case
 from flexmoe_jax.assignment import Problem, load_bounds, solve
 from flexmoe_jax.errors import InputError
 
+LOADS = ("clients", "samples", "usage", "equal")
 CASES = (
     ("relaxation", 100, 8, "clients"),
     ("relaxation", 1_000, 64, "clients"),
@@ -39,16 +40,19 @@ def run(words: list[str]) -> Iterator[Figures]:
     """Yields the figures of each case in `CASES`, or of one case given by four words.
 
     Raises:
-      InputError: the number of words is neither zero nor four.
+      InputError: the words name no case.
     """
-    if len(words) == 4:
-        solver, clients, experts, load = words
-        yield measure(solver, int(clients), int(experts), load)
-    elif words:
-        raise InputError("assignment", " ".join(words), "give SOLVER CLIENTS EXPERTS LOAD, or none")
-    else:
-        for case in CASES:
-            yield run_case("assignment", *case) if case[0] != "dual" else _run_twice(*case)
+    match words:
+        case []:
+            for case in CASES:
+                yield run_case("assignment", *case) if case[0] != "dual" else _run_twice(*case)
+        case [solver, clients, experts, load] if load in LOADS and all(
+            n.isdecimal() and int(n) for n in (clients, experts)
+        ):
+            yield measure(solver, int(clients), int(experts), load)
+        case _:
+            remedy = f"give SOLVER CLIENTS EXPERTS LOAD, or none; LOAD is {', '.join(LOADS)}"
+            raise InputError("assignment", " ".join(words), remedy)
 
 
 def _run_twice(*case: object) -> Figures:

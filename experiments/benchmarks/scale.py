@@ -38,7 +38,7 @@ def run(words: list[str]) -> Iterator[Figures]:
     if not words:
         for per_round in _PER_ROUND:
             yield run_case("scale", per_round)
-    elif len(words) > 1 or not words[0].isdigit() or not 0 < int(words[0]) <= _CLIENTS:
+    elif len(words) > 1 or not words[0].isdecimal() or not 0 < int(words[0]) <= _CLIENTS:
         raise InputError("scale", " ".join(words), f"give one cohort size, 1 to {_CLIENTS}")
     else:
         set_up()

@@ -58,12 +58,25 @@ def test_a_case_prints_one_json_object():
             ["assignmnt"],
             "suite=assignmnt: give one of assignment, clients, startup, moe, evaluate, scale",
         ),
-        (["assignment", "flow"], "assignment=flow: give SOLVER CLIENTS EXPERTS LOAD, or none"),
+        *(
+            (
+                ["assignment", *words],
+                f"assignment={' '.join(words)}: give SOLVER CLIENTS EXPERTS LOAD, or none; "
+                "LOAD is clients, samples, usage, equal",
+            )
+            for words in (
+                ["flow"],
+                ["flow", "many", "8", "clients"],
+                ["flow", "100", "0", "clients"],
+                ["flow", "100", "8", "clients,"],
+            )
+        ),
         (
             ["clients", "W5"],
             "workload=W5: choose of W1, W2, W3, W4, W4b64, M1, M2, T1, T1M, T2, alone",
         ),
         (["scale", "few"], "scale=few: give one cohort size, 1 to 100000"),
+        (["scale", "²"], "scale=²: give one cohort size, 1 to 100000"),
         (["moe", "W1"], "moe=W1: this suite takes no further words"),
     ],
 )

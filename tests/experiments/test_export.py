@@ -252,7 +252,9 @@ def test_damaged_checkpoints_are_not_used_and_stay_where_they_are(run, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_that_cannot_be_used_are_refused_before_anything_is_computed(run, tmp_path):
+def test_folders_that_cannot_be_used_are_refused_before_anything_is_computed(
+    run, tmp_path, monkeypatch
+):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     (tmp_path / "empty").mkdir()
@@ -267,6 +269,11 @@ def test_folders_that_cannot_be_used_are_refused_before_anything_is_computed(run
     assert refused(run, "assembled", tmp_path / "full" / "file").startswith(
         "--to=/full/file: is there"
     )
+    monkeypatch.chdir(tmp_path / "empty")
+    for here in (Path(), tmp_path / "empty"):
+        assert "cannot be replaced as a whole; name a new folder in it" in refused(
+            run, "assembled", here
+        )
     assert refused(run, "assembled", tmp_path / "dangling").startswith("--to=/dangling: is there")
     assert refused(tmp_path / "no", "assembled", tmp_path / "x").startswith("WORKDIR=/no: there is")
     assert "config.json cannot be read" in refused(tmp_path / "empty", "assembled", tmp_path / "x")
@@ -322,6 +329,14 @@ def test_the_command_writes_and_says_where(run, tmp_path):
     assert process.stderr == ""
     assert re.fullmatch(r"out \(0\.\d MB\)\n", process.stdout)
     assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_a_link_to_an_empty_folder_leads_to_the_files(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_folder(tmp_path / "link", {"a": b"1"})
+    assert content(tmp_path / "real") == {"a": b"1"}
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
