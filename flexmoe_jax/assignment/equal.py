@@ -36,8 +36,10 @@ _FEW_MOVES, _MANY_PATHS = 1024, 256
 def solve_paths(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, Prices]:
     """Computes the exact optimum of a problem whose pairs all have one weight.
 
-    Exact means: costs are rounded to about 2^-42 of the largest difference between a client's
-    fitness values.
+    Exact means: costs are rounded to multiples of `r (E + 1) d 2^-49`. Here r, at most 1024, is the
+    largest ratio between two violation weights. d is the largest difference between a client's
+    fitness values, plus the steepest slope of the balance term and the largest price that was
+    subtracted before.
 
     Args:
       problem: the problem to solve, without diversity or expert sizes.
@@ -69,8 +71,13 @@ def solve_paths(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, 
 def _whole(problem: Problem, view: View) -> tuple[FloatArray, LoadCost, float]:
     """Converts fitness [C, E] and holder costs to whole quanta; also returns a quantum's value."""
     base = view.base * (problem.unit or 0.0)
+    target = problem.load_target / (problem.unit or 1.0)
+    # Upper limit on how far any load, between 0 and C holders, is off target.
+    farthest = max(
+        float(problem.clients), float(target.max()), problem.clients - float(target.min())
+    )
     # Upper limit on the value of a path of swaps, including balance and earlier prices.
-    widest = look(problem).span + 2 * _curve(problem) * problem.clients
+    widest = look(problem).span + 2 * _curve(problem) * farthest
     path = 2.0 * (problem.experts + 1) * (widest + float(np.max(np.abs(base))))
     priority = np.asarray(problem.violation_weight / np.min(problem.violation_weight))
     priority = np.minimum(priority, _PRIORITY)
@@ -83,7 +90,7 @@ def _whole(problem: Problem, view: View) -> tuple[FloatArray, LoadCost, float]:
         np.rint(priority * max(path / quantum, 1.0)),
         np.rint(base / quantum),
         _curve(problem) / quantum,
-        problem.load_target / (problem.unit or 1.0),
+        target,
     )
     # Column-major, the layout that `augment` needs, so that there are never two copies.
     fitness = np.array(view.worth, order="F")

@@ -138,6 +138,16 @@ def test_few_pairs_are_in_doubt(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert max(sizes) < 6_000
 
 
+@pytest.mark.parametrize("distance", [1e3, 1e9])
+def test_no_target_outweighs_bounds_that_can_be_met(distance: float) -> None:
+    for sign, load in ((1, [5, 5]), (-1, [2, 8])):
+        target = [sign * distance, 0.0]
+        problem = Problem(np.zeros((10, 2)), 1, [2, 0], [5, 10], balance=1.0, target=target)
+        found = solve(problem, "paths")
+        assert found.load.tolist() == load
+        assert found.status == "optimal"
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(1, 200), st.integers(1, 150), st.integers(1, 70))
 @settings(max_examples=60)
 def test_products_and_systems_by_tiles_are_what_they_are(
