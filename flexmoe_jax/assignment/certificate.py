@@ -67,7 +67,7 @@ def effective_bounds(problem: Problem) -> tuple[FloatArray, FloatArray]:
     below, above = low - inner_high * unit, inner_low * unit - high
     least = np.where(empty & (below <= above), inner_high, inner_low)
     most = np.where(empty & (above <= below), inner_low, inner_high)
-    floor = np.minimum(np.ceil(np.asarray(problem.holders_min) - 1e-9), 2.0 * problem.clients)
+    floor = np.minimum(problem.holders_min, 2.0 * problem.clients)
     return np.maximum(least, floor) * unit, np.maximum(most, floor) * unit
 
 
@@ -77,9 +77,8 @@ def count_bounds(problem: Problem) -> tuple[FloatArray, FloatArray]:
     if unit:
         low, high = effective_bounds(problem)
         return np.maximum(np.rint(low / unit), 0.0), np.maximum(np.rint(high / unit), 0.0)
-    floor = np.ceil(np.asarray(problem.holders_min) - 1e-9)
-    most = 2.0 * problem.clients
-    return np.minimum(floor, most), np.full(problem.experts, most)
+    most = np.full(problem.experts, 2.0 * problem.clients)
+    return np.minimum(problem.holders_min, most), most
 
 
 def price_bound(problem: Problem, prices: Prices, low: FloatArray, high: FloatArray) -> float:

@@ -53,8 +53,9 @@ class Problem:
       violation_weight: [E] or scalar, > 0: weight of one unit by which an expert's bounds are
         violated, if not all bounds can be met. `paths` and `flow` distinguish weights up to 1024
         times the smallest one.
-      holders_min: [E] or scalar, minimum number of clients that hold each expert.
-      target: [E] load that `balance` pulls each expert towards; default: equal shares of the total.
+      holders_min: [E] or scalar, minimum number of clients that hold each expert; rounded up.
+      target: [E] load that `balance` pulls each expert towards; default: equal shares of the total
+        or, with `expert_size`, of the load if each client held an equal fraction of every expert.
       balance: μ ≥ 0, cost of one squared unit of load off target.
       descriptor: [C, F] features of each client (its label distribution, for example), or None.
       diversity: γ ≥ 0, cost of one unit by which the summed features of an expert's holders
@@ -93,22 +94,23 @@ class Problem:
                 f"give a scalar, ({clients},) or ({clients}, {experts})",
             )
         _require_finite("load_weight", load_weight)
-        if (load_weight < 0).any():
-            raise InputError("load_weight", load_weight.min(), "give numbers of at least 0")
+        _require("load_weight", load_weight, load_weight >= 0, "give numbers of at least 0")
         violation_weight = _per_expert("violation_weight", self.violation_weight, experts)
-        if not (np.isfinite(violation_weight) & (violation_weight > 0)).all():
-            raise InputError("violation_weight", violation_weight.min(), "give numbers above 0")
+        _require_finite("violation_weight", violation_weight)
+        _require("violation_weight", violation_weight, violation_weight > 0, "give numbers above 0")
         holders_min = _per_expert("holders_min", self.holders_min, experts)
-        if not (np.isfinite(holders_min) & (holders_min >= 0)).all():
-            raise InputError("holders_min", holders_min.min(), "give numbers of at least 0")
+        _require_finite("holders_min", holders_min)
+        _require("holders_min", holders_min, holders_min >= 0, "give numbers of at least 0")
+        # Holders are counted, so a fraction asks for one more, unless it is a rounding error.
+        holders_min = np.maximum(np.ceil(holders_min - 1e-9), 0.0)
         for name, worth in (("balance", self.balance), ("diversity", self.diversity)):
             if not (np.isfinite(worth) and worth >= 0):
                 raise InputError(name, worth, "give a number of at least 0")
         size = self.expert_size
         if size is not None:
             size = _per_expert("expert_size", size, experts)
-            if not (np.isfinite(size) & (size > 0)).all():
-                raise InputError("expert_size", size.min(), "give numbers above 0")
+            _require_finite("expert_size", size)
+            _require("expert_size", size, size > 0, "give numbers above 0")
         target = self.target
         if target is not None:
             target = _per_expert("target", target, experts)
@@ -179,7 +181,11 @@ class Problem:
         """[E] the loads that `balance` pulls the experts towards."""
         if self.target is not None:
             return self.target
-        total = float(np.sum(self.weights.mean(axis=1) * self.capacity))
+        held: IntArray | FloatArray = self.capacity
+        if self.expert_size is not None:
+            whole = self.expert_size.sum()
+            held = self.experts * (np.minimum(self.capacity, whole) / whole)
+        total = float(np.sum(self.weights.mean(axis=1) * held))
         return np.full(self.experts, total / self.experts)
 
 
@@ -237,6 +243,11 @@ def _floats(field: str, value: object) -> FloatArray:
         return np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
         raise InputError(field, type(value).__name__, "give numbers") from None
+
+
+def _require(field: str, value: FloatArray, valid: BoolArray, remedy: str) -> None:
+    if not valid.all():
+        raise InputError(field, float(value[~valid][0]), remedy)
 
 
 def _require_finite(field: str, value: FloatArray) -> None:
@@ -311,12 +322,8 @@ def _capacity(value: object, clients: int, experts: int, counted: bool) -> IntAr
         raise InputError("capacity", array.shape, f"give a number or ({clients},)")
     _require_finite("capacity", array)
     if not counted:
-        if (array < 0).any():
-            raise InputError("capacity", array.min(), "give numbers of at least 0")
+        _require("capacity", array, array >= 0, "give numbers of at least 0")
         return np.array(np.broadcast_to(array, (clients,)))
-    outside = (array != np.floor(array)) | (array < 0) | (array > experts)
-    if outside.any():
-        raise InputError(
-            "capacity", float(array[outside][0]), f"give whole numbers from 0 to {experts}"
-        )
+    valid = (array == np.floor(array)) & (array >= 0) & (array <= experts)
+    _require("capacity", array, valid, f"give whole numbers from 0 to {experts}")
     return np.broadcast_to(array, (clients,)).astype(np.int64)

@@ -51,6 +51,34 @@ def test_a_bad_field_is_refused_by_name(field: str, value: object, remedy: str) 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("field", ["violation_weight", "holders_min", "expert_size"])
+def test_the_number_that_is_refused_is_the_one_shown(field: str) -> None:
+    for bad in (np.inf, -1.0):
+        with pytest.raises(InputError) as error:
+            Problem(**{**GOOD, field: [1.0, bad]})
+        assert error.value.value == bad
+
+
+@pytest.mark.parametrize("weight", [1.0, [1.0, 2.0]])
+@pytest.mark.parametrize("solver", ["auto", "relaxation"])
+def test_holders_are_whole(weight: object, solver: str) -> None:
+    # Rounding errors ask for no further holder, other fractions do.
+    for least, status in ((2 + 1e-10, "optimal"), (1.5, "optimal"), (2.5, "relaxed")):
+        problem = Problem(np.zeros((2, 2)), 2, 0, 9, weight, holders_min=least)
+        assert solve(problem, solver).status == status
+
+
+def test_the_default_target_is_a_load_that_can_be_held() -> None:
+    def target(capacity: list[float], **fields: object) -> list[float]:
+        problem = Problem(np.zeros((2, 2)), capacity, 0, np.inf, **fields)
+        return problem.load_target.tolist()
+
+    assert target([1, 2]) == [1.5, 1.5]
+    # In bytes: the clients have room for half of both experts, and for more than both.
+    assert target([50.0, 1000.0], expert_size=[30.0, 70.0]) == [1.5, 1.5]
+    assert target([50.0, 1000.0], expert_size=[30.0, 70.0], load_weight=[4.0, 2.0]) == [4.0, 4.0]
+
+
 def test_contradicting_bounds_name_the_expert() -> None:
     with pytest.raises(InputError, match="expert 1"):
         Problem(**{**GOOD, "load_min": [0, 4]})
