@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flexmoe_jax.assignment.problem import (
+    TINY,
     BoolArray,
     FloatArray,
     IntArray,
@@ -155,8 +156,8 @@ def _swaps(
     allowed = ~held[client] & (of_e >= -_STEP) & (of_f >= -_STEP)
     if problem.expert_size is not None:
         size = np.asarray(problem.expert_size)
-        room = problem.capacity - np.einsum("ce,e->c", held, size)
-        allowed &= size - size[expert][:, None] <= room[client][:, None] + _STEP
+        room = problem.capacity * (1.0 + TINY) - np.einsum("ce,e->c", held, size)
+        allowed &= size - size[expert][:, None] <= room[client][:, None]
     return gain, of_e + of_f, allowed
 
 
@@ -183,8 +184,8 @@ def _exchanges(
     allowed = free & free.T & (mended >= -_STEP) & (mended.T >= -_STEP)
     if problem.expert_size is not None:
         size = np.asarray(problem.expert_size)
-        room = (problem.capacity - np.einsum("ce,e->c", held, size))[client]
-        fits = size[expert][None] - size[expert][:, None] <= room[:, None] + _STEP
+        room = problem.capacity * (1.0 + TINY) - np.einsum("ce,e->c", held, size)
+        fits = size[expert][None] - size[expert][:, None] <= room[client][:, None]
         allowed &= fits & fits.T
     return gain, mended + mended.T, allowed
 

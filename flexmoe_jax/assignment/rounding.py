@@ -31,7 +31,6 @@ from flexmoe_jax.assignment.problem import (
     IntArray,
     Problem,
     SolverError,
-    expert_load,
 )
 
 # Fractions closer to 0 or 1 than this are solver noise.
@@ -54,25 +53,36 @@ def round_shmoys_tardos(problem: Problem, x: FloatArray) -> BoolArray:
 def round_knapsack(problem: Problem, x: FloatArray) -> BoolArray:
     """Rounds fractions of a problem with expert sizes down, then fills each client's free capacity.
 
-    The result keeps capacities, and upper load bounds if the relaxation keeps them. Loads may be
-    below the lower bounds. A vertex has few fractions, so the loss is small, but no fraction of the
-    value is guaranteed.
+    A pair is filled in if it has a gain, or if its expert lacks load or holders. The result keeps
+    capacities, and upper load bounds if the relaxation keeps them. Loads and holders may be below
+    the lower bounds. A vertex has few fractions, so the loss is small, but no fraction of the value
+    is guaranteed.
     """
-    assignment = x >= 1.0 - _FRACTION
-    size = np.asarray(problem.expert_size)
-    room = problem.capacity - np.einsum("ce,e->c", assignment, size)
-    load = expert_load(problem, assignment)
-    weight = problem.weights
+    size, floor = np.asarray(problem.expert_size), np.asarray(problem.holders_min)
+    weight, target, z = problem.weights, problem.load_target, problem.deviation
+    assignment = np.zeros(x.shape, bool)
+    room = np.array(problem.capacity, np.float64)
+    load, holders = np.zeros(problem.experts), np.zeros(problem.experts)
+    mix = np.zeros((problem.experts, z.shape[1]))
     # Pairs that the relaxation chose come first, then those of highest fitness.
     order = np.argsort(-(x + TINY * problem.fitness), axis=None, kind="stable")
     for client, e in zip(*np.unravel_index(order, x.shape), strict=True):
-        wanted = problem.fitness[client, e] > 0 or load[e] < problem.load_min[e]
-        fits = size[e] <= room[client] + TINY
-        fits &= load[e] + weight[client, e] <= problem.load_max[e] + TINY * load[e]
-        if wanted and fits and not assignment[client, e]:
-            assignment[client, e] = True
-            room[client] -= size[e]
-            load[e] += weight[client, e]
+        if size[e] > room[client] + TINY * problem.capacity[client]:
+            continue
+        more, mixed = load[e] + weight[client, e], mix[e] + z[client]
+        if x[client, e] < 1.0 - _FRACTION:
+            gain = problem.fitness[client, e]
+            if problem.balance:
+                gain -= problem.balance * ((more - target[e]) ** 2 - (load[e] - target[e]) ** 2)
+            if problem.diversity:
+                gain -= problem.diversity * (np.abs(mixed).sum() - np.abs(mix[e]).sum())
+            wanted = gain > 0 or load[e] < problem.load_min[e] or holders[e] < floor[e]
+            if not wanted or more > problem.load_max[e] + TINY * load[e]:
+                continue
+        assignment[client, e] = True
+        room[client] -= size[e]
+        load[e], mix[e] = more, mixed
+        holders[e] += 1
     return assignment
 
 

@@ -188,6 +188,44 @@ def test_sizes_make_a_knapsack_of_every_client() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fitness", "fields", "held"),
+    [
+        # The first holder of each expert costs 1, and is worth 0.1.
+        ([[0.1, 0.1]], {"balance": 1.0, "target": 0.0}, [[0, 0]]),
+        # The second client makes up for the deviation of the first, 0.5, but is worth -1.
+        ([[0.1], [-1.0]], {"diversity": 1.0, "descriptor": [[1.0], [0.0]]}, [[0], [0]]),
+        # The optimum of the relaxation holds one half of each pair.
+        ([[-1.0], [-1.0]], {"balance": 1e-3, "holders_min": 1}, [[1], [0]]),
+    ],
+)
+def test_free_capacity_is_filled_only_where_it_helps(
+    fitness: list, fields: dict, held: list
+) -> None:
+    experts = len(fitness[0])
+    problem = Problem(fitness, experts, 0, np.inf, expert_size=np.ones(experts), **fields)
+    found = solve(problem)
+    assert found.assignment.tolist() == held
+    assert found.status == "optimal"
+
+
+@pytest.mark.parametrize(
+    ("capacity", "size"),
+    [
+        # Each time, the most valuable expert is larger than the capacity: by far less than the
+        # largest expert, by less than the smallest fraction, and by most of the capacity.
+        (1e-6, [1.0, 1e-6, 1.0005e-6]),
+        (1.0, [1.0, 1.0, 1.0000001]),
+        (1e-13, [1.0, 1e-13, 5e-13]),
+    ],
+)
+def test_an_expert_that_is_slightly_too_large_is_not_held(
+    capacity: float, size: list[float]
+) -> None:
+    found = solve(Problem([[0.0, 1.0, 2.0]], [capacity], 0, np.inf, expert_size=size))
+    assert found.assignment.tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize(
     ("name", "field", "near"),
     [("relaxtion", "assignment.solver", "relaxation"), ("dua", "assignment.solver", "dual")],
 )
