@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from flexmoe_jax.assignment.engine import solve
 from flexmoe_jax.assignment.problem import Problem
-from flexmoe_jax.assignment.solution import Solution, relative_gap
+from flexmoe_jax.assignment.solution import Solution, relative_gap, summed_worth
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.assignment import AssignmentOptions
 
@@ -68,9 +68,8 @@ def solve_layers(
     if expert_size is None:
         held = _spread("capacity", capacity, (layers, clients))
         problems = [Problem(worth[g], held[g], low[g], high[g], **fields) for g in range(layers)]
-        return _stack(
-            [solve(problem, solver, rounding, seed + g) for g, problem in enumerate(problems)]
-        )
+        parts = [solve(problem, solver, rounding, seed + g) for g, problem in enumerate(problems)]
+        return _stack(problems, parts)
     if fields:
         raise InputError(next(iter(fields)), "given", "leave it out where layers share a budget")
     size = _spread("expert_size", expert_size, (layers, experts))
@@ -99,13 +98,16 @@ def _spread(name: str, value: npt.ArrayLike, shape: tuple[int, int]) -> npt.NDAr
         raise InputError(name, np.shape(value), f"give a scalar, {shape[1:]} or {shape}") from None
 
 
-def _stack(parts: list[Solution]) -> Solution:
+def _stack(problems: list[Problem], parts: list[Solution]) -> Solution:
+    """Joins the layers' solutions, with the layers as first axis."""
+    pairs = zip(problems, parts, strict=True)
+    summed = sum(summed_worth(problem, part.assignment) for problem, part in pairs)
     value, bound = sum(part.value for part in parts), sum(part.bound for part in parts)
     return Solution(
         np.stack([part.assignment for part in parts]),
         value,
         bound,
-        relative_gap(value, bound, sum(abs(part.value) for part in parts)),
+        relative_gap(value, bound, summed),
         np.stack([part.load for part in parts]),
         np.stack([part.violation for part in parts]),
         max((part.status for part in parts), key=_WORST_LAST.index),

@@ -64,13 +64,14 @@ class Solution:
             f"bound {self.bound:.6g}, gap {self.gap:.2%}, "
             f"load {self.load.min():.6g} to {self.load.max():.6g}, {self.seconds:.3f} s"
         )
-        violation = self.violation.ravel()
-        broken = np.flatnonzero(violation)
-        if broken.size:
+        broken = np.argwhere(self.violation).tolist()
+        if broken:
             text += "; out of bounds: " + ", ".join(
-                f"expert {e} by {violation[e]:.6g}" for e in broken[:8]
+                "".join(f"layer {g} " for g in layer)
+                + f"expert {e} by {self.violation[(*layer, e)]:.6g}"
+                for *layer, e in broken[:8]
             )
-            text += f" and {broken.size - 8} more" if broken.size > 8 else ""
+            text += f" and {len(broken) - 8} more" if len(broken) > 8 else ""
         return text
 
 

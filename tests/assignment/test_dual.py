@@ -41,6 +41,20 @@ def test_layers_lead_the_solution() -> None:
     assert "3 layers" in str(found)
 
 
+def test_a_summary_names_layer_and_expert() -> None:
+    # Three clients prefer expert 0 in the first layer and expert 1 in the second; 1 is over.
+    fitness = [[[1.0, 0.0]] * 3, [[0.0, 1.0]] * 3]
+    text = str(solve_layers(fitness, 1, 0, 1, solver="auto"))
+    assert text.endswith("; out of bounds: layer 0 expert 0 by 1, layer 1 expert 1 by 1")
+
+
+def test_layers_whose_worths_cancel_leave_no_gap_of_rounding() -> None:
+    # 0.1 + 0.2 - 0.3 is not 0, and differs with the order of summation.
+    fitness = [[[0.1, 0.0], [0.2, 0.0], [-0.3, 0.0]]]
+    found = solve_layers(fitness, 1, [3, 0], [3, 0], solver="relaxation")
+    assert found.gap == 0.0
+
+
 def test_layers_share_a_budget_of_bytes() -> None:
     rng = np.random.default_rng(1)
     fitness, size = rng.random((2, 10, 4)), rng.random((2, 4)) + 0.5
