@@ -161,8 +161,8 @@ def _worth(request: Request, movement: float, exploration: float) -> FloatArray:
     """Computes fitness minus the cost of sending experts, plus noise that makes holders change."""
     worth = np.asarray(request.fitness, np.float64)
     if movement:
-        sent = True if request.held is None else ~request.held
-        worth = worth - movement * sent
+        held = False if request.held is None else _as_bool("held", request.held, worth.shape)
+        worth = worth - movement * np.logical_not(held)
     if exploration:
         worth = worth + exploration * _keys(request, request.round, _EXPLORATION)
     return worth
@@ -271,14 +271,18 @@ def as_solution(request: Request, assignment: npt.ArrayLike) -> Solution:
     Raises:
       InputError: an assignment of another shape, or with values other than 0 and 1.
     """
-    given = np.asarray(assignment)
-    if given.shape != request.fitness.shape or not np.isin(given, (0, 1)).all():
-        remedy = f"give a bool array {request.fitness.shape}: who holds what"
-        raise InputError("assignment", f"{given.dtype}{list(given.shape)}", remedy)
+    held = _as_bool("assignment", assignment, request.fitness.shape)
     experts = request.fitness.shape[1]
     low, high = np.zeros(experts), np.full(experts, np.inf)
     problem = Problem(request.fitness, request.capacity, low, high, request.load_weight)
     best = take_top(problem.fitness, problem.capacity)
-    return make_solution(
-        problem, given.astype(bool), float(np.sum(problem.fitness, where=best)), 0.0
-    )
+    return make_solution(problem, held, float(np.sum(problem.fitness, where=best)), 0.0)
+
+
+def _as_bool(field: str, value: npt.ArrayLike, shape: tuple[int, ...]) -> BoolArray:
+    """Converts an array of zeros and ones, or bools, of this shape; else raises `InputError`."""
+    given = np.asarray(value)
+    if given.shape != shape or not np.isin(given, (0, 1)).all():
+        remedy = f"give a bool array {shape}: who holds what"
+        raise InputError(field, f"{given.dtype}{list(given.shape)}", remedy)
+    return given.astype(bool)

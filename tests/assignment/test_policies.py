@@ -186,6 +186,20 @@ def test_flex_options_reach_the_problem() -> None:
     assert deviation[0] < deviation[1]
 
 
+def test_movement_costs_the_same_for_zeros_and_ones() -> None:
+    held = np.random.default_rng(4).random((20, 8)) < 0.5
+    policy = make_policy("flex", movement=0.3)
+    of_bools = policy(request(held=held))
+    for kind in (np.int64, np.uint8, np.float64):
+        found = policy(request(held=held.astype(kind)))
+        assert (found.assignment == of_bools.assignment).all()
+        assert found.value == of_bools.value
+    for bad in (held[:, :3], np.where(held, 0.5, 0.0)):
+        with pytest.raises(InputError) as error:
+            policy(request(held=bad))
+        assert error.value.field == "held"
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
