@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -22,8 +23,11 @@ from experiments.cli import define_config, read_config, refuse_words, run_cli, u
 from experiments.deploying import require_flower
 from experiments.endings import Wish
 from experiments.fields import check_fields
-from flexmoe_jax.errors import InputError
+from flexmoe_jax.errors import InputError, printable
 
+_Process = subprocess.Popen[bytes]
+# Seconds between two looks at the clients' processes.
+_POLL = 0.5
 define_config("config", "Config file of the experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _CLIENTS = flags.DEFINE_integer("clients", 4, "How many clients.", lower_bound=1)
@@ -35,7 +39,7 @@ def main(argv: list[str]) -> int:
     """Runs the federation to its end.
 
     Returns:
-      exit code of the server.
+      exit code of the server, or 1 if a client ended before the server.
 
     Raises:
       InputError: the flags or the config are invalid; nothing is written then.
@@ -53,22 +57,20 @@ def main(argv: list[str]) -> int:
 
     check_deployable(config)
     folder = user_path("--workdir", _WORKDIR.value)
-    clients = folder.with_name(f"{folder.name}-clients")
+    clients = Path(f"{folder.resolve()}-clients")
     files = write_clients(config, clients)
     address = f"127.0.0.1:{_PORT.value or free_port()}"
-    ours = [word for word in sys.argv[1:] if word.lstrip("-").startswith("config")]
     server = [
-        *("experiments.serve", *ours, f"--config.clients.count={_CLIENTS.value}"),
-        *(f"--workdir={folder}", f"--port={address.rpartition(':')[2]}"),
-        f"--{'' if _REPORT.value else 'no'}report",
+        *("experiments.serve", *_for_server(sys.argv[1:])),
+        *(f"--config.clients.count={_CLIENTS.value}", f"--port={address.rpartition(':')[2]}"),
     ]
-    joins = [
-        [
+    joins = {
+        path.stem: [
             *("experiments.join", f"--server={address}", f"--name={path.stem}"),
             *(f"--data={path}", f"--folder={clients / path.stem}"),
         ]
         for path in files
-    ]
+    }
     with tempfile.TemporaryDirectory(prefix="flexmoe-") as home:
         # All clients share this process, so that Flower's modules are in memory only once.
         door = Path(home) / "warm.sock"
@@ -80,9 +82,19 @@ def main(argv: list[str]) -> int:
             warm.end()
 
 
-def _run(server: list[str], joins: list[list[str]], logs: Path) -> int:
-    """Runs the server to its end, together with the clients."""
-    children: list[subprocess.Popen[bytes]] = []
+def _for_server(words: Sequence[str]) -> Iterator[str]:
+    """Yields the flags of this launcher, flag files included, without --clients."""
+    given = iter(flags.FLAGS.read_flags_from_files(list(words), force_gnu=False))
+    for word in given:
+        if word in ("--clients", "-clients"):
+            next(given)
+        elif not word.startswith(("--clients=", "-clients=")):
+            yield word
+
+
+def _run(server: list[str], joins: Mapping[str, list[str]], logs: Path) -> int:
+    """Runs the server to its end, together with the clients, which are given by name."""
+    children: list[_Process] = []
 
     def pass_on(times: int) -> None:
         for child in children[:1]:
@@ -94,10 +106,9 @@ def _run(server: list[str], joins: list[list[str]], logs: Path) -> int:
     with Wish(passed_on=pass_on):
         try:
             children.append(_start(server, None))
-            for words in joins:
-                name = next(w for w in words if w.startswith("--name=")).removeprefix("--name=")
+            for name, words in joins.items():
                 children.append(_start(words, logs / f"{name}.log"))
-            return children[0].wait()
+            return _wait(children[0], dict(zip(joins, children[1:], strict=True)), logs)
         finally:
             for child in children:
                 if child.stdin is not None:
@@ -109,7 +120,24 @@ def _run(server: list[str], joins: list[list[str]], logs: Path) -> int:
                     child.kill()
 
 
-def _start(words: list[str], log: Path | None) -> subprocess.Popen[bytes]:
+def _wait(server: _Process, clients: Mapping[str, _Process], logs: Path) -> int:
+    """Waits until the server ends; if a client ends first, names it and ends the server."""
+    while True:
+        try:
+            return server.wait(timeout=_POLL)
+        except subprocess.TimeoutExpired:
+            ended = [name for name, client in clients.items() if client.poll() is not None]
+        if ended:
+            log = logs / f"{ended[0]}.log"
+            last = (log.read_text(errors="replace").splitlines() or ["no output"])[-1]
+            print(f"{ended[0]}: ended before the server: {printable(last, 300)}", file=sys.stderr)
+            assert server.stdin is not None
+            server.stdin.close()
+            server.wait()
+            return 1
+
+
+def _start(words: list[str], log: Path | None) -> _Process:
     """Starts a process in its own group; it ends when its standard input is closed."""
     output = None if log is None else log.open("ab")
     try:

@@ -241,7 +241,8 @@ class SuperLink:
         if self._tls is not None:
             secure = [f'root-certificates = "{self._tls.authority.resolve()}"']
         lines = ["[superlink]", 'default = "here"', "[superlink.here]"]
-        lines += [f'address = "{self._host}:{self._port}"', *secure]
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        lines += [f'address = "{host}:{self._port}"', *secure]
         (self._home / "config.toml").write_text("\n".join(lines) + "\n")
         for key in [] if self._known else self._keys or ():
             if not self._flwr("supernode", "register", str(key)):
@@ -350,8 +351,9 @@ def require_free(host: str, port: int) -> None:
       InputError: naming the port.
     """
     end = time.monotonic() + _PORT_PATIENCE
+    family = socketlib.AF_INET6 if ":" in host else socketlib.AF_INET
     while True:
-        with socketlib.socket() as probe:
+        with socketlib.socket(family) as probe:
             probe.setsockopt(socketlib.SOL_SOCKET, socketlib.SO_REUSEADDR, 1)
             try:
                 return probe.bind((host, port))

@@ -38,7 +38,8 @@ def write_clients(config: ConfigDict, folder: Path) -> list[Path]:
             own = examples.group == number
             if clients.owns is not None:
                 own = (examples.group >= 0) & np.asarray(clients.owns)[number][examples.group]
-            arrays |= {f"test_{name}": x[own] for name, x in examples.test.items()}
+            if own.any():
+                arrays |= {f"test_{name}": x[own] for name, x in examples.test.items()}
         for name in ("train_labels", "test_labels"):
             if name in arrays:
                 arrays[name] = np.asarray(examples.classes)[arrays[name]]

@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord
 
 from experiments.build import build
 from experiments.deploying.checks import check_deployable, read_examples
+from experiments.deploying.splitting import write_clients
 from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax.checkpoint import Checkpoints
@@ -283,6 +284,21 @@ def test_capacity_follows_from_what_clients_say_of_their_memory(make_town):
     with np.load(town.folder / "served" / "arrays.npz") as arrays:
         held = arrays["holds"].sum(axis=-1)
     assert held.ravel().tolist() == [4, 1, 4]
+
+
+def test_a_client_without_test_examples_gets_a_file_that_it_can_read(tmp_path):
+    rows, owners = np.arange(8), np.arange(8) % 2
+    arrays = {
+        f"{part}_{name}": values
+        for part in ("train", "test")
+        for name, values in (("images", np.eye(8)), ("labels", rows % 3), ("clients", owners))
+    }
+    np.savez(tmp_path / "mine.npz", **{**arrays, "test_clients": np.zeros(8, int)})
+    config = small(data__name=str(tmp_path / "mine.npz"), partition__name="natural")
+    config.clients.count, config.partition.min_per_client = 2, 1
+    files = write_clients(config, tmp_path / "clients")
+    tests = [read_examples(path)[1] for path in files]
+    assert [None if given is None else len(given["labels"]) for given in tests] == [8, None]
 
 
 def test_a_page_shows_how_clients_stand(make_town):

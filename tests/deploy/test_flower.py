@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from experiments.deploying.certificates import make_certificates
+from experiments.deploying.flower import require_free
+from flexmoe_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "experiments" / "configs" / "digits.py"
@@ -30,14 +37,28 @@ def launch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def processes(folder: Path) -> list[tuple[int, str]]:
+    """Returns the id and the words of each process that names a folder."""
+    listed = subprocess.run(
+        ["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=True
+    )
+    found = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
+    return [(int(pid), words) for pid, words in found if str(folder) in words]
+
+
 def test_a_server_and_clients_train_over_flower_and_leave_nothing_behind(tmp_path):
-    fields = [f"--config.{field}" for field in SMALL]
+    """The flags are given in every form; the server gets all of them."""
+    (tmp_path / "run").mkdir()
+    fields = tmp_path / "fields.txt"
+    fields.write_text("".join(f"--config.{field}\n" for field in SMALL))
     done = launch(
-        *("experiments.deploy_local", f"--config={DIGITS}", "--clients=2", "--workdir=run"),
-        *("--noreport", *fields),
-        cwd=tmp_path,
+        *("experiments.deploy_local", "--config", str(DIGITS), "--clients", "2", "--workdir=."),
+        *("--noreport", f"--flagfile={fields}", "--noconfig.edge.cache"),
+        cwd=tmp_path / "run",
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["edge"]["cache"], config["model"]["experts"]) == (False, 4)
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     assert [row["round"] for row in rows] == [1, 2]
@@ -50,8 +71,54 @@ def test_a_server_and_clients_train_over_flower_and_leave_nothing_behind(tmp_pat
         "client_1": 3,
     }
     assert (tmp_path / "run-clients" / "client_0").is_dir()
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(tmp_path) not in left
+    assert processes(tmp_path) == []
+
+
+def test_a_client_that_dies_ends_the_launcher_with_a_line(tmp_path):
+    command = [sys.executable, "-m", "experiments.deploy_local", f"--config={DIGITS}"]
+    fields = [f"--config.{field}" for field in SMALL]
+    with subprocess.Popen(
+        [*command, "--clients=2", f"--workdir={tmp_path / 'run'}", *fields],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        try:
+            joins: list[int] = []
+            while not joins and launcher.poll() is None:
+                joins = [pid for pid, words in processes(tmp_path) if "--name=client_1" in words]
+            os.kill(joins[0], signal.SIGKILL)
+            _, said = launcher.communicate(timeout=300)
+        finally:
+            launcher.kill()
+    assert launcher.returncode == 1
+    assert "client_1: ended before the server" in said
+
+
+def test_only_its_owner_may_read_a_new_private_key(tmp_path):
+    key = tmp_path / "server.key"
+    key.write_text("of last year")
+    key.chmod(0o644)
+    make_certificates(tmp_path, "127.0.0.1")
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert key.read_text().startswith("-----BEGIN PRIVATE KEY-----")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_is_free_until_it_is_used(host, monkeypatch):
+    monkeypatch.setattr("experiments.deploying.flower._PORT_PATIENCE", 0.0)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as other:
+        try:
+            other.bind((host, 0))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        port = other.getsockname()[1]
+        other.listen()
+        with pytest.raises(InputError, match=f"--port={port}: cannot be had at {host}"):
+            require_free(host, port)
+    require_free(host, port)
 
 
 @pytest.mark.parametrize(
