@@ -87,7 +87,9 @@ def test_a_task_in_which_nothing_is_right_has_losses_alone():
 def test_figures_that_do_not_exist_are_nan():
     common = Tally(np.array([[1, 0], [4, 0], [4, 0]]), np.zeros((3, 2)))
     found = evaluation(units=np.array([4, 0]), common=common)
-    assert np.allclose(found.class_accuracy[:, 0], [1 / 4, 1, 1])
+    # The last client has never held an expert.
+    assert np.allclose(found.class_accuracy[:, 0], [1 / 4, 1, np.nan], equal_nan=True)
+    assert np.isnan([found.global_accuracy[2], found.global_loss[2], found.personal_loss[2]]).all()
     assert np.isnan(found.class_accuracy[:, 1]).all()
     assert np.isnan(found.personal_accuracy[1])
     assert np.isnan(found.personal_loss[1])
