@@ -131,7 +131,7 @@ def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
         cohort = draw_cohort(keys[0], clients, size)
         capacity = jnp.asarray(setting.capacity)[cohort]
         low, high = device_load_bounds(capacity, ledger.deficit, slack)
-        untried = ledger.held_rounds == 0
+        untried = (ledger.held_rounds == 0).astype(ledger.fitness.dtype)
         ties = jax.random.uniform(keys[1], ledger.fitness.shape, ledger.fitness.dtype)
         fitness = ledger.fitness + federation.fitness.optimism * untried + _TIE_NOISE * ties
         if exploration:
