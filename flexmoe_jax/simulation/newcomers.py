@@ -34,9 +34,9 @@ from flexmoe_jax.simulation.blocks import (
     replicate,
 )
 from flexmoe_jax.simulation.evaluate import TestSet, evaluate
+from flexmoe_jax.simulation.initial import init_owns
 from flexmoe_jax.simulation.plan import assignment_slots
 from flexmoe_jax.simulation.probe import probe_all
-from flexmoe_jax.simulation.rounds import init_owns
 from flexmoe_jax.types import Array, Evaluation, Key, Own, Server, State
 
 

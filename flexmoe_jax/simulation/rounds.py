@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,6 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.options.execution import ExecutionOptions
 from flexmoe_jax.simulation.blocks import (
-    ALONG_FIRST,
     client_mesh,
     over_blocks,
     over_devices,
@@ -42,6 +41,7 @@ from flexmoe_jax.simulation.blocks import (
     take_rows,
 )
 from flexmoe_jax.simulation.evaluate import Checked, evaluate
+from flexmoe_jax.simulation.initial import init, places
 from flexmoe_jax.simulation.plan import Arrival, Floor, Tampering, check_cohort, make_plan
 from flexmoe_jax.simulation.probe import probe_all
 from flexmoe_jax.types import (
@@ -63,8 +63,6 @@ from flexmoe_jax.types import (
 _NOISE_OF_CLIENT = 0xC11E
 # More steps than any client has in a round.
 _ALL_STEPS = 2**31 - 1
-# Number of clients whose own parameters are drawn side by side.
-_DRAWN = 256
 # Number of batches on which a client scores each expert, whether it holds the expert or not.
 _ASKED = 4
 
@@ -150,7 +148,7 @@ def simulate(
     ExecutionOptions.check(client_block_size=block_size)
     mesh = mesh or client_mesh(1)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    of_state = _places(federation.clients, mesh)
+    of_state = places(federation.clients, mesh)
     steps = np.asarray(federation.local.steps(np.asarray(data.size)))
     floor = Floor(federation.clients, federation.slots, rows, block_size, mesh.size)
     jitted = partial(jax.jit, out_shardings=everywhere)
@@ -167,18 +165,6 @@ def simulate(
         evaluate=Checked(federation, jitted(partial(evaluate, federation, mesh))),
         setting=Setting(floor, np.asarray(federation.capacity, np.int64), steps, federation),
     )
-
-
-def _places(clients: int, mesh: Mesh) -> State:
-    """Places a state on the devices: what clients own is split over them, the rest is replicated.
-
-    If the devices cannot have equally many clients each, or belong to several processes, what
-    clients own is replicated, too.
-    """
-    whole, shared_out = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), ALONG_FIRST))
-    even = mesh.size > 1 and clients % mesh.size == 0 and jax.process_count() == 1
-    own = shared_out if even else whole
-    return State(cast(Any, whole), Own(own, own, cast(Any, whole), own))
 
 
 def _assigner(
@@ -233,49 +219,6 @@ def _given_profile(federation: Federation, data: ClientData) -> np.ndarray | Non
         raise InputError("fitness.profile", "given", remedy)
     share = known / np.maximum(known.sum(axis=1, keepdims=True), 1e-12)
     return np.asarray(share - share.mean(axis=0))
-
-
-def init(federation: Federation, key: Key) -> State:
-    """Returns the state before the first round; each of C clients has its own gates and parts.
-
-    Raises:
-      InputError: `key` is not a random key of JAX.
-    """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise InputError("key", key.dtype, "give a key, as jax.random.key(0)")
-    params, owns = init_owns(federation, key, jnp.arange(federation.clients, dtype=jnp.int32))
-    begun = server.init(federation.desk, key, params.shared, params.experts, federation.clients)
-    return State(begun, owns)
-
-
-def init_owns(federation: Federation, key: Key, numbers: Array) -> tuple[Params, Own]:
-    """Draws the model, and what the clients with the given ids (C,) own at the start."""
-    model_key, gate_key = jax.random.split(key)
-    params = federation.draw(model_key)
-
-    def own(number: Array) -> Own:
-        return federation.own(params, jax.random.fold_in(gate_key, number))
-
-    return params, _in_blocks(own, numbers)
-
-
-def _in_blocks(function: Callable[[Array], PyTree], numbers: Array) -> PyTree:
-    """Maps a function of one number over many (C,), block by block.
-
-    If all clients were drawn at once, the random bits would take several times the memory of the
-    parameters.
-    """
-    size = min(len(numbers), _DRAWN)
-    table = jax.tree.map(
-        lambda x: jnp.zeros((len(numbers), *x.shape), x.dtype), jax.eval_shape(function, numbers[0])
-    )
-
-    def fill(block: Array, table: PyTree) -> PyTree:
-        # The last block overlaps the one before it, so that all blocks have the same size.
-        rows = jnp.minimum(block * size, len(numbers) - size) + jnp.arange(size, dtype=jnp.int32)
-        return put_rows(table, rows, jax.vmap(function)(take_rows(numbers, rows)))
-
-    return lax.fori_loop(0, -(-len(numbers) // size), fill, table)
 
 
 def _plan(

@@ -29,7 +29,7 @@ from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax.data import Dataset
 from flexmoe_jax.server import enrol
-from flexmoe_jax.simulation.rounds import init_owns
+from flexmoe_jax.simulation.initial import init_owns
 
 ROUNDS = 3
 Tree = dict[str, Any]

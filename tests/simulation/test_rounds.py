@@ -14,7 +14,7 @@ from flexmoe_jax.assignment import make_policy
 from flexmoe_jax.client import LocalTraining
 from flexmoe_jax.data import crop_flip, feed_cohorts
 from flexmoe_jax.server import Admission, FitnessOptions, trimmed_mean
-from flexmoe_jax.simulation import Arrival, rounds, sample_cohort, slots_assignment
+from flexmoe_jax.simulation import Arrival, initial, sample_cohort, slots_assignment
 from flexmoe_jax.types import Params
 from tests.conftest import CAPACITY
 from tests.simulation.conftest import EXPERTS, MODULE, plain, prepare
@@ -83,9 +83,9 @@ def test_devices_change_nothing_beyond_rounding(
 def test_many_clients_own_what_each_would_draw_alone(make_simulation):
     # More than are drawn side by side, and not a multiple of these.
     numbers = np.arange(700)
-    owned = rounds.init_owns(make_simulation().setting.federation, jax.random.key(0), numbers)[1]
+    owned = initial.init_owns(make_simulation().setting.federation, jax.random.key(0), numbers)[1]
     for number in (0, 255, 256, 699):
-        alone = rounds.init_owns(
+        alone = initial.init_owns(
             make_simulation().setting.federation, jax.random.key(0), numbers[number : number + 1]
         )[1]
         chex.assert_trees_all_equal(jax.tree.map(lambda x, n=number: x[n : n + 1], owned), alone)
