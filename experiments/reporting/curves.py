@@ -218,10 +218,12 @@ def _edge(run: Run) -> Picture | None:
 
 
 def _cost(run: Run) -> Picture | None:
+    # The first round compiles and loads the solver: its time would flatten all others.
+    cold = int(run.series("time/round_seconds")[0].size > 2)
+
     def panel(key: str, title: str, factor: float, colour: str) -> Panel:
         x, y = run.series(key)
-        # The first round compiles and loads the solver: its time would flatten all others.
-        warm = slice(int("second" in key and x.size > 2), None)
+        warm = slice(cold if "second" in key else 0, None)
         return Panel(title, _with_trend(x[warm], y[warm] * factor, "", colour), "positive")
 
     gaps = run.series("assignment/gap")[1]
@@ -239,8 +241,10 @@ def _cost(run: Run) -> Picture | None:
             panel("time/train_examples_per_second", "Training, examples / s", 1, GREEN),
         ],
         "Time spent on the assignment, its distance from the best possible value (0 is optimal), "
-        "wall time of a round and training speed, these without the first round, which compiles"
-        f"{smoothing_remark([run])}." + (f" Solver: {said}." if said else ""),
+        "wall time of a round and training speed"
+        + (", times without the first round, which compiles" if cold else "")
+        + f"{smoothing_remark([run])}."
+        + (f" Solver: {said}." if said else ""),
         Grid(columns=2, height=SMALL, wide=False),
         alt=said or "no solver status recorded",
     )

@@ -86,7 +86,7 @@ def _load(run: Run, key: str, order: Numbers, title: str, colour: str, unit: str
     span = (rounds[0] - 0.5, rounds[0] - 0.5 + cells.shape[1] * each)
     counted = "holders, summed over rounds"
     if unit != "holders":
-        counted = f"{'samples' if unit.startswith('samples') else unit}, all rounds"
+        counted = f"{unit.partition(' ')[0]}, all rounds"
 
     def paint(figure: Figure) -> None:
         width = FULL - LEFT - TOTALS - 2.0

@@ -284,7 +284,7 @@ def common_unit(runs: Sequence[Run]) -> LossUnit:
 ASSIGNED_UNITS = {
     "clients": "holders",
     "samples": "samples that holders train on",
-    "usage": "samples that holders are foreseen to send it",
+    "usage": "{units} that holders are expected to send it",
 }
 """Load model to what the assigned load of an expert counts."""
 
@@ -296,4 +296,4 @@ def assigned_unit(run: Run) -> str:
         load = load_model_name(load, run.config.get("clients.capacity", 1))
     except InputError:  # The config has an invalid capacity.
         load = ""
-    return ASSIGNED_UNITS.get(load, ASSIGNED_UNITS["clients"])
+    return ASSIGNED_UNITS.get(load, ASSIGNED_UNITS["clients"]).format(units=run.units)

@@ -227,6 +227,27 @@ def test_losses_of_text_are_told_in_bits_a_byte(tmp_path: Path) -> None:
     assert ">Personal loss, as recorded</text>" in svg_of(both.images[1])
 
 
+def test_loads_say_what_they_count(tmp_path: Path) -> None:
+    counted = {
+        ("next_token", "usage"): "an expert's tokens that holders are expected to send it",
+        ("next_token", "samples"): "an expert's samples that holders train on",
+        ("classification", "usage"): "an expert's samples that holders are expected to send it",
+    }
+    for i, ((task, load), text) in enumerate(counted.items()):
+        config = {"task": {"name": task}, "assignment": {"load": load}}
+        page = Page(write_report([make_workdir(tmp_path / str(i), config)]))
+        assert text in page.text
+        assert f">{text.split()[2]}, all rounds</text>" in "".join(map(svg_of, page.images))
+
+
+def test_only_times_that_leave_the_first_round_out_say_so(tmp_path: Path) -> None:
+    run = make_workdir(tmp_path / "run")
+    told = "times without the first round"
+    assert told in Page(write_report([run])).text
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record(i)) + "\n" for i in (1, 2)))
+    assert told not in Page(write_report([run])).text
+
+
 def test_a_run_without_them_has_the_pictures_that_it_had(tmp_path: Path) -> None:
     """Runs without these metrics: of an older version, and with private gates."""
     run = make_workdir(tmp_path / "run")
