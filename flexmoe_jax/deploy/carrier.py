@@ -43,8 +43,10 @@ class Carrier(Protocol):
     def nodes(self) -> list[int]:
         """Return the ids of the connected nodes."""
 
-    def push(self, kind: str, group: str, orders: Sequence[tuple[int, RecordDict]]) -> list[str]:
-        """Send each node its own message, and return the ids of the messages."""
+    def push(
+        self, kind: str, group: str, orders: Sequence[tuple[int, RecordDict]]
+    ) -> list[str | None]:
+        """Send each node its message; return the messages' ids, None for one that is not taken."""
 
     def pull(self, messages: Sequence[str]) -> list[Reply]:
         """Return the new replies to any of these messages; each reply is returned once."""
@@ -101,11 +103,13 @@ class FlowerCarrier:
         found: list[int] = json.loads(self._ask({"do": "nodes"})[0])
         return found
 
-    def push(self, kind: str, group: str, orders: Sequence[tuple[int, RecordDict]]) -> list[str]:
+    def push(
+        self, kind: str, group: str, orders: Sequence[tuple[int, RecordDict]]
+    ) -> list[str | None]:
         """See `Carrier`."""
         wish = {"do": "push", "kind": kind, "group": group, "to": [node for node, _ in orders]}
         frames = [to_bytes(content) for _, content in orders]
-        found: list[str] = json.loads(self._ask(wish, *frames)[0])
+        found: list[str | None] = json.loads(self._ask(wish, *frames)[0])
         return found
 
     def pull(self, messages: Sequence[str]) -> list[Reply]:
@@ -155,13 +159,16 @@ class LocalCarrier:
         """See `Carrier`."""
         return list(self.clients)
 
-    def push(self, kind: str, group: str, orders: Sequence[tuple[int, RecordDict]]) -> list[str]:
+    def push(
+        self, kind: str, group: str, orders: Sequence[tuple[int, RecordDict]]
+    ) -> list[str | None]:
         """See `Carrier`."""
-        names = []
+        names: list[str | None] = []
         for node, content in orders:
             self._sent += 1
-            names.append(str(self._sent))
-            self._waiting[names[-1]] = node, to_bytes(content)
+            name = str(self._sent)
+            names.append(name)
+            self._waiting[name] = node, to_bytes(content)
         return names
 
     def pull(self, messages: Sequence[str]) -> list[Reply]:

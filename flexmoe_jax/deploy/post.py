@@ -257,8 +257,8 @@ class Post:
         asked = nodes - self._greeted
         if asked:
             hello = RecordDict({"ask": ConfigRecord({"what": "hello"})})
-            self._send("query", "hello", [(node, "hello", -1, hello) for node in sorted(asked)])
-            self._greeted |= asked
+            sent = self._send("query", "hello", [(n, "hello", -1, hello) for n in sorted(asked)])
+            self._greeted |= {one.node for one in sent}
         if self._numbers is None or self._setup is None:
             return
         told = {sent.node for sent in self._sent.values() if sent.purpose == "setup"}
@@ -273,16 +273,16 @@ class Post:
         there = {self._number_of(node): node for node in sorted(self._ready)}
         wanted = [number for number in orders if number in there and number not in under_way]
         messages = [(there[n], kind, n, orders[n].content) for n in wanted]
-        for number in self._send(kind, group, messages) if messages else ():
-            self.standing[self._names[there[number]]].asked += 1
+        for sent in self._send(kind, group, messages) if messages else ():
+            self.standing[self._names[sent.node]].asked += 1
 
     def _number_of(self, node: int) -> int:
         return (self._numbers or {}).get(self._names.get(node, ""), -1)
 
     def _send(
         self, kind: str, group: str, messages: list[tuple[int, str, int, RecordDict]]
-    ) -> list[int]:
-        """Send messages; return the clients' numbers of those that the carrier has taken."""
+    ) -> list[_Sent]:
+        """Send messages; return those that the carrier has taken. The others are sent again."""
         ids = self._carrier.push(kind, group, [(node, what) for node, _, _, what in messages])
         sent = {
             name: _Sent(node, purpose, number)
@@ -290,7 +290,7 @@ class Post:
             if name
         }
         self._sent |= sent
-        return [one.number for one in sent.values()]
+        return list(sent.values())
 
     def _collect(
         self, orders: dict[int, Order], tries: dict[int, int]

@@ -30,14 +30,16 @@ def client(message: RecordDict) -> RecordDict:
 
 
 class Refusing(LocalCarrier):
-    """Takes no message for training at first, as Flower does with a message that it rejects."""
+    """Takes the first message of no kind, as Flower does with a message that it rejects."""
 
-    first = True
+    def __init__(self, clients):
+        super().__init__(clients)
+        self.seen = set()
 
     def push(self, kind, group, orders):
-        if kind == "train" and self.first:
-            self.first = False
-            return [""] * len(orders)
+        if kind not in self.seen:
+            self.seen.add(kind)
+            return [None] * len(orders)
         return super().push(kind, group, orders)
 
 
@@ -57,6 +59,8 @@ class Failing:
 
     def push_messages(self, messages):
         self.messages = list(messages)
+        if len(self.messages) > 1:  # As Flower does with what is too large for its connection.
+            return []
         for number, message in enumerate(self.messages):
             message.metadata.__dict__["_message_id"] = str(number)
         return [message.metadata.message_id for message in self.messages]
@@ -78,6 +82,7 @@ def test_an_error_without_a_reason_is_no_answer(tmp_path, monkeypatch):
         assert carrier.nodes() == [7]
         (name,) = carrier.push("train", "round 1", [(7, ask("train"))])
         assert carrier.pull([name]) == [(name, None, "error 3")]
+        assert carrier.push("train", "round 1", [(7, ask("train"))] * 2) == [None, None]
     thread.join()
 
 

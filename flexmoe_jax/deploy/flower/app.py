@@ -66,7 +66,10 @@ def _push(grid: Grid, line: Connection, wish: dict) -> None:
         Message(_records(line.recv_bytes()), node, wish["kind"], group_id=wish["group"])
         for node in wish["to"]
     ]
-    _tell(line, list(grid.push_messages(messages)))
+    ids = list(grid.push_messages(messages))
+    # Flower has no id for a message that it refuses, and no ids at all if together they are too
+    # large for a proxy on the way (HTTP status 413).
+    _tell(line, ids + [None] * (len(messages) - len(ids)))
 
 
 def _error(message: Message) -> str | None:
