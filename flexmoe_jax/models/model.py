@@ -95,7 +95,7 @@ def from_functions(
     def init_marked(key: Key, inputs: PyTree) -> PyTree:
         return mark_paths(init(key, inputs), rules)
 
-    return Model(init_marked, lambda params, inputs: inputs, apply)
+    return Model(jax.jit(init_marked), lambda params, inputs: inputs, apply)
 
 
 def from_linen(module: nn.Module, *, trunk: str = "", head: str = "__call__") -> Model:
@@ -131,7 +131,8 @@ def from_linen(module: nn.Module, *, trunk: str = "", head: str = "__call__") ->
         }
         return outputs, found
 
-    return Model(init, run_trunk, run_head)
+    # A federation asks for shapes and for draws, inside other programs: one trace serves them all.
+    return Model(jax.jit(init), run_trunk, run_head)
 
 
 def _places(layer: str) -> list[tuple[str, ...]]:
