@@ -325,6 +325,7 @@ def _gradient(
     tiles = learner.local.tiles(partial(largest_array, loss, params, *first))
     if tiles == 1:
         return take(params, batch, valid)
+    take = jax.jit(take)  # One trace for the shapes and for the tiles.
     cut = jax.tree.map(lambda x: x.reshape(tiles, -1, *x.shape[1:]), (batch, valid))
     count = jnp.maximum(weights_of(learner.task, batch, valid).sum(), 1.0)
 

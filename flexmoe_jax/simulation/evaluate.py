@@ -235,10 +235,13 @@ def _count(federation: Federation, test: TestSet, known: _Known) -> _Sums:
     blocks = _blocks((numbers, state.clients, models, log_share, about.owns, evaluated))
     trunk = _trunk(federation)
 
+    # The functions that are also asked for the shapes of their sums are jitted: one trace, not two.
+    @jax.jit
     def of_chunk(chunk: TestSet) -> _Sums:
         features = trunk(state.server.shared, chunk.arrays)
         judge = client.Judge(federation.task, chunk.arrays, chunk.valid, classes)
 
+        @jax.jit
         def judge_client(*row: Any) -> tuple:
             number, own, model, log_share, owns, counts = row
             given, held = of_client(federation, state.server, own)
