@@ -228,7 +228,7 @@ def make_policy(options: AssignmentOptions, load: str) -> assignment.Policy:
 
 def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
     """Checks the model's fields, and returns a function: number of classes -> model."""
-    options = read(ModelOptions, config)
+    options, bias = read(ModelOptions, config), config.local.bias_rate > 0
     if options.whole_experts:
         if options.router:
             remedy = "whole models have no gate that a router could learn from: give false"
@@ -238,7 +238,7 @@ def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
         make_inside = model_maker(inside)
         return lambda classes: models.clustered(make_inside(classes), options.experts)
     if options.backbone == "transformer":
-        return lambda classes: _decoder(options, config.data.length)
+        return lambda classes: _decoder(options, bias, config.data.length)
     backbone = models.make_backbone(
         options.backbone,
         widths=options.widths or (),
@@ -249,11 +249,11 @@ def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
     if options.local_backbone:
         backbone = models.PersonalMixture(backbone, backbone.clone())
     if options.moe_stages:
-        return partial(_within, _with_stages(backbone, options))
-    return partial(_classifier, options, backbone)
+        return partial(_within, _with_stages(backbone, options, bias))
+    return partial(_classifier, options, bias, backbone)
 
 
-def _with_stages(backbone: nn.Module, options: ModelOptions) -> nn.Module:
+def _with_stages(backbone: nn.Module, options: ModelOptions, bias: bool) -> nn.Module:
     """Adds a MoE layer after some stages of a ResNet."""
     stages = [part.strip() for part in options.moe_stages.split(",")]
     if not isinstance(backbone, models.ResNet) or not set(stages) <= {"1", "2", "3"}:
@@ -267,6 +267,7 @@ def _with_stages(backbone: nn.Module, options: ModelOptions) -> nn.Module:
         options.shared_experts,
         whole=True,
         with_router=options.router,
+        with_bias=bias,
     )
     return backbone.clone(mixture=mixture, stages=tuple(map(int, stages)))
 
@@ -275,7 +276,9 @@ def _within(backbone: nn.Module, classes: int) -> models.Model:
     return models.from_linen(models.Classifier(backbone, classes))
 
 
-def _classifier(options: ModelOptions, backbone: nn.Module, classes: int) -> models.Model:
+def _classifier(
+    options: ModelOptions, bias: bool, backbone: nn.Module, classes: int
+) -> models.Model:
     module = models.MoEClassifier(
         backbone=backbone,
         classes=classes,
@@ -284,11 +287,12 @@ def _classifier(options: ModelOptions, backbone: nn.Module, classes: int) -> mod
         top_k=options.top_k,
         shared_experts=options.shared_experts,
         with_router=options.router,
+        with_bias=bias,
     )
     return models.classifier(module)
 
 
-def _decoder(options: ModelOptions, length: int) -> models.Model:
+def _decoder(options: ModelOptions, bias: bool, length: int) -> models.Model:
     module = models.Transformer(
         experts=options.experts,
         depth=options.depth or models.Transformer.depth,
@@ -299,6 +303,7 @@ def _decoder(options: ModelOptions, length: int) -> models.Model:
         top_k=options.top_k,
         shared_experts=options.shared_experts,
         router=options.router,
+        bias=bias,
         positions=options.positions,
         length=length,
     )

@@ -387,3 +387,6 @@ class Federation:
             layers = ", ".join(self.layout.layers)
             remedy = f"its parameters are marked for {layers}: return a Routing for each"
             raise InputError("model", f"routings of {', '.join(routings) or 'no layer'}", remedy)
+        if self.local.bias_rate and any(routing.biased is None for routing in routings.values()):
+            remedy = "the model's gates have no balance biases: give MoELayer(with_bias=True), or 0"
+            raise InputError("local.bias_rate", self.local.bias_rate, remedy)

@@ -50,6 +50,8 @@ class Routing(NamedTuple):
       combine: (..., E) weight of each expert in the layer's output.
       router: (..., E) logits of the layer's router over all experts, held or not; None if the layer
         has no router.
+      biased: (..., E) the logits with the balance biases, by which experts are selected; None if
+        the layer has no balance biases.
     """
 
     logits: Array
@@ -57,6 +59,7 @@ class Routing(NamedTuple):
     selected: Array
     combine: Array
     router: Array | None = None
+    biased: Array | None = None
 
 
 class Params(NamedTuple):

@@ -69,6 +69,12 @@ def test_without_a_prior_the_model_may_tell_more_classes_apart(clients):
         simulation.simulate(federate(clients), nameless)
 
 
+def test_biases_that_no_gate_has_are_refused(clients):
+    local = LocalTraining(optax.sgd(0.1), bias_rate=0.1)
+    with pytest.raises(InputError, match=r"^local\.bias_rate=0\.1: the model's gates have no"):
+        federate(clients).replace(local=local)
+
+
 def test_a_model_that_names_other_layers_than_its_parameters_is_refused(clients):
     module = models.MoEClassifier(models.MLP((4,)), classes=10, experts=4)
     model = models.classifier(module).after(lambda images: images / 255)

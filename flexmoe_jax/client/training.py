@@ -22,7 +22,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Float, Int
 
-from flexmoe_jax.client.losses import balance_loss, router_loss, router_z_loss
+from flexmoe_jax.client.losses import balance_loss, evening_loss, router_loss, router_z_loss
 from flexmoe_jax.client.units import fractions, weights_of
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.client import LocalLoss, LocalWork
@@ -55,7 +55,7 @@ class LocalTraining(LocalWork, LocalLoss):
       tile: number of examples whose gradient is computed at once, to stay in cache. The batch's
         gradient is the sum over its tiles. 0 for automatic: on CPU, for batches above 12, as many
         examples as fit, by the largest array that the model computes for one example; elsewhere the
-        whole batch. With a balance loss it is always the batch, over which that loss is defined.
+        whole batch. With a balance loss or biases it is the batch, over which use is counted.
       decay: optax schedule, number of the round -> factor on its steps; None for a factor of 1.
       augment: random augmentation of every batch; None for no augmentation.
     """
@@ -78,7 +78,7 @@ class LocalTraining(LocalWork, LocalLoss):
             example; called only if the size is needed.
         """
         most = self.tile or self.batch_size
-        if self.balance:
+        if self.balance or self.bias_rate:
             most = self.batch_size
         elif not self.tile and self.batch_size > _WHOLE and jax.default_backend() == "cpu":
             most = max(1, _CACHED // example_bytes())
@@ -354,10 +354,12 @@ def objective(
     losses = task.loss(outputs, batch).astype(jnp.float32)
     units = weight.sum()
     loss = (losses * weight).sum() / jnp.maximum(units, 1.0)
-    for name in learner.layers if local.balance or local.z else ():
+    for name in learner.layers if local.balance or local.bias_rate or local.z else ():
         routing, counted = _flat(routings[name], weight)
         if local.balance:
             loss += local.balance * balance_loss(routing, held[name], counted)
+        if local.bias_rate:
+            loss += local.bias_rate * evening_loss(routing, held[name], counted)
         if local.z:
             loss += local.z * router_z_loss(routing, held[name], counted)
     for name in learner.layers:

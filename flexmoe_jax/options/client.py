@@ -47,6 +47,12 @@ class LocalLoss(Options, section="local"):
         "weight of the Switch-style balance loss over the held experts: keeps them all in use",
         least=0,
     )
+    bias_rate: float = option(
+        0.0,
+        "rate of a gate's balance biases, as a factor on the learning rate: they even out use "
+        "without a loss (loss-free balancing, arXiv 2408.15664); 0 for no biases",
+        least=0,
+    )
     z: float = option(0.0, "weight of the router z-loss", least=0)
     prior: float = option(
         0.0,

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from flexmoe_jax.client import balance_loss, router_z_loss
+from flexmoe_jax.client import balance_loss, evening_loss, router_z_loss
 from flexmoe_jax.models import route
 
 
@@ -20,3 +22,19 @@ def test_losses_on_routing_by_hand():
     assert router_z_loss(routing, held, valid) == pytest.approx(0.0, abs=1e-9)
     # Adding 2 to each logit moves log z to 2, and its square to 4.
     assert router_z_loss(route(logits + 2, held), held, valid) == pytest.approx(4.0, rel=1e-5)
+
+
+def test_a_bias_falls_with_the_use_of_its_expert():
+    # Experts 0, 1 and 2 are held. Of the three examples that count, two choose expert 0 and one
+    # chooses expert 1. Mean use is 1/3: 0 is above it, 2 is below it, 1 is exactly there.
+    logits = jnp.array([[3.0, 1, 0, 9], [3, 1, 0, 9], [0, 3, 1, 9], [0, 0, 3, 9]])
+    held, valid = jnp.array([True, True, True, False]), jnp.array([1.0, 1, 1, 0])
+
+    def loss(bias):
+        return evening_loss(route(logits, held, biased=logits + bias), held, valid)
+
+    np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(4)), [1, 0, -1, 0], atol=1e-6)
+    # A bias decides who is selected, and not with what weight.
+    moved = route(logits, held, biased=logits + jnp.array([-3.0, 0, 0, 0]))
+    np.testing.assert_array_equal(moved.selected[0], [False, True, False, False])
+    np.testing.assert_allclose(moved.combine[0, 1], jax.nn.softmax(logits[0, :3])[1], rtol=1e-6)
