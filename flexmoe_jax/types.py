@@ -40,6 +40,10 @@ Key = jax.Array
 PyTree = Any
 
 
+BALANCE_BIAS = "balance_bias"
+"""Name of the balance biases (E,) among the parameters of a gate."""
+
+
 class Routing(NamedTuple):
     """How a MoE layer routes its inputs; the leading axes are those of the layer's input.
 

@@ -39,8 +39,8 @@ def evening_loss(
     """Computes a term whose gradient moves each held expert's balance bias against its use.
 
     This is loss-free balancing (Wang et al. 2024, arXiv 2408.15664, algorithm 1) as a gradient: a
-    step of SGD changes the bias by the step size, down for an expert that is used more than the
-    mean of those held, up for one that is used less. No other parameter has a gradient.
+    step of SGD with rate u lowers the bias by u if the expert is used more than the mean of those
+    held, and raises it by u if it is used less. No other parameter has a gradient.
 
     Args:
       routing: the routing of a batch, of a layer with balance biases.

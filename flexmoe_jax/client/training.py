@@ -28,7 +28,7 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.client import LocalLoss, LocalWork
 from flexmoe_jax.options.execution import ExecutionOptions
 from flexmoe_jax.tasks import Batch, Task
-from flexmoe_jax.types import Array, Download, Feedback, Key, Params, PyTree, Routing
+from flexmoe_jax.types import BALANCE_BIAS, Array, Download, Feedback, Key, Params, PyTree, Routing
 
 Sizes = TypeVar("Sizes", Array, np.ndarray)
 """Integers, as an array on the device or on the host."""
@@ -70,6 +70,13 @@ class LocalTraining(LocalWork, LocalLoss):
         super().__post_init__()
         check_transform("optimizer", self.optimizer)
 
+    @property
+    def transform(self) -> optax.GradientTransformation:
+        """The optimizer, and for balance biases plain steps of `bias_rate`."""
+        if not self.bias_rate:
+            return self.optimizer
+        return optax.partition({True: optax.sgd(self.bias_rate), False: self.optimizer}, _is_bias)
+
     def tiles(self, example_bytes: Callable[[], int]) -> int:
         """Returns the smallest number of equal tiles such that no tile exceeds the limit.
 
@@ -98,6 +105,13 @@ class LocalTraining(LocalWork, LocalLoss):
     def steps_per_epoch(self, size: Sizes) -> Sizes:
         """Returns the number of batches in a pass over `size` examples; the last may be smaller."""
         return -(-size // self.batch_size)
+
+
+def _is_bias(params: Params) -> PyTree:
+    """Whether each parameter is a gate's balance biases."""
+    return jax.tree.map_with_path(
+        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) == BALANCE_BIAS, params
+    )
 
 
 def check_transform(field: str, value: object) -> None:
@@ -255,7 +269,7 @@ def train(
     known = Known(arrays, held, log_share if learner.local.prior else None, slots)
     zeros = jnp.zeros((len(learner.layers), down.slots.shape[-1]), jnp.float32)
     nothing = jnp.zeros((), jnp.float32)
-    optimizer = learner.local.optimizer.init(start)
+    optimizer = learner.local.transform.init(start)
     begun = Trained(start, optimizer, Feedback(zeros, zeros, zeros), nothing, nothing, nothing)
 
     def step(t: Array, state: Trained) -> Trained:
@@ -287,7 +301,7 @@ def _step(
         batch = local.augment(batch, chosen.bits)
     slope, seen = _gradient(learner, state.params, batch, valid, known)
     with jax.numpy_dtype_promotion("standard"):  # optax takes counts times floats
-        updates, optimizer = local.optimizer.update(slope, state.optimizer, state.params)
+        updates, optimizer = local.transform.update(slope, state.optimizer, state.params)
         decay = None if local.decay is None else local.decay(round_index)
     if decay is not None:
         updates = optax.tree.scale(jnp.asarray(decay, jnp.float32), updates)
@@ -359,7 +373,7 @@ def objective(
         if local.balance:
             loss += local.balance * balance_loss(routing, held[name], counted)
         if local.bias_rate:
-            loss += local.bias_rate * evening_loss(routing, held[name], counted)
+            loss += evening_loss(routing, held[name], counted)
         if local.z:
             loss += local.z * router_z_loss(routing, held[name], counted)
     for name in learner.layers:

@@ -23,7 +23,7 @@ from flexmoe_jax.models.dense import Dense, product
 from flexmoe_jax.models.model import Model, from_linen
 from flexmoe_jax.models.ownership import EXPERT, GATE, mark
 from flexmoe_jax.options.models import ModelOptions
-from flexmoe_jax.types import Array, PyTree, Routing
+from flexmoe_jax.types import BALANCE_BIAS, Array, PyTree, Routing
 
 # Below every logit, but finite: a client without experts still produces finite numbers, not NaN.
 _NEVER = -1e30
@@ -166,7 +166,7 @@ class Gate(nn.Module):
         logits = product("bd,ed->be", x.astype(jnp.float32), kernel) + bias[None]
         if not self.with_bias:
             return logits, None
-        balance = _param(self, "balance", nn.initializers.zeros, self.part, (count,))
+        balance = _param(self, BALANCE_BIAS, nn.initializers.zeros, self.part, (count,))
         return logits, lax.stop_gradient(logits) + balance[None]
 
 

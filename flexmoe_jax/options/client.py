@@ -49,8 +49,8 @@ class LocalLoss(Options, section="local"):
     )
     bias_rate: float = option(
         0.0,
-        "rate of a gate's balance biases, as a factor on the learning rate: they even out use "
-        "without a loss (loss-free balancing, arXiv 2408.15664); 0 for no biases",
+        "by which a local step moves a gate's balance biases, which even out use without a loss "
+        "(loss-free balancing, arXiv 2408.15664); 0 for none",
         least=0,
     )
     z: float = option(0.0, "weight of the router z-loss", least=0)
