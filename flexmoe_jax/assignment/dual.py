@@ -70,7 +70,8 @@ def dual_assign(
     """
     clients, experts = fitness.shape
     dtype = fitness.dtype
-    capacity = jnp.broadcast_to(jnp.asarray(capacity), clients)
+    capacity = jnp.broadcast_to(jnp.asarray(capacity, jnp.int32), clients)
+    diversity = jnp.asarray(diversity, dtype)
     given = jnp.asarray(load_weight, dtype)
     equal = given.ndim == 0
     weight = jnp.broadcast_to(given[:, None] if given.ndim == 1 else given, fitness.shape)
@@ -78,8 +79,8 @@ def dual_assign(
         jnp.broadcast_to(jnp.asarray(bound, dtype), experts) for bound in (load_min, load_max)
     )
     z = jnp.zeros((clients, 0), dtype) if descriptor is None else jnp.asarray(descriptor, dtype)
-    z = z - z.mean(axis=0)
-    prices = ascend_prices(fitness, capacity, low, high, weight, z, diversity, slots)
+    z = z - z.mean(axis=0, keepdims=True)
+    prices = ascend_prices(fitness, capacity.astype(dtype), low, high, weight, z, diversity, slots)
     reduced = reduced_fitness(fitness, weight, z, prices)
     held = _take_top(reduced, capacity, slots or experts)
     # Stay inside the bounds by a margin that covers the error of single precision.
@@ -117,7 +118,7 @@ def dual_bound(
     """Computes a valid upper bound (scalar): `D(λ, u)` plus its possible rounding error."""
     reduced = reduced_fitness(fitness, load_weight, descriptor, prices)
     best = jax.lax.top_k(reduced, slots or reduced.shape[1])[0]
-    taken = jnp.where(jnp.arange(best.shape[1]) < capacity[:, None], best, 0.0)
+    taken = jnp.where(_filled(capacity, best.shape[1]), best, 0.0)
     of_clients = taken.sum(axis=1)
     of_bounds = _price_of_bounds(prices.load, load_min, load_max)
     magnitude = jnp.abs(taken).sum() + jnp.abs(of_bounds).sum()
@@ -129,9 +130,13 @@ def dual_bound(
 def _take_top(score: Array, capacity: Array, slots: int) -> Array:
     """Takes each client's `k_c` experts of highest score; returns [C, E] bool."""
     _, best = jax.lax.top_k(score, slots)
-    taken = jnp.arange(slots) < capacity[:, None]
     rows = jnp.arange(score.shape[0])[:, None]
-    return jnp.zeros(score.shape, bool).at[rows, best].max(taken)
+    return jnp.zeros(score.shape, bool).at[rows, best].max(_filled(capacity, slots))
+
+
+def _filled(capacity: Array, slots: int) -> Array:
+    """Tells which of its slots a client fills: the first `k_c`; [C, K] bool."""
+    return jnp.arange(slots, dtype=capacity.dtype)[None] < capacity[:, None]
 
 
 def _load(weight: Array, held: Array) -> Array:
@@ -158,8 +163,8 @@ def _mend(worth: Array, weight: Array, low: Array, high: Array, held: Array) -> 
     def propose(held: Array) -> tuple[Array, Array, Array, Array]:
         load = _load(weight, held)
         gives, takes = _ends(low, high, load, slip)
-        leaves = held & gives & (load - weight >= low - slip)
-        enters = ~held & takes & (load + weight <= high + slip)
+        leaves = held & gives[None] & (load[None] - weight >= (low - slip)[None])
+        enters = ~held & takes[None] & (load[None] + weight <= (high + slip)[None])
         least = jnp.where(leaves, worth, jnp.inf)
         most = jnp.where(enters, worth, -jnp.inf)
         return load, least.min(axis=1) - most.max(axis=1), least.argmin(1), most.argmax(1)
@@ -223,7 +228,7 @@ def _mend_by_paths(worth: Array, unit: Array, low: Array, high: Array, held: Arr
     slip = _SLIP * unit
 
     def ends(held: Array) -> tuple[Array, Array]:
-        return _ends(low, high, unit * held.sum(axis=0), slip)
+        return _ends(low, high, unit * held.sum(axis=0, dtype=unit.dtype), slip)
 
     def more(state: tuple[Array, Array]) -> Array:
         held, moved = state

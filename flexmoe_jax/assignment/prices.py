@@ -53,7 +53,7 @@ def ascend_prices(
 
     Args:
       fitness: [C, E], of a floating type.
-      capacity: [C].
+      capacity: [C], of a floating type: the type of sums over all clients.
       load_min: [E].
       load_max: [E]; may be infinite.
       load_weight: [C, E].
@@ -97,7 +97,7 @@ def estimate_prices(problem: Problem) -> FloatArray:
     low, high = effective_bounds(problem)
     prices = ascend_prices(
         problem.fitness.astype(np.float32),
-        problem.capacity,
+        problem.capacity.astype(np.float64),
         low.astype(np.float32),
         high.astype(np.float32),
         np.broadcast_to(problem.weights.astype(np.float32), problem.fitness.shape),
@@ -110,7 +110,7 @@ def estimate_prices(problem: Problem) -> FloatArray:
 
 def reduced_fitness(fitness: Array, load_weight: Array, descriptor: Array, prices: Prices) -> Array:
     """Computes the fitness, [C, E], minus the prices of load and mix."""
-    reduced = fitness - load_weight * prices.load
+    reduced = fitness - load_weight * prices.load[None]
     return reduced - gram(descriptor.T, prices.mix.T) if descriptor.shape[1] else reduced
 
 
@@ -119,7 +119,7 @@ def _consistent(
 ) -> tuple[Array, Array]:
     """Moves the bounds into the reachable range, and so that their sums enclose the total load."""
     xp = weight.__array_namespace__()
-    reach = xp.sum(weight * (capacity > 0)[:, None], axis=0)
+    reach = xp.sum(xp.where(capacity[:, None] > 0, weight, 0.0), axis=0)
     low, high = xp.clip(load_min, 0.0, reach), xp.clip(load_max, 0.0, reach)
     total, experts = xp.sum(weight.mean(axis=1) * capacity), low.shape[0]
     low = low - xp.maximum(low.sum() - total, 0.0) / experts
@@ -206,8 +206,9 @@ def _thresholds(reduced: Array, capacity: Array, slots: int) -> Array:
     """Computes the midpoint [C] between each client's worst taken and best rejected expert."""
     xp = reduced.__array_namespace__()
     ordered = _largest(reduced, min(reduced.shape[1], slots + 1))
-    last = xp.clip(capacity - 1, 0, ordered.shape[1] - 1)[:, None]
-    after = xp.clip(capacity, 0, ordered.shape[1] - 1)[:, None]
+    place = capacity.astype(xp.int32)[:, None]
+    last = xp.clip(place - 1, 0, ordered.shape[1] - 1)
+    after = xp.clip(place, 0, ordered.shape[1] - 1)
     ends = xp.take_along_axis(ordered, last, axis=1) + xp.take_along_axis(ordered, after, axis=1)
     return 0.5 * ends[:, 0]
 

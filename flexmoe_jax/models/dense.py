@@ -37,7 +37,7 @@ def kernel_gradient(x: Num[Array, "T i"], dy: Num[Array, "T o"]) -> Num[Array, "
     # The barriers keep the compiler from undoing these transpositions.
     (rows, width), features = x.shape, dy.shape[1]
     if rows <= _FEWEST_ROWS and width * features >= _LARGE and x.dtype == jnp.float32:
-        return reduce(add, (x[row, :, None] * dy[row] for row in range(rows)))
+        return reduce(add, (x[row, :, None] * dy[row, None] for row in range(rows)))
     if width > 4 * features and (rows > _FEW_ROWS or features <= _FEW):
         return lax.optimization_barrier(lax.dot_general(dy, x, _OVER_ROWS)).T
     narrower_anew = rows <= _MEDIUM_ROWS and min(width, features) > _WIDE

@@ -59,7 +59,7 @@ def route(
         found = f"{held.dtype}{list(held.shape)}"
         raise InputError("held", found, f"give a mask: bool[{logits.shape[-1]}]")
     ModelOptions.check(top_k=top_k)
-    may = held[None]
+    may = jnp.broadcast_to(held, logits.shape)
     masked = jnp.where(may, logits, _NEVER)
     probability = jnp.where(may, jax.nn.softmax(masked, axis=-1), 0.0)
     score = masked if biased is None else jnp.where(may, biased, _NEVER)

@@ -201,7 +201,8 @@ def device_plan(cohort: Array, assignment: Array, load: Array, steps: Array, flo
     size, experts = assignment.shape
     padding, dealt = floor.padded - size, floor.deal(size)
     order = jnp.argsort(-steps, stable=True)
-    numbered = jnp.where(assignment[order], jnp.arange(experts, dtype=jnp.int32), experts)
+    numbers = jnp.arange(experts, dtype=jnp.int32)[None]
+    numbered = jnp.where(assignment[order], numbers, experts)
     held = jnp.sort(numbered, axis=1)[:, : floor.slots]
     slots = jnp.pad(held, ((0, padding), (0, 0)), constant_values=experts)[dealt]
     return Plan(

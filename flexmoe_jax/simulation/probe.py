@@ -98,7 +98,7 @@ def probe(
     def try_batch(total: Feedback, batch: tuple[Array, Array]) -> tuple[Feedback, None]:
         turn, rows = batch
         moved = jnp.zeros_like(groups) if federation.keeps_experts else turn * groups
-        slots = (tried[:, None, :] + moved) % experts  # (trials, G, K)
+        slots = (tried[:, None, :] + moved[None]) % experts  # (trials, G, K)
 
         def try_out(slots: Array) -> Feedback:
             down = server.send(desk, begun, slots, jnp.zeros((), jnp.int32))

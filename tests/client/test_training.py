@@ -132,7 +132,7 @@ def test_a_prior_is_added_to_what_the_loss_is_taken_of(clients, start):
     for tau in (0.0, 2.0):
         local = LocalTraining(optax.sgd(0.0), balance=0.0, batch_size=8, prior=tau)
         done = fit(start, local, *data, log_share=log_share)
-        adjusted = logits + tau * log_share
+        adjusted = logits + tau * log_share[None]
         expected = optax.softmax_cross_entropy_with_integer_labels(adjusted, batch["labels"])
         assert done.loss == pytest.approx(float(expected.sum()), rel=1e-5)
 
@@ -184,7 +184,7 @@ def test_every_example_counts_once_an_epoch(clients, start):
     assert done.loss / done.units == pytest.approx(float(losses.mean()), rel=1e-5)
     assert done.feedback.loss.sum() == pytest.approx(3 * float(losses.sum()), rel=1e-5)
     hits = logits.argmax(axis=1) == batch["labels"]
-    assert done.feedback.correct.sum() == 3 * hits.sum()
+    assert done.feedback.correct.sum() == 3 * int(hits.sum())
     # And so by expert.
     routed = np.asarray(routings["mixture"].selected, float)
     assert done.feedback.usage[0].tolist() == (3 * routed.sum(axis=0)).tolist()
@@ -262,7 +262,7 @@ def test_largest_array_by_hand():
     # 5 and 7 numbers in, 35 of four bytes on the way, in a loop and behind a call; 7 out.
     @jax.jit
     def body(i, x):
-        return x + (jnp.ones((5, 1), jnp.float32) * x).sum(axis=0)
+        return x + (jnp.ones((5, 1), jnp.float32) * x[None]).sum(axis=0)
 
     numbers = jnp.ones(7, jnp.float32)
     assert largest_array(lambda x: jax.lax.fori_loop(0, 3, body, x), numbers) == 4 * 35

@@ -121,7 +121,7 @@ def test_shared_experts_work_on_every_example_and_belong_to_everybody():
     logits, routings = model.apply(params, x, {"mixture": jnp.zeros(4, bool)})
     features = model.trunk(params, x)
     added = features + expert_mlp(params["shared_expert"], features, jnp.ones((7, 2)))
-    expected = added @ params["head"]["kernel"] + params["head"]["bias"]
+    expected = added @ params["head"]["kernel"] + params["head"]["bias"][None]
     chex.assert_trees_all_close(logits, expected, atol=1e-5)
     assert not routings["mixture"].selected.any()
 
@@ -193,7 +193,7 @@ def test_a_personal_mixture_by_hand():
     variables = model.init(jax.random.key(0), x)
     params = variables["params"]
     shared, local = (MLP((2,)).apply({"params": params[part]}, x) for part in ("shared", "local"))
-    logits = shared @ params["mixture"]["kernel"] + params["mixture"]["bias"]
+    logits = shared @ params["mixture"]["kernel"] + params["mixture"]["bias"][None]
     weight = jax.nn.softmax(logits)
     expected = weight[:, :1] * shared + weight[:, 1:] * local
     assert jnp.allclose(model.apply(variables, x), expected, atol=1e-6)

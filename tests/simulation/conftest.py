@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import flax.linen as nn
 import jax
@@ -65,3 +66,14 @@ def simulated(make_simulation) -> simulation.Simulation:
 def plain(state):
     """A state that can be compared: without its key."""
     return jax.device_get(state._replace(server=state.server._replace(key=0)))
+
+
+@contextmanager
+def strictly() -> Iterator[None]:
+    """JAX in double precision, and refusing to promote types or ranks."""
+    with (
+        jax.enable_x64(),
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+    ):
+        yield

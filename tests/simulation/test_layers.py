@@ -97,4 +97,4 @@ def check_slots(federation, state, clients):
         expected, routings = apply(whole, inputs, mask)
         chex.assert_trees_all_close(found, expected, atol=1e-6, rtol=1e-6)
         for layer, routing in routings.items():
-            assert (routing.selected <= mask[layer]).all()
+            assert (routing.selected <= mask[layer][None]).all()

@@ -260,7 +260,8 @@ def test_of_a_shortlist_the_routers_say_who_is_on_it(make_simulation, clients, s
         images = prepare(shown.arrays["images"][rows[:size]])
         features = module.apply({"params": params}, images, method="features")
         router = params["router"]
-        part = jax.nn.softmax(features @ router["kernel"].T + router["bias"]).mean(axis=0)
+        logits = features @ router["kernel"].T + router["bias"][None]
+        part = jax.nn.softmax(logits).mean(axis=0)
         asked = np.isin(np.arange(EXPERTS), np.argsort(-part)[:2])
         np.testing.assert_allclose(short[n, asked], every[n, asked], rtol=1e-6)
         assert (short[n, ~asked] < short[n, asked].min() - 0.5).all()

@@ -18,7 +18,7 @@ from flexmoe_jax.server import (
 )
 from flexmoe_jax.simulation import chunk_test_set, run_on_device
 from tests.conftest import CAPACITY
-from tests.simulation.conftest import DEEP
+from tests.simulation.conftest import DEEP, strictly
 from tests.simulation.test_rounds import crop_flip_images
 
 OPTIONS = {
@@ -86,7 +86,7 @@ def test_rounds_on_the_device_are_too(make_simulation, clients):
     simulated = make_simulation(policy=make_policy("flex", exploration=0.5))
     rounds = run_on_device(simulated, 2, per_round=5)
     single, _ = rounds(simulated.init(jax.random.key(0)), clients)
-    with jax.enable_x64():
+    with strictly():
         double, _ = rounds(simulated.init(jax.random.key(0)), clients)
     assert jax.tree.map(lambda x: x.dtype, single) == jax.tree.map(lambda x: x.dtype, double)
     assert np.array_equal(single.clients.slots, double.clients.slots)

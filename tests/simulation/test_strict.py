@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from flexmoe_jax import data, models, simulation, tasks
-from flexmoe_jax.assignment import make_policy
+from flexmoe_jax.assignment import dual_assign, make_policy
 from flexmoe_jax.client import LocalTraining
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.metrics import evaluation_figures
 from flexmoe_jax.server import FitnessOptions
+from tests.simulation.conftest import strictly
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 3, 48).astype(np.int32)
@@ -40,11 +44,7 @@ NEXT_TOKEN = (
 )
 def test_a_round_and_an_evaluation_run_under_all_of_them(case, dtype):
     task, model, arrays, prepare = case
-    with (
-        jax.enable_x64(),
-        jax.numpy_dtype_promotion("strict"),
-        jax.numpy_rank_promotion("raise"),
-    ):
+    with strictly():
         counts = np.full((4, 3), 4) if "labels" in arrays else None
         clients = data.join(arrays, list(np.arange(48).reshape(4, 12)), counts)
         federation = Federation(
@@ -65,6 +65,10 @@ def test_a_round_and_an_evaluation_run_under_all_of_them(case, dtype):
         state, report = simulated.round(state, clients, plan)
         test = simulation.chunk_test_set(arrays, 24)
         found = simulated.evaluate(state, test, clients.about)
+        # What is promoted shows when a program is traced: newcomers' is neither compiled nor run.
+        coming = simulation.await_newcomers(federation, clients, federation.capacity)
+        fitness = jax.eval_shape(coming.probe, state.server, state.clients, clients)
+    assert fitness.dtype == np.float32
     assert jax.tree.map(lambda leaf: leaf.dtype, state) == kinds
     assert bool(report.finite)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {
@@ -72,3 +76,13 @@ def test_a_round_and_an_evaluation_run_under_all_of_them(case, dtype):
         np.dtype(bool),
     }
     assert evaluation_figures(found)["eval/clients"] == 4
+
+
+@pytest.mark.parametrize("weight", [2.0, RNG.random(24), RNG.random((24, 6))], ids=np.ndim)
+def test_assignments_by_prices_are_traced_under_all_of_them(weight):
+    fitness, mix = RNG.random((24, 6)).astype(np.float32), RNG.random((24, 3))
+    assign = partial(dual_assign, load_weight=weight, descriptor=mix, diversity=np.float64(0.1))
+    with strictly():
+        found = jax.eval_shape(assign, fitness, RNG.integers(0, 7, 24), 0, jnp.inf)
+    numbers = found.value, found.bound, found.load, found.prices
+    assert {leaf.dtype for leaf in jax.tree.leaves(numbers)} == {np.dtype(np.float32)}
