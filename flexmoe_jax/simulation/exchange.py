@@ -138,4 +138,4 @@ def _at_once(exchange: Callable[[Array], Array], tree: PyTree) -> PyTree:
         arrived = jnp.split(exchange(jnp.concatenate(flat, axis=1)), ends, axis=1)
         for i, x in zip(ours, arrived, strict=True):
             leaves[i] = x.reshape(len(x), *leaves[i].shape[1:])
-    return structure.unflatten(leaves)
+    return jax.tree.unflatten(structure, leaves)
