@@ -109,7 +109,7 @@ def build(config: ConfigDict, known: Known | None = None) -> Experiment:
     make_model = model_maker(config)
     devices = make_devices(read(EdgeOptions, config), config.clients.count, config.seed)
     capacity = given_capacity(config, devices if known is None else known.devices)
-    mesh = simulation.client_mesh(config.execution.devices)
+    mesh = simulation.client_mesh(config.execution.devices, config.execution.expert_devices)
 
     examples = load_examples(config) if known is None else known.examples
     clients, sample = examples.clients, examples.sample
@@ -382,6 +382,7 @@ def notes_of(config: ConfigDict, examples: Examples, federation: Federation) -> 
         *examples.notes,
         *notes_on_privacy(read(Admission, config)),
         *notes_on_newcomers(config, federation),
+        *notes_on_devices(config, federation),
     )
 
 
@@ -392,6 +393,17 @@ def notes_on_privacy(options: Admission) -> tuple[str, ...]:
     return (
         "server.noise=simulated: whoever knows this config can draw the noise again, so it keeps "
         "nothing private; privacy/epsilon_simulated is what secret noise would give",
+    )
+
+
+def notes_on_devices(config: ConfigDict, federation: Federation) -> tuple[str, ...]:
+    """Returns the note that a figure is left out because no device has all experts."""
+    devices = config.execution.expert_devices
+    if devices == 1 or not federation.assembles:
+        return ()
+    return (
+        f"execution.expert_devices={devices}: no device has all experts, so the model of all "
+        "experts is not evaluated",
     )
 
 

@@ -110,7 +110,7 @@ def run_config(workdir: Workdir, data_dir: str | None) -> ConfigDict:
     except (TypeError, ValueError) as error:
         remedy = f"its config.json cannot be used ({' '.join(str(error).split())})"
         raise InputError("WORKDIR", workdir.path, remedy) from error
-    config.execution.devices = 1
+    config.execution.devices = config.execution.expert_devices = 1
     if data_dir is not None:
         config.data.dir = data_dir
         if config.data.name.endswith(".npz"):

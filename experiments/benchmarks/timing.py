@@ -9,10 +9,10 @@ from functools import partial
 import jax
 from absl import flags
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from experiments.devices import prepare_devices
-from flexmoe_jax.simulation.blocks import AXIS
+from flexmoe_jax.simulation.blocks import ALONG_FIRST
 
 _TURNS = 5
 _TURN_SECONDS = 0.2  # length of a turn of a quick contestant
@@ -75,7 +75,7 @@ def make_products(
     Returns:
       The call, and its number of floating-point operations.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    sharding = NamedSharding(mesh, ALONG_FIRST)
     matrices = jax.random.normal(jax.random.key(0), (mesh.size * side, side)) / side**0.5
 
     @partial(jax.shard_map, mesh=mesh, in_specs=sharding.spec, out_specs=sharding.spec)

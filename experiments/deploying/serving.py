@@ -61,7 +61,8 @@ class Deployment:
 
     def _build(self, config: ConfigDict) -> Experiment:
         config = config.copy_and_resolve_references()
-        config.execution.devices = 1  # Clients compute on devices of their own.
+        # Clients compute on devices of their own.
+        config.execution.devices = config.execution.expert_devices = 1
         name, facts = self._who()
         examples = _of_real_clients(config, facts)
         experiment = build(config, Known(examples, _devices(config, facts)))

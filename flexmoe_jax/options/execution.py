@@ -12,6 +12,12 @@ class ExecutionOptions(Options, section="execution"):
     """Devices and memory; nothing here changes results beyond rounding."""
 
     devices: int = option(0, "that share a round; 0 for all (on CPU: one a core)", least=0)
+    expert_devices: int = option(
+        1,
+        "that share one copy of the experts, if these do not fit on one; a divisor of the number "
+        "of devices and of model.experts",
+        least=1,
+    )
     client_block_size: int = option(0, "clients side by side on a device; 0 for automatic", least=0)
     data: str = option(
         "auto",

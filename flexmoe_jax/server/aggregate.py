@@ -77,18 +77,21 @@ class Aggregator(NamedTuple):
     Attributes:
       zero: (ψ, θ, P, K) -> empty total, with room for P clients with K slots each.
       add: (total, block of `Arrived`) -> total with the block added.
-      merge: (total, mesh axis) -> total over all devices along the axis.
+      merge: (total, name or names of mesh axes) -> total over all devices along these axes.
       drop: (total, late (P,) bool) -> (total without the late updates, (P,) bool the clients that
         were removed). Late updates turn out to be too long only when all have arrived. From a sum,
         only all updates together can be removed.
       mean: (total, due) -> `Sums`; the server moves by these sums divided by their weights.
+      by_part: whether totals are `Sums`, to which ψ, and each expert, is added without regard to
+        the others. Only then can the experts' part be split over devices.
     """
 
     zero: Callable[[PyTree, PyTree, int, int], Any]
     add: Callable[[Any, Arrived], Any]
-    merge: Callable[[Any, str], Any]
+    merge: Callable[[Any, Any], Any]
     drop: Callable[[Any, Array], tuple[Any, Array]]
     mean: Callable[[Any, Due], Sums]
+    by_part: bool = False
 
 
 def mean() -> Aggregator:
@@ -120,7 +123,7 @@ def mean() -> Aggregator:
         left = sums._replace(shared_weight=weights[0], expert_weight=weights[1])
         return left, jnp.broadcast_to(late.any(), late.shape)
 
-    return Aggregator(zero, add, lax.psum, drop, lambda sums, due: sums)
+    return Aggregator(zero, add, lax.psum, drop, lambda sums, due: sums, by_part=True)
 
 
 def private(deviation: float) -> Aggregator:
@@ -183,7 +186,7 @@ def collect(centre: Centre) -> Aggregator:
         rows = total.rows + block.weight.shape[0]
         return Collected(rows, jax.tree.map(put, total.updates, block))
 
-    def merge(total: Collected, axis: str) -> Collected:
+    def merge(total: Collected, axis: Any) -> Collected:
         together = partial(lax.all_gather, axis_name=axis, tiled=True)
         return Collected(lax.psum(total.rows, axis), jax.tree.map(together, total.updates))
 

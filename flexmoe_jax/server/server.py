@@ -40,6 +40,11 @@ from flexmoe_jax.types import (
 # Constant that is folded into a round's key, for the random stream of the noise.
 _NOISE = 0x5E12
 
+Fetch = Callable[[PyTree, dict[str, Array]], PyTree]
+"""(θ by MoE layer, leaves (E, ...); by layer numbers (K,)) -> θ of these experts, leaves (K, ...).
+
+An empty slot (E) gets a copy of the last expert."""
+
 
 class Desk(NamedTuple):
     """The settings that a server runs with.
@@ -110,15 +115,26 @@ def init(desk: Desk, key: Key, shared: PyTree, experts: PyTree, clients: int) ->
     return Server(key, jnp.zeros((), jnp.int32), shared, experts, optimizer, ledger)
 
 
-def send(desk: Desk, server: Server, slots: Int[Array, "G K"], steps: Int[Array, ""]) -> Download:
-    """Returns the download of a client that trains the experts `slots` (G, K) for `steps` steps."""
-    experts = {
+def take(experts: PyTree, numbers: dict[str, Array]) -> PyTree:
+    """Takes experts from stacks that are all here (see `Fetch`)."""
+    return {
         layer: jax.tree.map(
-            lambda leaf, s=slots[desk.group[layer]]: jnp.take(leaf, s, axis=0, mode="clip"), stack
+            lambda leaf, n=numbers[layer]: jnp.take(leaf, n, axis=0, mode="clip"), stack
         )
-        for layer, stack in server.experts.items()
+        for layer, stack in experts.items()
     }
-    return Download(server.shared, experts, slots, steps, server.round)
+
+
+def send(
+    desk: Desk,
+    server: Server,
+    slots: Int[Array, "G K"],
+    steps: Int[Array, ""],
+    fetch: Fetch = take,
+) -> Download:
+    """Returns the download of a client that trains the experts `slots` (G, K) for `steps` steps."""
+    numbers = {layer: slots[desk.group[layer]] for layer in server.experts}
+    return Download(server.shared, fetch(server.experts, numbers), slots, steps, server.round)
 
 
 def limits(desk: Desk, begun: Server) -> Float[Array, " 2"] | None:

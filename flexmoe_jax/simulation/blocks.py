@@ -23,23 +23,35 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Array, PyTree
 
-AXIS = "clients"
-"""The mesh axis over which devices share a cohort."""
-ALONG_FIRST = PartitionSpec(AXIS)
-"""Splits the first axis over the devices."""
+CLIENTS, EXPERTS = "clients", "experts"
+AXES = CLIENTS, EXPERTS
+"""The axes of a mesh: all devices share a cohort; those along `EXPERTS` share the experts, too."""
+WHOLE, ALONG_FIRST = PartitionSpec(), PartitionSpec(AXES)
+"""A full copy on each device; or the first axis split over all devices."""
+BY_EXPERT = PartitionSpec(EXPERTS)
+"""The first axis, E, split over the devices along `EXPERTS`."""
 
 
-def client_mesh(devices: int = 0) -> Mesh:
-    """Makes a mesh of `devices` devices over all processes; 0 uses all devices.
+def client_mesh(devices: int = 0, experts: int = 1) -> Mesh:
+    """Makes a mesh of devices over all processes.
+
+    Args:
+      devices: number of devices; 0 for all.
+      experts: number of devices that share one copy of the experts; 1 for a copy on each device.
 
     Raises:
-      InputError: `devices` is negative, or more than the available devices.
+      InputError: `devices` is negative or more than the available devices, or `experts` does not
+        divide it.
     """
     there = jax.device_count()
     if not 0 <= devices <= there:
         raise InputError("execution.devices", devices, f"give 0 (all) to {there}")
     chosen = jax.devices()[: devices or there]
-    return jax.make_mesh((len(chosen),), (AXIS,), (AxisType.Auto,), devices=chosen)
+    if experts < 1 or len(chosen) % experts:
+        remedy = f"give a divisor of the number of devices, {len(chosen)}"
+        raise InputError("execution.expert_devices", experts, remedy)
+    shape = len(chosen) // experts, experts
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 2, devices=chosen)
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -49,7 +61,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     not checked: a check would send all copies between processes, and it would refuse NaN, which is
     not equal to itself.
     """
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere = NamedSharding(mesh, WHOLE)
     if jax.process_count() == 1:
         return jax.device_put(tree, everywhere)
 
@@ -74,20 +86,24 @@ def over_devices(
     whole: PyTree,
     mesh: Mesh,
     *,
-    merge: Callable[[Any, str], Any] = lax.psum,
+    merge: Callable[[Any, tuple[str, ...]], Any] = lax.psum,
     spec: PartitionSpec = ALONG_FIRST,
+    of_whole: PyTree = WHOLE,
+    of_total: PyTree = WHOLE,
 ) -> tuple[Any, PyTree]:
     """Runs a function of (a share of `split`, all of `whole`) on every device of a mesh.
 
     Args:
       function: its first output is merged over the devices. Its second output is concatenated
         along the first axis.
-      split: arrays that are divided among the devices, along the axis that `spec` maps to `AXIS`.
-      whole: arrays that each device receives in full.
+      split: arrays that are divided among the devices, along the axis that `spec` maps to `AXES`.
+      whole: arrays that each device receives in full, except where `of_whole` splits them.
       mesh: from `client_mesh`. With a single device the plain function runs, so that JAX can also
         run it without compiling it.
-      merge: (a device's first output, name of the axis) -> the merged output of all devices.
+      merge: (a device's first output, names of the axes) -> the merged output of all devices.
       spec: the partition of `split`.
+      of_whole: the partitions of `whole`, a tree of specs or one for all.
+      of_total: the partitions of the merged output.
     """
     if mesh.size == 1:
         return function(split, whole)
@@ -95,13 +111,13 @@ def over_devices(
     @partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(spec, PartitionSpec()),
-        out_specs=(PartitionSpec(), ALONG_FIRST),
+        in_specs=(spec, of_whole),
+        out_specs=(of_total, ALONG_FIRST),
         check_vma=False,
     )
     def on_one(split: PyTree, whole: PyTree) -> tuple[Any, PyTree]:
         total, joined = function(split, whole)
-        return merge(total, AXIS), joined
+        return merge(total, AXES), joined
 
     outputs: tuple[Any, PyTree] = on_one(split, whole)
     return outputs

@@ -23,11 +23,12 @@ from flexmoe_jax import client
 from flexmoe_jax.data import About
 from flexmoe_jax.errors import InputError, check_range
 from flexmoe_jax.federation import Federation
-from flexmoe_jax.simulation.blocks import AXIS, client_mesh, over_devices
+from flexmoe_jax.simulation.blocks import AXES, WHOLE, client_mesh, over_devices
+from flexmoe_jax.simulation.exchange import OF_STATE, expert_devices, fetch_alike
 from flexmoe_jax.simulation.standalone import of_client
 from flexmoe_jax.types import Array, Evaluation, Params, PyTree, State, Tally
 
-_SHARED = PartitionSpec(None, AXIS)
+_SHARED = PartitionSpec(None, AXES)
 
 
 class TestSet(NamedTuple):
@@ -166,7 +167,8 @@ def evaluate(
 
     Args:
       federation: the configuration of the federation.
-      mesh: devices that share the examples, along its axis `AXIS`.
+      mesh: devices that share the examples. If several of them share the experts, no device ever
+        has all experts, and the model of all experts is left out (`Evaluation.assembled` is None).
       state: of the federation.
       test: the test set.
       about: information about the clients. If they have no test examples of their own, personal
@@ -190,10 +192,11 @@ def evaluate(
         federation = federation.replace(model=whole, prior=prior)
 
     def of_device(test: TestSet, known: _Known) -> tuple[_Sums, None]:
-        return _count(federation, test, known), None
+        return _count(federation, mesh, test, known), None
 
     known = state, about, evaluated, models
-    sums, _ = over_devices(of_device, test, known, mesh, spec=_SHARED)
+    of_known = OF_STATE, WHOLE, WHOLE, WHOLE
+    sums, _ = over_devices(of_device, test, known, mesh, spec=_SHARED, of_whole=of_known)
     weight = sums.own_units
     personal = sums.personal
     if test.group is None:
@@ -226,14 +229,14 @@ _Known = tuple[State, About, Array, Params | None]
 """The state, the clients' `About`, which clients have held an expert, and their models if given."""
 
 
-def _count(federation: Federation, test: TestSet, known: _Known) -> _Sums:
+def _count(federation: Federation, mesh: Mesh, test: TestSet, known: _Known) -> _Sums:
     """Computes the sums over one device's share of the examples."""
     state, about, evaluated, models = known
     clients, classes = about.label_share.shape
     log_share = client.log_shares(about.label_share)
     numbers = jnp.arange(clients, dtype=jnp.int32)
     blocks = _blocks((numbers, state.clients, models, log_share, about.owns, evaluated))
-    trunk = _trunk(federation)
+    trunk, fetch = _trunk(federation), fetch_alike(mesh)
 
     # The functions that are also asked for the shapes of their sums are jitted: one trace, not two.
     @jax.jit
@@ -244,7 +247,7 @@ def _count(federation: Federation, test: TestSet, known: _Known) -> _Sums:
         @jax.jit
         def judge_client(*row: Any) -> tuple:
             number, own, model, log_share, owns, counts = row
-            given, held = of_client(federation, state.server, own)
+            given, held = of_client(federation, state.server, own, fetch)
             outputs = _outputs(federation, given if model is None else model, features, held)
             mine = federation.own_outputs(outputs, log_share)
             personal = judge.by_class(mine)
@@ -278,7 +281,9 @@ def _count(federation: Federation, test: TestSet, known: _Known) -> _Sums:
             personal=personal,
             own_units=_units_of_own(judge, chunk, about),
             server=judge.all_rows(joint),
-            assembled=_assembled(federation, state, features, judge),
+            assembled=None
+            if expert_devices(mesh) > 1
+            else _assembled(federation, state, features, judge),
         )
 
     one = jax.tree.map(lambda x: x[0], test)

@@ -6,17 +6,19 @@ Axis legend: `C` clients.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from flexmoe_jax import server
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
-from flexmoe_jax.simulation.blocks import ALONG_FIRST, put_rows, take_rows
+from flexmoe_jax.simulation.blocks import ALONG_FIRST, WHOLE, put_rows, take_rows
+from flexmoe_jax.simulation.exchange import OF_SERVER
 from flexmoe_jax.types import Array, Key, Own, Params, PyTree, State
 
 # Number of clients whose own parameters are drawn side by side.
@@ -67,12 +69,14 @@ def _in_blocks(function: Callable[[Array], PyTree], numbers: Array) -> PyTree:
 
 
 def places(clients: int, mesh: Mesh) -> State:
-    """Places a state on the devices: what clients own is split over them, the rest is replicated.
+    """Places a state on the devices: what clients own is split over all of them.
 
-    If the devices cannot have equally many clients each, or belong to several processes, what
-    clients own is replicated, too.
+    If the devices cannot have equally many clients each, or belong to several processes, it is
+    replicated. Experts and their optimiser state are split along the mesh's axis `EXPERTS`, and the
+    rest of the server's state is replicated.
     """
-    whole, shared_out = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), ALONG_FIRST))
     even = mesh.size > 1 and clients % mesh.size == 0 and jax.process_count() == 1
-    own = shared_out if even else whole
-    return State(cast(Any, whole), Own(own, own, cast(Any, whole), own))
+    own: Any = ALONG_FIRST if even else WHOLE
+    split = State(OF_SERVER, Own(own, own, cast(Any, WHOLE), own))
+    placed: State = jax.tree.map(partial(NamedSharding, mesh), split)
+    return placed

@@ -34,6 +34,7 @@ from flexmoe_jax.simulation.blocks import (
     replicate,
 )
 from flexmoe_jax.simulation.evaluate import TestSet, evaluate
+from flexmoe_jax.simulation.exchange import check_split
 from flexmoe_jax.simulation.initial import init_owns
 from flexmoe_jax.simulation.plan import assignment_slots
 from flexmoe_jax.simulation.probe import probe_all
@@ -78,7 +79,7 @@ def await_newcomers(
 
     Raises:
       InputError: a capacity out of range, not exactly one capacity per newcomer, examples that the
-        task cannot take, or an impossible shortlist.
+        task cannot take, an impossible shortlist, or a mesh over which the experts cannot be split.
     """
     capacity = np.asarray(capacity, np.int64)
     experts, newcomers = federation.layout.experts, len(data.size)
@@ -90,6 +91,7 @@ def await_newcomers(
     check_capacity(federation.layout, capacity.tolist())
     check_shortlist(federation, shortlist, int(capacity.max()))
     mesh = mesh or client_mesh(1)
+    check_split(federation, mesh)
     jitted = partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     judge = jitted(partial(_evaluate, federation, mesh))
     slots = max(int(capacity.max()), 1)

@@ -13,7 +13,15 @@ from jax.sharding import Mesh
 
 from flexmoe_jax import client, server
 from flexmoe_jax.federation import Federation
-from flexmoe_jax.simulation.blocks import over_blocks, over_devices, resolve_block_size, take_rows
+from flexmoe_jax.server.server import Fetch, take
+from flexmoe_jax.simulation.blocks import (
+    WHOLE,
+    over_blocks,
+    over_devices,
+    resolve_block_size,
+    take_rows,
+)
+from flexmoe_jax.simulation.exchange import OF_SERVER, fetch_alike
 from flexmoe_jax.simulation.plan import Floor
 from flexmoe_jax.tasks import Batch
 from flexmoe_jax.types import Array, Feedback, Own, Server
@@ -42,15 +50,16 @@ def probe_all(
     clients = len(each[1])
     size = resolve_block_size(0, clients, mesh.size)
     room = Floor(clients, 1, clients, size, mesh.size).padded
+    fetch = fetch_alike(mesh)  # All clients try the same experts at the same time.
 
     def probe_share(each: tuple, known: tuple) -> tuple[None, Array]:
         begun, arrays = known
 
         def visit(one: tuple[Own, Array, Array | None]) -> tuple[tuple[()], Array]:
             own, rows, log_share = one
-            fitness = probe(federation, begun, own, arrays, rows, log_share)
+            fitness = probe(federation, begun, own, arrays, rows, log_share, fetch)
             if shortlist:
-                most = lax.top_k(_routed(federation, begun, own, arrays, rows), shortlist)[1]
+                most = lax.top_k(_routed(federation, begun, own, arrays, rows, fetch), shortlist)[1]
                 asked = jax.nn.one_hot(most, fitness.shape[1], dtype=bool).any(axis=1)  # (G, E)
                 fitness = jnp.where(asked, fitness, fitness.min() - 1)
             return (), fitness
@@ -60,7 +69,14 @@ def probe_all(
 
     padded = take_rows(each, jnp.arange(room))
     known = begun, arrays
-    _, fitness = over_devices(probe_share, padded, known, mesh, merge=lambda total, _: total)
+    _, fitness = over_devices(
+        probe_share,
+        padded,
+        known,
+        mesh,
+        merge=lambda total, _: total,
+        of_whole=(OF_SERVER, WHOLE),
+    )
     return jnp.moveaxis(fitness[:clients], 1, 0)
 
 
@@ -71,6 +87,7 @@ def probe(
     arrays: Batch,
     rows: Array,
     log_share: Array | None = None,
+    fetch: Fetch = take,
 ) -> Array:
     """Scores every expert on one client's batches, each as the only expert that the client holds.
 
@@ -86,6 +103,7 @@ def probe(
       arrays: named examples.
       rows: (S, B) int32 rows of the examples, -1 for none.
       log_share: (Y,) logarithm of the client's label shares; None for none.
+      fetch: takes experts from the server's.
 
     Returns:
       (G, E) fitness, on the scale of Q; the initial value if no example reached an expert.
@@ -101,7 +119,7 @@ def probe(
         slots = (tried[:, None, :] + moved[None]) % experts  # (trials, G, K)
 
         def try_out(slots: Array) -> Feedback:
-            down = server.send(desk, begun, slots, jnp.zeros((), jnp.int32))
+            down = server.send(desk, begun, slots, jnp.zeros((), jnp.int32), fetch)
             return client.appraise(site, own, down, arrays, rows, log_share)
 
         # The parts that do not depend on the expert are computed once for all trials.
@@ -114,7 +132,9 @@ def probe(
     return jnp.where(said.usage > 0, server.make_score(desk.fitness)(said), desk.fitness.initial)
 
 
-def _routed(federation: Federation, begun: Server, own: Own, arrays: Batch, rows: Array) -> Array:
+def _routed(
+    federation: Federation, begun: Server, own: Own, arrays: Batch, rows: Array, fetch: Fetch
+) -> Array:
     """Computes the part (G, E) of a client's batches that the routers give to each expert.
 
     Only the first layer of each group, by name, counts. If it is also the first layer in the model,
@@ -122,7 +142,7 @@ def _routed(federation: Federation, begun: Server, own: Own, arrays: Batch, rows
     """
     site, groups = federation.site, federation.groups
     none = jnp.full((groups, 1), federation.layout.experts, jnp.int32)
-    down = server.send(federation.desk, begun, none, jnp.zeros((), jnp.int32))
+    down = server.send(federation.desk, begun, none, jnp.zeros((), jnp.int32), fetch)
     params, held = client.model_of(site, own, down)
     first = {group: layer for layer, group in reversed(federation.group.items())}
 

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from flexmoe_jax import client, server
 from flexmoe_jax.assignment import Solution
@@ -32,6 +32,7 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.options.execution import ExecutionOptions
 from flexmoe_jax.simulation.blocks import (
+    WHOLE,
     client_mesh,
     over_blocks,
     over_devices,
@@ -41,6 +42,7 @@ from flexmoe_jax.simulation.blocks import (
     take_rows,
 )
 from flexmoe_jax.simulation.evaluate import Checked, evaluate
+from flexmoe_jax.simulation.exchange import OF_SERVER, OF_STATE, check_split, fetch_own, split_sums
 from flexmoe_jax.simulation.initial import init, places
 from flexmoe_jax.simulation.plan import Arrival, Floor, Tampering, check_cohort, make_plan
 from flexmoe_jax.simulation.probe import probe_all
@@ -142,12 +144,13 @@ def simulate(
         `round` and `evaluate` arrays that `replicate` has put on this mesh.
 
     Raises:
-      InputError: the data do not fit the federation.
+      InputError: the data do not fit the federation, or the experts cannot be split over the mesh.
     """
     federation.check_data(data.arrays, data.label_share)
     ExecutionOptions.check(client_block_size=block_size)
     mesh = mesh or client_mesh(1)
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    check_split(federation, mesh)
+    everywhere = NamedSharding(mesh, WHOLE)
     of_state = places(federation.clients, mesh)
     steps = np.asarray(federation.local.steps(np.asarray(data.size)))
     floor = Floor(federation.clients, federation.slots, rows, block_size, mesh.size)
@@ -298,17 +301,21 @@ def run_round(
         federation, floor, mesh, state.server, received, data, plan, key
     )
 
-    def gather(shared_out: Any) -> Any:
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        return lax.with_sharding_constraint(shared_out, everywhere) if mesh.size > 1 else shared_out
+    def gather(shared_out: Any, spec: PyTree = WHOLE) -> Any:
+        if mesh.size == 1:
+            return shared_out
+        return lax.with_sharding_constraint(
+            shared_out, jax.tree.map(partial(NamedSharding, mesh), spec)
+        )
 
     # Every device gets all results before the server continues. Otherwise devices exchange parts
     # inside a median's sort, which takes longer than the whole sort on each device, and inside a
     # robust mean's loops, where XLA's CPU devices can wait for each other in different exchanges
     # and deadlock.
     owns, verdicts = gather((owns, verdicts))
+    aggregator, of_total = split_sums(federation.aggregation, mesh)
     following, verdicts, late = server.conclude(
-        desk, federation.aggregation, state.server, total, verdicts, plan, gather
+        desk, aggregator, state.server, total, verdicts, plan, partial(gather, spec=of_total)
     )
     finite = client.all_finite((following.shared, following.experts, owns.gates, owns.private))
     report = server.report(desk, plan, verdicts, late, finite)
@@ -333,7 +340,8 @@ def _train_cohort(
       The aggregator's total; what each client then owns unless its answer is refused late; and the
       verdict on each answer, leaves (P, ...).
     """
-    site, desk, aggregator = federation.site, federation.desk, federation.aggregation
+    site, desk, fetch = federation.site, federation.desk, fetch_own(mesh)
+    aggregator, of_total = split_sums(federation.aggregation, mesh)
     limits = server.limits(desk, begun)
 
     def train_share(share: tuple[Plan, Own], known: tuple) -> tuple[Any, PyTree]:
@@ -343,7 +351,7 @@ def _train_cohort(
 
         def visit(one: tuple[Row, Own]) -> tuple[server.Arrived, tuple[Own, server.Verdict]]:
             row, own = one
-            down = server.send(desk, begun, row.slots, row.steps)
+            down = server.send(desk, begun, row.slots, row.steps, fetch)
             after, upload = client.train_and_answer(
                 site, own, down, data.arrays, row.batches, row.log_share
             )
@@ -359,7 +367,15 @@ def _train_cohort(
         return over_blocks(visit, aggregator.add, zero, rows, size)
 
     share, known = (_of_clients(plan), received), (data, begun, key, limits)
-    return over_devices(train_share, share, known, mesh, merge=aggregator.merge)
+    return over_devices(
+        train_share,
+        share,
+        known,
+        mesh,
+        merge=aggregator.merge,
+        of_whole=(WHOLE, OF_SERVER, WHOLE, WHOLE),
+        of_total=of_total,
+    )
 
 
 def _of_clients(plan: Plan) -> Plan:
@@ -419,6 +435,7 @@ def tune(
       data: of all clients.
     """
     site, desk, clients = federation.site, federation.desk, federation.clients
+    fetch = fetch_own(mesh)
     key = jax.random.fold_in(state.server.key, state.server.round)
     size = resolve_block_size(floor.block_size, clients, mesh.size)
     room = floor._replace(rows=clients, block_size=size).padded
@@ -433,7 +450,7 @@ def tune(
 
         def visit(row: Row) -> tuple[tuple[()], Params]:
             own = take_rows(state.clients, row.number)
-            down = server.send(desk, state.server, row.slots, row.steps)
+            down = server.send(desk, state.server, row.slots, row.steps, fetch)
             start, held = client.model_of(site, own, down)
             done = client.train(
                 site.learner, start, data.arrays, row.batches, held, down, row.log_share
@@ -444,7 +461,14 @@ def tune(
         return None, over_blocks(visit, lambda total, _: total, (), rows, size)[1]
 
     numbers, known = jnp.arange(room, dtype=jnp.int32), (state, data)
-    _, tuned = over_devices(tune_share, numbers, known, mesh, merge=lambda total, _: total)
+    _, tuned = over_devices(
+        tune_share,
+        numbers,
+        known,
+        mesh,
+        merge=lambda total, _: total,
+        of_whole=(OF_STATE, WHOLE),
+    )
     models: Params = jax.tree.map(lambda x: x[:clients], tuned)
     return models
 

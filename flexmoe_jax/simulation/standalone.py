@@ -19,6 +19,7 @@ import numpy as np
 from flexmoe_jax import client, server
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
+from flexmoe_jax.server.server import Fetch, take
 from flexmoe_jax.types import Array, Own, Params, PyTree, Server, State
 
 Held = dict[str, Array]
@@ -93,9 +94,11 @@ def assembled_model(federation: Federation, state: State) -> Standalone:
     return _standalone(federation, *federation.assemble(state.server), experts)
 
 
-def of_client(federation: Federation, begun: Server, own: Own) -> tuple[Params, Held]:
+def of_client(
+    federation: Federation, begun: Server, own: Own, fetch: Fetch = take
+) -> tuple[Params, Held]:
     """A client's parameters, with its latest experts as the server has them, and its slot masks."""
-    down = server.send(federation.desk, begun, own.slots, jnp.zeros((), jnp.int32))
+    down = server.send(federation.desk, begun, own.slots, jnp.zeros((), jnp.int32), fetch)
     return client.model_of(federation.site, own, down)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.build import build, local_optimizer
+from experiments.build import build, local_optimizer, notes_on_devices
 from experiments.cli import flat_fields
 from experiments.configs import base, digits
 from experiments.edge import check_model
@@ -115,6 +115,9 @@ def test_what_figures_cannot_tell_stays_in_the_summary(tmp_path):
     config.partition.name = "iid"
     (note,) = build(config).notes
     assert note.startswith("train_clients are not used: partition.name=iid deals the examples")
+    config.execution.expert_devices = 2
+    (note,) = notes_on_devices(config, experiment.simulation.setting.federation)
+    assert note.endswith("the model of all experts is not evaluated")
 
 
 def test_test_examples_of_strangers_are_refused(tmp_path):
