@@ -68,8 +68,7 @@ def dual_assign(
       diversity: γ ≥ 0, cost of one unit of `Σ_e Σ_f |Σ_c x_ce (d_cf - mean_f)|`.
       slots: a static upper limit on all capacities (smaller is faster); default E.
     """
-    clients, experts = fitness.shape
-    dtype = fitness.dtype
+    (clients, experts), dtype = fitness.shape, fitness.dtype
     capacity = jnp.broadcast_to(jnp.asarray(capacity, jnp.int32), clients)
     diversity = jnp.asarray(diversity, dtype)
     given = jnp.asarray(load_weight, dtype)

@@ -238,8 +238,7 @@ def _count(federation: Federation, mesh: Mesh, test: TestSet, known: _Known) -> 
     blocks = _blocks((numbers, state.clients, models, log_share, about.owns, evaluated))
     trunk, fetch = _trunk(federation), fetch_alike(mesh)
 
-    # The functions that are also asked for the shapes of their sums are jitted: one trace, not two.
-    @jax.jit
+    @jax.jit  # As is `judge_client`: one trace for the shapes of the sums and for the scan.
     def of_chunk(chunk: TestSet) -> _Sums:
         features = trunk(state.server.shared, chunk.arrays)
         judge = client.Judge(federation.task, chunk.arrays, chunk.valid, classes)
@@ -281,9 +280,7 @@ def _count(federation: Federation, mesh: Mesh, test: TestSet, known: _Known) -> 
             personal=personal,
             own_units=_units_of_own(judge, chunk, about),
             server=judge.all_rows(joint),
-            assembled=None
-            if expert_devices(mesh) > 1
-            else _assembled(federation, state, features, judge),
+            assembled=_assembled(federation, mesh, state, features, judge),
         )
 
     one = jax.tree.map(lambda x: x[0], test)
@@ -318,10 +315,10 @@ def _outputs(
 
 
 def _assembled(
-    federation: Federation, state: State, features: PyTree, judge: client.Judge
+    federation: Federation, mesh: Mesh, state: State, features: PyTree, judge: client.Judge
 ) -> Tally | None:
-    """Evaluates all experts in one model; None if some parts of the model stay with clients."""
-    if not federation.assembles:
+    """Evaluates all experts in one model; None if parts stay with clients, or on other devices."""
+    if not federation.assembles or expert_devices(mesh) > 1:
         return None
     params, held = federation.assemble(state.server)
     return judge.all_rows(_outputs(federation, params, features, held))

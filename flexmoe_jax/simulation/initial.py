@@ -18,7 +18,7 @@ from flexmoe_jax import server
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.simulation.blocks import ALONG_FIRST, WHOLE, put_rows, take_rows
-from flexmoe_jax.simulation.exchange import OF_SERVER
+from flexmoe_jax.simulation.exchange import OF_SERVER, expert_devices
 from flexmoe_jax.types import Array, Key, Own, Params, PyTree, State
 
 # Number of clients whose own parameters are drawn side by side.
@@ -77,6 +77,8 @@ def places(clients: int, mesh: Mesh) -> State:
     """
     even = mesh.size > 1 and clients % mesh.size == 0 and jax.process_count() == 1
     own: Any = ALONG_FIRST if even else WHOLE
-    split = State(OF_SERVER, Own(own, own, cast(Any, WHOLE), own))
+    # A partition over one device would be no partition, but another type to `jit`.
+    of_server: Any = OF_SERVER if expert_devices(mesh) > 1 else WHOLE
+    split = State(of_server, Own(own, own, cast(Any, WHOLE), own))
     placed: State = jax.tree.map(partial(NamedSharding, mesh), split)
     return placed
