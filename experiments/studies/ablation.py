@@ -4,7 +4,7 @@
         --data_dir=TFDS_DIR --workdir=runs/ablation
 
 TFDS_DIR holds `emnist/digits` as TFDS prepares it (array_record). The differences from `flex` in
-the table are the effects. 78 runs of eight seconds each on one core.
+the table are the effects. 87 runs of eight seconds each on one core.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ CHANGES: Axis = {
     # In-client balance loss; load: what it counts, and how far it may deviate from the even share.
     "local_balance_0.05": {"local.balance": 0.05},
     "local_balance_1": {"local.balance": 1.0},
+    # Balance biases in place of that loss.
+    "biases_0.01": {"local.balance": 0.0, "local.bias_rate": 0.01},
+    "biases_0.03": {"local.balance": 0.0, "local.bias_rate": 0.03},
+    "biases_0.1": {"local.balance": 0.0, "local.bias_rate": 0.1},
     "load_samples": {"assignment.load": "samples"},
     "load_usage": {"assignment.load": "usage"},
     "slack_0.3": {"assignment.slack": 0.3},
