@@ -7,19 +7,19 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.cli import nearest
-from experiments.edge import capacity_in_memory, check_model, make_devices, make_network
+from experiments.edge import capacity_in_memory, make_devices, make_network
 from experiments.examples import Examples, load_examples, split_clients
 from experiments.fields import check_fields, client_capacities, load_model_name, read
+from experiments.model import check_model, finished, make_ownership, model_maker
 from experiments.newcomers import Judge, make_judge, notes_on_newcomers
 from experiments.tuning import make_tuner
-from flexmoe_jax import assignment, client, data, edge, models, server, simulation
+from flexmoe_jax import assignment, client, data, edge, server, simulation
 from flexmoe_jax.edge import AVAILABILITIES, read_record, read_tiers
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
@@ -183,16 +183,6 @@ def _with_programs(
     )
 
 
-def finished(
-    make_model: Callable[[int], models.Model],
-    config: ConfigDict,
-    classes: int,
-    prepare: Callable[[Array], Array],
-) -> models.Model:
-    """Makes the model for `classes` classes, in the config's precision, applied after `prepare`."""
-    return make_model(classes).computed_in(config.model.dtype).after(prepare)
-
-
 def choices(config: ConfigDict, load: str) -> dict[str, Any]:
     """Returns the options of a federation that do not depend on data, as `Federation` fields."""
     return {
@@ -224,90 +214,6 @@ def make_policy(options: AssignmentOptions, load: str) -> assignment.Policy:
     """Makes the policy that decides which client holds which expert."""
     given = asdict(options)
     return assignment.make_policy(given.pop("policy"), weighted=load != "clients", **given)
-
-
-def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
-    """Checks the model's fields, and returns a function: number of classes -> model."""
-    options, bias = read(ModelOptions, config), config.local.bias_rate > 0
-    if options.whole_experts:
-        if options.router:
-            remedy = "whole models have no gate that a router could learn from: give false"
-            raise InputError("model.router", options.router, remedy)
-        inside = config.copy_and_resolve_references()
-        inside.model.update(experts=1, whole_experts=False)
-        make_inside = model_maker(inside)
-        return lambda classes: models.clustered(make_inside(classes), options.experts)
-    if options.backbone == "transformer":
-        return lambda classes: _decoder(options, bias, config.data.length)
-    backbone = models.make_backbone(
-        options.backbone,
-        widths=options.widths or (),
-        depth=options.depth,
-        groups=options.groups,
-        conv=models.convolution(options.conv),
-    )
-    if options.local_backbone:
-        backbone = models.PersonalMixture(backbone, backbone.clone())
-    if options.moe_stages:
-        return partial(_within, _with_stages(backbone, options, bias))
-    return partial(_classifier, options, bias, backbone)
-
-
-def _with_stages(backbone: nn.Module, options: ModelOptions, bias: bool) -> nn.Module:
-    """Adds a MoE layer after some stages of a ResNet."""
-    stages = [part.strip() for part in options.moe_stages.split(",")]
-    if not isinstance(backbone, models.ResNet) or not set(stages) <= {"1", "2", "3"}:
-        remedy = "name stages of resnet, as 1,2,3; empty for experts after any backbone"
-        raise InputError("model.moe_stages", options.moe_stages, remedy)
-    mixture = partial(
-        models.MoELayer,
-        options.experts,
-        options.hidden,
-        options.top_k,
-        options.shared_experts,
-        whole=True,
-        with_router=options.router,
-        with_bias=bias,
-    )
-    return backbone.clone(mixture=mixture, stages=tuple(map(int, stages)))
-
-
-def _within(backbone: nn.Module, classes: int) -> models.Model:
-    return models.from_linen(models.Classifier(backbone, classes))
-
-
-def _classifier(
-    options: ModelOptions, bias: bool, backbone: nn.Module, classes: int
-) -> models.Model:
-    module = models.MoEClassifier(
-        backbone=backbone,
-        classes=classes,
-        experts=options.experts,
-        hidden=options.hidden,
-        top_k=options.top_k,
-        shared_experts=options.shared_experts,
-        with_router=options.router,
-        with_bias=bias,
-    )
-    return models.classifier(module)
-
-
-def _decoder(options: ModelOptions, bias: bool, length: int) -> models.Model:
-    module = models.Transformer(
-        experts=options.experts,
-        depth=options.depth or models.Transformer.depth,
-        width=options.widths[0] if options.widths else models.Transformer.width,
-        heads=options.heads,
-        hidden=options.hidden,
-        every=options.moe_every,
-        top_k=options.top_k,
-        shared_experts=options.shared_experts,
-        router=options.router,
-        bias=bias,
-        positions=options.positions,
-        length=length,
-    )
-    return models.decoder(module)
 
 
 def given_capacity(config: ConfigDict, devices: edge.Devices | None) -> np.ndarray | None:
@@ -405,12 +311,6 @@ def notes_on_devices(config: ConfigDict, federation: Federation) -> tuple[str, .
         f"execution.expert_devices={devices}: no device has all experts, so the model of all "
         "experts is not evaluated",
     )
-
-
-def make_ownership(options: ModelOptions) -> models.Ownership:
-    """Decides which parts of the model are averaged, and which stay with their clients."""
-    private = tuple(part.strip() for part in options.private.split(",") if part.strip())
-    return models.Ownership(private, options.gate == "shared")
 
 
 def make_codec(options: UploadOptions) -> client.Codec:

@@ -14,44 +14,7 @@ from experiments.fields import read
 from flexmoe_jax import edge, models, simulation
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options import EdgeOptions, FaultsOptions
-from flexmoe_jax.tasks import Batch, Task
 from flexmoe_jax.types import Array, Params, PyTree
-
-
-def check_model(model: models.Model, task: Task, sample: Batch, name: str) -> None:
-    """Rejects a backbone that the rounds cannot train, without computing anything.
-
-    Args:
-      model: the model around the backbone.
-      task: the learning task.
-      sample: two examples.
-      name: name of the backbone.
-
-    Raises:
-      InputError: naming the part that does not fit.
-    """
-
-    def trace(sample: Batch) -> tuple[PyTree, PyTree]:
-        # As in the rounds, the outputs depend on the parameters alone.
-        inputs = task.inputs(sample)
-        params = model.init(jax.random.key(0), inputs)
-        features = model.trunk(params, inputs)
-        return features, model.head(params, features, {})[0]
-
-    contract = (
-        "a backbone maps images (B, h, w, channels) to features (B, D) by its parameters alone, "
-        "without batch statistics, other collections or random numbers"
-    )
-    try:
-        features, outputs = jax.eval_shape(trace, sample)
-    except Exception as error:  # A backbone that does not fit can fail in any way.
-        if isinstance(error, InputError) and error.field != "model":
-            raise
-        reason = " ".join(str(error).split()).partition(" (https://flax")[0]
-        raise InputError("model.backbone", name, f"{reason[:300]}; {contract}") from error
-    if "images" in sample and (outputs.ndim != 2 or outputs.shape[0] != len(sample["images"])):
-        reason = f"it turns images {sample['images'].shape} into {features.shape}"
-        raise InputError("model.backbone", name, f"{reason}; {contract}")
 
 
 def capacity_in_memory(

@@ -35,7 +35,7 @@ from flexmoe_jax.server import (
     mean,
     private,
 )
-from flexmoe_jax.types import Array, Key, Own, Params, PyTree, Routing, Server
+from flexmoe_jax.types import BALANCE_BIAS, Array, Key, Own, Params, PyTree, Routing, Server
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "model": (Model, "a models.Model, as models.from_linen(module) makes it"),
@@ -387,6 +387,9 @@ class Federation:
             layers = ", ".join(self.layout.layers)
             remedy = f"its parameters are marked for {layers}: return a Routing for each"
             raise InputError("model", f"routings of {', '.join(routings) or 'no layer'}", remedy)
-        if self.local.bias_rate and any(routing.biased is None for routing in routings.values()):
-            remedy = "the model's gates have no balance biases: give MoELayer(with_bias=True), or 0"
+        named = zip(self.layout.layer, self.layout.paths, strict=True)
+        biased = {layer for layer, path in named if path.split("/")[-1] == BALANCE_BIAS}
+        used = {layer for layer, routing in routings.items() if routing.biased is not None}
+        if self.local.bias_rate and set(routings) - (biased & used):
+            remedy = f"no {BALANCE_BIAS} in all gates: give MoELayer(with_balance_bias=True), or 0"
             raise InputError("local.bias_rate", self.local.bias_rate, remedy)

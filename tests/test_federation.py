@@ -71,7 +71,7 @@ def test_without_a_prior_the_model_may_tell_more_classes_apart(clients):
 
 def test_biases_that_no_gate_has_are_refused(clients):
     local = LocalTraining(optax.sgd(0.1), bias_rate=0.1)
-    with pytest.raises(InputError, match=r"^local\.bias_rate=0\.1: the model's gates have no"):
+    with pytest.raises(InputError, match=r"^local\.bias_rate=0\.1: no balance_bias in all gates"):
         federate(clients).replace(local=local)
 
 

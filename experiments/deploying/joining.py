@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.build import choices, finished, make_task, model_maker
+from experiments.build import choices, make_task
 from experiments.cli import flat_fields
 from experiments.configs import base
 from experiments.deploying.checks import Arrays
 from experiments.fields import check_fields
+from experiments.model import finished, model_maker
 from flexmoe_jax import data
 from flexmoe_jax.compiling import placed
 from flexmoe_jax.deploy import Mine, Setup

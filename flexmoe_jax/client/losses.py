@@ -33,14 +33,14 @@ def balance_loss(
     return held.sum(dtype=fraction.dtype) * jnp.dot(fraction, probability)
 
 
-def evening_loss(
+def balance_bias_loss(
     routing: Routing, held: Bool[Array, " E"], valid: Float[Array, " B"]
 ) -> Float[Array, ""]:
     """Computes a term whose gradient moves each held expert's balance bias against its use.
 
     This is loss-free balancing (Wang et al. 2024, arXiv 2408.15664, algorithm 1) as a gradient: a
-    step of SGD with rate u lowers the bias by u if the expert is used more than the mean of those
-    held, and raises it by u if it is used less. No other parameter has a gradient.
+    step of SGD with rate η lowers the bias by η if the expert is used more than the mean of those
+    held, and raises it by η if it is used less. No other parameter has a gradient.
 
     Args:
       routing: the routing of a batch, of a layer with balance biases.
@@ -48,14 +48,15 @@ def evening_loss(
       valid: (B,) 1.0 for examples that count, 0.0 for padding.
 
     Returns:
-      (): Σ_e sign(f_e - f̄) · (mean biased logit of e), where `f` is the fraction of examples that
-      is routed to each expert and f̄ its mean over held experts. Only its gradient has a meaning.
+      (): Σ_e sign(u_e - ū) · (mean biased logit of e), where `u` is the number of examples that
+      are routed to each expert and ū its mean over held experts. Only its gradient has a meaning.
     """
     assert routing.biased is not None
-    count = jnp.maximum(valid.sum(), 1.0)
-    fraction = jnp.einsum("be,b->e", routing.selected.astype(valid.dtype), valid) / count
-    excess = jnp.where(held, jnp.sign(fraction - fraction.mean(where=held)), 0.0)
-    return jnp.einsum("e,be,b->", excess, routing.biased, valid) / count
+    used = jnp.einsum("be,b->e", routing.selected.astype(valid.dtype), valid)
+    # Counts are whole numbers: unlike fractions, they are exactly even where use is.
+    excess = jnp.sign(held.sum(dtype=used.dtype) * used - used.sum())
+    excess = jnp.where(held, excess, 0.0)
+    return jnp.einsum("e,be,b->", excess, routing.biased, valid) / jnp.maximum(valid.sum(), 1.0)
 
 
 def router_z_loss(

@@ -22,7 +22,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Float, Int
 
-from flexmoe_jax.client.losses import balance_loss, evening_loss, router_loss, router_z_loss
+from flexmoe_jax.client.losses import balance_bias_loss, balance_loss, router_loss, router_z_loss
 from flexmoe_jax.client.units import fractions, weights_of
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.client import LocalLoss, LocalWork
@@ -373,7 +373,7 @@ def objective(
         if local.balance:
             loss += local.balance * balance_loss(routing, held[name], counted)
         if local.bias_rate:
-            loss += evening_loss(routing, held[name], counted)
+            loss += balance_bias_loss(routing, held[name], counted)
         if local.z:
             loss += local.z * router_z_loss(routing, held[name], counted)
     for name in learner.layers:

@@ -46,7 +46,7 @@ def route(
       held: (E,) bool, the experts that may be chosen. If there are none, nothing is selected.
       top_k: experts per example; fewer if fewer are held.
       biased: (..., E) the scores by which experts are selected, if these are not the logits (see
-        `client.evening_loss`). The combine weights always come from the logits.
+        `client.balance_bias_loss`). The combine weights always come from the logits.
 
     Returns:
       The routing of the batch.
@@ -146,12 +146,12 @@ class Gate(nn.Module):
     Attributes:
       count: E when the parameters are created.
       part: the mark of its parameters; empty for a gate that all clients share.
-      with_bias: whether it also has balance biases, which only `client.evening_loss` trains.
+      with_balance_bias: whether it also has balance biases; see `MoELayer`.
     """
 
     count: int
     part: str = GATE
-    with_bias: bool = False
+    with_balance_bias: bool = False
 
     @nn.compact
     def __call__(
@@ -164,7 +164,7 @@ class Gate(nn.Module):
         # On accelerators the default would round to 10 bits, and examples would change experts.
         product = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
         logits = product("bd,ed->be", x.astype(jnp.float32), kernel) + bias[None]
-        if not self.with_bias:
+        if not self.with_balance_bias:
             return logits, None
         balance = _param(self, BALANCE_BIAS, nn.initializers.zeros, self.part, (count,))
         return logits, lax.stop_gradient(logits) + balance[None]
@@ -208,9 +208,9 @@ class MoELayer(nn.Module):
       with_router: whether the layer also has a router: a gate over all E experts that all clients
         share. It learns to predict the choices of each client's own gate. With routers, all
         experts form one model.
-      with_bias: whether the gate has a balance bias for each expert, which is added to the logits
-        to select experts, but not to weigh them (loss-free balancing: Wang et al. 2024, arXiv
-        2408.15664). `local.bias_rate` trains it.
+      with_balance_bias: whether the gate has a balance bias for each expert, which is added to the
+        logits to select experts, but not to weigh them (loss-free balancing: Wang et al. 2024,
+        arXiv 2408.15664). Training moves it by `local.bias_rate`.
     """
 
     experts: int
@@ -220,7 +220,7 @@ class MoELayer(nn.Module):
     whole: bool = False
     context: bool = False
     with_router: bool = False
-    with_bias: bool = False
+    with_balance_bias: bool = False
 
     def setup(self) -> None:
         """Creates the parts, under their names in the parameter tree.
@@ -232,9 +232,9 @@ class MoELayer(nn.Module):
             raise InputError("context", True, "whole examples have no tokens: give whole=False")
         self.expert = Experts(self.experts, self.hidden)
         self.shared_expert = Experts(self.shared_experts, self.hidden, part="")
-        self.gate = Gate(self.experts, with_bias=self.with_bias)
+        self.gate = Gate(self.experts, with_balance_bias=self.with_balance_bias)
         if self.with_router:  # In the assembled model it replaces the gate, so it has equal parts.
-            self.router = Gate(self.experts, part="", with_bias=self.with_bias)
+            self.router = Gate(self.experts, part="", with_balance_bias=self.with_balance_bias)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Returns what the experts add to examples or tokens."""
@@ -292,7 +292,7 @@ class MoEClassifier(nn.Module):
       top_k: experts per example.
       shared_experts: additional experts beside the E; see `MoELayer`.
       with_router: see `MoELayer`.
-      with_bias: see `MoELayer`.
+      with_balance_bias: see `MoELayer`.
     """
 
     backbone: nn.Module
@@ -302,7 +302,7 @@ class MoEClassifier(nn.Module):
     top_k: int = 1
     shared_experts: int = 0
     with_router: bool = False
-    with_bias: bool = False
+    with_balance_bias: bool = False
 
     def setup(self) -> None:
         """Creates the parts; those of the layer are beside the backbone and head in the tree."""
@@ -312,7 +312,7 @@ class MoEClassifier(nn.Module):
             self.top_k,
             self.shared_experts,
             with_router=self.with_router,
-            with_bias=self.with_bias,
+            with_balance_bias=self.with_balance_bias,
         )
         nn.share_scope(self, self.layer)
         self.head = Dense(self.classes)

@@ -49,8 +49,8 @@ class LocalLoss(Options, section="local"):
     )
     bias_rate: float = option(
         0.0,
-        "by which a local step moves a gate's balance biases, which even out use without a loss "
-        "(loss-free balancing, arXiv 2408.15664); 0 for none",
+        "by which a local step, before local.decay, moves a gate's balance biases: they even out "
+        "use without a loss (loss-free balancing, arXiv 2408.15664); 0 for none",
         least=0,
     )
     z: float = option(0.0, "weight of the router z-loss", least=0)

@@ -69,14 +69,8 @@ def probe_all(
 
     padded = take_rows(each, jnp.arange(room))
     known = begun, arrays
-    _, fitness = over_devices(
-        probe_share,
-        padded,
-        known,
-        mesh,
-        merge=lambda total, _: total,
-        of_whole=(OF_SERVER, WHOLE),
-    )
+    of_known = OF_SERVER, WHOLE
+    _, fitness = over_devices(probe_share, padded, known, mesh, of_whole=of_known)
     return jnp.moveaxis(fitness[:clients], 1, 0)
 
 

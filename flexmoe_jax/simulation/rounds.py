@@ -42,10 +42,12 @@ from flexmoe_jax.simulation.blocks import (
     take_rows,
 )
 from flexmoe_jax.simulation.evaluate import Checked, evaluate
-from flexmoe_jax.simulation.exchange import OF_SERVER, OF_STATE, check_split, fetch_own, split_sums
+from flexmoe_jax.simulation.exchange import OF_SERVER, check_split, fetch_own, split_sums
 from flexmoe_jax.simulation.initial import init, places
 from flexmoe_jax.simulation.plan import Arrival, Floor, Tampering, check_cohort, make_plan
 from flexmoe_jax.simulation.probe import probe_all
+from flexmoe_jax.simulation.rows import ALL_STEPS, Row, draw_rows
+from flexmoe_jax.simulation.tuning import tune
 from flexmoe_jax.types import (
     Array,
     Download,
@@ -61,10 +63,6 @@ from flexmoe_jax.types import (
     Upload,
 )
 
-# Identifies the random stream of a faulty client's noise; it is folded into the client's key.
-_NOISE_OF_CLIENT = 0xC11E
-# More steps than any client has in a round.
-_ALL_STEPS = 2**31 - 1
 # Number of batches on which a client scores each expert, whether it holds the expert or not.
 _ASKED = 4
 
@@ -108,7 +106,7 @@ class Simulation(NamedTuple):
         on the host. Without an `Arrival`, all clients deliver all their work.
       round: (State, ClientData, Plan) -> (State, RoundReport). Jitted; the state is donated.
       tune: (State, ClientData of all clients) -> Params (C, ...): each client's model after it has
-        trained once more, for itself alone (see `rounds.tune`). Jitted.
+        trained once more, for itself alone (see `tuning.tune`). Jitted.
       evaluate: (State, TestSet, About, models=None) -> Evaluation, of the given models of the
         clients if there are any. Jitted.
       setting: the settings that the functions above were built with.
@@ -266,28 +264,6 @@ def _plan(
     return plan
 
 
-class Row(NamedTuple):
-    """One client of a plan.
-
-    Attributes:
-      number: () int32 its id; C for padding.
-      slots: (G, K) int32 the experts that it receives.
-      steps: () int32 the local steps that it completes and delivers.
-      batches: the batches that it trains on.
-      log_share: (Y,) logarithm of its label shares; None if training does not use them.
-      tampering: how its update is altered: factor (), noise () or None.
-      key: for that noise.
-    """
-
-    number: Array
-    slots: Array
-    steps: Array
-    batches: client.Batches
-    log_share: Array | None
-    tampering: Tampering
-    key: Key
-
-
 def run_round(
     federation: Federation, floor: Floor, mesh: Mesh, state: State, data: ClientData, plan: Plan
 ) -> tuple[State, RoundReport]:
@@ -347,7 +323,7 @@ def _train_cohort(
     def train_share(share: tuple[Plan, Own], known: tuple) -> tuple[Any, PyTree]:
         plan, received = share
         data, begun, key, limits = known
-        rows = _rows(federation, data, plan, key), received
+        rows = draw_rows(federation, data, plan, key), received
 
         def visit(one: tuple[Row, Own]) -> tuple[server.Arrived, tuple[Own, server.Verdict]]:
             row, own = one
@@ -384,27 +360,6 @@ def _of_clients(plan: Plan) -> Plan:
     return plan._replace(load=nothing, secret=nothing)
 
 
-def _rows(federation: Federation, data: ClientData, plan: Plan, key: Key) -> Row:
-    """The clients of a plan, or of a device's share, with their random draws for the round."""
-    numbers = plan.clients
-    index = take_rows(data.index, numbers)
-    size = jnp.where(numbers < federation.clients, take_rows(data.size, numbers), 0)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-    batches = jax.vmap(partial(client.draw_batches, federation.local))(keys, index, size)
-    log_share = None
-    if federation.local.prior and data.label_share.shape[1]:
-        log_share = client.log_shares(take_rows(data.label_share, numbers))
-    return Row(
-        number=numbers,
-        slots=plan.slots,
-        steps=jnp.minimum(federation.local.steps(size), plan.steps),
-        batches=batches,
-        log_share=log_share,
-        tampering=Tampering(plan.tamper, plan.noise),
-        key=jax.vmap(jax.random.fold_in, (0, None))(keys, _NOISE_OF_CLIENT),
-    )
-
-
 def ask_cohort(
     federation: Federation, floor: Floor, mesh: Mesh, state: State, data: ClientData, cohort: Array
 ) -> Array:
@@ -412,65 +367,10 @@ def ask_cohort(
     key = jax.random.fold_in(state.server.key, state.server.round)
     slots = take_rows(state.clients.slots, cohort)
     nothing: Any = None
-    plan = Plan(cohort, slots, nothing, jnp.full(cohort.shape, _ALL_STEPS), nothing)
-    rows = _rows(federation, data, plan, key)
+    plan = Plan(cohort, slots, nothing, jnp.full(cohort.shape, ALL_STEPS), nothing)
+    rows = draw_rows(federation, data, plan, key)
     each = take_rows(state.clients, cohort), rows.batches.rows[:, :_ASKED], rows.log_share
     return probe_all(federation, mesh, state.server, each, data.arrays)
-
-
-def tune(
-    federation: Federation, floor: Floor, mesh: Mesh, state: State, data: ClientData
-) -> Params:
-    """Trains every client's model (C, ...) once more, for that client alone; no update is sent.
-
-    This shows how much of a method's lead remains once clients may fit any model to their own
-    examples (Yu et al. 2020). A client trains the experts that it holds now, as in its next round;
-    a client without experts does not train.
-
-    Args:
-      federation: the configuration of the federation.
-      floor: the layout in which cohorts train.
-      mesh: devices that share the clients.
-      state: of the federation; it is not changed.
-      data: of all clients.
-    """
-    site, desk, clients = federation.site, federation.desk, federation.clients
-    fetch = fetch_own(mesh)
-    key = jax.random.fold_in(state.server.key, state.server.round)
-    size = resolve_block_size(floor.block_size, clients, mesh.size)
-    room = floor._replace(rows=clients, block_size=size).padded
-
-    def tune_share(numbers: Array, known: tuple[State, ClientData]) -> tuple[None, Params]:
-        state, data = known
-        slots = take_rows(state.clients.slots, numbers)
-        has = (slots < federation.layout.experts).any(axis=(1, 2))
-        steps = jnp.where(has, _ALL_STEPS, 0)
-        nothing: Any = None
-        plan = Plan(numbers, slots, nothing, steps, nothing)
-
-        def visit(row: Row) -> tuple[tuple[()], Params]:
-            own = take_rows(state.clients, row.number)
-            down = server.send(desk, state.server, row.slots, row.steps, fetch)
-            start, held = client.model_of(site, own, down)
-            done = client.train(
-                site.learner, start, data.arrays, row.batches, held, down, row.log_share
-            )
-            return (), done.params
-
-        rows = _rows(federation, data, plan, key)
-        return None, over_blocks(visit, lambda total, _: total, (), rows, size)[1]
-
-    numbers, known = jnp.arange(room, dtype=jnp.int32), (state, data)
-    _, tuned = over_devices(
-        tune_share,
-        numbers,
-        known,
-        mesh,
-        merge=lambda total, _: total,
-        of_whole=(OF_STATE, WHOLE),
-    )
-    models: Params = jax.tree.map(lambda x: x[:clients], tuned)
-    return models
 
 
 def _deliver(site: client.Site, upload: Upload, down: Download, row: Row) -> Upload:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexmoe_jax.client import balance_loss, evening_loss, router_z_loss
+from flexmoe_jax.client import balance_bias_loss, balance_loss, router_z_loss
 from flexmoe_jax.models import route
 
 
@@ -31,7 +31,7 @@ def test_a_bias_falls_with_the_use_of_its_expert():
     held, valid = jnp.array([True, True, True, False]), jnp.array([1.0, 1, 1, 0])
 
     def loss(bias):
-        return evening_loss(route(logits, held, biased=logits + bias), held, valid)
+        return balance_bias_loss(route(logits, held, biased=logits + bias), held, valid)
 
     np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(4)), [1, 0, -1, 0], atol=1e-6)
     # A bias decides who is selected, and not with what weight.

@@ -18,9 +18,9 @@ from flexmoe_jax.data import flip
 from flexmoe_jax.models import MLP, MoEClassifier, classifier, lay_out
 from flexmoe_jax.types import Download, Params
 
-MODEL = classifier(MoEClassifier(MLP((6,)), classes=10, experts=2, hidden=4, with_bias=True)).after(
-    lambda images: images.astype(jnp.float32) / 255
-)
+MODEL = classifier(
+    MoEClassifier(MLP((6,)), classes=10, experts=2, hidden=4, with_balance_bias=True)
+).after(lambda images: images.astype(jnp.float32) / 255)
 TASK = tasks.classification()
 SHAPES = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
 LAYOUT = lay_out(SHAPES)

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from experiments.build import build, local_optimizer, notes_on_devices
 from experiments.cli import flat_fields
 from experiments.configs import base, digits
-from experiments.edge import check_model
 from experiments.examples import load_partitioned
+from experiments.model import check_model
 from experiments.report import write_report
 from experiments.rounds import run_rounds
 from experiments.studies.methods import METHODS
