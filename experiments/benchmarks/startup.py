@@ -61,7 +61,7 @@ def measure(programs: Path, *overrides: str) -> Figures:
         "suite": "startup",
         "seconds_to_first_round": first,
         "seconds": ended,
-        "program_bytes": sum(file.stat().st_size for file in programs.iterdir()),
+        "program_bytes": sum(file.stat().st_size for file in programs.rglob("*")),
     }
 
 

@@ -87,12 +87,14 @@ class Setting(NamedTuple):
       capacity: (C,) int k_c.
       steps: (C,) int local steps of each client in a round.
       federation: the configuration of the federation.
+      mesh: the devices.
     """
 
     floor: Floor
     capacity: np.ndarray
     steps: np.ndarray
     federation: Federation
+    mesh: Mesh
 
 
 class Simulation(NamedTuple):
@@ -164,7 +166,7 @@ def simulate(
         ),
         tune=jitted(partial(tune, federation, floor, mesh)),
         evaluate=Checked(federation, jitted(partial(evaluate, federation, mesh))),
-        setting=Setting(floor, np.asarray(federation.capacity, np.int64), steps, federation),
+        setting=Setting(floor, np.asarray(federation.capacity, np.int64), steps, federation, mesh),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,10 +79,11 @@ def command(
     return words if report else [*words, "--noreport"]
 
 
-def launch(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments, **options), cwd=ROOT, capture_output=True, text=True, timeout=HANGS
-    )
+def launch(
+    *arguments: str, env: Mapping[str, str] | None = None, **options
+) -> subprocess.CompletedProcess[str]:
+    words = command(*arguments, **options)
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANGS)
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -149,6 +152,24 @@ def test_the_same_seed_gives_the_same_metrics_wherever_the_examples_stay(finishe
     assert timeless(again) == timeless(workdir)
     events = list((again / "tensorboard").iterdir())
     assert events[0].stat().st_size > 1000
+
+
+def test_a_second_launch_finds_its_programs_and_gives_the_same_metrics(tmp_path):
+    """With a folder of programs of its own, so that both cases occur."""
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+    words = *SMALL, "--config.rounds=2", "--config.assignment.policy=random"
+    for number in (1, 2):
+        process = launch(f"--workdir={tmp_path / str(number)}", *words, env=environment)
+        assert process.returncode == 0, process.stderr
+        kept = {
+            file.name.split("-")[0]: file.stat().st_mtime_ns
+            for file in (tmp_path / "programs" / "launched").iterdir()
+        }
+        assert set(kept) == {"init", "round", "evaluate"}
+        if number == 1:
+            first = kept
+    assert all(first[name] < kept[name] for name in kept)
+    assert timeless(tmp_path / "1") == timeless(tmp_path / "2")
 
 
 def test_ctrl_c_keeps_what_was_reached_and_a_restart_goes_on(finished, tmp_path):
