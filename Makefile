@@ -12,21 +12,24 @@ QUICK := tests/assignment/test_paths.py tests/assignment/test_policies.py tests/
 	tests/test_import.py tests/test_misuse.py tests/test_npz.py tests/test_plot.py tests/test_public.py tests/test_rooms.py
 T ?=
 
-.PHONY: run test quick lint docs test-floor test-newest clean
+.PHONY: run test quick lint style docs test-floor test-newest clean
 
 run: $(VENV)/.experiments
 	$(BIN)/python -m experiments.train --config=experiments/configs/digits.py --workdir=runs/digits
 
-test: lint
-	$(BIN)/python $(PYTEST) $(T)
+# Types are checked on one core, so the tests begin meanwhile.
+test: style
+	$(BIN)/mypy & types=$$!; $(BIN)/python $(PYTEST) $(T); tests=$$?; wait $$types && exit $$tests
 
 quick: lint
 	$(BIN)/python $(PYTEST) $(QUICK)
 
-lint: $(VENV)/.dev
+lint: style
+	$(BIN)/mypy
+
+style: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
 
 docs: $(VENV)/.dev
 	$(INSTALL) --editable '.[docs]'

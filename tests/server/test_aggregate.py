@@ -20,11 +20,16 @@ EXPERTS = {"a": {"w": jnp.zeros((3, 2))}, "b": {"v": jnp.zeros((3, 1))}}
 def add_up(aggregator, updates: Arrived, shared, experts, blocks=()) -> Sums:
     """Returns the aggregate of the updates, added in blocks of these sizes."""
     rows, slots = next(iter(updates.slots.values())).shape
-    total, first = aggregator.zero(shared, experts, rows, slots), 0
-    for size in blocks or (rows,):
-        block = jax.tree.map(lambda x, i=first, n=size: x[i : i + n], updates)
-        total, first = aggregator.add(total, block), first + size
-    return aggregator.mean(total, due_of(experts))
+
+    @jax.jit
+    def run(updates, shared, experts):
+        total, first = aggregator.zero(shared, experts, rows, slots), 0
+        for size in blocks or (rows,):
+            block = jax.tree.map(lambda x, i=first, n=size: x[i : i + n], updates)
+            total, first = aggregator.add(total, block), first + size
+        return aggregator.mean(total, due_of(experts))
+
+    return run(updates, shared, experts)
 
 
 def due_of(experts, clients=0.0) -> Due:
