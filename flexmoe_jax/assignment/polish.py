@@ -21,7 +21,6 @@ from flexmoe_jax.assignment.problem import (
     IntArray,
     Problem,
     expert_load,
-    objective,
 )
 from flexmoe_jax.assignment.tiles import gram
 
@@ -34,6 +33,16 @@ _STEP = 1e-9
 
 
 class _State(NamedTuple):
+    """The sums over an assignment that moves change.
+
+    Attributes:
+      fitness: of all held pairs.
+      load: [E].
+      holders: [E].
+      mix: [E, F] sum of the holders' deviations.
+    """
+
+    fitness: float
     load: FloatArray
     holders: IntArray
     mix: FloatArray
@@ -54,15 +63,35 @@ def polish(problem: Problem, assignment: BoolArray, prices: FloatArray, least: f
     """
     held = assignment.copy()
     rows = _nearest(problem, held, prices)
-    value = objective(problem, held)
+    fitness = float(np.sum(problem.fitness, where=held))
+    load, mix = expert_load(problem, held), gram(held, problem.deviation)
+    state = _State(fitness, load.astype(np.float64), held.sum(axis=0), mix)
     for _ in range(_MOVES):
-        move = _best_move(problem, held, rows, value - least)
-        if move is None:
+        moves = _best_move(problem, held, state, rows, _value(problem, state) - least)
+        if moves is None:
             break
-        for client, e, f in move:
-            held[client, e], held[client, f] = False, True
-        value = objective(problem, held)
+        for move in moves:
+            state = _after(problem, held, state, *move)
     return held
+
+
+def _value(problem: Problem, state: _State) -> float:
+    """Computes the objective, as `problem.objective` does from the assignment."""
+    off = state.load - problem.load_target if problem.balance else np.zeros(1)
+    terms = problem.balance * float(off @ off)
+    return state.fitness - terms - problem.diversity * float(np.abs(state.mix).sum())
+
+
+def _after(problem: Problem, held: BoolArray, state: _State, client: int, e: int, f: int) -> _State:
+    """Lets a client give expert e for expert f: changes `held`, and returns the sums after it."""
+    held[client, e], held[client, f] = False, True
+    gain = problem.fitness[client, f] - problem.fitness[client, e]
+    weight, z = problem.weights[client], problem.deviation[client]
+    load, holders, mix = state.load.copy(), state.holders.copy(), state.mix.copy()
+    load[e], load[f] = load[e] - weight[e], load[f] + weight[f]
+    holders[e], holders[f] = holders[e] - 1, holders[f] + 1
+    mix[e], mix[f] = mix[e] - z, mix[f] + z
+    return _State(state.fitness + float(gain), load, holders, mix)
 
 
 def _nearest(problem: Problem, held: BoolArray, prices: FloatArray) -> IntArray:
@@ -78,11 +107,9 @@ def _nearest(problem: Problem, held: BoolArray, prices: FloatArray) -> IntArray:
 
 
 def _best_move(
-    problem: Problem, held: BoolArray, rows: IntArray, budget: float
+    problem: Problem, held: BoolArray, state: _State, rows: IntArray, budget: float
 ) -> list[tuple[int, int, int]] | None:
     """Finds the move that repairs most per value lost or, if none repairs, the largest gain."""
-    z = problem.deviation
-    state = _State(expert_load(problem, held), held.sum(axis=0), gram(held, z))
     row, expert = np.nonzero(held[rows])
     client = rows[row]
     if client.size == 0:
