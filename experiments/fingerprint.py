@@ -1,4 +1,4 @@
-"""Identifies what compiled programs are made from: settings, code, packages and the machine.
+"""Identifies what compiled programs are made from: settings, functions and what they enclose.
 
 Equal fingerprints must mean equal programs, so whatever is not known here is refused.
 """
@@ -9,22 +9,16 @@ import enum
 import functools
 import hashlib
 import inspect
-import os
-import platform
-import site
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
-_COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 class UnknownError(TypeError):
@@ -34,8 +28,9 @@ class UnknownError(TypeError):
 def fingerprint(thing: Any) -> str:
     """Returns a hash of an object's content, the same in every process.
 
-    Functions are identified by their place in the source and the values that they enclose, so the
-    fingerprint is only valid together with `surroundings`, which identifies the source.
+    Functions and classes are identified by their names in modules, and functions by what they
+    enclose, so the fingerprint is only valid together with `surroundings`, which identifies the
+    source of all modules.
 
     Args:
       thing: records, containers, functions, arrays and numbers, nested in any way.
@@ -47,25 +42,6 @@ def fingerprint(thing: Any) -> str:
     for word in _words(thing, {}):
         found.update(f"{len(word)}:".encode() + word)
     return found.hexdigest()
-
-
-def surroundings() -> str:
-    """Returns a hash of all that decides what a function compiles to, apart from its arguments.
-
-    These are the interpreter, the installed packages, the files of all code that is not installed,
-    JAX's settings, and the processor.
-    """
-    parts = [
-        sys.version,
-        platform.platform(),
-        _processor(),
-        *(f"{name}={os.environ.get(name)}" for name in _COMPILER_VARIABLES),
-        *sorted(f"{name}={value}" for name, value in jax.config.values.items()),
-        *(f"{d.id} {d.platform} {d.device_kind}" for d in jax.devices()),
-        jax.devices()[0].client.platform_version,
-        *_stamps(),
-    ]
-    return fingerprint(parts)
 
 
 def _words(thing: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
@@ -84,7 +60,7 @@ def _words(thing: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
         yield f"named {name}".encode()
     else:
         seen[id(thing)] = len(seen), thing
-        yield f"{type(thing).__module__}.{type(thing).__qualname__}".encode()
+        yield _name_of_kind(thing).encode()
         for part in _parts(thing):
             yield from (part,) if isinstance(part, _Raw) else _words(part, seen)
         yield b"end"
@@ -126,20 +102,25 @@ def _parts(thing: Any) -> Iterator[Any]:
 
 
 def _parts_of_function(function: FunctionType) -> Iterator[Any]:
-    code = function.__code__
-    if not Path(code.co_filename).is_file():
-        raise UnknownError(f"{function.__qualname__}, which is in no file")
-    yield from (function.__module__, function.__qualname__, code.co_firstlineno, _constants(code))
-    yield from (function.__defaults__, function.__kwdefaults__)
+    code, module = function.__code__, sys.modules.get(function.__module__)
+    if code.co_filename != getattr(module, "__file__", None):
+        raise UnknownError(f"{function.__qualname__}, which is in no file of a module")
+    # Bytecode tells functions of one line apart.
+    yield from (function.__module__, function.__qualname__, code.co_firstlineno, code.co_code)
+    yield from (code.co_names, function.__defaults__, function.__kwdefaults__)
     try:
         yield from (cell.cell_contents for cell in function.__closure__ or ())
     except ValueError as error:
         raise UnknownError(f"{function.__qualname__}, which encloses an empty cell") from error
 
 
-def _constants(code: CodeType) -> str:
-    """Tells functions of one line apart."""
-    return hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest()
+def _name_of_kind(thing: Any) -> str:
+    """Returns the name of an object's class, if its source is known."""
+    kind = type(thing)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__ != "builtins" and _name_of(kind) is None:
+        raise UnknownError(f"{name}, a class that no module holds")
+    return name
 
 
 def _name_of(thing: Any) -> str | None:
@@ -155,57 +136,3 @@ def _name_of(thing: Any) -> str | None:
     for part in name.split("."):
         held = inspect.getattr_static(held, part, None)
     return f"{module}.{name}" if held is thing else None
-
-
-def _stamps() -> Iterator[str]:
-    """Yields each installed package with its version, and each file of code that is not installed.
-
-    Files count with their size and time of change, as Python's own compiled files do.
-    """
-    installed = {Path(path).resolve() for path in _installed()}
-    for folder in sorted(installed):
-        yield from sorted(
-            f"{found.name} {found.stat().st_mtime_ns}" for found in folder.glob("*-info")
-        )
-    standard = Path(sysconfig.get_path("stdlib")).resolve()
-    tops = {name.partition(".")[0] for name in list(sys.modules)}
-    folders = {folder for name in tops for folder in _folder_of(sys.modules.get(name))}
-    for folder, deep in sorted(folders):
-        if standard in (folder, *folder.parents) or installed & {folder, *folder.parents}:
-            continue
-        yield from sorted(_files(folder, deep))
-
-
-def _folder_of(module: ModuleType | None) -> Iterator[tuple[Path, bool]]:
-    """Yields the folder that holds a module and may hold what it imports, and whether it is deep.
-
-    A package may import from all folders in its own, another module from its folder alone.
-    """
-    found = getattr(module, "__file__", None)
-    if found:
-        yield Path(found).resolve().parent, hasattr(module, "__path__")
-
-
-def _files(folder: str | Path, deep: bool) -> Iterator[str]:
-    with os.scandir(folder) as found:
-        for entry in found:
-            if entry.name.endswith(".py"):
-                about = entry.stat()
-                yield f"{entry.path} {about.st_size} {about.st_mtime_ns}"
-            elif deep and entry.is_dir():
-                yield from _files(entry.path, deep)
-
-
-def _installed() -> Iterator[str]:
-    yield from (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
-    yield from (*site.getsitepackages(), site.getusersitepackages())
-
-
-def _processor() -> str:
-    """Returns the processor's name and features, for which programs are compiled."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    kinds = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(kinds)}))

@@ -21,7 +21,8 @@ from absl import logging
 from jax.experimental import serialize_executable
 from jax.stages import Compiled, Lowered
 
-from experiments.fingerprint import UnknownError, fingerprint, surroundings
+from experiments.fingerprint import UnknownError, fingerprint
+from experiments.surroundings import surroundings
 
 # Programs on the shelf; a launch has three. The ones not used for longest are removed.
 _MOST = 300

@@ -82,7 +82,7 @@ def solve_by_columns(
         attempt += 1
         if found is None:
             continue
-        value = found.value + float(np.sum(problem.fitness, where=decided))
+        value = found.value + float(problem.fitness[decided].sum())
         bound = price_bound(problem, found.prices, low, high)
         closed = bound - value <= _CLOSED * float(np.ptp(problem.fitness, axis=1).sum())
         if found.witness is not None or closed:

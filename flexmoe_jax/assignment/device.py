@@ -14,7 +14,7 @@ import numpy as np
 
 from flexmoe_jax.assignment.certificate import Prices, effective_bounds
 from flexmoe_jax.assignment.dual import dual_assign
-from flexmoe_jax.assignment.problem import BoolArray, Problem
+from flexmoe_jax.assignment.problem import BoolArray, Problem, largest
 
 
 class Found(NamedTuple):
@@ -30,7 +30,7 @@ def run_dual(problem: Problem) -> Found:
     Fitness and load weights are scaled to a maximum of 1, so that rounding does not depend on their
     units.
     """
-    worth = float(np.max(np.abs(problem.fitness), initial=0.0)) or 1.0
+    worth = largest(problem.fitness) or 1.0
     load = float(np.max(problem.load_weight, initial=0.0)) or 1.0
     found = _compiled()(*_device_inputs(problem, worth, load), slots=_slots(problem))
     prices, mix = (np.asarray(part, np.float64) for part in found.prices[:2])

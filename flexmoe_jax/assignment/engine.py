@@ -278,7 +278,7 @@ def _stake(problem: Problem, held: BoolArray, bound: float) -> float:
         return abs(bound)
     span = np.ptp(problem.fitness, axis=1) if problem.clients else np.zeros(0)
     swaps = np.minimum(problem.capacity, problem.experts - problem.capacity)
-    terms = float(np.sum(problem.fitness, where=held)) - objective(problem, held)
+    terms = float(problem.fitness[held].sum()) - objective(problem, held)
     return float(np.sum(span * swaps)) + terms
 
 

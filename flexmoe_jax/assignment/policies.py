@@ -30,6 +30,7 @@ from flexmoe_jax.assignment.problem import (
     IntArray,
     Problem,
     SolverError,
+    largest,
     objective,
 )
 from flexmoe_jax.assignment.solution import Solution, make_solution
@@ -178,7 +179,7 @@ def _tie_noise(fitness: FloatArray) -> float:
     span, gap = gaps.sum(axis=1), gaps[gaps > 0]
     if not gap.size:
         # All experts have the same fitness for each client.
-        return _TIE_NOISE * (float(np.max(np.abs(fitness), initial=0.0)) or 1.0)
+        return _TIE_NOISE * (largest(fitness) or 1.0)
     dense = float(np.median(gap)) * fitness.shape[1]
     return _TIE_NOISE * min(float(np.median(span[span > 0])), dense)
 

@@ -63,7 +63,7 @@ def polish(problem: Problem, assignment: BoolArray, prices: FloatArray, least: f
     """
     held = assignment.copy()
     rows = _nearest(problem, held, prices)
-    fitness = float(np.sum(problem.fitness, where=held))
+    fitness = float(problem.fitness[held].sum())
     load, mix = expert_load(problem, held), gram(held, problem.deviation)
     state = _State(fitness, load.astype(np.float64), held.sum(axis=0), mix)
     for _ in range(_MOVES):

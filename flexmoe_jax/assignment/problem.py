@@ -214,7 +214,7 @@ def expert_load(problem: Problem, assignment: BoolArray) -> FloatArray:
 def load_violation(problem: Problem, load: FloatArray) -> FloatArray:
     """Computes how far each load is outside its bounds, [E]; 0 if below the solvers' precision."""
     distance = np.maximum(np.maximum(problem.load_min - load, load - problem.load_max), 0.0)
-    precision = LOAD_TOLERANCE * max(_largest(load), _largest(problem.load_weight))
+    precision = LOAD_TOLERANCE * max(largest(load), largest(problem.load_weight))
     if problem.unit:
         # One holder too many or too few always counts, even if the load is very large.
         precision = min(precision, 0.5 * problem.unit)
@@ -223,7 +223,7 @@ def load_violation(problem: Problem, load: FloatArray) -> FloatArray:
 
 def objective(problem: Problem, assignment: BoolArray) -> float:
     """Computes the objective (to be maximised) of an assignment [C, E]."""
-    value = float(np.sum(problem.fitness, where=assignment))
+    value = float(problem.fitness[assignment].sum())
     if problem.balance:
         off = expert_load(problem, assignment) - problem.load_target
         value -= problem.balance * float(off @ off)
@@ -266,22 +266,23 @@ def _require_finite_sums(problem: Problem) -> None:
             remedy = f"its sums over {problem.clients} x {experts} pairs overflow; make it smaller"
             raise InputError(field, given, remedy)
 
-    worth, weight = _largest(problem.fitness), _largest(problem.load_weight)
+    worth, weight = largest(problem.fitness), largest(problem.load_weight)
     require("fitness", worth, worth * pairs)
     require("load_weight", weight, weight * pairs)
     if problem.balance:
-        off, price = weight * pairs + _largest(problem.load_target), float(problem.balance)
+        off, price = weight * pairs + largest(problem.load_target), float(problem.balance)
         require("target", off, off)
         require("balance", price, price * experts * off * off)
     if problem.descriptor is not None:
-        feature = _largest(problem.descriptor)
+        feature = largest(problem.descriptor)
         spread = feature * problem.descriptor.size * experts
         require("descriptor", feature, spread)
         require("diversity", float(problem.diversity), float(problem.diversity) * spread)
 
 
-def _largest(values: float | FloatArray) -> float:
-    return float(np.max(np.abs(values), initial=0.0))
+def largest(values: float | FloatArray) -> float:
+    """Returns the largest absolute value; 0 if there are none."""
+    return max(float(np.max(values, initial=0.0)), -float(np.min(values, initial=0.0)))
 
 
 def _bounds(least: object, most: object, experts: int) -> tuple[FloatArray, FloatArray]:

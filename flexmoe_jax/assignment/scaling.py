@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexmoe_jax.assignment.problem import FloatArray, IntArray, Problem
+from flexmoe_jax.assignment.problem import FloatArray, IntArray, Problem, largest
 
 # Limits: larger bounds, in units of the largest weight or size, are all equivalent; and double
 # precision cannot represent larger ratios of violation weights.
@@ -49,7 +49,7 @@ def rescale(problem: Problem) -> Scaled:
     # Scale of each term's contribution for one pair.
     balance = math.ldexp(problem.balance, 2 * of_load)
     diversity = math.ldexp(problem.diversity, of_mix)
-    exponent = _exponent(np.array([np.max(np.abs(worth), initial=0.0), balance, diversity])) + 1
+    exponent = _exponent(np.array([largest(worth), balance, diversity])) + 1
     fields: dict[str, Any] = {
         "fitness": _divided(worth, exponent),
         "load_weight": _divided(problem.load_weight, of_load),
@@ -76,8 +76,8 @@ def rescale(problem: Problem) -> Scaled:
 
 def _exponent(values: float | FloatArray) -> int:
     """Returns the exponent n for which the largest |value| / 2**n is in [1, 2); 0 for zeros."""
-    largest = float(np.max(np.abs(values), initial=0.0))
-    return math.frexp(largest)[1] - 1 if largest else 0
+    most = largest(values)
+    return math.frexp(most)[1] - 1 if most else 0
 
 
 def _divided(values: float | FloatArray | IntArray, exponent: int) -> FloatArray:

@@ -120,6 +120,6 @@ def relative_gap(value: float, bound: float, summed: float) -> float:
 
 def summed_worth(problem: Problem, assignment: BoolArray) -> float:
     """Sums the absolute values of all terms that make up an assignment's value."""
-    of_pairs = float(np.sum(np.abs(problem.fitness), where=assignment))
-    terms = float(np.sum(problem.fitness, where=assignment)) - objective(problem, assignment)
-    return of_pairs + terms
+    of_pairs = problem.fitness[assignment]
+    terms = float(of_pairs.sum()) - objective(problem, assignment)
+    return float(np.abs(of_pairs).sum()) + terms

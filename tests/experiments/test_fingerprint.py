@@ -18,7 +18,8 @@ import optax
 import pytest
 from flax import linen as nn
 
-from experiments.fingerprint import UnknownError, fingerprint, surroundings
+from experiments.fingerprint import UnknownError, fingerprint
+from experiments.surroundings import surroundings
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,10 +108,19 @@ class Unknown:
     """Its content could be anything."""
 
 
+@dataclass
+class Hidden:
+    """No module holds it, so its code may be anywhere."""
+
+
+hidden, Hidden = Hidden(), None  # type: ignore[misc, assignment]
+
+
 @pytest.mark.parametrize(
     "thing",
     [
         Unknown(),
+        hidden,
         [{"a": Unknown()}],
         enclosing(Unknown()),
         iter((1,)),
@@ -125,7 +135,8 @@ def test_what_is_not_known_is_refused(thing):
 
 def test_it_is_the_same_in_every_process():
     words = (
-        "import optax; from experiments.fingerprint import *;"
+        "import optax; from experiments.fingerprint import fingerprint;"
+        "from experiments.surroundings import surroundings;"
         "print(fingerprint(({'b', 'a', 'c'}, {'x': optax.adam(0.1), 'y': {3, 4}})), surroundings())"
     )
     found = {
@@ -147,8 +158,11 @@ def test_surroundings_tell_of_changed_code_and_settings(tmp_path, monkeypatch):
     path.write_text("x = 1\n")
     before = surroundings()
     spec = importlib.util.spec_from_file_location("code_of_a_user", path)
-    monkeypatch.setitem(sys.modules, "code_of_a_user", importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "code_of_a_user", module)
     loaded = surroundings()
+    module.x = 2
+    with_a_value = surroundings()
     path.write_text("x = 12\n")
     edited = surroundings()
     # What a user's file may import from beside it counts, too.
@@ -156,5 +170,5 @@ def test_surroundings_tell_of_changed_code_and_settings(tmp_path, monkeypatch):
     with_another = surroundings()
     with jax.enable_x64(True):
         wide = surroundings()
-    assert len({before, loaded, edited, with_another, wide}) == 5
+    assert len({before, loaded, with_a_value, edited, with_another, wide}) == 6
     assert surroundings() == with_another
