@@ -14,7 +14,7 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 SHOWS = {
     "assignment": lambda said: "optimal: 12 clients x 8 experts" in said,
     "data": lambda said: True,
-    "devices": lambda said: "('clients', 8)" in said,
+    "devices": lambda said: "{'clients': 8, 'experts': 1}" in said,
     "federation": lambda said: min(map(int, re.findall(r": (\d+)% of the test", said))) > 80,
     "sweeps": lambda said: True,
     "tutorial": lambda said: (
