@@ -55,7 +55,7 @@ def test_who_is_not_in_the_cohort_leaves_no_trace(make_simulation, clients):
 
 
 def test_the_secret_is_new_in_every_plan_and_decides_the_noise(make_simulation, clients):
-    simulated = make_simulation(admission=Admission(clip=1.0, noise_multiplier=1.0))
+    simulated = make_simulation(admission=Admission(clip=1.0, noise_multiplier=1.0), own=True)
 
     def train(secret: np.ndarray | None = None):
         state = simulated.init(jax.random.key(0))

@@ -13,7 +13,7 @@ from flexmoe_jax import models, simulation
 from flexmoe_jax.assignment import make_policy
 from flexmoe_jax.client import LocalTraining
 from flexmoe_jax.data import crop_flip, feed_cohorts
-from flexmoe_jax.server import Admission, FitnessOptions, trimmed_mean
+from flexmoe_jax.server import FitnessOptions
 from flexmoe_jax.simulation import Arrival, initial, sample_cohort, slots_assignment
 from flexmoe_jax.types import Params
 from tests.conftest import CAPACITY
@@ -105,14 +105,14 @@ def test_the_order_of_the_cohort_changes_nothing_beyond_rounding(make_simulation
 
 
 def test_the_same_seed_gives_the_same_numbers(make_simulation, simulated, clients):
-    one, two = (run(again, clients)[0] for again in (make_simulation(), simulated))
+    one, two = (run(again, clients)[0] for again in (make_simulation(own=True), simulated))
     chex.assert_trees_all_equal(plain(one), plain(two))
     other = run(simulated, clients, seed=1)[0]
     assert not np.allclose(one.server.ledger.fitness, other.server.ledger.fitness)
 
 
 def test_one_compilation_whatever_the_cohort_and_the_assignment(make_simulation, clients):
-    simulated = make_simulation()
+    simulated = make_simulation(own=True)
     _, reports = run(simulated, clients, rounds=5, per_round=4)
     cohorts = {tuple(cohort) for cohort, _, _ in reports}
     assignments = {solution.assignment.tobytes() for _, solution, _ in reports}
@@ -124,7 +124,7 @@ def test_one_compilation_whatever_the_cohort_and_the_assignment(make_simulation,
 
 def test_cohorts_fed_from_the_host_train_as_on_the_data_of_all(make_simulation, clients):
     # And no cohort compiles the round anew.
-    simulated = make_simulation()
+    simulated = make_simulation(own=True)
     resident, _ = run(simulated, clients, per_round=3)
     feed = feed_cohorts(jax.tree.map(np.asarray, clients), most=3)
     assert len(feed(np.arange(3)).arrays["images"]) < len(clients.arrays["images"])
@@ -259,11 +259,8 @@ def test_half_the_server_step_moves_half_as_far(make_simulation, simulated, clie
         chex.assert_trees_all_close(c, a + 0.5 * (b - a), atol=1e-6)
 
 
-def test_a_diverging_client_shows_in_the_report(make_simulation, simulated, clients):
+def test_diverging_clients_are_refused(make_simulation, simulated, clients):
     diverging = LocalTraining(optax.sgd(1e30), balance=0.0, batch_size=8)
-    careless = make_simulation(local=diverging, admission=Admission(quarantine=False))
-    _, reports = run(careless, clients, rounds=1)
-    assert not np.isfinite(reports[0][2].loss).all()
     state, reports = run(make_simulation(local=diverging), clients, rounds=1)
     assert reports[0][2].quarantined.all()
     chex.assert_trees_all_equal(learnt(state), learnt(simulated.init(jax.random.key(0))))
@@ -271,7 +268,7 @@ def test_a_diverging_client_shows_in_the_report(make_simulation, simulated, clie
 
 def test_clients_that_do_not_deliver_leave_no_trace(make_simulation, clients):
     """The state is as if they had not been asked, but they hold the experts they received."""
-    simulated = make_simulation(rows=7)
+    simulated = make_simulation(rows=7, own=True)
     state = simulated.init(jax.random.key(0))
     cohort = np.arange(7, dtype=np.int32)
     (solution,) = simulated.assign(state, cohort)
@@ -317,31 +314,6 @@ def test_partial_work_is_that_many_steps(simulated, clients):
     again = whole // 2 - done
     expected = np.minimum(8 * done, size) + np.minimum(8 * again, size)
     assert np.array_equal(report.examples, expected)
-
-
-def test_robust_means_withstand_a_client_that_blows_its_update_up(make_simulation, clients):
-    cohort = np.arange(7, dtype=np.int32)
-    moved = {}
-    for name, aggregator in (("mean", None), ("robust", trimmed_mean(0.2))):
-        # All clients hold all experts, so every expert has several holders.
-        simulated = make_simulation(
-            aggregator=aggregator,
-            admission=Admission(quarantine=False),
-            capacity=np.full(7, EXPERTS),
-            policy=make_policy("full"),
-        )
-        for factor in (1.0, -1e6):
-            state = simulated.init(jax.random.key(0))
-            start = jax.device_get(state.server.shared)
-            arrival = Arrival(np.ones(7), np.ones(7, bool), np.array([1, 1, factor, 1, 1, 1, 1]))
-            plan = simulated.plan(cohort, simulated.assign(state, cohort), arrival)
-            state, _ = simulated.round(state, clients, plan)
-            moved[name, factor] = max(
-                float(np.abs(a - b).max())
-                for a, b in zip(*map(jax.tree.leaves, (state.server.shared, start)), strict=True)
-            )
-    # No honest client moves a parameter by 1; a mean follows the one that blew its update up.
-    assert moved["robust", -1e6] < 1 < 1e3 < moved["mean", -1e6]
 
 
 def test_compiled_ahead_it_is_the_same_simulation(simulated, clients, digits):
