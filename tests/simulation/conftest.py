@@ -15,6 +15,7 @@ import pytest
 from flexmoe_jax import client, data, models, simulation
 from flexmoe_jax.assignment import make_policy
 from flexmoe_jax.federation import Federation
+from flexmoe_jax.simulation import client_mesh
 from tests.conftest import CAPACITY
 
 EXPERTS = 4
@@ -59,7 +60,7 @@ def make_simulation(clients: data.ClientData) -> Callable[..., simulation.Simula
     known: dict[tuple, simulation.Simulation] = {}
 
     def make(rows=0, block_size=0, mesh=None, own=False, **choices) -> simulation.Simulation:
-        federation = Federation(sample=sample, **(DEFAULTS | choices))
+        federation, mesh = Federation(sample=sample, **(DEFAULTS | choices)), mesh or client_mesh(1)
         made = simulation.simulate(federation, clients, rows=rows, block_size=block_size, mesh=mesh)
         if own:
             return made

@@ -83,11 +83,11 @@ def test_devices_change_nothing_beyond_rounding(
 def test_many_clients_own_what_each_would_draw_alone(make_simulation):
     # More than are drawn side by side, and not a multiple of these.
     numbers = np.arange(700)
-    owned = initial.init_owns(make_simulation().setting.federation, jax.random.key(0), numbers)[1]
+    federation = make_simulation().setting.federation
+    own = jax.jit(lambda few: initial.init_owns(federation, jax.random.key(0), few)[1])
+    owned = jax.device_get(own(numbers))
     for number in (0, 255, 256, 699):
-        alone = initial.init_owns(
-            make_simulation().setting.federation, jax.random.key(0), numbers[number : number + 1]
-        )[1]
+        alone = own(numbers[number : number + 1])
         chex.assert_trees_all_equal(jax.tree.map(lambda x, n=number: x[n : n + 1], owned), alone)
 
 
@@ -147,7 +147,7 @@ def test_who_sat_out_is_untouched(simulated, clients):
     solutions = simulated.assign(state, cohort)
     held = solutions[0].assignment
     state, report = simulated.round(state, clients, simulated.plan(cohort, solutions))
-    after = plain(state)
+    after, report = plain(state), jax.device_get(report)
     out = np.setdiff1d(np.arange(7), cohort)
     for old, new in zip(
         *map(jax.tree.leaves, (before.clients.gates, after.clients.gates)), strict=True
@@ -187,15 +187,16 @@ def test_fitness_is_the_training_accuracy_of_each_pair(make_simulation, clients)
         logits, kept = MODULE.apply(variables, prepare(images), mutable=["routing"])
         return logits, kept["routing"]["at"][0].selected
 
+    known = jax.device_get(clients)
     for number, held in zip(cohort, solution.assignment, strict=True):
         # All clients' padded rows have one shape, and compile once.
-        rows, size = np.asarray(clients.index[number]), int(clients.size[number])
+        rows, size = known.index[number], int(known.size[number])
         gate = jax.tree.map(lambda leaf, number=number: leaf[number], start.clients.gates)
         params = layout.merge(Params(start.server.shared, start.server.experts, gate, {}))
-        logits, selected = apply(params, clients.arrays["images"][rows], held)
-        hit = np.asarray(logits.argmax(axis=1) == clients.arrays["labels"][rows])[:size]
+        logits, selected = jax.device_get(apply(params, known.arrays["images"][rows], held))
+        hit = (logits.argmax(axis=1) == known.arrays["labels"][rows])[:size]
         for e in np.flatnonzero(held):
-            routed = np.asarray(selected[:size, e])
+            routed = selected[:size, e]
             if routed.any():
                 expected[number, e] = 0.5 * 0.2 + 0.5 * hit[routed].mean()
     assert np.allclose(state.server.ledger.fitness[0], expected, atol=1e-6)
@@ -204,7 +205,8 @@ def test_fitness_is_the_training_accuracy_of_each_pair(make_simulation, clients)
 
 def test_the_books_balance(simulated, clients):
     state, reports = run(simulated, clients, rounds=4, per_round=5)
-    ledger = jax.tree.map(lambda table: table[0], state.server.ledger._replace(norms=()))
+    books = jax.device_get(state.server.ledger._replace(norms=()))
+    ledger = jax.tree.map(lambda table: table[0], books)
     sizes = np.asarray(clients.size)
     examples = sum(2 * sizes[cohort].sum() for cohort, _, _ in reports)  # 2 epochs
     assert float(ledger.usage.sum()) == examples
@@ -252,10 +254,11 @@ def test_any_server_optimizer(make_simulation, clients, optimizer):
 
 
 def test_half_the_server_step_moves_half_as_far(make_simulation, simulated, clients):
-    start = simulated.init(jax.random.key(0)).server.shared
+    start = jax.device_get(simulated.init(jax.random.key(0)).server.shared)
     whole = run(simulated, clients, rounds=1)[0].server.shared
     half = run(make_simulation(optimizer=optax.sgd(0.5)), clients, rounds=1)[0].server.shared
-    for a, b, c in zip(*map(jax.tree.leaves, (start, whole, half)), strict=True):
+    of_all = jax.device_get((start, whole, half))
+    for a, b, c in zip(*map(jax.tree.leaves, of_all), strict=True):
         chex.assert_trees_all_close(c, a + 0.5 * (b - a), atol=1e-6)
 
 
