@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from flexmoe_jax import tasks
 from flexmoe_jax.client.units import fractions, weights_of
 from flexmoe_jax.errors import InputError
+
+parts = jax.jit(fractions)
 
 
 def one_hot(experts, count=2):
@@ -59,7 +62,7 @@ def test_every_unit_is_counted_once_for_each_expert_chosen(batch, axes, routed, 
     weight = rng.random((batch, *axes[:units])).astype(np.float32)
     scores = rng.random((batch, *axes[:routed], 4))
     selected = np.argsort(np.argsort(-scores, axis=-1), axis=-1) < top
-    share = np.asarray(fractions(jnp.asarray(selected), jnp.asarray(weight)))
+    share = np.asarray(parts(selected, weight))
     assert share.shape == (weight.size, 4)
     assert np.allclose(share.sum(axis=1), top * weight.ravel(), rtol=1e-5)
     assert np.allclose(share.sum(), top * weight.sum(), rtol=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,18 +92,34 @@ class _Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-@pytest.fixture
-def make_town(tmp_path: Path) -> Iterator[Callable[..., Town]]:
-    """Returns a function that creates a town; config fields are given as `local__max_steps=3`."""
+@contextmanager
+def _log_lines() -> Iterator[list[str]]:
+    """Collects what the server and the clients log."""
     log, handler = logging.getLogger("flexmoe_jax.deploy"), _Lines()
-
-    def make(**fields: Any) -> Town:
-        town = Town(tmp_path, small(**fields))
-        town.said = handler.lines
-        return town
-
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    yield make
+    yield handler.lines
     log.removeHandler(handler)
     log.setLevel(logging.NOTSET)
+
+
+@contextmanager
+def a_town(folder: Path, **fields: Any) -> Iterator[Town]:
+    """Returns a town in a folder; config fields are given as `local__max_steps=3`."""
+    with _log_lines() as lines:
+        town = Town(folder, small(**fields))
+        town.said = lines
+        yield town
+
+
+@pytest.fixture
+def make_town(tmp_path: Path) -> Iterator[Callable[..., Town]]:
+    """Returns a function that creates a town; its arguments are config fields, as in `a_town`."""
+    with _log_lines() as lines:
+
+        def make(**fields: Any) -> Town:
+            town = Town(tmp_path, small(**fields))
+            town.said = lines
+            return town
+
+        yield make

@@ -17,7 +17,7 @@ from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax.checkpoint import Checkpoints
 from flexmoe_jax.errors import InputError
-from tests.deploy.conftest import small
+from tests.deploy.conftest import a_town, small
 
 
 def same(one, other):
@@ -41,18 +41,8 @@ def parameters(workdir, like):
     return jax.tree.leaves((state.server.shared, state.server.experts))
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"partition__name": "dirichlet"},
-        {"model__gate": "private", "upload__compression": "int8", "local__epochs": 2},
-        {"assignment__layers": "each", "server__aggregator": "median"},
-    ],
-    ids=["shared", "private_gates_compressed", "each_layer_median"],
-)
-def test_deployed_and_simulated_runs_are_the_same(make_town, fields):
-    town = make_town(**fields)
-    served = town.train()
+def check_against_simulation(town, served):
+    """Compares a served run's figures and model with those of the same run, simulated."""
     simulated = Workdir(town.folder / "simulated")
     assert train(town.config, simulated) == "finished"
     same(served.read(), simulated.read())
@@ -67,14 +57,60 @@ def test_deployed_and_simulated_runs_are_the_same(make_town, fields):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
 
 
-def test_whatever_ends_and_begins_again_changes_nothing(make_town):
-    fields = {"model__gate": "private", "upload__compression": "int8"}
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"partition__name": "dirichlet"},
+        {"assignment__layers": "each", "server__aggregator": "median"},
+    ],
+    ids=["shared", "each_layer_median"],
+)
+def test_deployed_and_simulated_runs_are_the_same(make_town, fields):
     town = make_town(**fields)
-    whole = town.train(rounds=3, name="whole").read()
-    other = town.folder / "own"
-    other.rename(town.folder / "own-of-the-whole")
-    for number, _ in enumerate(town.files):
-        town.start(number)
+    check_against_simulation(town, town.train())
+
+
+PRIVATE = {"model__gate": "private", "upload__compression": "int8", "local__epochs": 2}
+"""Clients keep something of their own from round to round."""
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory):
+    """A town that has been served for two rounds, its run, and the answers of client 0.
+
+    Client 0 is asked everything twice; what counts is its second answer.
+    """
+    answers = []
+    with a_town(tmp_path_factory.mktemp("private"), **PRIVATE) as town:
+        worker = town.carrier.clients[100]
+
+        def asked_twice(message):
+            first, second = worker(message), worker(message)
+            if message["ask"]["what"] == "train":
+                answers.append((first, second))
+            return second
+
+        town.carrier.clients[100] = asked_twice
+        return town, town.train(), answers
+
+
+def test_private_gates_and_compressed_uploads_are_as_simulated(private):
+    town, served, _ = private
+    check_against_simulation(town, served)
+
+
+def test_a_client_asked_again_gives_the_same_answer(private):
+    *_, answers = private
+    assert len(answers) == 2
+    for first, second in answers:
+        for name, record in first.array_records.items():
+            for part, array in record.items():
+                np.testing.assert_array_equal(array.numpy(), second[name][part].numpy())
+
+
+def test_whatever_ends_and_begins_again_changes_nothing(make_town, private):
+    whole = private[1].read()
+    town = make_town(**PRIVATE)
     town.train(rounds=1)
     # The server is new; a client is new, at another node; another trains, and is gone before it
     # can answer.
@@ -102,26 +138,6 @@ def test_whatever_ends_and_begins_again_changes_nothing(make_town):
     same(continued[:1], whole[:1])
 
 
-def test_a_client_asked_again_gives_the_same_answer(make_town):
-    town = make_town(model__gate="private")
-    worker = town.carrier.clients[100]
-    answers = []
-
-    def asked_twice(message):
-        first, second = worker(message), worker(message)
-        if message["ask"]["what"] == "train":
-            answers.append((first, second))
-        return second
-
-    town.carrier.clients[100] = asked_twice
-    town.train()
-    assert len(answers) == 2
-    for first, second in answers:
-        for name, record in first.array_records.items():
-            for part, array in record.items():
-                np.testing.assert_array_equal(array.numpy(), second[name][part].numpy())
-
-
 def test_experts_that_moved_are_sent_again_after_a_refused_order(make_town):
     served = []
     for cache in (True, False):
@@ -140,26 +156,30 @@ def test_experts_that_moved_are_sent_again_after_a_refused_order(make_town):
     same(*served)
 
 
-def test_strangers_take_no_part_and_others_go_on(make_town):
-    town = make_town()
+def test_strangers_take_no_part_and_a_client_that_is_gone_holds_nobody_up(make_town):
+    town = make_town(deploy__absence=0.5, deploy__deadline=600.0)
     town.train(rounds=1)
     stranger = town.start(0, node=300)
     stranger._hello["name"] = "stranger"
-    done = town.train(rounds=2).read()
-    assert [row["clients/delivered"] for row in done] == [3, 3]
-    assert sum("stranger: refused" in line for line in town.said) == 1
-
-
-def test_a_client_that_is_gone_for_good_holds_nobody_up(make_town):
-    town = make_town(deploy__absence=0.5, deploy__deadline=600.0)
-    town.train(rounds=1)
     del town.carrier.clients[101]
     rows = town.train(rounds=2).read()
     assert [row["clients/delivered"] for row in rows] == [3, 2]
     assert "client_1: did not answer in time (train)" in town.said
+    assert sum("stranger: refused" in line for line in town.said) == 1
+    # A page shows how clients stand.
+    known = json.loads((town.folder / "served" / "clients.json").read_text())
+    assert {name: one["state"] for name, one in known.items()} == {
+        "client_0": "ready",
+        "client_1": "away",
+        "client_2": "ready",
+    }
+    assert known["client_1"]["late"] == 2  # Its training, and its figures.
+    page = (town.folder / "served" / "clients.html").read_text()
+    assert page.count("<tr>") == 4
+    assert "refresh" not in page
 
 
-def test_a_client_with_other_examples_is_told_why(make_town):
+def test_clients_with_other_examples_or_another_model_take_no_part(make_town):
     town = make_town()
     path = town.files[1]
     with np.load(path) as found:
@@ -167,10 +187,20 @@ def test_a_client_with_other_examples_is_told_why(make_town):
     arrays["train_images"] = arrays["train_images"][:, :5]
     np.savez(path, **arrays)
     town.start(1)
-    done = town.train().read()
-    assert [row["clients/delivered"] for row in done] == [2, 2]
-    line = next(line for line in town.said if "takes no part" in line)
+    honest = town.carrier.clients[102]
+
+    def other(message):
+        answer = honest(message)
+        if "ready" in answer:
+            answer["ready"] = ConfigRecord({"layout": "another"})
+        return answer
+
+    town.carrier.clients[102] = other
+    rows = town.train().read()
+    assert [row["clients/delivered"] for row in rows] == [1, 1]
+    line = next(line for line in town.said if line.startswith("client_1: takes no part"))
     assert "train_images=shape (5, 8, 1): the federation's are of shape (8, 8, 1)" in line
+    assert "client_2: takes no part: has another model" in town.said
 
 
 def _not_numbers(answer):
@@ -193,66 +223,41 @@ def _of_more_than_it_has(answer):
     answer["numbers"] = ConfigRecord({**answer["numbers"], "examples": 1e6, "units": 1e6})
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (_not_numbers, ""),  # The quarantine counts it.
-        (_too_large, "client_1: refused: shared holds"),
-        (_of_a_later_round, "client_1: refused: is no answer to round"),
-        (_of_more_than_it_has, "client_1: refused: says 1000000 examples where it can have"),
-    ],
+HOSTILE = (
+    (_not_numbers, ""),  # The quarantine counts it.
+    (_too_large, "client_1: refused: shared holds"),
+    (_of_a_later_round, "client_1: refused: is no answer to round"),
+    (_of_more_than_it_has, "client_1: refused: says 1000000 examples where it can have"),
 )
-def test_a_hostile_answer_is_refused_and_the_federation_goes_on(make_town, change, said):
-    town = make_town()
+
+
+def test_hostile_answers_are_refused_and_the_federation_goes_on(make_town):
+    """Two rounds of each kind; and figures that cannot be are refused after every round."""
+    town, rounds = make_town(), np.repeat(np.arange(len(HOSTILE)), 2)
     honest = town.carrier.clients[101]
 
     def hostile(message):
-        answer = honest(message)
-        if message["ask"]["what"] == "train":
+        answer, ask = honest(message), message["ask"]
+        if ask["what"] == "train":
+            change, _ = HOSTILE[rounds[ask["round"]]]
             change(answer)
-        return answer
-
-    town.carrier.clients[101] = hostile
-    rows = town.train().read()
-    assert [row["clients/quarantined"] for row in rows] == [1, 1]
-    assert all(np.isfinite(row["eval/global_loss"]) for row in rows)
-    if said:
-        assert sum(line.startswith(said) for line in town.said) == 2
-
-
-def test_figures_that_cannot_be_are_refused(make_town):
-    town = make_town()
-    honest = town.carrier.clients[101]
-
-    def boasts(message):
-        answer = honest(message)
-        if message["ask"]["what"] == "evaluate":
+        if ask["what"] == "evaluate":
             answer["judged"] = ArrayRecord(
                 {kind: Array(array.numpy() * 100) for kind, array in answer["judged"].items()}
             )
         return answer
 
-    town.carrier.clients[101] = boasts
-    rows = town.train(rounds=1).read()
-    assert rows[0]["eval/clients"] == 2
-    assert rows[0]["eval/personal_accuracy"] <= 1
-    assert "client_1: refused: judged: more hits than units" in town.said
-
-
-def test_a_client_with_another_model_takes_no_part(make_town):
-    town = make_town()
-    honest = town.carrier.clients[101]
-
-    def other(message):
-        answer = honest(message)
-        if "ready" in answer:
-            answer["ready"] = ConfigRecord({"layout": "another"})
-        return answer
-
-    town.carrier.clients[101] = other
-    rows = town.train().read()
-    assert [row["clients/delivered"] for row in rows] == [2, 2]
-    assert "client_1: takes no part: has another model" in town.said
+    town.carrier.clients[101] = hostile
+    rows = town.train(rounds=len(rounds)).read()
+    assert [row["clients/quarantined"] for row in rows] == [1] * len(rounds)
+    for _, said in HOSTILE:
+        if said:
+            assert sum(line.startswith(said) for line in town.said) == 2
+    for row in rows:
+        assert np.isfinite(row["eval/global_loss"])
+        assert row["eval/clients"] == 2
+        assert row["eval/personal_accuracy"] <= 1
+    assert town.said.count("client_1: refused: judged: more hits than units") == len(rounds)
 
 
 @pytest.mark.parametrize(
@@ -299,23 +304,6 @@ def test_a_client_without_test_examples_gets_a_file_that_it_can_read(tmp_path):
     files = write_clients(config, tmp_path / "clients")
     tests = [read_examples(path)[1] for path in files]
     assert [None if given is None else len(given["labels"]) for given in tests] == [8, None]
-
-
-def test_a_page_shows_how_clients_stand(make_town):
-    town = make_town(deploy__absence=0.5)
-    town.train(rounds=1)
-    del town.carrier.clients[101]
-    town.train(rounds=2)
-    known = json.loads((town.folder / "served" / "clients.json").read_text())
-    assert {name: one["state"] for name, one in known.items()} == {
-        "client_0": "ready",
-        "client_1": "away",
-        "client_2": "ready",
-    }
-    assert known["client_1"]["late"] == 2  # Its training, and its figures.
-    page = (town.folder / "served" / "clients.html").read_text()
-    assert page.count("<tr>") == 4
-    assert "refresh" not in page
 
 
 def test_a_folder_of_texts_is_a_clients_data(tmp_path):

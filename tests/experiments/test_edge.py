@@ -166,6 +166,8 @@ DEVICES = {
     "model__hidden": 512,
     "local__optimizer": "adam",
     "local__learning_rate": 0.002,
+    "eval__every": 3,
+    "execution__devices": 1,
 }
 
 

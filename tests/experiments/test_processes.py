@@ -30,6 +30,9 @@ TWO_ROUNDS = (
     "--config.faults.share=0.1",
 )
 
+# Two devices for each of two processes, for a cohort of six clients, whose examples are sent.
+APART = ("--config.execution.devices=4", "--config.execution.data=host")
+
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
@@ -74,9 +77,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 def test_several_processes_give_the_numbers_of_one(tmp_path: Path, one: list[dict]) -> None:
-    # Two devices each, for a cohort of six clients, whose examples are sent.
-    apart = ("--config.execution.devices=4", "--config.execution.data=host")
-    assert launch_together(2, tmp_path, *TWO_ROUNDS, *apart) == [(0, "")] * 2
+    assert launch_together(2, tmp_path, *TWO_ROUNDS, *APART) == [(0, "")] * 2
     several = rows(tmp_path)
     assert [row["round"] for row in several] == [1, 2]
     for alone, together in zip(one, several, strict=True):
@@ -153,7 +154,8 @@ def test_strangers_do_nothing_and_a_killed_process_ends_all_in_a_line(
     tmp_path: Path,
 ) -> None:
     port, workdir = free_port(), tmp_path / "run"
-    together = (*SMALL, "--config.rounds=100000", "--config.execution.devices=2")
+    # The programs are found compiled if the test above has run.
+    together = (*TWO_ROUNDS, *APART, "--config.rounds=100000")
     together += (f"--coordinator=localhost:{port}", "--process_count=2", f"--workdir={workdir}")
     first, second = (start(*together, f"--process_id={number}") for number in range(2))
     metrics = workdir / "metrics.jsonl"

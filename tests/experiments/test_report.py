@@ -75,8 +75,13 @@ def record(number: int, **changes: Any) -> dict[str, Any]:
 
 
 def make_workdir(
-    path: Path, config: dict[str, Any] | None = None, rounds: int = T, finished: bool = True
+    path: Path,
+    config: dict[str, Any] | None = None,
+    rounds: int = T,
+    finished: bool = True,
+    arrays: bool = True,
 ) -> Path:
+    """Writes a run; without arrays, its page has only the pictures of rounds, not of clients."""
     path.mkdir(parents=True)
     default = {"seed": 0, "assignment": {"policy": "flex"}, "clients": {"count": C}}
     (path / "config.json").write_text(json.dumps(default if config is None else config))
@@ -95,6 +100,8 @@ def make_workdir(
         "compilations": 1,
     }
     (path / "summary.json").write_text(json.dumps(summary))
+    if not arrays:
+        return path
     rng = np.random.default_rng(0)
     holds = rng.random((C, E)) < 0.5
     np.savez(
@@ -156,10 +163,16 @@ def svg_of(image: dict[str, str | None]) -> str:
     return base64.b64decode(body).decode()
 
 
-def test_one_run_has_every_picture_and_the_right_numbers(tmp_path: Path) -> None:
-    out = write_report([make_workdir(tmp_path / "run")])
-    assert out == tmp_path / "run" / "report" / "index.html"
-    page = Page(out)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with its page."""
+    run = make_workdir(tmp_path_factory.mktemp("one") / "run")
+    assert write_report([run]) == run / "report" / "index.html"
+    return run
+
+
+def test_one_run_has_every_picture_and_the_right_numbers(one: Path) -> None:
+    page = Page(one / "report" / "index.html")
     assert {f"run-{name}" for name in RUN_PICTURES} <= set(page.ids)
     assert len(page.images) == len(RUN_PICTURES)
     assert all(len(str(image["alt"])) > 20 for image in page.images)
@@ -176,7 +189,7 @@ def test_one_run_has_every_picture_and_the_right_numbers(tmp_path: Path) -> None
 
 
 def test_losses_and_what_all_experts_reach_together_are_shown(tmp_path: Path) -> None:
-    run = make_workdir(tmp_path / "run", {"eval": {"prior": True}})
+    run = make_workdir(tmp_path / "run", {"eval": {"prior": True}}, arrays=False)
     page = Page(write_report([run]))
     for row in (
         "Accuracy of all experts in one model 65.0 % 65.0 % 6",
@@ -200,7 +213,7 @@ def test_losses_and_what_all_experts_reach_together_are_shown(tmp_path: Path) ->
 
 def test_losses_of_text_are_told_in_bits_a_byte(tmp_path: Path) -> None:
     text = {"task": {"name": "next_token"}, "eval": {"prior": True}}
-    run = make_workdir(tmp_path / "text", text)
+    run = make_workdir(tmp_path / "text", text, arrays=False)
     page = Page(write_report([run]))
     # 0.25, 1 / 3 and 0.4 over ln 2.
     for row in (
@@ -214,14 +227,15 @@ def test_losses_of_text_are_told_in_bits_a_byte(tmp_path: Path) -> None:
     assert "nats" not in page.text
     # Tokens have no label shares.
     assert "label shares" not in page.text
-    twins = [run, make_workdir(tmp_path / "other", {**text, "seed": 1})]
-    assert ">Personal loss, bits a byte</text>" in svg_of(Page(write_report(twins)).images[1])
+    twins = [run, make_workdir(tmp_path / "other", {**text, "seed": 1}, arrays=False)]
+    of_twins = Page(write_report(twins))
+    assert ">Personal loss, bits a byte</text>" in svg_of(of_twins.images[1])
     # Half a squared distance has no unit, and nothing in common with bits.
-    run = make_workdir(tmp_path / "numbers", {"task": {"name": "regression"}})
+    run = make_workdir(tmp_path / "numbers", {"task": {"name": "regression"}}, arrays=False)
     assert "Personal loss 0.25 0.25 6" in Page(write_report([run])).text
     both = Page(write_report([run, twins[0]]))
     # Both recorded 0.25, of which neither is the best.
-    assert f'<td class="n top">0.361{NBSP}bits' in Page(write_report(twins)).source
+    assert f'<td class="n top">0.361{NBSP}bits' in of_twins.source
     assert '<td class="n top">0.25</td>' not in both.source
     assert f'<td class="n top">0.361{NBSP}bits' not in both.source
     assert ">Personal loss, as recorded</text>" in svg_of(both.images[1])
@@ -240,10 +254,10 @@ def test_loads_say_what_they_count(tmp_path: Path) -> None:
         assert f">{text.split()[2]}, all rounds</text>" in "".join(map(svg_of, page.images))
 
 
-def test_only_times_that_leave_the_first_round_out_say_so(tmp_path: Path) -> None:
-    run = make_workdir(tmp_path / "run")
+def test_only_times_that_leave_the_first_round_out_say_so(tmp_path: Path, one: Path) -> None:
     told = "times without the first round"
-    assert told in Page(write_report([run])).text
+    assert told in Page(one / "report" / "index.html").text
+    run = make_workdir(tmp_path / "run", arrays=False)
     (run / "metrics.jsonl").write_text("".join(json.dumps(record(i)) + "\n" for i in (1, 2)))
     assert told not in Page(write_report([run])).text
 
@@ -260,9 +274,8 @@ def test_a_run_without_them_has_the_pictures_that_it_had(tmp_path: Path) -> None
     assert "label shares" not in page.text
 
 
-def test_page_needs_nothing_but_itself(tmp_path: Path) -> None:
-    runs = [make_workdir(tmp_path / "a"), make_workdir(tmp_path / "b", {"seed": 1})]
-    page = Page(write_report(runs))
+def test_page_needs_nothing_but_itself(compared: Page) -> None:
+    page = compared
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     for _, attributes in page.tags:
         for name in ("src", "href"):
@@ -279,10 +292,9 @@ def test_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert set(links) <= set(ids)
 
 
-def test_same_workdir_gives_the_same_page(tmp_path: Path) -> None:
-    run = make_workdir(tmp_path / "run")
-    first = write_report([run], tmp_path / "1.html").read_bytes()
-    assert write_report([run], tmp_path / "2.html").read_bytes() == first
+def test_same_workdir_gives_the_same_page(tmp_path: Path, one: Path) -> None:
+    first = (one / "report" / "index.html").read_bytes()
+    assert write_report([one], tmp_path / "2.html").read_bytes() == first
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -370,7 +382,7 @@ def test_newcomers_stand_beside_the_clients_that_train(tmp_path: Path) -> None:
         "comm/newcomer_bytes_down": 4_000_000,
         "assignment/newcomer_status": "optimal",
     }
-    runs = [make_workdir(tmp_path / name) for name in ("with", "without")]
+    runs = [make_workdir(tmp_path / name, arrays=False) for name in ("with", "without")]
     lines = [json.dumps(record(t, **new)) + "\n" for t in range(1, T + 1)]
     (runs[0] / "metrics.jsonl").write_text("".join(lines))
     page = Page(write_report(runs[:1]))
@@ -387,19 +399,28 @@ def test_newcomers_stand_beside_the_clients_that_train(tmp_path: Path) -> None:
     assert "ewcomers<" not in svg_of(alone.images[0])
 
 
-def test_several_runs_are_compared(tmp_path: Path) -> None:
-    policies = ("flex", "greedy", "random")
+POLICIES = ("flex", "greedy", "random")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The page of three runs, of which the second learns little."""
+    folder = tmp_path_factory.mktemp("compared")
     runs = [
-        make_workdir(tmp_path / p, {"seed": 0, "assignment": {"policy": p, "slack": 0.1}})
-        for p in policies
+        make_workdir(folder / p, {"seed": 0, "assignment": {"policy": p, "slack": 0.1}})
+        for p in POLICIES
     ]
     weak = [json.dumps(record(t, **{"train/loss": 3.0})) + "\n" for t in range(1, T + 1)]
     (runs[1] / "metrics.jsonl").write_text("".join(weak))
     out = write_report(runs)
-    assert out == tmp_path / "report.html"
-    page = Page(out)
+    assert out == folder / "report.html"
+    return Page(out)
+
+
+def test_several_runs_are_compared(compared: Page) -> None:
+    page = compared
     assert "3 runs compared" in page.text
-    for letter, policy in zip("ABC", policies, strict=True):
+    for letter, policy in zip("ABC", POLICIES, strict=True):
         assert f"{letter} policy {policy}" in page.text
     all_together = {f"all-{name}" for name in ("accuracy", "test-loss", "balance", "loss")}
     assert all_together | {"run-1-fitness", "run-3-labels"} <= set(page.ids)
@@ -449,7 +470,7 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
 
 
 def test_a_workdir_named_twice_counts_once(tmp_path: Path) -> None:
-    run = make_workdir(tmp_path / "run")
+    run = make_workdir(tmp_path / "run", arrays=False)
     assert write_report([run, f"{run}/"]) == default_out([run])
 
 

@@ -6,6 +6,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flexmoe_jax.errors import InputError
@@ -37,16 +38,16 @@ class Two(nn.Module):
 @pytest.mark.parametrize("last", ["last", "mixture", "expert"])
 def test_layers_are_masked_one_by_one_wherever_they_stand(last):
     model = from_linen(Two(last))
-    marked = model.init(jax.random.key(0), X)
-    layout, params = lay_out(marked), nn.meta.unbox(marked)
+    apply, marked = jax.jit(model.apply), jax.jit(model.init)(jax.random.key(0), X)
+    layout, params = lay_out(marked), jax.device_get(nn.meta.unbox(marked))
     assert (layout.experts, set(layout.layers)) == (4, {last, "outer/within"})
-    held = {last: jnp.array([0, 1, 1, 0], bool), "outer/within": jnp.array([1, 0, 0, 0], bool)}
-    outputs, routings = model.apply(params, X, held)
+    held = {last: np.array([0, 1, 1, 0], bool), "outer/within": np.array([1, 0, 0, 0], bool)}
+    outputs, routings = jax.device_get(apply(params, X, held))
     assert {name: routing.selected.any(axis=0).tolist() for name, routing in routings.items()} == {
         name: mask.tolist() for name, mask in held.items()
     }
     # The same module on the stacks of a client that holds two in three slots, others in each layer.
-    slots = {last: jnp.array([1, 2, 0]), "outer/within": jnp.array([0, 3, 3])}
+    slots = {last: np.array([1, 2, 0]), "outer/within": np.array([0, 3, 3])}
     parts = layout.split(params)
     cut = {
         part: {
@@ -55,16 +56,16 @@ def test_layers_are_masked_one_by_one_wherever_they_stand(last):
         }
         for part in ("experts", "gate")
     }
-    filled = {last: jnp.array([1, 1, 0], bool), "outer/within": jnp.array([1, 0, 0], bool)}
-    found, _ = model.apply(layout.merge(parts._replace(**cut)), X, filled)
+    filled = {last: np.array([1, 1, 0], bool), "outer/within": np.array([1, 0, 0], bool)}
+    found, _ = apply(layout.merge(parts._replace(**cut)), X, filled)
     chex.assert_trees_all_close(found, outputs, atol=1e-6)
 
 
 def test_all_experts_may_be_used_where_no_mask_says_otherwise():
     model = from_linen(Two())
-    marked = model.init(jax.random.key(0), X)
-    everything = {name: jnp.ones(4, bool) for name in lay_out(marked).layers}
-    chex.assert_trees_all_equal(model.apply(marked, X, {}), model.apply(marked, X, everything))
+    apply, marked = jax.jit(model.apply), jax.jit(model.init)(jax.random.key(0), X)
+    everything = {name: np.ones(4, bool) for name in lay_out(marked).layers}
+    chex.assert_trees_all_equal(apply(marked, X, {}), apply(marked, X, everything))
 
 
 class Halves(nn.Module):

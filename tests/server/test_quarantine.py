@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,14 +18,14 @@ OUTSIDE = 5.5 * 1.4826
 def known(*rounds, refused=()) -> jax.Array:
     norms = init_norms()
     for lengths in rounds:
-        new = jnp.asarray(lengths, jnp.float32)
+        new = np.asarray(lengths, np.float32)
         norms = learn(norms, new, ~np.isin(np.arange(new.shape[1]), refused))
     return norms
 
 
 def test_norms_of_both_parts_by_hand():
-    shared, experts = {"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([[1.0, 2.0], [2.0, 0.0]])}
-    assert part_norms(shared, experts).tolist() == [5, 3]
+    shared, experts = {"w": np.array([3.0, 4.0])}, {"w": np.array([[1.0, 2.0], [2.0, 0.0]])}
+    assert jax.jit(part_norms)(shared, experts).tolist() == [5, 3]
     assert part_norms({}, {}).tolist() == [0, 0]
 
 
@@ -49,19 +48,20 @@ def test_limits_are_those_of_the_last_16_rounds_of_large_cohorts():
     assert (norms > 0).all()
     assert np.allclose(limit(norms, 10.0), 1000, rtol=0.05)
     for _ in range(7):
-        norms = learn(norms, jnp.asarray([cohort, cohort], jnp.float32), jnp.ones(50, bool))
+        norms = learn(norms, np.array([cohort, cohort], np.float32), np.ones(50, bool))
     assert np.allclose(limit(norms, 10.0), 1000, rtol=0.5)
     for _ in range(2):
-        norms = learn(norms, jnp.asarray([cohort, cohort], jnp.float32), jnp.ones(50, bool))
+        norms = learn(norms, np.array([cohort, cohort], np.float32), np.ones(50, bool))
     assert limit(norms, 10.0).max() < 20
     # Small cohorts are remembered for longer: one of 1 client is one length of 256.
-    assert limit(learn(norms, jnp.full((2, 1), 1e6), jnp.ones(1, bool)), 10.0).max() < 20
+    assert limit(learn(norms, np.full((2, 1), 1e6, np.float32), np.ones(1, bool)), 10.0).max() < 20
 
 
 @given(
     hnp.arrays(np.float32, (6, 2, 20), elements=st.floats(0.015625, 4, width=32)),
     st.permutations(range(20)),
-    st.integers(0, 7),
+    # Each is another shape, which is compiled.
+    st.sampled_from([0, 1, 7]),
     hnp.arrays(bool, 20),
 )
 def test_neither_order_nor_padding_matters(lengths, order, padding, honest):
@@ -71,7 +71,7 @@ def test_neither_order_nor_padding_matters(lengths, order, padding, honest):
         norms = learn(norms, new, honest)
         # Zeros are clients without a length: padding, and those whose work never arrives.
         padded = np.pad(new, ((0, 0), (0, padding)))[:, places]
-        shuffled = learn_norms(shuffled, padded, np.pad(honest, (0, padding))[places])
+        shuffled = learn(shuffled, padded, np.pad(honest, (0, padding))[places])
     assert np.array_equal(norms, shuffled)
 
 
@@ -100,9 +100,10 @@ def test_as_long_as_most_are_honest_no_honest_update_is_refused_and_long_ones_ar
 
 
 def test_a_first_cohort_shows_too_late_who_was_too_long():
-    honest = jnp.array([[1.0, 2, 3, 9], [1, 1, 1, 0]])
+    honest = np.array([[1.0, 2, 3, 9], [1, 1, 1, 0]], np.float32)
     assert not too_long(init_norms(), honest, 10.0).any()
-    long = honest.at[1, 2].set(20.0)
+    long = honest.copy()
+    long[1, 2] = 20.0
     assert too_long(init_norms(), long, 10.0).tolist() == [False, False, True, False]
     # Once lengths are known, each update is judged as it comes.
     assert not too_long(known([[1.0], [1.0]]), long, 10.0).any()
@@ -112,7 +113,7 @@ def test_a_first_cohort_shows_too_late_who_was_too_long():
 
 @pytest.mark.parametrize("kind", ["nobody", "all alike"])
 def test_what_says_nothing_refuses_nobody(kind):
-    lengths = jnp.full((2, 4), 0.0 if kind == "nobody" else 3.0)
+    lengths = np.full((2, 4), 0.0 if kind == "nobody" else 3.0, np.float32)
     norms = known(lengths)
     assert not too_long(init_norms(), lengths, 10.0).any()
     assert (limit(norms, 10.0) == (np.inf if kind == "nobody" else 30)).all()

@@ -5,6 +5,8 @@ Three clients, three experts, two slots.
 
 from __future__ import annotations
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -31,10 +33,10 @@ from flexmoe_jax.server import (
 )
 from flexmoe_jax.types import Feedback, Plan, Server
 
-SHARED = {"w": jnp.array([1.0, 2.0])}
+SHARED = {"w": np.array([1.0, 2.0], np.float32)}
 EXPERTS = {
-    "a": {"w": jnp.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])},
-    "b": {"v": jnp.array([[10.0], [20.0], [30.0]])},
+    "a": {"w": np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]], np.float32)},
+    "b": {"v": np.array([[10.0], [20.0], [30.0]], np.float32)},
 }
 CAPACITY = np.array([2, 2, 2])
 
@@ -50,7 +52,7 @@ def make_desk(optimizer=None, each=False, **choices) -> Desk:
 
 
 def start(desk: Desk) -> Server:
-    return init(desk, jax.random.key(0), SHARED, EXPERTS, clients=3)
+    return jax.jit(lambda key: init(desk, key, SHARED, EXPERTS, clients=3))(jax.random.key(0))
 
 
 def finish(desk: Desk, server: Server, plan: Plan, updates: Arrived, verdicts: Verdict) -> Server:
@@ -60,11 +62,21 @@ def finish(desk: Desk, server: Server, plan: Plan, updates: Arrived, verdicts: V
     return close(desk, server, mean().mean(total, due), verdicts, plan)
 
 
-def play(desk, server, slots, shared, of_a, of_b, units, feedback) -> Server:
-    """Clients 2 and 0 (and padding, if there are three rows) answer: Δψ, Δθ and feedback.
+DESKS = {each: make_desk(each=each) for each in (False, True)}
+
+
+def play(server, slots, each=False, **answers) -> Server:
+    """Clients 2 and 0 answer, or client 2 alone; answers are those of `close_with`."""
+    numbers = {name: np.asarray(values, np.float32) for name, values in answers.items()}
+    return jax.device_get(close_with(each, server, np.asarray(slots, np.int32), **numbers))
+
+
+@partial(jax.jit, static_argnums=0)
+def close_with(each, server, slots, shared, of_a, of_b, units, feedback) -> Server:
+    """Closes a round with Δψ, Δθ and feedback.
 
     Args:
-      desk: of the server.
+      each: whether each layer is assigned by itself.
       server: before.
       slots: (P, G, K).
       shared: (P, 2) Δψ.
@@ -73,24 +85,15 @@ def play(desk, server, slots, shared, of_a, of_b, units, feedback) -> Server:
       units: (P,).
       feedback: (usage, correct, loss), each (P, L, K).
     """
-    slots = jnp.asarray(slots, jnp.int32)
-    rows = len(slots)
-    feedback = Feedback(*(jnp.asarray(x, jnp.float32) for x in feedback))
-    units = jnp.asarray(units, jnp.float32)
+    desk, rows, feedback = DESKS[each], len(slots), Feedback(*feedback)
     of_layer = {layer: slots[:, group] for layer, group in desk.group.items()}
     usage = {layer: feedback.usage[:, i] for i, layer in enumerate(desk.group)}
-    updates = Arrived(
-        {"w": jnp.asarray(shared, jnp.float32)},
-        {"a": {"w": jnp.asarray(of_a, jnp.float32)}, "b": {"v": jnp.asarray(of_b, jnp.float32)}},
-        of_layer,
-        units,
-        usage,
-    )
+    updates = Arrived({"w": shared}, {"a": {"w": of_a}, "b": {"v": of_b}}, of_layer, units, usage)
     there = units > 0
     lengths, sketch = jnp.ones((rows, 2)), jnp.zeros((rows, 0))
     verdicts = Verdict(there, ~there, lengths, feedback, units, units, units, sketch)
     load = desk.of_experts(slots, jnp.ones(slots.shape))
-    ids = jnp.array([2, 0, 3][:rows])
+    ids = jnp.array([2, 0][:rows])
     plan = Plan(ids, slots, load, jnp.ones(rows, int), jnp.ones(rows))
     return finish(desk, server, plan, updates, verdicts)
 
@@ -112,7 +115,7 @@ UPDATES = {
 
 
 def test_weights_by_hand():
-    new = play(make_desk(), start(make_desk()), SLOTS, **UPDATES, feedback=FEEDBACK)
+    new = play(start(DESKS[False]), SLOTS, **UPDATES, feedback=FEEDBACK)
     # ψ: (30·(4, 0) + 10·(0, 8)) / 40 = (3, 2), on top of (1, 2).
     assert new.shared["w"].tolist() == [4, 4]
     # θ_0 of a: (6·(1, 0) + 2·(0, 2)) / 8 = (0.75, 0.5), on top of (1, 1). θ_1 was held and not
@@ -125,8 +128,7 @@ def test_weights_by_hand():
 
 
 def test_books_by_hand_where_layers_are_assigned_together():
-    desk = make_desk()
-    ledger = play(desk, start(desk), SLOTS, **UPDATES, feedback=FEEDBACK).ledger
+    ledger = play(start(DESKS[False]), SLOTS, **UPDATES, feedback=FEEDBACK).ledger
     # Means over the layers: client 2 gave experts 0 and 1 (6 + 2) / 2 and (0 + 4) / 2 units.
     assert ledger.usage.tolist() == [[[2, 0, 0], [0, 0, 0], [4, 2, 0]]]
     assert ledger.held_rounds.tolist() == [[[1, 0, 0], [0, 0, 0], [1, 1, 0]]]
@@ -140,10 +142,9 @@ def test_books_by_hand_where_layers_are_assigned_together():
 
 
 def test_books_by_hand_where_each_layer_is_assigned_by_itself():
-    desk = make_desk(each=True)
     # In layer b client 2 holds experts 1 and 2, and client 0 expert 2.
     slots = [[[0, 1], [1, 2]], [[0, 3], [2, 3]]]
-    new = play(desk, start(desk), slots, **UPDATES, feedback=FEEDBACK)
+    new = play(start(DESKS[True]), slots, each=True, **UPDATES, feedback=FEEDBACK)
     ledger = new.ledger
     assert ledger.usage[0].tolist() == [[2, 0, 0], [0, 0, 0], [6, 0, 0]]
     assert ledger.usage[1].tolist() == [[0, 0, 2], [0, 0, 0], [0, 2, 4]]
@@ -161,10 +162,9 @@ def test_books_by_hand_where_each_layer_is_assigned_by_itself():
 
 
 def test_what_a_client_has_it_has_until_it_changes_or_others_are_sent():
-    desk = make_desk()
     nothing = {"shared": np.zeros((2, 2)), "of_a": np.zeros((2, 2, 2)), "units": [0, 0]}
     nothing |= {"of_b": np.zeros((2, 2, 1)), "feedback": np.zeros((3, 2, 2, 2))}
-    server = play(desk, start(desk), SLOTS, **nothing)
+    server = play(start(DESKS[False]), SLOTS, **nothing)
     # Nobody delivered; both clients have what they were sent, and client 1 was not asked.
     assert server.ledger.fresh.tolist() == [
         [[True, False, False], [False] * 3, [True, True, False]]
@@ -173,7 +173,7 @@ def test_what_a_client_has_it_has_until_it_changes_or_others_are_sent():
     # Client 0 is now sent another one, and what client 2 is sent changes.
     use = np.zeros((3, 2, 2, 2))
     use[0, 0, 0, 0] = 5
-    server = play(desk, server, [[[0, 2]], [[1, 3]]], **nothing | {"feedback": use})
+    server = play(server, [[[0, 2]], [[1, 3]]], **nothing | {"feedback": use})
     assert server.ledger.fresh.tolist() == [
         [[False, True, False], [False] * 3, [False, False, True]]
     ]
@@ -182,8 +182,8 @@ def test_what_a_client_has_it_has_until_it_changes_or_others_are_sent():
 def test_one_holder_passes_its_update_through():
     updates = {"shared": [[0.0, 0.0]], "of_a": [[[0.25, -1.5], [0.0, 0.0]]], "units": [5]}
     updates |= {"of_b": np.zeros((1, 2, 1)), "feedback": [[[[5, 0], [5, 0]]]] * 3}
-    new = play(make_desk(), start(make_desk()), [[[1, 3]]], **updates)
-    expected = EXPERTS["a"]["w"][1] + jnp.array([0.25, -1.5])
+    new = play(start(DESKS[False]), [[[1, 3]]], **updates)
+    expected = EXPERTS["a"]["w"][1] + np.array([0.25, -1.5], np.float32)
     chex.assert_trees_all_close(new.experts["a"]["w"][1], expected)
 
 
@@ -271,7 +271,7 @@ def test_verdicts_without_some_are_as_if_those_had_been_refused():
     sketch = jnp.ones((3, 4))
     verdicts = Verdict(there, ~there, jnp.ones((3, 2)), feedback, *jnp.ones((3, 3)), sketch)
     late = jnp.array([True, False, False])
-    found = without(late, verdicts)
+    found = jax.device_get(without(late, verdicts))
     assert found.accepted.tolist() == [False, True, False]
     assert found.refused.tolist() == [True, False, True]
     assert found.units.tolist() == [0, 1, 1]

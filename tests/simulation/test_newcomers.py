@@ -95,7 +95,7 @@ def test_a_probe_is_the_score_of_each_expert_held_alone(started, shown):
 
     expected = [
         np.exp(-np.asarray(losses(rows))[:, :size].mean(axis=1))
-        for rows, size in zip(shown.index, np.asarray(shown.size), strict=True)
+        for rows, size in zip(np.asarray(shown.index), np.asarray(shown.size), strict=True)
     ]
     assert np.allclose(started.fitness, [expected], rtol=1e-4)
 
@@ -110,11 +110,12 @@ def test_newcomers_fare_as_clients_with_the_same_experts(started, shown, test):
     rank = np.argsort(np.argsort(-fitness, axis=1), axis=1)
     np.testing.assert_array_equal(held, rank < CAPACITY[COMING, None])
     # Clients that trained, with gates that travel, would fare alike with these experts.
-    given = state.clients.slots.at[COMING].set(
-        simulation.assignment_slots(held[:, None], federation.slots)
-    )
+    given = np.array(state.clients.slots)
+    given[COMING] = simulation.assignment_slots(held[:, None], federation.slots)
     alike = state._replace(clients=state.clients._replace(slots=given))
-    about = shown.about._replace(label_share=jnp.zeros((7, 10)).at[COMING].set(shown.label_share))
+    shares = np.zeros((7, 10), np.float32)
+    shares[COMING] = shown.label_share
+    about = shown.about._replace(label_share=shares)
     mesh = client_mesh(1)
     expected = jax.jit(lambda s: simulation.evaluate(federation, mesh, s, test, about))(alike)
     assert np.allclose(found.personal_accuracy, expected.personal_accuracy[COMING])
@@ -256,12 +257,16 @@ def test_of_a_shortlist_the_routers_say_who_is_on_it(make_simulation, clients, s
         found.append(np.asarray(coming.probe(state.server, coming.init(jax.random.key(0)), shown)))
     every, short = (one[0] for one in found)
     params = federation.layout.merge(Params(state.server.shared, state.server.experts, {}, {}))
-    for n, (rows, size) in enumerate(zip(shown.index, np.asarray(shown.size), strict=True)):
-        images = prepare(shown.arrays["images"][rows[:size]])
+
+    @jax.jit
+    def chances(rows):
+        images, router = prepare(shown.arrays["images"][rows]), params["router"]
         features = module.apply({"params": params}, images, method="features")
-        router = params["router"]
-        logits = features @ router["kernel"].T + router["bias"][None]
-        part = jax.nn.softmax(logits).mean(axis=0)
+        return jax.nn.softmax(features @ router["kernel"].T + router["bias"][None])
+
+    index, sizes = np.asarray(shown.index), np.asarray(shown.size)
+    for n, (rows, size) in enumerate(zip(index, sizes, strict=True)):
+        part = np.asarray(chances(rows))[:size].mean(axis=0)
         asked = np.isin(np.arange(EXPERTS), np.argsort(-part)[:2])
         np.testing.assert_allclose(short[n, asked], every[n, asked], rtol=1e-6)
         assert (short[n, ~asked] < short[n, asked].min() - 0.5).all()

@@ -89,9 +89,11 @@ def test_a_scanned_run_is_its_rounds_one_at_a_time(flexible, clients, keys, runs
 
 def test_vmapped_seeds_are_their_runs_one_by_one(flexible, clients, keys, runs):
     run = run_on_device(flexible, ROUNDS, per_round=PER_ROUND)
-    together = Run(*jax.jit(jax.vmap(run, (0, None)))(jax.vmap(flexible.init)(keys), clients))
+    begun = jax.jit(jax.vmap(flexible.init))(keys)
+    together = Run(*jax.jit(jax.vmap(run, (0, None)))(begun, clients))
+    of_seed = jax.jit(lambda runs, seed: jax.tree.map(lambda x: x[seed], runs))
     for seed, alone in enumerate(runs):
-        assert_equal_runs(alone, Run(*jax.tree.map(lambda x, seed=seed: x[seed], together)))
+        assert_equal_runs(alone, of_seed(together, seed))
     cohorts = np.asarray(together.reports.plan.clients)
     assert (cohorts[0] != cohorts[1]).any()
 
@@ -171,7 +173,7 @@ def test_plans_are_the_hosts(block_size, devices):
     floor = Floor(clients=9, slots=EXPERTS, rows=5, block_size=block_size, devices=devices)
     steps, load = np.array([2, 7, 7, 1, 2]), assignment.sum(axis=0).astype(np.float32)
     expected = make_plan(cohort, assignment[:, None], load[None], floor, steps, Tampering())
-    plan = device_plan(*map(jnp.asarray, (cohort, assignment, load, steps)), floor)
+    plan = jax.jit(device_plan, static_argnums=4)(cohort, assignment, load, steps, floor)
     chex.assert_trees_all_equal(plan, expected)
     chex.assert_trees_all_equal_dtypes(plan, expected)
 

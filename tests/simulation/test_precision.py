@@ -36,18 +36,15 @@ OPTIONS = {
         "optimizer": optax.adam(0.1),
         "ownership": models.Ownership(("head",), shared_gate=True),
         "codec": Codec(make_compressor("int8")),
-        "admission": Admission(clip=1.0),
+        "admission": Admission(clip=1.0, noise_multiplier=0.1, noise="simulated"),
         "load": make_load_model("usage", 10 * CAPACITY, CAPACITY),
         "deficit_decay": 0.9,
         "prior": True,
     },
-    "sparse and robust": {
+    "sparse, robust and layer by layer": {
         "codec": Codec(make_compressor("top_k")),
         "admission": Admission(norm_limit=10.0),
         "aggregator": geometric_median(),
-    },
-    "layer by layer, privately": {
-        "admission": Admission(clip=1.0, noise_multiplier=0.1, noise="simulated"),
         "model": DEEP,
         "layers": "each",
         "ownership": models.Ownership(shared_gate=True),
@@ -84,7 +81,7 @@ def test_a_round_is_the_same_in_double_precision_mode(make_simulation, clients, 
 
 def test_rounds_on_the_device_are_too(make_simulation, clients):
     simulated = make_simulation(policy=make_policy("flex", exploration=0.5))
-    rounds = run_on_device(simulated, 2, per_round=5)
+    rounds = jax.jit(run_on_device(simulated, 2, per_round=5))
     single, _ = rounds(simulated.init(jax.random.key(0)), clients)
     with strictly():
         double, _ = rounds(simulated.init(jax.random.key(0)), clients)

@@ -13,7 +13,7 @@ from flexmoe_jax import models, simulation
 from flexmoe_jax.assignment import make_policy
 from flexmoe_jax.client import LocalTraining
 from flexmoe_jax.data import crop_flip, feed_cohorts
-from flexmoe_jax.server import Admission, FitnessOptions, trimmed_mean
+from flexmoe_jax.server import FitnessOptions
 from flexmoe_jax.simulation import Arrival, initial, sample_cohort, slots_assignment
 from flexmoe_jax.types import Params
 from tests.conftest import CAPACITY
@@ -83,11 +83,11 @@ def test_devices_change_nothing_beyond_rounding(
 def test_many_clients_own_what_each_would_draw_alone(make_simulation):
     # More than are drawn side by side, and not a multiple of these.
     numbers = np.arange(700)
-    owned = initial.init_owns(make_simulation().setting.federation, jax.random.key(0), numbers)[1]
+    federation = make_simulation().setting.federation
+    own = jax.jit(lambda few: initial.init_owns(federation, jax.random.key(0), few)[1])
+    owned = jax.device_get(own(numbers))
     for number in (0, 255, 256, 699):
-        alone = initial.init_owns(
-            make_simulation().setting.federation, jax.random.key(0), numbers[number : number + 1]
-        )[1]
+        alone = own(numbers[number : number + 1])
         chex.assert_trees_all_equal(jax.tree.map(lambda x, n=number: x[n : n + 1], owned), alone)
 
 
@@ -105,14 +105,14 @@ def test_the_order_of_the_cohort_changes_nothing_beyond_rounding(make_simulation
 
 
 def test_the_same_seed_gives_the_same_numbers(make_simulation, simulated, clients):
-    one, two = (run(again, clients)[0] for again in (make_simulation(), simulated))
+    one, two = (run(again, clients)[0] for again in (make_simulation(own=True), simulated))
     chex.assert_trees_all_equal(plain(one), plain(two))
     other = run(simulated, clients, seed=1)[0]
     assert not np.allclose(one.server.ledger.fitness, other.server.ledger.fitness)
 
 
 def test_one_compilation_whatever_the_cohort_and_the_assignment(make_simulation, clients):
-    simulated = make_simulation()
+    simulated = make_simulation(own=True)
     _, reports = run(simulated, clients, rounds=5, per_round=4)
     cohorts = {tuple(cohort) for cohort, _, _ in reports}
     assignments = {solution.assignment.tobytes() for _, solution, _ in reports}
@@ -124,7 +124,7 @@ def test_one_compilation_whatever_the_cohort_and_the_assignment(make_simulation,
 
 def test_cohorts_fed_from_the_host_train_as_on_the_data_of_all(make_simulation, clients):
     # And no cohort compiles the round anew.
-    simulated = make_simulation()
+    simulated = make_simulation(own=True)
     resident, _ = run(simulated, clients, per_round=3)
     feed = feed_cohorts(jax.tree.map(np.asarray, clients), most=3)
     assert len(feed(np.arange(3)).arrays["images"]) < len(clients.arrays["images"])
@@ -147,7 +147,7 @@ def test_who_sat_out_is_untouched(simulated, clients):
     solutions = simulated.assign(state, cohort)
     held = solutions[0].assignment
     state, report = simulated.round(state, clients, simulated.plan(cohort, solutions))
-    after = plain(state)
+    after, report = plain(state), jax.device_get(report)
     out = np.setdiff1d(np.arange(7), cohort)
     for old, new in zip(
         *map(jax.tree.leaves, (before.clients.gates, after.clients.gates)), strict=True
@@ -187,15 +187,16 @@ def test_fitness_is_the_training_accuracy_of_each_pair(make_simulation, clients)
         logits, kept = MODULE.apply(variables, prepare(images), mutable=["routing"])
         return logits, kept["routing"]["at"][0].selected
 
+    known = jax.device_get(clients)
     for number, held in zip(cohort, solution.assignment, strict=True):
         # All clients' padded rows have one shape, and compile once.
-        rows, size = np.asarray(clients.index[number]), int(clients.size[number])
+        rows, size = known.index[number], int(known.size[number])
         gate = jax.tree.map(lambda leaf, number=number: leaf[number], start.clients.gates)
         params = layout.merge(Params(start.server.shared, start.server.experts, gate, {}))
-        logits, selected = apply(params, clients.arrays["images"][rows], held)
-        hit = np.asarray(logits.argmax(axis=1) == clients.arrays["labels"][rows])[:size]
+        logits, selected = jax.device_get(apply(params, known.arrays["images"][rows], held))
+        hit = (logits.argmax(axis=1) == known.arrays["labels"][rows])[:size]
         for e in np.flatnonzero(held):
-            routed = np.asarray(selected[:size, e])
+            routed = selected[:size, e]
             if routed.any():
                 expected[number, e] = 0.5 * 0.2 + 0.5 * hit[routed].mean()
     assert np.allclose(state.server.ledger.fitness[0], expected, atol=1e-6)
@@ -204,7 +205,8 @@ def test_fitness_is_the_training_accuracy_of_each_pair(make_simulation, clients)
 
 def test_the_books_balance(simulated, clients):
     state, reports = run(simulated, clients, rounds=4, per_round=5)
-    ledger = jax.tree.map(lambda table: table[0], state.server.ledger._replace(norms=()))
+    books = jax.device_get(state.server.ledger._replace(norms=()))
+    ledger = jax.tree.map(lambda table: table[0], books)
     sizes = np.asarray(clients.size)
     examples = sum(2 * sizes[cohort].sum() for cohort, _, _ in reports)  # 2 epochs
     assert float(ledger.usage.sum()) == examples
@@ -252,18 +254,16 @@ def test_any_server_optimizer(make_simulation, clients, optimizer):
 
 
 def test_half_the_server_step_moves_half_as_far(make_simulation, simulated, clients):
-    start = simulated.init(jax.random.key(0)).server.shared
+    start = jax.device_get(simulated.init(jax.random.key(0)).server.shared)
     whole = run(simulated, clients, rounds=1)[0].server.shared
     half = run(make_simulation(optimizer=optax.sgd(0.5)), clients, rounds=1)[0].server.shared
-    for a, b, c in zip(*map(jax.tree.leaves, (start, whole, half)), strict=True):
+    of_all = jax.device_get((start, whole, half))
+    for a, b, c in zip(*map(jax.tree.leaves, of_all), strict=True):
         chex.assert_trees_all_close(c, a + 0.5 * (b - a), atol=1e-6)
 
 
-def test_a_diverging_client_shows_in_the_report(make_simulation, simulated, clients):
+def test_diverging_clients_are_refused(make_simulation, simulated, clients):
     diverging = LocalTraining(optax.sgd(1e30), balance=0.0, batch_size=8)
-    careless = make_simulation(local=diverging, admission=Admission(quarantine=False))
-    _, reports = run(careless, clients, rounds=1)
-    assert not np.isfinite(reports[0][2].loss).all()
     state, reports = run(make_simulation(local=diverging), clients, rounds=1)
     assert reports[0][2].quarantined.all()
     chex.assert_trees_all_equal(learnt(state), learnt(simulated.init(jax.random.key(0))))
@@ -271,7 +271,7 @@ def test_a_diverging_client_shows_in_the_report(make_simulation, simulated, clie
 
 def test_clients_that_do_not_deliver_leave_no_trace(make_simulation, clients):
     """The state is as if they had not been asked, but they hold the experts they received."""
-    simulated = make_simulation(rows=7)
+    simulated = make_simulation(rows=7, own=True)
     state = simulated.init(jax.random.key(0))
     cohort = np.arange(7, dtype=np.int32)
     (solution,) = simulated.assign(state, cohort)
@@ -317,31 +317,6 @@ def test_partial_work_is_that_many_steps(simulated, clients):
     again = whole // 2 - done
     expected = np.minimum(8 * done, size) + np.minimum(8 * again, size)
     assert np.array_equal(report.examples, expected)
-
-
-def test_robust_means_withstand_a_client_that_blows_its_update_up(make_simulation, clients):
-    cohort = np.arange(7, dtype=np.int32)
-    moved = {}
-    for name, aggregator in (("mean", None), ("robust", trimmed_mean(0.2))):
-        # All clients hold all experts, so every expert has several holders.
-        simulated = make_simulation(
-            aggregator=aggregator,
-            admission=Admission(quarantine=False),
-            capacity=np.full(7, EXPERTS),
-            policy=make_policy("full"),
-        )
-        for factor in (1.0, -1e6):
-            state = simulated.init(jax.random.key(0))
-            start = jax.device_get(state.server.shared)
-            arrival = Arrival(np.ones(7), np.ones(7, bool), np.array([1, 1, factor, 1, 1, 1, 1]))
-            plan = simulated.plan(cohort, simulated.assign(state, cohort), arrival)
-            state, _ = simulated.round(state, clients, plan)
-            moved[name, factor] = max(
-                float(np.abs(a - b).max())
-                for a, b in zip(*map(jax.tree.leaves, (state.server.shared, start)), strict=True)
-            )
-    # No honest client moves a parameter by 1; a mean follows the one that blew its update up.
-    assert moved["robust", -1e6] < 1 < 1e3 < moved["mean", -1e6]
 
 
 def test_compiled_ahead_it_is_the_same_simulation(simulated, clients, digits):

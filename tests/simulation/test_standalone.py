@@ -37,9 +37,13 @@ def trained(request, make_simulation, clients, digits):
 
 def figures(model, digits):
     """Hits and losses (M,) on the test set."""
-    logits = jax.jit(model.apply)(model.params, jnp.asarray(digits.test_images))
-    labels = jnp.asarray(digits.test_labels)
-    return logits.argmax(axis=1) == labels, cross_entropy(logits, labels)
+
+    @jax.jit
+    def judge(params, images, labels):
+        logits = model.apply(params, images)
+        return logits.argmax(axis=1) == labels, cross_entropy(logits, labels)
+
+    return jax.device_get(judge(model.params, digits.test_images, digits.test_labels))
 
 
 def test_a_clients_model_is_the_one_that_is_evaluated(trained, clients, digits):
@@ -51,7 +55,7 @@ def test_a_clients_model_is_the_one_that_is_evaluated(trained, clients, digits):
         assert hits.mean() == pytest.approx(found.global_accuracy[number], abs=1e-6)
         assert losses.mean() == pytest.approx(found.global_loss[number], rel=1e-5)
 
-        share = np.asarray(clients.label_share[number])
+        share = np.asarray(clients.label_share)[number]
         own = client_model(federation, state, number, share)
         assert (own.log_share is not None) == federation.prior
         if federation.prior:
