@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,12 +16,17 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# XLA's newer code generator compiles a round three times as long as the older one, and to cut a
-# program into pieces that compile side by side costs small ones a tenth of their time.
+# XLA's newer code generator compiles a round three times as long as the older one, which is gone in
+# JAX 0.12, and to cut a program into pieces that compile side by side costs small ones a tenth of
+# their time.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
-        "--xla_cpu_use_fusion_emitters=false",
+        *(
+            ["--xla_cpu_use_fusion_emitters=false"]
+            if int(version("jax").split(".")[1]) < 12
+            else []
+        ),
         "--xla_cpu_parallel_codegen_split_count=1",
     )
 ).strip()
