@@ -183,6 +183,7 @@ def test_ctrl_c_keeps_what_was_reached_and_a_restart_goes_on(finished, tmp_path)
     deadline = time.monotonic() + HANGS
     metrics = stopped / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=HANGS)
