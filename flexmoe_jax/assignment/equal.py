@@ -6,6 +6,7 @@ Axis legend: `C` clients, `E` experts.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,17 +56,48 @@ def solve_paths(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, 
     if problem.fitness.size > _FEW_PAIRS and problem.unit and not problem.balance:
         seconds_left(deadline)
         prices = estimate_prices(problem)
+        start = _begin(problem, view, prices)
         # Ties need many moves but few paths, and no prices can separate them: first try with few
         # paths.
-        if _moves(problem, view, prices) > _FEW_MOVES:
-            if found := _solve_view(problem, view, prices, deadline, _MANY_PATHS):
-                return found.assignment, _per_load(problem, found.prices)
-            misses = partial(_moves, problem)
-            view, prices = look_closer(problem, prices, misses, _FEW_MOVES, deadline)
-    found = _solve_view(problem, view, prices, deadline)
+        many = start.moves > _FEW_MOVES
+        if found := start.solve(problem, deadline, _MANY_PATHS if many else np.inf):
+            return found.assignment, _per_load(problem, found.prices)
+        del start  # As large as the problem.
+        misses = partial(_moves, problem)
+        view, prices = look_closer(problem, prices, misses, _FEW_MOVES, deadline)
+    found = _begin(problem, view, prices).solve(problem, deadline)
     assert found is not None
     of_base = view.base * (problem.unit or 0.0)
     return found.assignment, _per_load(problem, of_base + found.prices)
+
+
+class _Start(NamedTuple):
+    """Where the search for the optimum starts, in whole quanta.
+
+    Attributes:
+      fitness: [C, E].
+      cost: of the loads.
+      prices: [E] per holder.
+      held: [C, E] the clients' best choices at these prices.
+      moves: how many holders must move from there.
+      quantum: the value of a quantum.
+    """
+
+    fitness: FloatArray
+    cost: LoadCost
+    prices: FloatArray
+    held: BoolArray
+    moves: float
+    quantum: float
+
+    def solve(self, problem: Problem, deadline: float, most: float = np.inf) -> Optimum | None:
+        """Finds the optimum; None after more than `most` paths.
+
+        The returned prices are per holder, and add to those of the view.
+        """
+        start = self.prices, self.held
+        found = augment(self.fitness, problem.capacity, self.cost, start, deadline, most)
+        return found and found._replace(prices=found.prices * self.quantum)
 
 
 def _whole(problem: Problem, view: View) -> tuple[FloatArray, LoadCost, float]:
@@ -98,26 +130,20 @@ def _whole(problem: Problem, view: View) -> tuple[FloatArray, LoadCost, float]:
     return np.rint(fitness, out=fitness), cost, quantum
 
 
+def _begin(problem: Problem, view: View, prices: FloatArray) -> _Start:
+    """Lets clients choose at these prices on load."""
+    fitness, cost, quantum = _whole(problem, view)
+    whole = np.rint(prices * (problem.unit or 0.0) / quantum)
+    held = best_choices(fitness, whole, problem.capacity)
+    count = held.sum(axis=0).astype(np.float64)
+    start = cost.start(whole, count)
+    moves = float(np.maximum(count - start, 0.0).sum() + max(start.sum() - count.sum(), 0.0))
+    return _Start(fitness, cost, whole, held, moves, quantum)
+
+
 def _moves(problem: Problem, view: View, prices: FloatArray) -> float:
     """Computes how many holders must move after clients choose at these prices on load."""
-    fitness, cost, quantum = _whole(problem, view)
-    whole = np.rint(prices * (problem.unit or 0.0) / quantum)
-    count = best_choices(fitness, whole, problem.capacity).sum(axis=0).astype(np.float64)
-    start = cost.start(whole, count)
-    return float(np.maximum(count - start, 0.0).sum() + max(start.sum() - count.sum(), 0.0))
-
-
-def _solve_view(
-    problem: Problem, view: View, prices: FloatArray, deadline: float, most: float = np.inf
-) -> Optimum | None:
-    """Finds the optimum, starting at these prices on load; None after more than `most` paths.
-
-    The returned prices are per holder, and add to those of the view.
-    """
-    fitness, cost, quantum = _whole(problem, view)
-    whole = np.rint(prices * (problem.unit or 0.0) / quantum)
-    found = augment(fitness, problem.capacity, cost, whole, deadline, most)
-    return found and found._replace(prices=found.prices * quantum)
+    return _begin(problem, view, prices).moves
 
 
 def prices_of(problem: Problem, assignment: BoolArray) -> Prices:

@@ -100,7 +100,7 @@ def augment(
     fitness: FloatArray,
     capacity: IntArray,
     cost: LoadCost,
-    prices: FloatArray,
+    start: tuple[FloatArray, BoolArray],
     deadline: float = np.inf,
     most: float = np.inf,
 ) -> Optimum | None:
@@ -110,7 +110,8 @@ def augment(
       fitness: [C, E] whole numbers.
       capacity: [C].
       cost: cost φ of the loads.
-      prices: [E] whole prices to start from; good prices reduce the number of paths.
+      start: [E] whole prices to start from, and the clients' `best_choices` at these prices, of
+        shape [C, E]; good prices reduce the number of paths.
       deadline: on the `time.perf_counter` clock.
       most: number of paths after which the search stops.
 
@@ -120,7 +121,7 @@ def augment(
     Raises:
       SolverError: the deadline passed before the optimum was found.
     """
-    held = best_choices(fitness, prices, capacity).T.copy()
+    prices, held = start[0], start[1].T.copy()
     graph = _Graph(np.ascontiguousarray(fitness.T), held)
     root, paths = held.shape[0], 0
     load = cost.start(prices, held.sum(axis=1).astype(np.float64))

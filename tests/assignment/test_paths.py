@@ -53,6 +53,12 @@ def test_clients_who_are_indifferent_choose_evenly() -> None:
     assert better[:, 5:].all()
 
 
+def start(fitness: np.ndarray, capacity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Prices of zero, and what clients choose then."""
+    prices = np.zeros(fitness.shape[1])
+    return prices, best_choices(fitness, prices, capacity)
+
+
 def test_ties_take_few_paths() -> None:
     # 3000 clients without preference, all alike, or of 6 kinds: thousands of holders move.
     rng = np.random.default_rng(0)
@@ -60,7 +66,8 @@ def test_ties_take_few_paths() -> None:
     alike = np.tile(rng.integers(0, 1000, 12).astype(float), (3000, 1))
     cost = costs(np.full(12, 490), np.full(12, 510))
     for fitness in (np.zeros((3000, 12)), alike, kinds):
-        found = augment(fitness, np.full(3000, 2), cost, np.zeros(12))
+        capacity = np.full(3000, 2)
+        found = augment(fitness, capacity, cost, start(fitness, capacity))
         assert found is not None
         count = found.assignment.sum(axis=0)
         assert count.min() >= 490
@@ -79,8 +86,9 @@ def test_paths_are_given_up_when_there_are_too_many() -> None:
     fitness = np.rint(1e6 * (rng.random((300, 4)) + np.array([1.0, 0.0, 0.0, 0.0])))
     cost = costs(np.full(4, 75), np.full(4, 75))
     capacity = np.ones(300, np.int64)
-    assert augment(fitness, capacity, cost, np.zeros(4), most=20) is None
-    assert isinstance(augment(fitness, capacity, cost, np.zeros(4)), Optimum)
+    begun = start(fitness, capacity)
+    assert augment(fitness, capacity, cost, begun, most=20) is None
+    assert isinstance(augment(fitness, capacity, cost, begun), Optimum)
 
 
 @pytest.mark.parametrize("name", ["columns", "tiny", "rows", "outlier"])
