@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import tempfile
 import threading
 import zlib
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from jax.stages import Compiled, Lowered
 
 from experiments.fingerprint import UnknownError, fingerprint
 from experiments.surroundings import surroundings
+from experiments.workdir import write_atomically
 
 # Programs on the shelf; a launch has three. The ones not used for longest are removed.
 _MOST = 300
@@ -91,17 +91,14 @@ class DiskShelf:
             devices = [device.id for device in _executable(program).local_devices()]
             content = pickle.dumps((devices, *serialize_executable.serialize(program)))
             packed = zlib.compress(content, level=1)
-            self._write(path, hashlib.sha256(packed).digest() + packed)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Should two launches write it at once, the digest tells whether it is whole.
+            write_atomically(path, hashlib.sha256(packed).digest() + packed)
+            self._make_room()
         except Exception as error:  # The backend can raise any exception.
             logging.info("%s is not kept: %s", path.name, error)
 
-    def _write(self, path: Path, content: bytes) -> None:
-        """Writes a file that is there whole or not at all, and makes room for it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
+    def _make_room(self) -> None:
         by_age = sorted(self._folder.glob("*.program"), key=lambda kept: kept.stat().st_mtime)
         for oldest in by_age[:-_MOST]:
             oldest.unlink(missing_ok=True)
