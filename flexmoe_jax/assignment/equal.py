@@ -12,6 +12,7 @@ import numpy as np
 
 from flexmoe_jax.assignment.certificate import Prices, count_bounds
 from flexmoe_jax.assignment.closer import View, look, look_closer
+from flexmoe_jax.assignment.heuristics import row_blocks
 from flexmoe_jax.assignment.paths import (
     LoadCost,
     Optimum,
@@ -21,7 +22,13 @@ from flexmoe_jax.assignment.paths import (
     swap_costs,
 )
 from flexmoe_jax.assignment.prices import estimate_prices
-from flexmoe_jax.assignment.problem import BoolArray, FloatArray, Problem, seconds_left
+from flexmoe_jax.assignment.problem import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Problem,
+    seconds_left,
+)
 
 # Number of pairs up to which it is faster to start from prices of zero.
 _FEW_PAIRS = 2_000
@@ -32,6 +39,8 @@ _PRIORITY = 1024.0
 # Prices are good enough if at most this many holders must move; and paths after which an attempt
 # with worse prices stops.
 _FEW_MOVES, _MANY_PATHS = 1024, 256
+# At good prices, clients that the search begins with: one in so many, so many a move, and at least.
+_OF_CLIENTS, _A_MOVE, _FEW_CLIENTS = 8, 32, 4096
 
 
 def solve_paths(problem: Problem, deadline: float = np.inf) -> tuple[BoolArray, Prices]:
@@ -93,11 +102,46 @@ class _Start(NamedTuple):
     def solve(self, problem: Problem, deadline: float, most: float = np.inf) -> Optimum | None:
         """Finds the optimum; None after more than `most` paths.
 
+        At good prices, most clients keep what they chose. So the search begins with the clients
+        whose choice is closest. Those whose choice its prices change come in, until there are none.
+
         The returned prices are per holder, and add to those of the view.
         """
-        start = self.prices, self.held
-        found = augment(self.fitness, problem.capacity, self.cost, start, deadline, most)
-        return found and found._replace(prices=found.prices * self.quantum)
+        held, prices, left, paths = self.held.copy(), self.prices, most, 0
+        clients = self._closest(problem.clients)
+        while True:
+            capacity = problem.capacity[clients]
+            decided = (held.sum(axis=0) - held[clients].sum(axis=0)).astype(np.float64)
+            start = prices, held[clients]
+            cost = self.cost.beside(decided)
+            found = augment(self.fitness[clients], capacity, cost, start, deadline, left)
+            if found is None:
+                return None
+            held[clients], prices = found.assignment, found.prices
+            left, paths = left - found.paths, paths + found.paths
+            changed = np.flatnonzero(_margin(self.fitness, prices, held) < 0)
+            if not changed.size:
+                return Optimum(held, prices * self.quantum, paths)
+            held[changed] = best_choices(self.fitness[changed], prices, problem.capacity[changed])
+            clients = np.union1d(clients, changed)
+
+    def _closest(self, clients: int) -> IntArray:
+        """Returns the clients that lose least by another choice; all, if many must move."""
+        number = max(clients // _OF_CLIENTS, int(_A_MOVE * self.moves), _FEW_CLIENTS)
+        if number >= clients:
+            return np.arange(clients)
+        margin = _margin(self.fitness, self.prices, self.held)
+        return np.sort(np.argpartition(margin, number)[:number])
+
+
+def _margin(fitness: FloatArray, prices: FloatArray, held: BoolArray) -> FloatArray:
+    """Computes what each client loses at least, [C], by another choice at these prices."""
+    margin = np.empty(fitness.shape[0])
+    for rows in row_blocks(fitness.shape):
+        worth, of = fitness[rows] - prices, held[rows]
+        worst_in = np.min(worth, axis=1, where=of, initial=np.inf)
+        margin[rows] = worst_in - np.max(worth, axis=1, where=~of, initial=-np.inf)
+    return margin
 
 
 def _whole(problem: Problem, view: View) -> tuple[FloatArray, LoadCost, float]:

@@ -62,6 +62,11 @@ class LoadCost(NamedTuple):
             return -self.base
         return np.rint(self.curve * (2 * (load - self.target) + 1)) - self.base
 
+    def beside(self, decided: FloatArray) -> LoadCost:
+        """Returns the cost of further load, beside loads [E] that are decided."""
+        low, high = (np.maximum(bound - decided, 0.0) for bound in (self.low, self.high))
+        return self._replace(low=low, high=high, target=self.target - decided)
+
     def start(self, price: FloatArray, load: FloatArray) -> FloatArray:
         """Computes whole loads [E], close to `load`, at which the prices are slopes of φ."""
         total = price + self.base

@@ -31,7 +31,7 @@ from flexmoe_jax.assignment.tiles import gram, solve_symmetric
 Array = Any  # numpy.ndarray or jax.Array
 
 # Of each stage: the sample (every n-th client), first and last temperature, and number of steps.
-_STAGES = ((16, 0.5, 1e-2, 16), (4, 1e-2, 3e-3, 4), (1, 3e-3, 1e-4, 9))
+_STAGES = ((16, 0.5, 1e-2, 16), (4, 1e-2, 3e-3, 4), (1, 3e-3, 1e-4, 8))
 _FINE = _STAGES[-1][2]
 # Smallest sample of clients, enough to estimate prices; and pairs that fit into a core's cache.
 _SAMPLE, _CACHED = 512, 2**16

@@ -120,6 +120,40 @@ def test_prices_are_found_on_any_scale(name: str, monkeypatch: pytest.MonkeyPatc
     assert paths[-1] < 1000
 
 
+@pytest.mark.parametrize("bounds", ["balanced", "wide", "beyond reach"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_search_among_few_clients_ends_at_the_optimum_of_all(
+    bounds: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(seed)
+    fitness = rng.random((5, 12))[rng.integers(0, 5, 1500)] + 0.01 * rng.random((1500, 12))
+    capacity = rng.integers(0, 5, 1500)
+    low, high = {
+        "balanced": load_bounds(capacity, np.zeros(12), slack=0.0),
+        "wide": (np.zeros(12), np.full(12, 600.0)),
+        "beyond reach": (np.full(12, 900.0), np.full(12, np.inf)),
+    }[bounds]
+    problem = Problem(fitness, capacity, low, high)
+    whole = solve(problem, "paths")
+    searched = []
+
+    def counted(fitness: np.ndarray, *numbers: object) -> Optimum | None:
+        searched.append(fitness.shape[0])
+        return augment(fitness, *numbers)
+
+    monkeypatch.setattr(equal, "augment", counted)
+    # So few that they are not enough, and others have to come in.
+    for name in ("_A_MOVE", "_FEW_CLIENTS"):
+        monkeypatch.setattr(equal, name, 1)
+    monkeypatch.setattr(equal, "_OF_CLIENTS", 1500)
+    few = solve(problem, "paths")
+    assert few.value == pytest.approx(whole.value, rel=1e-12)
+    assert (few.status, few.gap < 1e-9) == (whole.status, True)
+    assert few.violation.sum() == whole.violation.sum()
+    if bounds == "balanced":
+        assert searched[0] < searched[-1] < 1500
+
+
 @pytest.mark.parametrize("name", ["equal", "levels", "dominating"])
 def test_few_pairs_are_in_doubt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
