@@ -20,6 +20,7 @@ from flexmoe_jax.models.conv import (
     convolution,
 )
 from flexmoe_jax.models.dense import Dense
+from flexmoe_jax.models.experts import expert_mlp
 from flexmoe_jax.models.model import Held, Model, Routings, from_functions, from_linen
 from flexmoe_jax.models.moe import (
     Classifier,
@@ -28,7 +29,6 @@ from flexmoe_jax.models.moe import (
     MoEClassifier,
     MoELayer,
     classifier,
-    expert_mlp,
     route,
 )
 from flexmoe_jax.models.ownership import (

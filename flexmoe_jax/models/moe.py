@@ -19,11 +19,12 @@ from jax import lax
 from jaxtyping import Bool, Float
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.models.dense import Dense, product
+from flexmoe_jax.models.dense import Dense
+from flexmoe_jax.models.experts import expert_mlp
 from flexmoe_jax.models.model import Model, from_linen
 from flexmoe_jax.models.ownership import EXPERT, GATE, mark
 from flexmoe_jax.options.models import ModelOptions
-from flexmoe_jax.types import BALANCE_BIAS, Array, PyTree, Routing
+from flexmoe_jax.types import BALANCE_BIAS, Array, Routing
 
 # Below every logit, but finite: a client without experts still produces finite numbers, not NaN.
 _NEVER = -1e30
@@ -80,43 +81,19 @@ def mean_so_far(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     return mean * lax.rsqrt((mean**2).mean(axis=-1, keepdims=True) + 1e-6)
 
 
-def expert_mlp(
-    experts: PyTree, x: Float[Array, "B D"], combine: Float[Array, "B E"]
-) -> Float[Array, "B D"]:
-    """Computes Σ_e combine_e · expert_e(x) for stacked experts D→H→D.
-
-    Side by side, the experts form one layer of E·H hidden units, and each example weights the units
-    by expert. This takes two matrix products, whatever the number of experts.
-
-    Args:
-      experts: `{"w_in": (E, D, H), "b_in": (E, H), "w_out": (E, H, D), "b_out": (E, D)}`.
-      x: (B, D).
-      combine: (B, E) weights of the experts, 0 for those that an example does not use.
-
-    Returns:
-      (B, D).
-    """
-    count, features, width = experts["w_in"].shape
-    w_in = jnp.swapaxes(experts["w_in"], 0, 1).reshape(features, count * width)
-    hidden = nn.relu(product(x, w_in) + experts["b_in"].reshape(1, -1))
-    # In the type of the weights, because their gradient is a sum over hidden units.
-    weighed = hidden.astype(combine.dtype).reshape(-1, count, width) * combine[:, :, None]
-    w_out = experts["w_out"].reshape(count * width, features)
-    output = product(weighed.reshape(-1, count * width).astype(x.dtype), w_out)
-    return output + combine.astype(x.dtype) @ experts["b_out"]
-
-
 class Experts(nn.Module):
     """A stack of residual MLP experts, with the parameters that `expert_mlp` takes.
 
     Attributes:
       count: E when the parameters are created; later the parameters determine the stack's size.
       hidden: H.
+      top_k: the most experts that an example uses; 0 for all.
       part: the mark of its parameters; empty for experts that every client holds.
     """
 
     count: int
     hidden: int
+    top_k: int = 0
     part: str = EXPERT
 
     @nn.compact
@@ -137,7 +114,7 @@ class Experts(nn.Module):
             name: _param(self, name, init, self.part, shape).astype(x.dtype)
             for name, (init, shape) in shapes.items()
         }
-        return expert_mlp(experts, x, combine)
+        return expert_mlp(experts, x, combine, self.top_k)
 
 
 class Gate(nn.Module):
@@ -230,7 +207,7 @@ class MoELayer(nn.Module):
         """
         if self.whole and self.context:
             raise InputError("context", True, "whole examples have no tokens: give whole=False")
-        self.expert = Experts(self.experts, self.hidden)
+        self.expert = Experts(self.experts, self.hidden, self.top_k)
         self.shared_expert = Experts(self.shared_experts, self.hidden, part="")
         self.gate = Gate(self.experts, with_balance_bias=self.with_balance_bias)
         if self.with_router:  # In the assembled model it replaces the gate, so it has equal parts.
