@@ -109,6 +109,10 @@ class Federation:
         experts = self.layout.experts
         check_range("capacity", given, 0, experts, "the number of experts")
         check_capacity(self.layout, given.tolist())
+        if self.aggregator is not None and self.admission.private:
+            multiplier = self.admission.noise_multiplier
+            remedy = "its noise goes into the default aggregator, the mean: give no other one"
+            raise InputError("admission.noise_multiplier", multiplier, remedy)
         if self.fitness.sketched and self.admission.private:
             remedy = "what it keeps of single updates is not private: give 0"
             raise InputError("fitness.affinity", self.fitness.affinity, remedy)

@@ -42,7 +42,8 @@ class Task(NamedTuple):
       loss: (outputs, batch) -> loss (B, U...) of each unit, in nats if outputs are logits.
       hits: (outputs, batch) -> (B, U...) in [0, 1], correctness of each unit; None if the task does
         not define correctness.
-      weight: (batch) -> (B, U...) weight of each unit: 1, or 0 for padding inside an example.
+      weight: (batch) -> (B, U...) how much each unit counts, at least 0: 1 for all in most tasks,
+        and 0 for padding inside an example.
       mean: two functions for the joint prediction of several models. The first maps outputs to the
         values that are averaged; the second maps the average back to outputs.
       labels: (batch) -> (B,) the class of each example; None if examples have no class.

@@ -20,6 +20,7 @@ import numpy as np
 
 from flexmoe_jax.assignment.heuristics import take_top
 from flexmoe_jax.assignment.problem import (
+    LOAD_TOLERANCE,
     BoolArray,
     FloatArray,
     IntArray,
@@ -52,7 +53,8 @@ def effective_bounds(problem: Problem) -> tuple[FloatArray, FloatArray]:
 
     With one weight for all pairs, the bounds are rounded inward to multiples of it, which makes
     every vertex of the relaxation integral. Minimum numbers of holders then become minimum loads.
-    An interval that contains no multiple becomes the nearest one, or the two equally near ones.
+    An interval that contains no multiple becomes the nearest one, or the two equally near ones: its
+    own miss, which no assignment can avoid, then counts as none.
     """
     reach = _reach(problem)
     # Bounds above the total weight of all clients are equivalent, so they can be made finite.
@@ -62,7 +64,8 @@ def effective_bounds(problem: Problem) -> tuple[FloatArray, FloatArray]:
     unit = problem.unit
     if not unit:
         return low, high
-    inner_low, inner_high = np.ceil(low / unit - 1e-9), np.floor(high / unit + 1e-9)
+    inner_low = np.ceil(low / unit - LOAD_TOLERANCE)
+    inner_high = np.floor(high / unit + LOAD_TOLERANCE)
     empty = inner_low > inner_high
     below, above = low - inner_high * unit, inner_low * unit - high
     least = np.where(empty & (below <= above), inner_high, inner_low)

@@ -64,7 +64,7 @@ class Request:
         an expert that was trained since is False.
       load: [E] load that clients outside this cohort put on the experts, and that the bounds also
         even out; None for none.
-      group: index of the assigned group of MoE layers, in the order of the model: 0 if all are
+      group: index of the assigned group of MoE layers, in the order of their names: 0 if all are
         assigned together. With `layers="each"` a policy is called once for each of them.
     """
 

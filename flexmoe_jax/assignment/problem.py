@@ -216,8 +216,8 @@ def load_violation(problem: Problem, load: FloatArray) -> FloatArray:
     distance = np.maximum(np.maximum(problem.load_min - load, load - problem.load_max), 0.0)
     precision = LOAD_TOLERANCE * max(largest(load), largest(problem.load_weight))
     if problem.unit:
-        # One holder too many or too few always counts, even if the load is very large.
-        precision = min(precision, 0.5 * problem.unit)
+        # Loads are then whole numbers of holders, however large, as in `effective_bounds`.
+        precision = LOAD_TOLERANCE * problem.unit
     return np.where(distance > precision, distance, 0.0)
 
 

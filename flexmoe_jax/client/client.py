@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from flexmoe_jax.client.codec import Codec, decode, encode
 from flexmoe_jax.client.training import Batches, Known, Learner, objective, take_batch, train
+from flexmoe_jax.client.units import mean_of
 from flexmoe_jax.tasks import Batch
 from flexmoe_jax.types import Array, Download, Feedback, Own, Params, PyTree, Upload
 
@@ -138,7 +139,7 @@ def train_and_answer(
     upload = Upload(
         *sent,
         feedback=done.feedback,
-        loss=jnp.where(whole, done.loss / jnp.maximum(done.units, 1.0), jnp.nan),
+        loss=jnp.where(whole, mean_of(done.loss, done.units), jnp.nan),
         units=done.units,
         examples=done.examples,
     )

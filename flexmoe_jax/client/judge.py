@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from flexmoe_jax.client.training import add_up
+from flexmoe_jax.client.units import mean_of
 from flexmoe_jax.tasks import Batch, Task
 from flexmoe_jax.types import Array, PyTree, Tally
 
@@ -86,5 +87,5 @@ def weigh_classes(
     """
     of_each = jnp.broadcast_to(units, share.shape)
     known = jnp.where(of_each > 0, share, 0.0)
-    factor = known / jnp.maximum(of_each, 1.0)
+    factor = mean_of(known, of_each)
     return jax.tree.map(lambda x: (x * factor).sum(axis=-1), by_class), known.sum(axis=-1)

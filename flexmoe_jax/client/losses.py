@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from flexmoe_jax.client.units import mean_of
 from flexmoe_jax.types import Array, Routing
 
 
@@ -27,9 +28,9 @@ def balance_loss(
       examples routed to each, and `p` its mean probability. The loss is at its minimum if both are
       uniform; it is then 1 for top-1 routing.
     """
-    count = jnp.maximum(valid.sum(), 1.0)
-    fraction = jnp.einsum("be,b->e", routing.selected.astype(valid.dtype), valid) / count
-    probability = jnp.einsum("be,b->e", routing.probability, valid) / count
+    routed = jnp.einsum("be,b->e", routing.selected.astype(valid.dtype), valid)
+    fraction = mean_of(routed, valid.sum())
+    probability = mean_of(jnp.einsum("be,b->e", routing.probability, valid), valid.sum())
     return held.sum(dtype=fraction.dtype) * jnp.dot(fraction, probability)
 
 
@@ -56,7 +57,7 @@ def balance_bias_loss(
     # Counts are whole numbers: unlike fractions, they are exactly even where use is.
     excess = jnp.sign(held.sum(dtype=used.dtype) * used - used.sum())
     excess = jnp.where(held, excess, 0.0)
-    return jnp.einsum("e,be,b->", excess, routing.biased, valid) / jnp.maximum(valid.sum(), 1.0)
+    return mean_of(jnp.einsum("e,be,b->", excess, routing.biased, valid), valid.sum())
 
 
 def router_z_loss(
@@ -75,7 +76,7 @@ def router_z_loss(
       (): the loss.
     """
     log_z = jax.nn.logsumexp(routing.logits, axis=-1, where=held)
-    return jnp.dot(jnp.where(held.any(), log_z, 0.0) ** 2, valid) / jnp.maximum(valid.sum(), 1.0)
+    return mean_of(jnp.dot(jnp.where(held.any(), log_z, 0.0) ** 2, valid), valid.sum())
 
 
 def router_loss(
@@ -95,4 +96,4 @@ def router_loss(
     log_p = jax.nn.log_softmax(routing.router)[:, slots.clip(max=routing.router.shape[-1] - 1)]
     chosen = routing.selected.astype(log_p.dtype)
     chosen = chosen / jnp.maximum(chosen.sum(axis=-1, keepdims=True), 1.0)
-    return -jnp.dot((chosen * log_p).sum(axis=-1), valid) / jnp.maximum(valid.sum(), 1.0)
+    return -mean_of(jnp.dot((chosen * log_p).sum(axis=-1), valid), valid.sum())

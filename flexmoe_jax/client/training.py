@@ -23,7 +23,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Float, Int
 
 from flexmoe_jax.client.losses import balance_bias_loss, balance_loss, router_loss, router_z_loss
-from flexmoe_jax.client.units import fractions, weights_of
+from flexmoe_jax.client.units import fractions, mean_of, weights_of
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.client import LocalLoss, LocalWork
 from flexmoe_jax.options.execution import ExecutionOptions
@@ -341,11 +341,11 @@ def _gradient(
         return take(params, batch, valid)
     take = jax.jit(take)  # One trace for the shapes and for the tiles.
     cut = jax.tree.map(lambda x: x.reshape(tiles, -1, *x.shape[1:]), (batch, valid))
-    count = jnp.maximum(weights_of(learner.task, batch, valid).sum(), 1.0)
+    units = weights_of(learner.task, batch, valid).sum()
 
     def add(total: tuple[PyTree, Seen], tile: tuple[Batch, Array]) -> tuple[tuple, None]:
         part, seen = take(params, *tile)
-        share = seen.units / count
+        share = mean_of(seen.units, units)
         slope = jax.tree.map(lambda t, g: t + share * g, total[0], part)
         return (slope, jax.tree.map(jnp.add, total[1], seen)), None
 
@@ -367,7 +367,7 @@ def objective(
     weight = weights_of(task, batch, valid)
     losses = task.loss(outputs, batch).astype(jnp.float32)
     units = weight.sum()
-    loss = (losses * weight).sum() / jnp.maximum(units, 1.0)
+    loss = mean_of((losses * weight).sum(), units)
     for name in learner.layers if local.balance or local.bias_rate or local.z else ():
         routing, counted = _flat(routings[name], weight)
         if local.balance:

@@ -19,6 +19,11 @@ def weights_of(task: Task, batch: Batch, valid: Float[Array, " B"]) -> Float[Arr
     return weight * valid.reshape(-1, *[1] * (weight.ndim - 1))
 
 
+def mean_of(total: Float[Array, ...], units: Float[Array, ...]) -> Float[Array, ...]:
+    """Computes a mean per unit: the total over the units' weights, or 0 where there are none."""
+    return total / jnp.where(units > 0, units, 1.0)
+
+
 def fractions(
     selected: Bool[Array, "B *R K"], weight: Float[Array, "B ..."]
 ) -> Float[Array, "units K"]:

@@ -120,7 +120,8 @@ def join(
     Args:
       arrays: leaves (M, ...).
       parts: for each of the C clients, the positions of its examples in the arrays.
-      counts: (C, Y) examples of each class on each client; None if examples have no class.
+      counts: (C, Y) examples of each class on each client: each example has one class. None if
+        examples have no class.
       owns: (C, F) bool, groups of test examples that belong to each client; see `About`.
       place: moves an array to the device; with `np.asarray` it stays on the host.
 
@@ -129,7 +130,7 @@ def join(
 
     Raises:
       InputError: if there are no clients, a client has no examples, the arrays have different
-        lengths, or a position is outside the arrays.
+        lengths, a position is outside the arrays, or `counts` or `owns` do not fit the clients.
     """
     sizes = np.array([len(part) for part in parts], np.int32)
     if sizes.size == 0 or sizes.min() == 0:
@@ -141,7 +142,11 @@ def join(
     _check_rows(rows, {name: len(values) for name, values in arrays.items()})
     index = np.zeros((len(parts), _round_up(sizes.max())), np.int32)
     index[np.arange(index.shape[1]) < sizes[:, None]] = rows
-    counts = np.zeros((len(parts), 0)) if counts is None else counts
+    counts = np.zeros((len(parts), 0)) if counts is None else np.asarray(counts)
+    _check_counts(counts, sizes)
+    if owns is not None and (np.ndim(owns) != 2 or len(owns) != len(parts)):
+        remedy = f"give one row of groups for each of the {len(parts)} clients"
+        raise InputError("owns", f"array {np.shape(owns)}", remedy)
     return ClientData(
         arrays={name: place(values) for name, values in arrays.items()},
         index=place(index),
@@ -149,6 +154,19 @@ def join(
         label_share=place(np.asarray(counts / sizes[:, None], np.float32)),
         owns=None if owns is None else place(np.asarray(owns, bool)),
     )
+
+
+def _check_counts(counts: np.ndarray, sizes: np.ndarray) -> None:
+    """Refuses class counts that are not those of each client's examples; no classes will do."""
+    clients = len(sizes)
+    if counts.ndim != 2 or len(counts) != clients:
+        remedy = f"give one row of classes for each of the {clients} clients"
+        raise InputError("counts", f"array {counts.shape}", remedy)
+    wrong = (counts < 0).any(axis=1) | (counts.sum(axis=1) != sizes)
+    if counts.shape[1] and wrong.any():
+        client = int(wrong.argmax())
+        remedy = f"its {sizes[client]} examples have one class each: see data.label_counts"
+        raise InputError("counts", f"{counts[client].tolist()} of client {client}", remedy)
 
 
 def _check_rows(rows: np.ndarray, lengths: dict[str, int]) -> None:
@@ -175,12 +193,15 @@ def feed_cohorts(
       put: puts host arrays on the devices.
 
     Returns:
-      The feed. Its data hold only the cohort's examples; `index` gives the rows among these.
+      The feed. Its data hold only the cohort's examples; `index` gives the rows among these. It
+      raises `InputError` for a cohort of more clients than `most`.
     """
     room = int(np.sort(data.size)[::-1][:most].sum())
     known = put({"size": data.size, "label_share": data.label_share, "owns": data.owns})
 
     def feed(cohort: np.ndarray) -> ClientData:
+        if len(cohort) > most:
+            raise InputError("cohort", f"{len(cohort)} clients", f"the feed was made for {most}")
         owned = np.arange(data.index.shape[1]) < np.asarray(data.size)[cohort, None]  # (P, N)
         rows = np.asarray(data.index)[cohort][owned]
         place = np.zeros(owned.shape, np.int32)

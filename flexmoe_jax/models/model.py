@@ -125,10 +125,13 @@ def from_linen(module: nn.Module, *, trunk: str = "", head: str = "__call__") ->
         masks = {(*place, "mask"): m for layer, m in held.items() for place in _places(layer)}
         variables = {"params": params, "held": _unflatten(masks)}
         outputs, kept = module.apply(variables, features, method=head, mutable=["routing"])
-        found = {
-            "/".join(path[:-1]) or ROOT: sown[0]
-            for path, sown in _flatten(kept.get("routing", {})).items()
-        }
+        found = {}
+        for path, sown in _flatten(kept.get("routing", {})).items():
+            layer = "/".join(path[:-1]) or ROOT
+            if len(sown) > 1:
+                remedy = "call each MoE layer once: the server learns from one routing of each"
+                raise InputError("model", f"layer {layer}, called {len(sown)} times", remedy)
+            found[layer] = sown[0]
         return outputs, found
 
     # A federation asks for shapes and for draws, inside other programs: one trace serves them all.

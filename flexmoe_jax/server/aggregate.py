@@ -98,7 +98,11 @@ def mean() -> Aggregator:
     """Makes the aggregator of weighted means: by units (ψ) and usage (θ_e), as in FLEX-MoE."""
 
     def zero(shared: PyTree, experts: PyTree, rows: int, slots: int) -> Sums:
-        zeros = jax.tree.map(jnp.zeros_like, (shared, experts))
+        # In half precision, a long sum would stand still or overflow.
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+            (shared, experts),
+        )
         none = {layer: jnp.zeros(count_of(stack), jnp.float32) for layer, stack in experts.items()}
         return Sums(zeros[0], jnp.zeros((), jnp.float32), zeros[1], none)
 

@@ -67,6 +67,9 @@ def make_assign(
                 table[g][cohort]
                 for table in (books.fitness, books.usage, books.held_rounds, books.fresh)
             )
+            if desk.fitness.score == "loss" and fitness.max() > max(desk.fitness.initial, 1.0):
+                remedy = "exp(-α l) is above 1, as the task's loss is below 0: give your own score"
+                raise InputError("fitness.score", "loss", remedy)
             known = fitness + desk.fitness.optimism * (rounds == 0) if said is None else said[g]
             request = Request(
                 fitness=known + like[g][cohort],

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.types import Key, Plan
+from flexmoe_jax.types import Array, Key, Plan
 
 
 def draw_secret() -> np.ndarray:
@@ -39,13 +39,15 @@ def draw_secret() -> np.ndarray:
     return np.frombuffer(secrets.token_bytes(8), np.uint32)
 
 
-def noise_key(plan: Plan, own: Key, simulated: bool) -> Key:
+def noise_key(plan: Plan, own: Key, simulated: bool, number: Array | int) -> Key:
     """Returns the key of a round's noise.
 
     Args:
       plan: the round's plan.
       own: key derived from the run's key.
       simulated: whether to use `own` instead of the plan's secret.
+      number: the number of the round. Two rounds with one plan, and so one secret, have different
+        noise: the same noise could be subtracted.
 
     Raises:
       InputError: the plan has no secret.
@@ -55,7 +57,8 @@ def noise_key(plan: Plan, own: Key, simulated: bool) -> Key:
     if plan.secret is None:
         remedy = "this plan has no secret to draw it from (on the device none has): simulate it"
         raise InputError("simulated_noise", simulated, remedy)
-    return jax.random.wrap_key_data(plan.secret, impl="threefry2x32")
+    drawn = jax.random.wrap_key_data(plan.secret, impl="threefry2x32")
+    return jax.random.fold_in(drawn, number)
 
 
 def epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:

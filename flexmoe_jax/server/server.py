@@ -207,7 +207,7 @@ def due(desk: Desk, begun: Server, plan: Plan) -> Due:
     drawn = jax.random.fold_in(begun.key, begun.round)
     if desk.admission.private:
         own = jax.random.fold_in(drawn, _NOISE)
-        drawn = noise_key(plan, own, desk.admission.simulated_noise)
+        drawn = noise_key(plan, own, desk.admission.simulated_noise, begun.round)
     return Due(asked.sum(), holders, drawn)
 
 
@@ -248,7 +248,8 @@ def _move(
     """
 
     def move(total: PyTree, weight: Array, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-        gradient = jax.tree.map(lambda t: -t / jnp.where(weight > 0, weight, 1.0), total)
+        count = jnp.where(weight > 0, weight, 1.0)
+        gradient = jax.tree.map(lambda t, p: (-t / count).astype(p.dtype), total, params)
         with jax.numpy_dtype_promotion("standard"):  # optax takes counts times floats
             updates, stepped = optimizer.update(gradient, state, params)
         moved = optax.apply_updates(params, updates), stepped

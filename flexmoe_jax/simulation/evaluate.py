@@ -58,11 +58,12 @@ def chunk_test_set(
       arrays: named examples, leaves (M, ...).
       batch_size: the approximate B; padding is kept as small as possible.
       mesh: from `client_mesh`; None for one device.
-      group: (M,) int, the group of each example, -1 for none. None if clients have no test
-        examples of their own.
+      group: (M,) int, the group of each example, -1 for none. A client without a group's examples
+        has no personal figures. None if no client has test examples of its own.
 
     Raises:
-      InputError: arrays of different lengths, no examples, or a `batch_size` below 1.
+      InputError: arrays of different lengths, no examples, a `batch_size` below 1, or groups that
+        are not one whole number for each example.
     """
     mesh = mesh or client_mesh(1)
     lengths = {name: len(values) for name, values in arrays.items()}
@@ -71,6 +72,11 @@ def chunk_test_set(
         raise InputError("test", lengths, "give arrays with one entry for each test example")
     if batch_size < 1:
         raise InputError("batch_size", batch_size, "choose 1 or more")
+    if group is not None:
+        group = np.asarray(group)
+        if group.shape != (count,) or not np.issubdtype(group.dtype, np.integer):
+            found = f"{group.dtype}{list(group.shape)}"
+            raise InputError("group", found, f"give a whole number for each example: int[{count}]")
     chunks = -(-count // batch_size)
     size = -(-count // (chunks * mesh.size)) * mesh.size
     padding = chunks * size - count
@@ -84,7 +90,7 @@ def chunk_test_set(
     return TestSet(
         {name: cut(values, 0) for name, values in arrays.items()},
         cut(np.ones(count, bool), 0),
-        None if group is None else cut(np.asarray(group, np.int32), -1),
+        None if group is None else cut(group.astype(np.int32), -1),
     )
 
 
@@ -112,8 +118,8 @@ def check_test(federation: Federation, test: TestSet, about: About) -> None:
     """Refuses a test set that does not fit a federation.
 
     Raises:
-      InputError: `test` is not a `TestSet`, the task or the model cannot take its arrays, or a
-        group number is out of range.
+      InputError: `test` is not a `TestSet`, the task or the model cannot take its arrays, a group
+        number is out of range, or examples have classes that the clients' label shares do not know.
     """
     if not isinstance(test, TestSet):
         remedy = "give what chunk_test_set(arrays) makes of them"
@@ -129,11 +135,17 @@ def check_test(federation: Federation, test: TestSet, about: About) -> None:
         )
         raise InputError("test", ", ".join(test.arrays), remedy) from error
     valid = np.asarray(test.valid).ravel()
-    federation.check(_Rows(test.arrays, valid))
+    rows = _Rows(test.arrays, valid)
+    federation.check(rows)
+    clients, classes = about.label_share.shape
+    if classes and federation.task.labels is not None:
+        named: dict[str, Any] = {name: rows[name] for name in rows}
+        labels = np.asarray(federation.task.labels(named))
+        check_range("labels of the test set", labels, 0, classes - 1, "the classes of `counts`")
     if test.group is None:
         return
     group = np.asarray(test.group).ravel()[valid]
-    most = federation.clients if about.owns is None else about.owns.shape[1]
+    most = clients if about.owns is None else about.owns.shape[1]
     check_range("group", group, -1, most - 1, "where -1 is for what is nobody's own")
 
 
@@ -257,8 +269,9 @@ def _count(federation: Federation, mesh: Mesh, test: TestSet, known: _Known) -> 
                 personal = judge.of_rows(mine, theirs)
             common = judge.by_class(outputs)
             joint = federation.task.mean[0](outputs)
+            # Without experts, outputs may be NaN, and so would be their product with 0.
             counted: tuple[PyTree, tuple[Tally, Tally]] = jax.tree.map(
-                lambda x: counts.astype(x.dtype) * x, (joint, (common, personal))
+                lambda x: jnp.where(counts, x, jnp.zeros_like(x)), (joint, (common, personal))
             )
             return counted
 

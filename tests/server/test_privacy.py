@@ -46,11 +46,11 @@ def test_epsilon_by_hand():
 
 def test_noise_comes_from_the_plans_secret_or_from_the_runs_key():
     own = jax.random.key(3)
-    assert noise_key(PLAN, own, simulated=True) is own
+    assert noise_key(PLAN, own, True, 3) is own
     with pytest.raises(InputError, match="simulated_noise=False: this plan has no secret"):
-        noise_key(PLAN, own, simulated=False)
+        noise_key(PLAN, own, False, 3)
     one, other = draw_secret(), draw_secret()
     assert not np.array_equal(one, other)
-    keys = [noise_key(PLAN._replace(secret=s), own, simulated=False) for s in (one, one, other)]
+    keys = [noise_key(PLAN._replace(secret=s), own, False, 3) for s in (one, one, other)]
     drawn = [float(jax.random.normal(key)) for key in keys]
     assert drawn[0] == drawn[1] != drawn[2]

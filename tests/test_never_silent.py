@@ -1,0 +1,224 @@
+"""Inputs that once gave numbers which meant something else, without a word."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flexmoe_jax import (
+    Federation,
+    InputError,
+    assignment,
+    client,
+    data,
+    models,
+    server,
+    simulation,
+    tasks,
+)
+from flexmoe_jax.assignment import Problem, solve
+from flexmoe_jax.server.aggregate import Arrived
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(60, 5)).astype(np.float32)
+Y = (X @ rng.normal(size=(5, 3))).argmax(1)
+PARTS = np.split(np.arange(60), 6)
+ARRAYS = {"x": X, "y": Y}
+TASK = tasks.classification("x", "y")
+
+
+class Net(nn.Module):
+    """One MoE layer, called once or more."""
+
+    out: int = 3
+    calls: int = 1
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        layer = models.MoELayer(experts=4, hidden=8, name="moe")
+        for _ in range(self.calls):
+            x = x + layer(x)
+        return nn.Dense(self.out)(x)
+
+
+def six() -> data.ClientData:
+    return data.join(ARRAYS, PARTS, data.label_counts(Y, PARTS, 3))
+
+
+def federate(clients: data.ClientData, net: Net | None = None, **options: Any) -> Federation:
+    sample = {name: x[:2] for name, x in clients.arrays.items()}
+    plain = {
+        "task": TASK,
+        "local": client.LocalTraining(optax.sgd(0.1), batch_size=5),
+        "policy": assignment.make_policy("flex"),
+        "capacity": np.full(len(clients.size), 2),
+    }
+    model = models.from_linen(net or Net())
+    return Federation(model=model, sample=sample, **plain | options)
+
+
+def train(
+    federation: Federation, clients: data.ClientData, rounds: int = 1
+) -> tuple[Any, Any, Any]:
+    simulated = simulation.simulate(federation, clients)
+    state, cohort = simulated.init(jax.random.key(0)), np.arange(federation.clients)
+    report = None
+    for _ in range(rounds):
+        plan = simulated.plan(cohort, simulated.assign(state, cohort))
+        state, report = simulated.round(state, clients, plan)
+    return simulated, state, report
+
+
+def test_noise_needs_the_aggregator_that_adds_it() -> None:
+    admission = server.Admission(clip=1.0, noise_multiplier=1.0)
+    with pytest.raises(InputError, match=r"admission.noise_multiplier=1.0: .* give no other one"):
+        federate(six(), admission=admission, aggregator=server.mean())
+
+
+def test_two_rounds_of_one_plan_have_different_noise() -> None:
+    clients = six()
+    federation = federate(
+        clients,
+        admission=server.Admission(clip=1.0, noise_multiplier=1.0),
+        local=client.LocalTraining(optax.sgd(0.0), batch_size=5),
+    )
+    simulated = simulation.simulate(federation, clients)
+    state, cohort = simulated.init(jax.random.key(0)), np.arange(6)
+    plan = simulated.plan(cohort, simulated.assign(state, cohort))
+    kept = [jax.device_get(state.server.shared)]
+    for _ in range(2):
+        state, _ = simulated.round(state, clients, plan)
+        kept.append(jax.device_get(state.server.shared))
+    first, second = (jax.tree.map(np.subtract, b, a) for a, b in pairwise(kept))
+    assert optax.tree.norm(jax.tree.map(np.subtract, first, second)) > optax.tree.norm(first) / 2
+
+
+def test_a_layer_that_is_called_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="layer moe, called 2 times: call each MoE layer once"):
+        federate(six(), Net(calls=2))
+
+
+def test_a_feed_refuses_more_clients_than_it_was_made_for() -> None:
+    host = data.join(ARRAYS, PARTS, place=np.asarray)
+    with pytest.raises(InputError, match="cohort=4 clients: the feed was made for 2"):
+        data.feed_cohorts(host, 2)(np.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("counts", "line"),
+    [
+        (data.label_counts(Y, PARTS, 3).sum(0), r"counts=array \(3,\): give one row"),
+        (data.label_counts(Y, PARTS, 3) / 10, "of client 0: its 10 examples have one class each"),
+        (np.zeros((6, 3)), "of client 0: its 10 examples have one class each"),
+    ],
+)
+def test_counts_that_are_not_the_clients_are_refused(counts: np.ndarray, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        data.join(ARRAYS, PARTS, counts)
+
+
+def test_owners_that_are_not_the_clients_are_refused() -> None:
+    with pytest.raises(InputError, match=r"owns=array \(2, 3\): give one row of groups"):
+        data.join(ARRAYS, PARTS, owns=np.ones((2, 3), bool))
+
+
+@pytest.mark.parametrize(
+    ("group", "line"),
+    [(np.zeros(59, int), r"group=int64\[59\]"), (np.full(60, 1.7), r"group=float64\[60\]")],
+)
+def test_groups_are_a_whole_number_for_each_example(group: np.ndarray, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        simulation.chunk_test_set(ARRAYS, group=group)
+
+
+def test_classes_that_the_counts_do_not_know_are_refused() -> None:
+    few = np.flatnonzero(Y < 2)
+    parts = np.array_split(np.arange(few.size), 3)
+    clients = data.join({"x": X[few], "y": Y[few]}, parts, data.label_counts(Y[few], parts, 2))
+    simulated, state, _ = train(federate(clients, prior=False), clients, 0)
+    with pytest.raises(InputError, match=r"labels of the test set=2: .*the classes of `counts`"):
+        simulated.evaluate(state, simulation.chunk_test_set(ARRAYS), clients.about)
+
+
+def test_newcomers_are_judged_by_groups_of_their_own() -> None:
+    clients = six()
+    trained, new = clients.of(np.arange(4)), clients.of(np.array([4, 5]))
+    federation = federate(trained)
+    _, state, _ = train(federation, trained)
+    newcomers = simulation.await_newcomers(federation, new, np.array([2, 2]))
+    own = newcomers.init(jax.random.key(0))
+    given = newcomers.enrol(newcomers.probe(state.server, own, new))
+    test = simulation.chunk_test_set(ARRAYS, group=np.repeat(np.arange(6), 10))
+    with pytest.raises(InputError, match="group=5: give -1 to 1"):
+        newcomers.evaluate(state.server, own, given, test, new.about)
+
+
+def test_a_client_without_experts_does_not_spoil_the_others() -> None:
+    def init(key: Any, x: Any) -> Any:
+        gate, w = 0.1 * jax.random.normal(key, (4, 5)), jax.random.normal(key, (4, 5, 3))
+        return {"moe": {"w": w, "gate": gate}, "b": jnp.zeros(3)}
+
+    def apply(params: Any, x: Any, held: Any) -> Any:
+        routing = models.route(x @ params["moe"]["gate"].T, held["moe"])
+        # 0 / 0 for a client that holds nothing.
+        weight = routing.combine / routing.combine.sum(-1, keepdims=True)
+        out = jnp.einsum("be,edf,bd->bf", weight, params["moe"]["w"], x) + params["b"]
+        return out, {"moe": routing}
+
+    clients = six()
+    model = models.from_functions(init, apply, {"moe/w": "expert", "moe/gate": "gate"})
+    federation = federate(clients).replace(model=model)
+    simulated = simulation.simulate(federation, clients)
+    state, cohort = simulated.init(jax.random.key(0)), np.array([0, 1])
+    plan = simulated.plan(cohort, simulated.assign(state, cohort))
+    state, _ = simulated.round(state, clients, plan)
+    found = simulated.evaluate(state, simulation.chunk_test_set(ARRAYS), clients.about)
+    assert found.evaluated.sum() == 2
+    assert np.isfinite(found.server_loss)
+
+
+def test_a_long_mean_of_small_numbers_in_half_precision() -> None:
+    half = jnp.bfloat16
+    mean = server.mean()
+    total = mean.zero({"w": jnp.zeros(4, half)}, {"m": {"w": jnp.zeros((2, 4), half)}}, 600, 1)
+    one = Arrived(
+        {"w": jnp.full((1, 4), 0.5, half)},
+        {"m": {"w": jnp.full((1, 1, 4), 0.5, half)}},
+        {"m": jnp.zeros((1, 1), jnp.int32)},
+        jnp.ones(1),
+        {"m": jnp.ones((1, 1))},
+    )
+    total = jax.lax.fori_loop(0, 600, lambda _, total: mean.add(total, one), total)
+    assert float(total.shared["w"][0] / total.shared_weight) == 0.5
+    assert float(total.experts["m"]["w"][0, 0] / total.expert_weight["m"][0]) == 0.5
+
+
+def test_the_scale_of_the_units_weights_changes_nothing() -> None:
+    clients, found = six(), []
+    for weight in (1.0, 0.01):
+        task = TASK._replace(weight=lambda b, w=weight: jnp.full(b["y"].shape, w))
+        simulated, state, report = train(federate(clients, task=task), clients)
+        result = simulated.evaluate(state, simulation.chunk_test_set(ARRAYS), clients.about)
+        found.append((report.loss, result.personal_accuracy, result.global_loss))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4)
+
+
+def test_scores_of_losses_below_zero_are_refused() -> None:
+    clients = six()
+    task = TASK._replace(loss=lambda out, b: TASK.loss(out, b) - 3.0)
+    federation = federate(clients, task=task, fitness=server.FitnessOptions(score="loss"))
+    with pytest.raises(InputError, match=r"fitness.score='?loss'?: .*give your own score"):
+        train(federation, clients, 2)
+
+
+def test_a_bound_of_almost_nothing_binds_nobody() -> None:
+    found = solve(Problem([[3.0, 1.0, 0.5]], [1], 1e-7, np.inf))
+    assert (found.status, found.value, found.bound) == ("optimal", 3.0, pytest.approx(3.0))
