@@ -132,7 +132,7 @@ def build(config: ConfigDict, known: Known | None = None) -> Experiment:
     )
     federation.check(clients.arrays)
     federation.check(examples.test)
-    network = make_network(config, devices, trained, local.steps(sizes), seen)
+    network = make_network(config, devices, trained, local.steps(sizes), seen, sizes)
     return _with_programs(config, federation, examples, network, capacity[coming], mesh)
 
 

@@ -140,10 +140,22 @@ def read_config(name: str) -> config_dict.ConfigDict:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
-        _words[:] = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
-        return list(flags.FLAGS(argv))
+        words = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+        _words[:] = _last_of_each(words)
+        return list(flags.FLAGS([argv[0], *_words]))
     except Exception as error:  # ml_collections passes on any exception
         _refuse(_explained(_words, error))
+
+
+def _last_of_each(words: Sequence[str]) -> list[str]:
+    """Leaves out overrides of a config's field that a later one replaces.
+
+    Of a tuple, ml_collections would otherwise join them.
+    """
+    fields = [re.match(r"--?(config\.[\w.]+)=", word) for word in words]
+    last = {field[1]: place for place, field in enumerate(fields) if field}
+    pairs = zip(words, fields, strict=True)
+    return [w for place, (w, field) in enumerate(pairs) if not field or last[field[1]] == place]
 
 
 def _explained(words: Sequence[str], error: Exception) -> str:

@@ -91,6 +91,7 @@ def make_network(
     clients: np.ndarray,
     steps: np.ndarray,
     examples: np.ndarray,
+    sizes: np.ndarray,
 ) -> simulation.Network:
     """Makes the network, which decides which clients take part and which updates arrive.
 
@@ -100,6 +101,7 @@ def make_network(
       clients: (C,) numbers of the clients that train, among all clients.
       steps: (C,) local steps of each training client in a round.
       examples: (C,) examples that each trains on in a round, counted at every step.
+      sizes: (C,) examples that each has.
     """
     options = read(EdgeOptions, config)
     if options.availability in ("independent", "markov") and devices is None:
@@ -123,7 +125,7 @@ def make_network(
         steps=steps,
         examples=examples,
         seed=config.seed,
-        weighted=config.clients.sampling == "examples",
+        sizes=sizes if config.clients.sampling == "examples" else None,
         availability=availability,
         devices=devices,
         edge=options,

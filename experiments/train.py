@@ -82,7 +82,7 @@ def train(
     restored = checkpoints.restore(state, at_most=workdir.history().last)
     state = restored.state or state
     done = int(state.server.round)
-    lost = workdir.keep_rounds(done)
+    lost = workdir.keep_rounds(done, config.eval.every if done < config.rounds else 1)
     status = "finished"
     begins = _where_it_begins(done, config.rounds, restored)
     with _display(config, done, quiet=not workdir.writes) as display:

@@ -226,16 +226,24 @@ class Workdir:
         if inputs is not None:
             self._write(self.path / FILE, inputs_text(inputs))
 
-    def keep_rounds(self, rounds_done: int) -> tuple[str, ...]:
+    def keep_rounds(self, rounds_done: int, every: int = 1) -> tuple[str, ...]:
         """Cuts metrics.jsonl back to the rounds that the restored checkpoint includes.
 
         If lines cannot be read, a copy of the former file is kept as metrics-set-aside.jsonl.
+
+        Args:
+          rounds_done: number of these rounds.
+          every: rounds from one evaluation to the next. A run that ended between two evaluations
+            has one of its last round. If it is prolonged, this is left out, as in a run that was
+            as long from the start; 1 to keep it.
 
         Returns:
           Sentences on lost rounds and damaged lines, if there are any.
         """
         history, lines = self.history(), []
         kept = [row for row in history.rows if row["round"] <= rounds_done]
+        if kept and kept[-1]["round"] % every:
+            kept[-1] = {name: x for name, x in kept[-1].items() if not name.startswith("eval/")}
         lost = missing_rounds(kept, rounds_done)
         if lost:
             lines.append(f"{lost} of the {rounds_done} rounds done are lost from metrics.jsonl")

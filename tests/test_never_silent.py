@@ -222,3 +222,9 @@ def test_scores_of_losses_below_zero_are_refused() -> None:
 def test_a_bound_of_almost_nothing_binds_nobody() -> None:
     found = solve(Problem([[3.0, 1.0, 0.5]], [1], 1e-7, np.inf))
     assert (found.status, found.value, found.bound) == ("optimal", 3.0, pytest.approx(3.0))
+
+
+def test_classes_of_one_name_are_refused() -> None:
+    images, labels = np.zeros((3, 2, 2, 1)), np.arange(3)
+    with pytest.raises(InputError, match="classes=crane: two classes have this name"):
+        data.Dataset("own", images, labels, images, labels, ("crane", "dog", "crane"))

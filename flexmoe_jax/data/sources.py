@@ -56,6 +56,9 @@ class Dataset:
 
     def __post_init__(self) -> None:
         """Check that the arrays fit together."""
+        twice = [name for i, name in enumerate(self.classes) if name in self.classes[:i]]
+        if twice:
+            raise InputError("classes", twice[0], "two classes have this name: give each its own")
         _check_labels("train_labels", self.train_labels, self.train_images, self.num_classes)
         _check_labels("test_labels", self.test_labels, self.test_images, self.num_classes)
         if self.test_images.shape[1:] != self.image_shape:

@@ -88,6 +88,8 @@ def run_attempt(
     late: str,
     dropped_before: np.ndarray,
     dropped_during: np.ndarray,
+    steps: np.ndarray | None = None,
+    turn: np.ndarray | None = None,
 ) -> Outcome:
     """Simulate a round: what each client delivers, and when the round ends.
 
@@ -96,9 +98,10 @@ def run_attempt(
       from a slow client, so it waits until the deadline. Without a deadline, it learns of the loss
       when the upload would have ended.
     - *Late* (total time beyond the deadline): with `drop` the client delivers nothing. With
-      `partial` it stops training early enough to deliver at the deadline, unless no time is left.
+      `partial` it stops training early enough to deliver at the deadline, unless it has no time
+      for a single step.
     - *Over-selection* (Bonawitz et al. 2019, arXiv 1902.01046): the `wanted` fastest clients are
-      accepted, ties in cohort order, and the round ends with the last of them. The rest is lost.
+      accepted, and the round ends with the last of them. The rest is lost.
 
     Args:
       attempt: times of the cohort.
@@ -107,6 +110,9 @@ def run_attempt(
       late: `drop` or `partial`.
       dropped_before: (P,) bool.
       dropped_during: (P,) bool.
+      steps: (P,) local steps of each client's whole work; None if work can be divided at will.
+      turn: (P,) who comes first among the equally fast, in increasing order; None for the order of
+        the cohort, which always favours the same clients.
 
     Returns:
       The outcome. The round ends with the last accepted delivery or, if there are fewer than
@@ -123,10 +129,13 @@ def run_attempt(
     total = attempt.total
     reached = ~np.asarray(dropped_before, bool)
     possible = _possible_work(attempt, deadline, late)
+    if steps is not None:
+        possible = np.where(np.floor(possible * steps + 1e-9) > 0, possible, 0.0)
+    turn = np.arange(len(total)) if turn is None else turn
     end = np.minimum(total, deadline)
     able = reached & ~np.asarray(dropped_during, bool) & (possible > 0)
     accepted = np.flatnonzero(able)
-    accepted = accepted[np.argsort(end[accepted], kind="stable")][:wanted]
+    accepted = accepted[np.lexsort((turn[accepted], end[accepted]))][:wanted]
     delivered = np.zeros(len(total), bool)
     delivered[accepted] = True
     awaited = delivered if len(accepted) == wanted else reached

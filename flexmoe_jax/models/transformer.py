@@ -10,6 +10,8 @@ vocabulary, `E` experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -58,8 +60,11 @@ def rotate(x_BxSxAxF: Float[Array, "B S A F"]) -> Float[Array, "B S A F"]:
     # NumPy computes the angles: a compiled program would recompute them for every rotated number.
     half = x_BxSxAxF.shape[-1] // 2
     rate_F = 10_000.0 ** (-np.arange(half) / half)
-    angle_SxF = np.arange(x_BxSxAxF.shape[1])[:, None] * rate_F
-    sin, cos = (jnp.asarray(f(angle_SxF)[None, :, None], x_BxSxAxF.dtype) for f in (np.sin, np.cos))
+    length = x_BxSxAxF.shape[1]
+    # The length is unknown while a model is exported.
+    xp: Any = np if isinstance(length, int) else jnp
+    angle_SxF = xp.arange(length)[:, None] * rate_F
+    sin, cos = (jnp.asarray(f(angle_SxF)[None, :, None], x_BxSxAxF.dtype) for f in (xp.sin, xp.cos))
     return _turn(x_BxSxAxF, cos, sin)
 
 

@@ -44,5 +44,5 @@ class EvalOptions(Options, section="eval"):
     fine_tune: bool = option(
         False,
         "whether personal figures are also taken after each client has trained for one more round, "
-        "for itself alone",
+        "for itself alone, at the learning rate of the first",
     )

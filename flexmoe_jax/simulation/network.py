@@ -18,14 +18,15 @@ from flexmoe_jax.simulation.plan import Arrival, sample_cohort
 from flexmoe_jax.simulation.traffic import Traffic
 
 # Separates the choice of faulty clients from other draws of the same seed.
-_FAULTY = 0xFA017
+_FAULTY, _TURN = 0xFA017, 0x70291
 
 
 class Faults(NamedTuple):
     """Clients that send an altered update in place of the trained one.
 
     Attributes:
-      share: the fraction of all clients that is faulty, in [0, 1]; these clients are drawn once.
+      share: the fraction of all clients that is faulty, in [0, 1], at least one if it is not 0;
+        these clients are drawn once.
       factor: multiplies their updates: NaN makes all numbers NaN, -1 reverses the update, 1000
         makes it 1000 times as long.
       noise: L2 norm of the Gaussian noise added to each update, relative to the update's own norm.
@@ -45,7 +46,8 @@ class Network(NamedTuple):
       steps: (C,) local steps of each client in a round.
       examples: (C,) examples that each client trains on in a round, counted once per step.
       seed: of all random draws.
-      weighted: whether clients are drawn in proportion to `examples` instead of uniformly.
+      sizes: (C,) examples that each client has, in proportion to which clients are drawn; None to
+        draw them uniformly.
       availability: which clients can be reached; None if all can.
       devices: of the clients; None to ignore time.
       edge: over-selection, deadline and dropouts.
@@ -57,7 +59,7 @@ class Network(NamedTuple):
     steps: np.ndarray
     examples: np.ndarray
     seed: int
-    weighted: bool = False
+    sizes: np.ndarray | None = None
     availability: Availability | None = None
     devices: Devices | None = None
     edge: EdgeOptions = EdgeOptions()
@@ -71,8 +73,8 @@ class Network(NamedTuple):
     def cohort(self, round_index: int) -> np.ndarray:
         """Draws the clients that a round asks: (P,) ascending ids, fewer if fewer are available."""
         weight = None
-        if self.weighted or self.availability is not None:
-            weight = np.asarray(self.examples if self.weighted else np.ones(self.clients), float)
+        if self.sizes is not None or self.availability is not None:
+            weight = np.asarray(np.ones(self.clients) if self.sizes is None else self.sizes, float)
             if self.availability is not None:
                 weight = weight * self.availability(round_index)
         return sample_cohort(
@@ -92,6 +94,7 @@ class Network(NamedTuple):
           round_index: index of the round, from 0.
         """
         draw = partial(draw_dropouts, cohort=cohort, seed=self.seed, round_index=round_index)
+        lots = np.random.default_rng([self.seed, _TURN, round_index]).random(self.clients)
         devices = self.devices or instant_devices(self.clients)
         outcome = run_attempt(
             attempt(
@@ -106,11 +109,8 @@ class Network(NamedTuple):
             late=self.edge.late,
             dropped_before=draw(self.edge.dropout_before, stage="before"),
             dropped_during=draw(self.edge.dropout_during, stage="during"),
-        )
-        # A client that has no time for a single step delivers nothing.
-        whole = np.floor(outcome.work * self.steps[cohort] + 1e-9) > 0
-        outcome = outcome._replace(
-            delivered=outcome.delivered & whole, work=np.where(whole, outcome.work, 0.0)
+            steps=self.steps[cohort],
+            turn=lots[cohort],
         )
         faulty = self.faulty()[cohort]
         tamper = np.where(faulty, self.faults.factor, 1.0)
@@ -121,7 +121,8 @@ class Network(NamedTuple):
         """(C,) bool, the clients whose updates are tampered with."""
         chosen = np.zeros(self.clients, bool)
         order = np.random.default_rng([self.seed, _FAULTY]).permutation(self.clients)
-        chosen[order[: round(self.faults.share * self.clients)]] = True
+        number = int(np.floor(self.faults.share * self.clients + 0.5))
+        chosen[order[: max(number, int(self.faults.share > 0))]] = True
         return chosen
 
 

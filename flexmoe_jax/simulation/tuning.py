@@ -33,8 +33,9 @@ def tune(
     """Trains every client's model (C, ...) once more, for that client alone; no update is sent.
 
     This shows how much of a method's lead remains once clients may fit any model to their own
-    examples (Yu et al. 2020). A client trains the experts that it holds now, as in its next round;
-    a client without experts does not train.
+    examples (Yu et al. 2020). A client trains the experts that it holds now, as in a first round:
+    at the full learning rate, which by the end of a run may have fallen to 0 (`local.decay`). A
+    client without experts does not train.
 
     Args:
       federation: the configuration of the federation.
@@ -60,6 +61,7 @@ def tune(
         def visit(row: Row) -> tuple[tuple[()], Params]:
             own = take_rows(state.clients, row.number)
             down = server.send(desk, state.server, row.slots, row.steps, fetch)
+            down = down._replace(round=jnp.zeros_like(down.round))
             start, held = client.model_of(site, own, down)
             done = client.train(
                 site.learner, start, data.arrays, row.batches, held, down, row.log_share

@@ -95,9 +95,11 @@ def test_a_client_without_examples_delivers_all_its_work() -> None:
     assert play(idle, deadline=1.5, late="partial").work.tolist() == [0.0]
 
 
-def test_equal_times_are_accepted_in_cohort_order() -> None:
+def test_equal_times_are_accepted_in_turn() -> None:
     same = Attempt(*np.ones((3, 4)))
     assert play(same, wanted=2).delivered.tolist() == [True, True, False, False]
+    turn = np.array([0.7, 0.1, 0.9, 0.3])
+    assert play(same, wanted=2, turn=turn).delivered.tolist() == [False, True, False, True]
 
 
 SECONDS = st.floats(0, 100)

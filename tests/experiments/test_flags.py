@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.cli import _last_of_each
 from experiments.source import call_in_file
 from flexmoe_jax.errors import InputError
 from tests.experiments.test_train import ROOT, SMALL, rows
@@ -66,6 +67,12 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         timeout=HANGS,
         env=os.environ | environment,
     )
+
+
+def test_of_a_field_given_twice_the_last_counts():
+    words = ["--config=x.py", "--config.model.widths=(8,)", "--data", "-config.model.widths=(9,)"]
+    words += ["--config.rounds", "3", "--config.model.widths=(8,)", "--workdir=a", "--workdir=b"]
+    assert _last_of_each(words) == [words[0], "--data", *words[4:]]
 
 
 def test_what_cannot_be_is_one_line(tmp_path):

@@ -131,3 +131,20 @@ def test_what_is_kept_of_a_damaged_file_is_said_and_the_rest_set_aside(tmp_path)
     workdir.metrics_path.write_bytes(b"".join(lines(1, 2, 3)))
     assert workdir.keep_rounds(2) == ()
     assert rounds(workdir.history()) == [1, 2]
+
+
+def test_a_run_that_is_prolonged_has_the_evaluations_of_a_longer_one(tmp_path):
+    workdir = Workdir(tmp_path)
+    evaluated = [{"round": n, "loss": 1.0, "eval/server_loss": 2.0} for n in (2, 3)]
+    text = "".join(json.dumps(row) + "\n" for row in ({"round": 1}, *evaluated))
+    for every, last in ((2, {"round": 3, "loss": 1.0}), (3, evaluated[1]), (1, evaluated[1])):
+        workdir.metrics_path.write_text(text)
+        assert workdir.keep_rounds(3, every) == ()
+        assert workdir.read() == [{"round": 1}, evaluated[0], last]
+
+
+def test_rounds_after_the_last_checkpoint_are_cut_off(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.metrics_path.write_bytes(b"".join(lines(1, 2, 3)))
+    assert workdir.keep_rounds(2) == ()
+    assert rounds(workdir.history()) == [1, 2]

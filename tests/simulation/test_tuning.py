@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from flexmoe_jax import simulation
@@ -53,6 +56,20 @@ def test_a_client_alone_is_tuned_to_what_its_next_round_would_make_of_it(
     figures = tuned_figures(judged)
     assert set(figures) == {"eval/tuned_accuracy", "eval/tuned_loss"}
     assert figures["eval/tuned_loss"] == pytest.approx(float(after.personal_loss[0]), rel=1e-5)
+
+
+def test_a_learning_rate_that_has_fallen_to_nothing_is_whole_again(make_simulation, clients):
+    alone = clients.of(np.array([3]))
+    plain = make_simulation_of(make_simulation, alone).setting.federation
+    after = []
+    for decay in (None, optax.linear_schedule(1.0, 0.0, 1)):
+        local = dataclasses.replace(plain.local, decay=decay)
+        simulated = simulation.simulate(plain.replace(local=local), alone)
+        state, cohort = simulated.init(jax.random.key(0)), np.zeros(1, np.int32)
+        plan = simulated.plan(cohort, simulated.assign(state, cohort))
+        state, _ = simulated.round(state, alone, plan)
+        after.append(simulated.tune(state, alone))
+    chex.assert_trees_all_close(*after, rtol=1e-6)
 
 
 def make_simulation_of(make_simulation, clients):
