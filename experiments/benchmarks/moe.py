@@ -1,10 +1,11 @@
-"""Suite `moe`: the cost of a mixture of experts, and two ways to compute its experts.
+"""Suite `moe`: the cost of a mixture of experts, and three ways to compute its experts.
 
 The line `client` has the seconds of training on one example, with experts and gate and without them
 (same backbone and head), and their ratio. The lines `layer` have the seconds of the expert layer
 alone, forward and backward with top-1 routing, on one device. `dense` computes every expert on
-every example, as the framework does. `ragged` computes each expert on its own examples, with
-`lax.ragged_dot`. `ratio` is `ragged` over `dense`; `held` is K, `batch` is B.
+every example, `ragged` computes each expert on its own examples, with `lax.ragged_dot`.
+`chosen` is what the framework does: `dense`, or each expert on its own examples in blocks.
+`ratio` is `chosen` over `dense`; `held` is K, `batch` is B.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from flexmoe_jax.simulation import client_mesh
 from flexmoe_jax.types import Array, PyTree
 
 _FEATURES, _HIDDEN = 64, 128
-_HELD, _BATCHES = (2, 4, 8), (16, 64)
+_HELD, _BATCHES = (2, 4, 8), (16, 64, 512)
 _REPEATS = 200
 
 Layer = Callable[[PyTree, Array, Array, Array], Array]
@@ -62,7 +63,7 @@ def measure_client(mixture: Workload, plain: Workload) -> Figures:
 
 
 def measure_layer(held: int, batch: int, repeats: int = _REPEATS) -> Figures:
-    """Times both forms of the layer (D 64, H 128) in a loop of `repeats` gradient steps."""
+    """Times the forms of the layer (D 64, H 128) in a loop of `repeats` gradient steps."""
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> np.ndarray:
@@ -93,8 +94,8 @@ def measure_layer(held: int, batch: int, repeats: int = _REPEATS) -> Figures:
 
         return compiled(steps, start)
 
-    taken = interleave([train(dense_layer), train(ragged_layer)])
-    dense, ragged = (min(seconds) / repeats for seconds in taken)
+    taken = interleave([train(dense_layer), train(ragged_layer), train(chosen_layer)])
+    dense, ragged, chose = (min(seconds) / repeats for seconds in taken)
     return {
         "suite": "moe",
         "case": "layer",
@@ -104,14 +105,21 @@ def measure_layer(held: int, batch: int, repeats: int = _REPEATS) -> Figures:
         "hidden": _HIDDEN,
         "dense_seconds": dense,
         "ragged_seconds": ragged,
-        "ratio": ragged / dense,
+        "chosen_seconds": chose,
+        "ratio": chose / dense,
     }
 
 
 def dense_layer(experts: PyTree, x: Array, chosen: Array, probability: Array) -> Array:
-    """Computes every expert on every example, as `MoEClassifier` does."""
+    """Computes every expert on every example."""
     combine = probability[:, None] * jax.nn.one_hot(chosen, experts["b_in"].shape[0])
     return expert_mlp(experts, x, combine)
+
+
+def chosen_layer(experts: PyTree, x: Array, chosen: Array, probability: Array) -> Array:
+    """Computes the experts in the form that the sizes call for, as `MoELayer` does."""
+    combine = probability[:, None] * jax.nn.one_hot(chosen, experts["b_in"].shape[0])
+    return expert_mlp(experts, x, combine, top_k=1)
 
 
 def ragged_layer(experts: PyTree, x: Array, chosen: Array, probability: Array) -> Array:
