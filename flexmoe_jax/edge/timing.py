@@ -110,13 +110,12 @@ def run_attempt(
       late: `drop` or `partial`.
       dropped_before: (P,) bool.
       dropped_during: (P,) bool.
-      steps: (P,) local steps of each client's whole work; None if work can be divided at will.
-      turn: (P,) who comes first among the equally fast, in increasing order; None for the order of
-        the cohort, which always favours the same clients.
+      steps: (P,) local steps of a client's whole work; None if work can be divided at will.
+      turn: (P,) in increasing order, who is first of the equally fast; None: as in the cohort.
 
     Returns:
-      The outcome. The round ends with the last accepted delivery or, if there are fewer than
-      `wanted`, when the server stops waiting for the others.
+      The outcome. The round ends with the last accepted delivery or, if there are too few, when the
+      server stops waiting for the others.
 
     Raises:
       InputError: if `late` is unknown, or a number is out of range.
@@ -128,17 +127,11 @@ def run_attempt(
         raise InputError("edge.deadline", deadline, "give seconds above 0 (inf for none)")
     total = attempt.total
     reached = ~np.asarray(dropped_before, bool)
-    possible = _possible_work(attempt, deadline, late)
-    if steps is not None:
-        possible = np.where(np.floor(possible * steps + 1e-9) > 0, possible, 0.0)
-    turn = np.arange(len(total)) if turn is None else turn
+    possible = _possible_work(attempt, deadline, late, steps)
     end = np.minimum(total, deadline)
     able = reached & ~np.asarray(dropped_during, bool) & (possible > 0)
-    accepted = np.flatnonzero(able)
-    accepted = accepted[np.lexsort((turn[accepted], end[accepted]))][:wanted]
-    delivered = np.zeros(len(total), bool)
-    delivered[accepted] = True
-    awaited = delivered if len(accepted) == wanted else reached
+    delivered = _first(np.where(able, end, np.inf), turn, wanted) & able
+    awaited = delivered if delivered.sum() == wanted else reached
     # For a client that delivers nothing, the server waits until the deadline.
     until = np.where(able | np.isinf(deadline), end, deadline)
     return Outcome(
@@ -149,11 +142,24 @@ def run_attempt(
     )
 
 
-def _possible_work(attempt: Attempt, deadline: float, late: str) -> np.ndarray:
+def _first(end: np.ndarray, turn: np.ndarray | None, wanted: int) -> np.ndarray:
+    """Return (P,) bool, the `wanted` that end first; see `run_attempt` for `turn`."""
+    order = np.lexsort((np.arange(len(end)) if turn is None else turn, end))
+    first = np.zeros(len(end), bool)
+    first[order[:wanted]] = True
+    return first
+
+
+def _possible_work(
+    attempt: Attempt, deadline: float, late: str, steps: np.ndarray | None
+) -> np.ndarray:
     """Return (P,), the share of its training that each client can do before the deadline."""
     possible = np.where(attempt.total <= deadline, 1.0, 0.0)
     if late == "partial":
         left = np.maximum(deadline - attempt.download - attempt.upload, 0.0)
         cut = (attempt.total > deadline) & (left > 0)
         np.divide(left, np.maximum(attempt.compute, left), out=possible, where=cut)
-    return possible
+    if steps is None:
+        return possible
+    # No time for a single step is no time.
+    return np.where(np.floor(possible * steps + 1e-9) > 0, possible, 0.0)

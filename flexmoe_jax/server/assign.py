@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from flexmoe_jax.assignment import Policy, Request, Solution, make_policy
 from flexmoe_jax.errors import InputError
+from flexmoe_jax.options.server import FitnessOptions
 from flexmoe_jax.server.affinity import affinity
 from flexmoe_jax.server.server import Desk
 from flexmoe_jax.types import Server
@@ -54,6 +55,7 @@ def make_assign(
         server: Server, cohort: np.ndarray, said: np.ndarray | None = None
     ) -> tuple[Solution, ...]:
         books = jax.device_get(server.ledger._replace(norms=()))
+        _check_scores(desk.fitness, books.fitness)
         found = []
         begin = time.perf_counter()
         like = np.zeros(books.usage.shape)
@@ -67,9 +69,6 @@ def make_assign(
                 table[g][cohort]
                 for table in (books.fitness, books.usage, books.held_rounds, books.fresh)
             )
-            if desk.fitness.score == "loss" and fitness.max() > max(desk.fitness.initial, 1.0):
-                remedy = "exp(-α l) is above 1, as the task's loss is below 0: give your own score"
-                raise InputError("fitness.score", "loss", remedy)
             known = fitness + desk.fitness.optimism * (rounds == 0) if said is None else said[g]
             request = Request(
                 fitness=known + like[g][cohort],
@@ -115,6 +114,12 @@ def enrol(
         fittest(Request(of_group, capacity, places, round=0, seed=_seed_of_group(seed, g)))
         for g, of_group in enumerate(fitness)
     )
+
+
+def _check_scores(options: FitnessOptions, fitness: np.ndarray) -> None:
+    if options.score == "loss" and fitness.max(initial=0.0) > max(options.initial, 1.0):
+        remedy = "exp(-α l) is above 1, as the task's loss is below 0: give your own score"
+        raise InputError("fitness.score", "loss", remedy)
 
 
 def _seed_of_group(seed: int, group: int) -> int:

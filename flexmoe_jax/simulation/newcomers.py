@@ -33,7 +33,7 @@ from flexmoe_jax.simulation.blocks import (
     client_mesh,
     replicate,
 )
-from flexmoe_jax.simulation.evaluate import TestSet, check_test, evaluate
+from flexmoe_jax.simulation.evaluate import TestSet, checker, evaluate
 from flexmoe_jax.simulation.exchange import check_split
 from flexmoe_jax.simulation.initial import init_owns
 from flexmoe_jax.simulation.plan import assignment_slots
@@ -94,19 +94,15 @@ def await_newcomers(
     check_split(federation, mesh)
     jitted = partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     judge = jitted(partial(_evaluate, federation, mesh))
-    slots = max(int(capacity.max()), 1)
+    slots, check = max(int(capacity.max()), 1), checker(federation)
 
     def enrol(fitness: Array) -> tuple[Solution, ...]:
         return server.enrol(np.asarray(fitness), capacity, federation.seed)
 
-    seen: list[TestSet] = []
-
     def evaluate_them(
         begun: Server, owns: Own, solutions: tuple[Solution, ...], test: TestSet, about: About
     ) -> Evaluation:
-        if not any(test is known for known in seen):
-            check_test(federation, test, about)
-            seen[:] = [test]
+        check(test, about)
         assignment = np.stack([solution.assignment for solution in solutions], axis=1)
         given: Any = assignment_slots(assignment, slots)
         # A solver with a time limit may give different results on different hosts: all hosts use

@@ -183,7 +183,7 @@ def one_by_one(federation, clients, test_arrays):
     # Every example belongs to all clients.
     everyone = clients.about._replace(owns=jnp.ones((7, 1), bool))
     # NumPy's arrays, of which a slice is no program of its own.
-    test = jax.device_get(chunk_test_set(test_arrays, 1, group=np.zeros(size)))
+    test = jax.device_get(chunk_test_set(test_arrays, 1, group=np.zeros(size, int)))
     alone = [jax.tree.map(lambda x, i=i: x[i : i + 1], test) for i in range(size)]
     found = [jax.device_get(simulated.evaluate(state, one, everyone)) for one in alone]
     common = [jax.tree.map(lambda x: x.sum(axis=1), each.common) for each in found]
