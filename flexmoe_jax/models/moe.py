@@ -87,14 +87,14 @@ class Experts(nn.Module):
     Attributes:
       count: E when the parameters are created; later the parameters determine the stack's size.
       hidden: H.
-      top_k: the most experts that an example uses; 0 for all.
       part: the mark of its parameters; empty for experts that every client holds.
+      top_k: the most experts that an example uses, see `expert_mlp`; 0 for all.
     """
 
     count: int
     hidden: int
-    top_k: int = 0
     part: str = EXPERT
+    top_k: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"], combine: Float[Array, "B E"]) -> Float[Array, "B D"]:
@@ -207,7 +207,7 @@ class MoELayer(nn.Module):
         """
         if self.whole and self.context:
             raise InputError("context", True, "whole examples have no tokens: give whole=False")
-        self.expert = Experts(self.experts, self.hidden, self.top_k)
+        self.expert = Experts(self.experts, self.hidden, top_k=self.top_k)
         self.shared_expert = Experts(self.shared_experts, self.hidden, part="")
         self.gate = Gate(self.experts, with_balance_bias=self.with_balance_bias)
         if self.with_router:  # In the assembled model it replaces the gate, so it has equal parts.
