@@ -147,9 +147,10 @@ class Federation:
         experts, gate = jax.tree.map(cut, (parts.experts, parts.gate))
         held = {layer: jax.ShapeDtypeStruct((slots,), bool) for layer in self.layout.layers}
         try:
-            found: tuple[PyTree, dict[str, Routing]] = jax.eval_shape(
+            outputs, routings = jax.eval_shape(
                 self.apply, parts._replace(experts=experts, gate=gate), self.inputs, held
             )
+            found: tuple[PyTree, dict[str, Routing]] = outputs, routings
         except InputError:
             raise
         except Exception as error:  # A model can raise any exception.

@@ -228,3 +228,22 @@ def test_classes_of_one_name_are_refused() -> None:
     images, labels = np.zeros((3, 2, 2, 1)), np.arange(3)
     with pytest.raises(InputError, match="classes=crane: two classes have this name"):
         data.Dataset("own", images, labels, images, labels, ("crane", "dog", "crane"))
+
+
+def test_a_score_of_another_shape_is_refused() -> None:
+    clients = six()
+    fitness = server.FitnessOptions(score=lambda feedback: feedback.correct.sum())
+    with pytest.raises(InputError, match=r"fitness.score=.*: give one score a pair: \(6, 2\)"):
+        train(federate(clients, fitness=fitness), clients)
+
+
+def test_a_model_that_returns_no_routings_is_refused() -> None:
+    def init(key: Any, x: Any) -> Any:
+        return {"moe": {"w": jnp.zeros((4, 5, 3)), "gate": jax.random.normal(key, (4, 5))}}
+
+    def apply(params: Any, x: Any, held: Any) -> Any:
+        return x @ params["moe"]["w"].mean(0)
+
+    model = models.from_functions(init, apply, {"moe/w": "expert", "moe/gate": "gate"})
+    with pytest.raises(InputError, match=r"and return \(outputs, \{layer: Routing\}\)"):
+        federate(six()).replace(model=model)

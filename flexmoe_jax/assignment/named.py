@@ -53,9 +53,9 @@ def make_policy(
       share: [E] part of the load that each expert should get (`flex`); default: the same for all.
         The code that updates the deficits must use the same shares.
       **given: options of `flex` by name, as `AssignmentOptions` and docs/options.md explain them:
-        `slack`, `solver`, `time_limit` and so on; the defaults are those of `PLAIN`. If a search
-        takes longer than `time_limit`, or the solver fails, experts are dealt out evenly for that
-        round, and the solution's status is `fallback: REASON`.
+        `slack`, `solver`, `time_limit` and so on. The defaults are theirs, but `exploration` is 0.
+        If a search takes longer than `time_limit`, or the solver fails, experts are dealt out
+        evenly for that round, and the solution's status is `fallback: REASON`.
 
     Raises:
       InputError: an unknown policy, solver, rounding or backend, or a number out of range.

@@ -38,7 +38,8 @@ class Solution:
       gap: `(bound - value) / |bound|`, at least 0 and independent of the unit of fitness. If the
         summed terms nearly cancel, 1e-12 of the sum of their absolute values replaces |bound|.
       load: [E] load of each expert.
-      violation: [E] how far each load is outside its bounds, ≥ 0, in units of load.
+      violation: [E] how far each load is outside its bounds, ≥ 0, in units of load; holders that
+        are missing (`holders_min`) are not in it.
       status: `optimal` (within the bounds, no gap), `feasible` (within the bounds), `relaxed`
         (not all bounds can be met, so some were relaxed) or `violated` (bounds that can be met
         are not: because of rounding, within its guarantee, or because the solver ignores them).

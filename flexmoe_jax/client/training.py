@@ -57,7 +57,8 @@ class LocalTraining(LocalWork, LocalLoss):
         examples as fit, by the largest array that the model computes for one example; elsewhere the
         whole batch. With a balance loss or biases it is the batch, over which use is counted.
       decay: optax schedule, number of the round -> factor on its steps; None for a factor of 1.
-      augment: random augmentation of every batch; None for no augmentation.
+      augment: random augmentation of every batch: (named arrays (B, ...), random bits (B,) uint32,
+        new in every step) -> arrays of the same shapes; None for no augmentation.
     """
 
     optimizer: optax.GradientTransformation

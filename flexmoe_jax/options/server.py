@@ -86,11 +86,17 @@ class Admission(Options, section="server"):
 
 @dataclass(frozen=True)
 class FitnessOptions(Options, section="fitness"):
-    """How the fitness is learnt; the start value and the optimism are ours, not the paper's."""
+    """How the fitness is learnt; the start value and the optimism are ours, not the paper's.
+
+    A score of your own is a pure function of `server.Feedback`, arrays (P, K), one number for each
+    client and held expert, to scores (P, K). Larger is better; it is never NaN, also where `usage`
+    is 0. It runs inside the compiled round.
+    """
 
     score: str | Callable[..., Any] = option(
         "accuracy",
-        "of a pair, from its feedback; in the library also a `server.Score` of your own",
+        "of a pair, from its feedback; in the library also a function of your own, see "
+        "`server.FitnessOptions`",
         choices=("accuracy", "loss"),
         own=True,
     )

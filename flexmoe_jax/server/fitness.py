@@ -8,6 +8,7 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.server import FitnessOptions
 from flexmoe_jax.types import Array, Feedback
 
@@ -62,10 +63,17 @@ def update_fitness(
 
     Returns:
       (C, E) the new Q.
+
+    Raises:
+      InputError: the score is not of shape (P, K).
     """
     chex.assert_rank([clients, slots], [1, 2])
     chex.assert_equal_shape([slots, *feedback])
     rows = clients[:, None]
     held = fitness.at[rows, slots].get(mode="fill", fill_value=0.0)  # (P, K)
-    learnt = (1 - options.beta) * held + options.beta * make_score(options)(feedback)
+    score = make_score(options)(feedback)
+    if jnp.shape(score) != slots.shape:
+        found, remedy = f"a function to {jnp.shape(score)}", f"give one score a pair: {slots.shape}"
+        raise InputError("fitness.score", found, remedy)
+    learnt = (1 - options.beta) * held + options.beta * score
     return fitness.at[rows, slots].set(jnp.where(feedback.usage > 0, learnt, held), mode="drop")
