@@ -17,7 +17,7 @@ from typing import NamedTuple
 from flwr.app import ConfigRecord, RecordDict
 
 from flexmoe_jax.deploy.carrier import Carrier, LostError, Reply
-from flexmoe_jax.errors import printable
+from flexmoe_jax.errors import InputError, printable
 from flexmoe_jax.options.deploy import DeployOptions
 
 _LOG = logging.getLogger(__name__)
@@ -192,6 +192,9 @@ class Post:
           take: (number, answer) -> reason for a rejection; empty if the answer is accepted.
           options: how long to wait for clients.
           enough: number of accepted answers after which to stop waiting.
+
+        Raises:
+          InputError: no client is left that takes part; it says why the first does not.
         """
         open_orders = {number: order for number, order in orders.items() if number not in self._out}
         begin, taken = time.monotonic(), 0
@@ -214,6 +217,9 @@ class Post:
             standing = self.standing[names[number]]
             standing.late += 1
             _LOG.warning("%s: did not answer in time (%s)", names[number], kind)
+        if set(names) == self._out:
+            remedy = f"all have refused, or have another model; {names[0]}: {self.of(0).why}"
+            raise InputError("clients.count", "nobody takes part", remedy)
         # Forget open orders: answers that still arrive belong to a round that is over.
         self._sent = {m: s for m, s in self._sent.items() if s.purpose in ("hello", "setup")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import jax
 import numpy as np
@@ -187,20 +188,27 @@ def test_clients_with_other_examples_or_another_model_take_no_part(make_town):
     arrays["train_images"] = arrays["train_images"][:, :5]
     np.savez(path, **arrays)
     town.start(1)
-    honest = town.carrier.clients[102]
-
-    def other(message):
-        answer = honest(message)
-        if "ready" in answer:
-            answer["ready"] = ConfigRecord({"layout": "another"})
-        return answer
-
-    town.carrier.clients[102] = other
+    town.carrier.clients[102] = partial(_of_another_model, town.carrier.clients[102])
     rows = town.train().read()
     assert [row["clients/delivered"] for row in rows] == [1, 1]
     line = next(line for line in town.said if line.startswith("client_1: takes no part"))
     assert "train_images=shape (5, 8, 1): the federation's are of shape (8, 8, 1)" in line
     assert "client_2: takes no part: has another model" in town.said
+
+
+def test_a_run_in_which_nobody_takes_part_ends_in_a_line(make_town):
+    town = make_town()
+    for node in (100, 101, 102):
+        town.carrier.clients[node] = partial(_of_another_model, town.carrier.clients[node])
+    with pytest.raises(InputError, match=r"nobody takes part: all have refused.*another model"):
+        town.train()
+
+
+def _of_another_model(honest, message):
+    answer = honest(message)
+    if "ready" in answer:
+        answer["ready"] = ConfigRecord({"layout": "another"})
+    return answer
 
 
 def _not_numbers(answer):
