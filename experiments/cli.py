@@ -152,10 +152,18 @@ def _last_of_each(words: Sequence[str]) -> list[str]:
 
     Of a tuple, ml_collections would otherwise join them.
     """
-    fields = [re.match(r"--?(config\.[\w.]+)=", word) for word in words]
+    groups: list[list[str]] = []  # A flag, and its value if that is a word of its own.
+    for word in words:
+        begins = re.match(r"--?[A-Za-z]", word) or not groups
+        if begins or "=" in groups[-1][0] or len(groups[-1]) > 1:
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    fields = [re.match(r"--?(config\.[\w.]+)", group[0]) for group in groups]
     last = {field[1]: place for place, field in enumerate(fields) if field}
-    pairs = zip(words, fields, strict=True)
-    return [w for place, (w, field) in enumerate(pairs) if not field or last[field[1]] == place]
+    pairs = enumerate(zip(groups, fields, strict=True))
+    kept = (group for place, (group, field) in pairs if not field or last[field[1]] == place)
+    return [word for group in kept for word in group]
 
 
 def _explained(words: Sequence[str], error: Exception) -> str:

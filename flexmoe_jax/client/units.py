@@ -20,7 +20,7 @@ def weights_of(task: Task, batch: Batch, valid: Float[Array, " B"]) -> Float[Arr
 
 
 def mean_of(total: Float[Array, ...], units: Float[Array, ...]) -> Float[Array, ...]:
-    """Computes a mean per unit: the total over the units' weights, or 0 where there are none."""
+    """Computes a mean per unit: the total over the units' weights; 0 of no units is 0."""
     return total / jnp.where(units > 0, units, 1.0)
 
 

@@ -217,7 +217,7 @@ class Post:
             standing = self.standing[names[number]]
             standing.late += 1
             _LOG.warning("%s: did not answer in time (%s)", names[number], kind)
-        if set(names) == self._out:
+        if names and set(names) == self._out:
             remedy = f"all have refused, or have another model; {names[0]}: {self.of(0).why}"
             raise InputError("clients.count", "nobody takes part", remedy)
         # Forget open orders: answers that still arrive belong to a round that is over.

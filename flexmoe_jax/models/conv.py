@@ -16,10 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jaxtyping import Num
 
-from flexmoe_jax.models.dense import as_inputs, kernel_gradient
+from flexmoe_jax.models.dense import as_inputs, kernel_gradient, unless_vmapped
 from flexmoe_jax.models.winograd import winograd_3x3
 from flexmoe_jax.options.models import ModelOptions
 from flexmoe_jax.types import Array
@@ -127,7 +126,7 @@ def conv_direct(
     therefore written as such convolutions. If kernels do have a client axis, `conv_matmul` is used.
     """
     products = partial(conv_matmul, strides=strides, padding=padding)
-    return _unless_vmapped(lambda x, k: conv_lax(x, k, strides, padding), products)(x, kernel)
+    return unless_vmapped(lambda x, k: conv_lax(x, k, strides, padding), products)(x, kernel)
 
 
 def _direct_forward(
@@ -172,8 +171,8 @@ def _direct_backward(
         return _kernel_gradient_by_product(rows, dy).reshape(kernel.shape)
 
     return (
-        _unless_vmapped(image_gradient_alone, image_gradient_by_product)(dy, kernel),
-        _unless_vmapped(kernel_gradient_alone, kernel_gradient_by_product)(x, dy),
+        unless_vmapped(image_gradient_alone, image_gradient_by_product)(dy, kernel),
+        unless_vmapped(kernel_gradient_alone, kernel_gradient_by_product)(x, dy),
     )
 
 
@@ -183,19 +182,6 @@ def _correlate(
     """Computes `conv_lax` with explicit padding, and with dilated pixels or taps."""
     numbers = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(x, kernel, (1, 1), pads, spread, spread_kernel, numbers)
-
-
-def _unless_vmapped(
-    alone: Callable[[Array, Array], Array], vmapped: Callable[[Array, Array], Array]
-) -> Callable[[Array, Array], Array]:
-    """Returns a function that runs `alone`, or `vmapped` in its place under `jax.vmap`."""
-    function = custom_vmap(alone)
-
-    @function.def_vmap
-    def _(_size: int, batched: list[bool], *args: Array) -> tuple[Array, bool]:
-        return jax.vmap(vmapped, [0 if each else None for each in batched])(*args), True
-
-    return function
 
 
 conv_direct.defvjp(_direct_forward, _direct_backward)

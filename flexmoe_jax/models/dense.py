@@ -1,7 +1,11 @@
-"""Fully connected layers, with kernel gradients in the form that XLA's CPU backend runs fastest."""
+"""Fully connected layers, with kernel gradients in the form that XLA's CPU backend runs fastest.
+
+`unless_vmapped` serves all layers that are computed otherwise for a client alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial, reduce
 from operator import add
 from typing import Any
@@ -10,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Num
 
 from flexmoe_jax.types import Array
@@ -46,6 +51,19 @@ def kernel_gradient(x: Num[Array, "T i"], dy: Num[Array, "T o"]) -> Num[Array, "
     if narrower_anew:
         return lax.optimization_barrier(lax.optimization_barrier(dy.T) @ x).T
     return lax.optimization_barrier(lax.dot_general(x, dy, _OVER_ROWS))
+
+
+def unless_vmapped(alone: Callable[..., Any], vmapped: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that runs `alone`, or `vmapped` in its place under `jax.vmap`."""
+    function = custom_vmap(alone)
+
+    @function.def_vmap
+    def _(_size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
+        axes = jax.tree.map(lambda each: 0 if each else None, tuple(batched))
+        made = jax.vmap(vmapped, axes)(*args)
+        return made, jax.tree.map(lambda _: True, made)
+
+    return function
 
 
 def dot_general(x: Array, kernel: Array, dimensions: Any, *_: Any, **__: Any) -> Array:

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jaxtyping import Float
 
-from flexmoe_jax.models.dense import kernel_gradient, product
+from flexmoe_jax.models.dense import kernel_gradient, product, unless_vmapped
 from flexmoe_jax.types import Array, PyTree
 
 # Rows of a block; and the part of all pairs of example and expert up to which it pays to compute
@@ -174,7 +173,7 @@ def _forward(
         unused = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), kept)
         return _all_pairs(experts, x, combine), unused
 
-    output, kept = _unless_vmapped(alone, vmapped)(experts, x, combine)
+    output, kept = unless_vmapped(alone, vmapped)(experts, x, combine)
     return output, (experts, x, combine, kept)
 
 
@@ -226,21 +225,8 @@ def _backward(
         slope, d_x, d_combine = jax.vjp(_all_pairs, experts, x, combine)[1](dy)
         return slope, d_x, jnp.where(combine != 0, d_combine, 0.0)
 
-    found: tuple[PyTree, Array, Array] = _unless_vmapped(alone, vmapped)(*residuals, dy)
+    found: tuple[PyTree, Array, Array] = unless_vmapped(alone, vmapped)(*residuals, dy)
     return found
-
-
-def _unless_vmapped(alone: Callable[..., Any], vmapped: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that runs `alone`, or `vmapped` in its place under `jax.vmap`."""
-    function = custom_vmap(alone)
-
-    @function.def_vmap
-    def _(_size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
-        axes = jax.tree.map(lambda each: 0 if each else None, tuple(batched))
-        made = jax.vmap(vmapped, axes)(*args)
-        return made, jax.tree.map(lambda _: True, made)
-
-    return function
 
 
 _own_rows.defvjp(_forward, _backward)

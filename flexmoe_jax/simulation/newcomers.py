@@ -49,7 +49,8 @@ class Newcomers(NamedTuple):
       probe: (Server, Own, ClientData) -> (G, n, E) fitness of all experts on all examples of the
         newcomers. Jitted.
       enrol: fitness -> a Solution for each group of MoE layers. Runs on the host.
-      evaluate: (Server, Own, solutions, TestSet, About) -> Evaluation of the newcomers. The
+      evaluate: (Server, Own, solutions, TestSet, About) -> Evaluation of the newcomers. If test
+        examples have a `group` that is a single client, it is a newcomer's place, 0 to n - 1. The
         assembled model of all experts is left out, because it does not depend on newcomers.
     """
 

@@ -73,6 +73,9 @@ def test_of_a_field_given_twice_the_last_counts():
     words = ["--config=x.py", "--config.model.widths=(8,)", "--data", "-config.model.widths=(9,)"]
     words += ["--config.rounds", "3", "--config.model.widths=(8,)", "--workdir=a", "--workdir=b"]
     assert _last_of_each(words) == [words[0], "--data", *words[4:]]
+    apart = ["--config", "x.py", "--config.rounds", "-3", "--config.model.widths", "(8,)"]
+    again = "--config.rounds=4"
+    assert _last_of_each([*apart, again]) == [*apart[:2], *apart[4:], again]
 
 
 def test_what_cannot_be_is_one_line(tmp_path):
