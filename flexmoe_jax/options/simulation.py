@@ -61,7 +61,7 @@ class ClientsOptions(Options, section="clients"):
 class FaultsOptions(Options, section="faults"):
     """Clients whose updates are all wrong."""
 
-    share: float = option(0.0, "of the clients", least=0, most=1)
+    share: float = option(0.0, "of the clients; above 0 at least one", least=0, most=1)
     kind: str = option(
         "nan",
         "nan; flip: turned around; scale: 1000 times too long; noise: added, 10 times as long",
