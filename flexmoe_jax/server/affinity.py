@@ -114,11 +114,12 @@ def affinity(
     if len(marks) > _LANDMARKS:
         marks = np.sort(rng.choice(marks, _LANDMARKS, replace=False))
     middle = unit[marks].mean(axis=0)
-    kinds = _find_kinds(unit[marks] - middle, capacity[marks], experts, rng)
+    used = usage / np.maximum(usage.sum(axis=2, keepdims=True), 1.0)
+    of_marks = used[:, marks].mean(axis=0)
+    kinds = _find_kinds(unit[marks] - middle, capacity[marks], of_marks, rng)
     points = (unit - middle) @ kinds.components.T
     made_of = _take_apart(points, kinds.centres[None], capacity, kinds.once)[0]
     made_of = np.where(known[:, None], made_of, 0)
-    used = usage / np.maximum(usage.sum(axis=2, keepdims=True), 1.0)
     return kinds.beyond * np.stack([_deal_out(made_of, of_group) for of_group in used])
 
 
@@ -140,28 +141,32 @@ class _Kinds(NamedTuple):
 
 
 def _find_kinds(
-    profiles: np.ndarray, room: np.ndarray, experts: int, rng: np.random.Generator
+    profiles: np.ndarray, room: np.ndarray, used: np.ndarray, rng: np.random.Generator
 ) -> _Kinds:
     """Finds the kinds, in the number whose centres explain most beyond chance.
 
     Each number is tried in two ways: a client has each kind at most once, or may repeat a kind.
+    One of the searches for each starts from who has used which experts (`used`, (M, E)), so that a
+    round loses no kinds that the rounds before have found.
     """
+    experts = used.shape[1]
     total = float((profiles**2).sum())
     axes = np.linalg.svd(profiles, full_matrices=False)[2]
     shuffled = [rng.permuted(profiles, axis=0) for _ in range(2)]
     of_shuffled = [chance @ np.linalg.svd(chance, full_matrices=False)[2].T for chance in shuffled]
     numbers = np.unique(np.geomspace(2, experts, _KINDS).round().astype(int))
-    most = room.max()
+    most, of_experts = room.max(), _merge(used.T @ profiles, numbers)
     tried, searches = [], []
     for kinds, once in itertools.product(numbers, (True, False)):
         if (kinds < most) if once else (most == 1):  # Too few kinds, or repeating is impossible.
             continue
         tried.append((kinds, once))
+        start = used @ (of_experts[kinds][:, None] == np.arange(kinds))
         count = int(np.clip(_WORK // (len(room) * kinds**2), *_SEARCHES))
         parts = count, count // 4, count // 4
         for points, part in zip((profiles @ axes.T, *of_shuffled), parts, strict=True):
             wish = rng.random((part, len(room), kinds))
-            searches.append((points[:, : kinds - 1], room, wish, once))
+            searches.append((points[:, : kinds - 1], room, wish, once, start))
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(_search, *zip(*searches, strict=True)))
     best, gap = None, -np.inf
@@ -177,8 +182,16 @@ def _find_kinds(
     return best
 
 
+def _merge(centres: np.ndarray, numbers: np.ndarray) -> dict[int, np.ndarray]:
+    """Merges the experts with the nearest centres (E, F): for each D of `numbers`, kinds (E,)."""
+    from scipy.cluster.hierarchy import cut_tree, linkage  # The import takes time.
+
+    tree = linkage(centres, "ward")
+    return {int(kinds): cut_tree(tree, kinds)[:, 0] for kinds in numbers}
+
+
 def _search(
-    points: np.ndarray, room: np.ndarray, wish: np.ndarray, once: bool
+    points: np.ndarray, room: np.ndarray, wish: np.ndarray, once: bool, start: np.ndarray
 ) -> tuple[np.ndarray, float]:
     """Runs several searches, and returns the best centres (D, R) and the squares they explain.
 
@@ -187,11 +200,13 @@ def _search(
       room: (M,) k_c.
       wish: (S, M, D) uniform draws, from which the searches start.
       once: whether a client has each kind at most once.
+      start: (M, D) parts that the kinds have in a client, from which one more search starts.
     """
-    searches, _, kinds = wish.shape
+    kinds = wish.shape[2]
     ridge = _RIDGE * len(room) / (kinds * room.mean()) * np.eye(kinds)
-    made_of = _draw_different(wish, room) if once else _draw(points, room, wish)
-    least = np.full(searches, np.inf)
+    drawn = _draw_different(wish, room) if once else _draw(points, room, wish)
+    made_of = np.concatenate([room[:, None] * start[None], drawn])
+    least = np.full(len(made_of), np.inf)
     for step in range(_STEPS):
         share = made_of / room[:, None]
         turned = share.swapaxes(1, 2)

@@ -74,6 +74,16 @@ def test_an_expert_keeps_the_clients_that_have_used_it() -> None:
     np.testing.assert_array_equal(like[1] > 0.3, owns[:, ::-1])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_kinds_that_are_hard_to_find_again_are_not_lost(seed: int) -> None:
+    # Random starts alone mostly end in a worse optimum here.
+    rng = np.random.default_rng(seed)
+    profiles, owns = mixed_profiles(rng, 64, 16, 4, noise=0.05)
+    usage = owns * 100.0 + rng.uniform(0, 40, owns.shape)  # Early rounds assigned at random.
+    like = affinity(profiles, usage[None], np.full(64, 4), seed)[0]
+    np.testing.assert_array_equal(like > 0.8, owns)
+
+
 def test_nothing_is_said_of_clients_that_are_not_known_or_hold_nothing() -> None:
     rng = np.random.default_rng(2)
     profiles, _ = mixed_profiles(rng, 24, 6, 2, noise=0.05)
