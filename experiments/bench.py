@@ -29,6 +29,9 @@ SUITES = ("assignment", "clients", "startup", "moe", "evaluate", "scale")
 def main(arguments: list[str]) -> int:
     """Runs the suite named on the command line and returns the exit code."""
     try:
+        if {"-h", "-help", "--help"} & set(arguments):
+            print(__doc__, flush=True)
+            return 0
         if not arguments or arguments[0] not in SUITES:
             raise InputError("suite", " ".join(arguments), f"give one of {', '.join(SUITES)}")
         # Import only this suite: a solver that does not need JAX would be charged for its memory.

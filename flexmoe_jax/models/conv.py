@@ -203,7 +203,7 @@ def conv_auto(
 
     Both are faster for stride 1, in float32: `conv_winograd` from 32 channels and images of 8×8 on
     (below that, the sums before and after the products cost more than they save), `conv_direct`
-    from 16 channels on (docs/performance.md).
+    from 16 channels on (docs/speed.md).
     """
     taps, channels = kernel.shape[:2], kernel.shape[2]
     pays = x.dtype == jnp.float32 and tuple(strides) == (1, 1) and channels >= 16

@@ -48,7 +48,7 @@ def expert_mlp(
 
 
 def _pays(x: Array, experts: int, top_k: int) -> bool:
-    """Whether `_own_rows` is faster than `_all_pairs` (docs/performance.md)."""
+    """Whether `_own_rows` is faster than `_all_pairs` (docs/speed.md)."""
     # The size is unknown while a model is exported, to any platform.
     if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or not isinstance(x.shape[0], int):
         return False

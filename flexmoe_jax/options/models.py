@@ -32,7 +32,7 @@ class ModelOptions(Options, section="model"):
     groups: int = option(0, "of the group normalisation; 0 for the backbone's default", least=0)
     conv: str = option(
         "auto",
-        "how convolutions are computed (docs/performance.md)",
+        "how convolutions are computed (docs/speed.md)",
         choices=("auto", "matmul", "direct", "winograd", "lax"),
     )
     dtype: str = option(

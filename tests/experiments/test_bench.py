@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.bench import SUITES, main
 from experiments.benchmarks import clients, evaluate, moe, scale, startup, timing
 from experiments.benchmarks.workloads import WORKLOADS, Workload, classify, decode, training_flop
 from flexmoe_jax import models
@@ -49,6 +50,12 @@ def test_a_case_prints_one_json_object():
     assert figures["experts"] == 4
     assert 0 <= figures["gap_worst"] < 1
     assert figures["peak_bytes"] > 0
+
+
+def test_help_explains_every_suite(capsys):
+    assert main(["clients", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert [suite for suite in SUITES if f"- `{suite}`:" not in told] == []
 
 
 @pytest.mark.parametrize(
