@@ -6,7 +6,7 @@ Each suite is a module of `experiments.benchmarks`; its docstring explains the f
 - `clients`: a training round compared with a naive round, by workload; `clients W1` for one
   workload, and `clients W1 alone` without the naive round, which is slow.
 - `startup`: time from launch to the first round, before and after programs are compiled.
-- `moe`: the cost of the mixture for a client, and two ways to compute its experts.
+- `moe`: the cost of the mixture for a client, and three ways to compute its experts.
 - `evaluate`: evaluation of all clients' models on a test set, compared with running each whole
   model.
 - `scale`: rounds of a federation of 100,000 clients; `scale P` for one cohort size.

@@ -186,9 +186,9 @@ def regression(inputs: str = "images", targets: str = "labels") -> Task:
 TASKS: dict[str, Callable[[], Task]] = {
     "classification": classification,
     "next_token": next_token,
-    "regression": regression,
 }
-"""Functions that make a task, by the values of the option `task.name`."""
+"""Functions that make a task, by the values of the option `task.name`. No data source of the
+launcher has the targets of a regression."""
 
 
 def _require(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:

@@ -4,7 +4,8 @@
 
 Every combination of a fault in the updates of 10, 20 or 40 % of the clients (NaN, sign reversed,
 1000 times too long, noise added that is 10 times as long) with an aggregator of the server, with
-quarantine, which is on by default, and without it. 273 runs of five seconds each.
+quarantine, which is on by default, and without it. 273 runs of five to
+eleven seconds each.
 """
 
 from __future__ import annotations

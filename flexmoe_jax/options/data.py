@@ -14,8 +14,8 @@ class DataOptions(Options, section="data"):
     name: str = option(
         "digits",
         "digits (embedded), python_topics (text of the Python installation), text (of data.dir: a "
-        "folder of *.txt, one a domain), any TFDS data set of images with labels or, for "
-        "next_token, of text, or a file.npz of your own",
+        "folder of *.txt, one a domain, or a .jsonl file), any TFDS data set of images with labels "
+        "or, for next_token, of text, or a file.npz of your own",
     )
     dir: str = option(
         "",

@@ -26,7 +26,10 @@ class ExecutionOptions(Options, section="execution"):
         choices=("auto", "device", "host"),
     )
     tile: int = option(
-        0, "examples whose gradient is taken at once, to stay in cache; 0 for automatic", least=0
+        0,
+        "examples whose gradient is taken at once, to stay in cache; 0 for automatic; the whole "
+        "batch in any case with local.balance or local.bias_rate, which count use over it",
+        least=0,
     )
 
 
