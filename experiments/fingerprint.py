@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from types import FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import jax
@@ -105,13 +105,19 @@ def _parts_of_function(function: FunctionType) -> Iterator[Any]:
     code, module = function.__code__, sys.modules.get(function.__module__)
     if code.co_filename != getattr(module, "__file__", None):
         raise UnknownError(f"{function.__qualname__}, which is in no file of a module")
-    # Bytecode tells functions of one line apart.
-    yield from (function.__module__, function.__qualname__, code.co_firstlineno, code.co_code)
-    yield from (code.co_names, function.__defaults__, function.__kwdefaults__)
+    yield from (function.__module__, function.__qualname__, code.co_firstlineno)
+    yield from (function.__defaults__, function.__kwdefaults__, *_parts_of_code(code))
     try:
         yield from (cell.cell_contents for cell in function.__closure__ or ())
     except ValueError as error:
         raise UnknownError(f"{function.__qualname__}, which encloses an empty cell") from error
+
+
+def _parts_of_code(code: CodeType) -> Iterator[Any]:
+    """Yields what tells functions of one line apart: bytecode, names and constants."""
+    yield from (code.co_code, code.co_names)
+    for constant in code.co_consts:
+        yield tuple(_parts_of_code(constant)) if isinstance(constant, CodeType) else constant
 
 
 def _name_of_kind(thing: Any) -> str:

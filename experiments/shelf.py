@@ -41,11 +41,19 @@ jax.monitoring.register_event_listener(_listen)
 
 
 def programs_shelf() -> DiskShelf | None:
-    """Returns the shelf beside JAX's own cache; None if JAX is told to keep no programs."""
+    """Returns the shelf beside JAX's own cache.
+
+    None if JAX is told to keep no programs, or a user's module holds what may decide about them and
+    is not known.
+    """
     folder = jax.config.values["jax_compilation_cache_dir"]
     if not folder or not jax.config.values["jax_enable_compilation_cache"]:
         return None
-    return DiskShelf(Path(folder) / "launched")
+    try:
+        return DiskShelf(Path(folder) / "launched")
+    except UnknownError as error:
+        logging.info("Programs are not kept without tracing, because of %s", error)
+        return None
 
 
 class DiskShelf:

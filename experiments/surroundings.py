@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import site
@@ -9,14 +10,17 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import GenericAlias, ModuleType, UnionType
 
 import jax
 
 from experiments.fingerprint import UnknownError, fingerprint
 
 _COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-_OURS = ("experiments", "flexmoe_jax")
+_OURS = ("experiments", "flexmoe_jax", "tests")
+# Values that no function computes with: classes (their source counts), loggers, and types.
+_HARMLESS = (type, logging.Logger, GenericAlias, UnionType)
+_TYPES = ("__future__", "collections.abc", "typing")
 
 
 def surroundings() -> str:
@@ -24,6 +28,9 @@ def surroundings() -> str:
 
     Code means the installed packages by version, and all files of modules that are not installed.
     Of users' modules, the values that they hold count as well: a value may come from anywhere.
+
+    Raises:
+      UnknownError: a user's module holds a value of unknown content.
     """
     own = list(_own_modules())
     parts = [
@@ -85,7 +92,11 @@ def _files(folder: str, deep: bool) -> Iterator[str]:
 
 
 def _values(module: ModuleType) -> Iterator[str]:
-    """Yields the values that a user's module holds, as far as they are data."""
+    """Yields the values that a user's module holds, as far as they are data.
+
+    Raises:
+      UnknownError: one may decide what a function computes, and its content is not known.
+    """
     file = os.path.abspath(str(module.__file__))
     if any(file.startswith(str(Path(__file__).parents[1] / name)) for name in _OURS):
         return
@@ -94,8 +105,9 @@ def _values(module: ModuleType) -> Iterator[str]:
             continue
         try:
             yield f"{module.__name__}.{name} {fingerprint(value)}"
-        except UnknownError:
-            continue
+        except UnknownError as error:
+            if not isinstance(value, _HARMLESS) and type(value).__module__ not in _TYPES:
+                raise UnknownError(f"{module.__name__}.{name}, {error}") from error
 
 
 def _installed() -> list[str]:

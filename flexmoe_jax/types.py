@@ -43,6 +43,9 @@ PyTree = Any
 BALANCE_BIAS = "balance_bias"
 """Name of the balance biases (E,) among the parameters of a gate."""
 
+ROUTER = "router"
+"""Name, in a MoE layer, of the gate over all experts that all clients share."""
+
 
 class Routing(NamedTuple):
     """How a MoE layer routes its inputs; the leading axes are those of the layer's input.

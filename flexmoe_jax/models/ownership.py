@@ -15,7 +15,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flexmoe_jax.errors import InputError
-from flexmoe_jax.types import Params, PyTree
+from flexmoe_jax.types import ROUTER, Params, PyTree
 
 EXPERT, GATE = "expert", "gate"
 """The parts of a MoE layer that a parameter can belong to; its first axis is the expert axis."""
@@ -167,7 +167,7 @@ class Layout(NamedTuple):
 
         def chosen(path: str, layer: str) -> Any:
             inside = path.split("/")[_depth(layer) :]
-            twin = "/".join([*_names(layer), "router", *inside[1:]])
+            twin = "/".join([*_names(layer), ROUTER, *inside[1:]])
             return leaves.get(twin, leaves[path]) if layer and inside[0] == "gate" else leaves[path]
 
         return self.split(self.tree.unflatten(list(map(chosen, self.paths, self.layer))))

@@ -24,7 +24,6 @@ components, `S` searches that run in parallel.
 
 from __future__ import annotations
 
-import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from flexmoe_jax.types import Array, PyTree
+from flexmoe_jax.types import ROUTER, Array, PyTree
 
 # Largest number of landmarks, of values tried for the number of kinds, and of steps of a search.
 _LANDMARKS, _KINDS, _STEPS = 512, 8, 30
@@ -44,6 +43,8 @@ _SEARCHES, _WORK, _FINALISTS = (16, 100), 3_000_000, 8
 _THREADS = 2
 # λ, relative to the average number of clients per centre.
 _RIDGE = 0.2
+# Gaps are nearly equal if they differ by less than this part of the largest.
+_NEAR = 0.03
 # Worth of an expert of a client's kind that is not one of the client's own; its own are worth 1.
 _OTHER = 0.5
 # Constants that separate the random streams.
@@ -54,10 +55,13 @@ def sketch(update: PyTree, size: int) -> Float[Array, " F"]:
     """Sketches an update: sums (F,) of its numbers with random signs.
 
     Sketches preserve inner products in expectation. Each array of the update is scaled to length 1,
-    so that neither the largest array nor the client with the longest steps dominates.
+    so that neither the largest array nor the client with the longest steps dominates. Routers are
+    left out: how they move shows which experts the client held, not what its data are.
     """
     total = jnp.zeros(size, jnp.float32)
-    for i, leaf in enumerate(jax.tree.leaves(update) if size else ()):
+    for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(update) if size else ()):
+        if any(jax.tree_util.keystr((key,), simple=True) == ROUTER for key in path):
+            continue
         flat = leaf.astype(jnp.float32).ravel()
         flat = flat / jnp.maximum(jnp.linalg.norm(flat), 1e-12)
         padded = jnp.pad(flat, (0, -flat.size % size))
@@ -101,12 +105,13 @@ def affinity(
       seed: seed of the search.
 
     Returns:
-      (G, C, E) in [0, 1]; 0 while fewer clients have a profile than there are experts.
+      (G, C, E) in [0, 1]; 0 while fewer clients have a profile than there are experts (if there are
+      fewer clients than experts: until all have one).
     """
     experts = usage.shape[2]
     length = np.linalg.norm(profile, axis=1, keepdims=True)
     known = (length[:, 0] > 0) & (capacity > 0)
-    if experts < 2 or known.sum() < experts:
+    if min(experts, known.sum()) < 2 or known.sum() < min(experts, len(known)):
         return np.zeros(usage.shape)
     unit = np.asarray(profile, np.float64) / np.where(length > 0, length, 1.0)
     rng = np.random.default_rng([seed, _SEARCH])
@@ -115,8 +120,7 @@ def affinity(
         marks = np.sort(rng.choice(marks, _LANDMARKS, replace=False))
     middle = unit[marks].mean(axis=0)
     used = usage / np.maximum(usage.sum(axis=2, keepdims=True), 1.0)
-    of_marks = used[:, marks].mean(axis=0)
-    kinds = _find_kinds(unit[marks] - middle, capacity[marks], of_marks, rng)
+    kinds = _find_kinds(unit[marks] - middle, capacity[marks], used[:, marks], rng)
     points = (unit - middle) @ kinds.components.T
     made_of = _take_apart(points, kinds.centres[None], capacity, kinds.once)[0]
     made_of = np.where(known[:, None], made_of, 0)
@@ -140,72 +144,113 @@ class _Kinds(NamedTuple):
     beyond: float
 
 
+class _Found(NamedTuple):
+    """The best result of several searches.
+
+    Attributes:
+      centres: (D, R).
+      made_of: (M, D) how often each landmark has each kind.
+      explained: squares that the centres explain.
+    """
+
+    centres: np.ndarray
+    made_of: np.ndarray
+    explained: float
+
+
 def _find_kinds(
     profiles: np.ndarray, room: np.ndarray, used: np.ndarray, rng: np.random.Generator
 ) -> _Kinds:
     """Finds the kinds, in the number whose centres explain most beyond chance.
 
     Each number is tried in two ways: a client has each kind at most once, or may repeat a kind.
-    One of the searches for each starts from who has used which experts (`used`, (M, E)), so that a
-    round loses no kinds that the rounds before have found.
+    So that a round does not lose what the rounds before have found, searches start from who has
+    used which experts (`used`, (G, M, E)), and of nearly equal results that one is chosen with
+    which the most use stays where it was.
     """
-    experts = used.shape[1]
     total = float((profiles**2).sum())
     axes = np.linalg.svd(profiles, full_matrices=False)[2]
     shuffled = [rng.permuted(profiles, axis=0) for _ in range(2)]
     of_shuffled = [chance @ np.linalg.svd(chance, full_matrices=False)[2].T for chance in shuffled]
-    numbers = np.unique(np.geomspace(2, experts, _KINDS).round().astype(int))
-    most, of_experts = room.max(), _merge(used.T @ profiles, numbers)
-    tried, searches = [], []
-    for kinds, once in itertools.product(numbers, (True, False)):
-        if (kinds < most) if once else (most == 1):  # Too few kinds, or repeating is impossible.
-            continue
-        tried.append((kinds, once))
-        start = used @ (of_experts[kinds][:, None] == np.arange(kinds))
+    most = min(used.shape[2], len(profiles))
+    numbers = np.unique(np.geomspace(2, most, _KINDS).round().astype(int))
+    merged = [_merge(of_group.T @ profiles, of_group.sum(axis=0), numbers) for of_group in used]
+    searches = []
+    for i, kinds in enumerate(numbers):
+        same = [of_expert[i][:, None] == np.arange(kinds) for of_expert in merged]
+        starts = [of_group @ kind for of_group, kind in zip(used, same, strict=True)]
         count = int(np.clip(_WORK // (len(room) * kinds**2), *_SEARCHES))
         parts = count, count // 4, count // 4
         for points, part in zip((profiles @ axes.T, *of_shuffled), parts, strict=True):
             wish = rng.random((part, len(room), kinds))
-            searches.append((points[:, : kinds - 1], room, wish, once, start))
+            searches.append((points[:, : kinds - 1], room, wish, starts))
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(_search, *zip(*searches, strict=True)))
-    best, gap = None, -np.inf
-    for (kinds, once), (centres, explained), *chance in zip(
-        tried, found[::3], found[1::3], found[2::3], strict=True
-    ):
-        by_chance = float(np.mean([explained for _, explained in chance]))
-        if explained - by_chance > gap:
-            gap = explained - by_chance
+        results = list(pool.map(_search_both_ways, *zip(*searches, strict=True)))
+    tried = []
+    for kinds, real, *chance in zip(numbers, *(results[i::3] for i in range(3)), strict=True):
+        for once, found in real.items():
+            by_chance = float(np.mean([of_chance[once].explained for of_chance in chance]))
+            gap = found.explained - by_chance
             beyond = max(gap, 0.0) / max(total - by_chance, 1e-12)
-            best = _Kinds(centres, axes[: kinds - 1], once, beyond)
-    assert best is not None
-    return best
+            tried.append((gap, found, _Kinds(found.centres, axes[: kinds - 1], once, beyond)))
+    tried.sort(key=lambda one: -one[0])
+    near = [one for one in tried if one[0] >= tried[0][0] - _NEAR * abs(tried[0][0])]
+    return max(near, key=lambda one: _kept(one[1].made_of, used))[2]
 
 
-def _merge(centres: np.ndarray, numbers: np.ndarray) -> dict[int, np.ndarray]:
-    """Merges the experts with the nearest centres (E, F): for each D of `numbers`, kinds (E,)."""
+def _kept(made_of: np.ndarray, used: np.ndarray) -> float:
+    """Use (G, M, E) that stays where it was, if clients hold the experts of their kinds (M, D)."""
+    return round(sum(float(of[_deal_out(made_of, of) == 1].sum()) for of in used), 6)
+
+
+def _merge(sums: np.ndarray, use: np.ndarray, numbers: np.ndarray) -> list[np.ndarray]:
+    """Merges the experts whose users are nearest: for each D of `numbers`, kinds (E,).
+
+    Args:
+      sums: (E, F) sums of the users' profiles, by their use.
+      use: (E,) sums of the use.
+      numbers: values of D, none above E.
+    """
     from scipy.cluster.hierarchy import cut_tree, linkage  # The import takes time.
 
-    tree = linkage(centres, "ward")
-    return {int(kinds): cut_tree(tree, kinds)[:, 0] for kinds in numbers}
+    tree = linkage(sums / np.where(use > 0, use, 1.0)[:, None], "ward")
+    # One by one: if several are given, SciPy 1.17 gives one kind in place of E.
+    return [cut_tree(tree, kinds)[:, 0] for kinds in numbers]
+
+
+def _search_both_ways(
+    points: np.ndarray, room: np.ndarray, wish: np.ndarray, starts: list[np.ndarray]
+) -> dict[bool, _Found]:
+    """Searches with each kind at most once in a client, and with repetition, where possible.
+
+    What is found in the first way is a start for the second, which permits more.
+    """
+    found = {}
+    if wish.shape[2] >= room.max():
+        found[True] = _search(points, room, wish, starts, once=True)
+        starts = [*starts, found[True].made_of / room[:, None]]
+    if room.max() > 1:
+        found[False] = _search(points, room, wish, starts, once=False)
+    return found
 
 
 def _search(
-    points: np.ndarray, room: np.ndarray, wish: np.ndarray, once: bool, start: np.ndarray
-) -> tuple[np.ndarray, float]:
-    """Runs several searches, and returns the best centres (D, R) and the squares they explain.
+    points: np.ndarray, room: np.ndarray, wish: np.ndarray, starts: list[np.ndarray], *, once: bool
+) -> _Found:
+    """Runs several searches and returns the best result.
 
     Args:
       points: (M, R) profiles of the landmarks.
       room: (M,) k_c.
-      wish: (S, M, D) uniform draws, from which the searches start.
+      wish: (S, M, D) uniform draws, from which S searches start.
+      starts: parts (M, D) that the kinds have in a client, from which other searches start. These
+        run to the end.
       once: whether a client has each kind at most once.
-      start: (M, D) parts that the kinds have in a client, from which one more search starts.
     """
     kinds = wish.shape[2]
     ridge = _RIDGE * len(room) / (kinds * room.mean()) * np.eye(kinds)
     drawn = _draw_different(wish, room) if once else _draw(points, room, wish)
-    made_of = np.concatenate([room[:, None] * start[None], drawn])
+    made_of = np.concatenate([room[:, None] * np.stack(starts), drawn])
     least = np.full(len(made_of), np.inf)
     for step in range(_STEPS):
         share = made_of / room[:, None]
@@ -218,11 +263,12 @@ def _search(
         if (cost >= least * (1 - 1e-9)).all():
             break
         least = np.minimum(cost, least)
-        if step % 2 and len(cost) > _FINALISTS:
-            better = np.argsort(cost, kind="stable")[: max(len(cost) // 2, _FINALISTS)]
+        if step % 2 and len(cost) > len(starts) + _FINALISTS:
+            order = np.argsort(cost[len(starts) :], kind="stable") + len(starts)
+            better = np.r_[: len(starts), order[: max(len(cost) // 2, _FINALISTS)]]
             made_of, least = made_of[better], least[better]
     best = cost.argmin()
-    return centres[best], float((points**2).sum() - missed[best])
+    return _Found(centres[best], made_of[best], float((points**2).sum() - missed[best]))
 
 
 def _draw_different(wish: np.ndarray, room: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -74,6 +75,8 @@ KINDS = {
     "kind of record": lambda: (Pair(1, 2), Pair(1, 2), (1, 2)),
     "closure": lambda: (enclosing(2), enclosing(2), enclosing(3)),
     "one line": lambda: (*[lambda x: x + 1 for _ in range(2)], lambda x: x - 1),
+    "one line, another number": lambda: (*[lambda x: x + 1 for _ in range(2)], lambda x: x + 2),
+    "within": lambda: (*[lambda: lambda x: x + 1 for _ in range(2)], lambda: lambda x: x + 2),
     "default": lambda: (*[functools.partial(enclosing, 1) for _ in range(2)], enclosing),
     "method": lambda: (Record(1).__repr__, Record(1).__repr__, Record(2).__repr__),
     "optimiser": lambda: (optax.adam(0.1), optax.adam(0.1), optax.adam(0.2)),
@@ -172,3 +175,7 @@ def test_surroundings_tell_of_changed_code_and_settings(tmp_path, monkeypatch):
         wide = surroundings()
     assert len({before, loaded, with_a_value, edited, with_another, wide}) == 6
     assert surroundings() == with_another
+    # Functions may compute with it.
+    module.settings = SimpleNamespace(scale=2)
+    with pytest.raises(UnknownError, match=r"code_of_a_user\.settings"):
+        surroundings()
