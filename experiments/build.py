@@ -213,6 +213,8 @@ def make_task(name: str) -> Task:
 def make_policy(options: AssignmentOptions, load: str) -> assignment.Policy:
     """Makes the policy that decides which client holds which expert."""
     given = asdict(options)
+    for of_federation in ("layers", "load", "deficit_decay"):
+        given.pop(of_federation)
     return assignment.make_policy(given.pop("policy"), weighted=load != "clients", **given)
 
 

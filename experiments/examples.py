@@ -87,6 +87,9 @@ def _of_everybody(config: ConfigDict) -> Examples:
     if told and config.partition.rule != "none":
         remedy = "rules are of labelled pictures: choose none"
         raise InputError("partition.rule", config.partition.rule, remedy)
+    if told and config.assignment.diversity:
+        remedy = "text has no labels by which clients differ: give 0"
+        raise InputError("assignment.diversity", config.assignment.diversity, remedy)
     if told:
         return _text(config)
     if config.partition.name == "domains":
@@ -175,6 +178,9 @@ def _apart(examples: Examples, config: ConfigDict) -> Examples:
     """Separates newcomers from the clients that train; each set is renumbered from 0."""
     trained, coming = split_clients(config)
     if not coming.size:
+        if shortlist := config.clients.shortlist:
+            remedy = "there are no newcomers: give clients.newcomers, or 0"
+            raise InputError("clients.shortlist", shortlist, remedy)
         return examples
 
     def group_of(numbers: np.ndarray) -> np.ndarray | None:

@@ -37,9 +37,15 @@ def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
         inside = config.copy_and_resolve_references()
         inside.model.update(experts=1, whole_experts=False)
         make_inside = model_maker(inside)
-        return lambda classes: models.clustered(make_inside(classes), options.experts)
+        dtype = options.dtype  # Inside, since whole models of tokens have nothing else to cast.
+        return lambda classes: models.clustered(
+            make_inside(classes).computed_in(dtype), options.experts
+        )
     if options.backbone == "transformer":
+        _refuse_parts_of_images(options)
         return lambda classes: _decoder(options, bias, config.data.length)
+    if options.backbone == "resnet":
+        _require_one_width(options)
     backbone = models.make_backbone(
         options.backbone,
         widths=options.widths or (),
@@ -52,6 +58,21 @@ def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
     if options.moe_stages:
         return partial(_within, _with_stages(backbone, options, bias))
     return partial(_classifier, options, bias, backbone)
+
+
+def _refuse_parts_of_images(options: ModelOptions) -> None:
+    """Refuses fields that a decoder does not have."""
+    for field in ("local_backbone", "moe_stages"):
+        if value := getattr(options, field):
+            raise InputError(f"model.{field}", value, "transformer has none: leave it out")
+    _require_one_width(options)
+
+
+def _require_one_width(options: ModelOptions) -> None:
+    widths = options.widths or ()
+    if len(widths) > 1:
+        remedy = f"{options.backbone} has one width: give one number, as (64,)"
+        raise InputError("model.widths", tuple(widths), remedy)
 
 
 def _with_stages(backbone: nn.Module, options: ModelOptions, bias: bool) -> nn.Module:

@@ -243,7 +243,7 @@ class Workdir:
         history, lines = self.history(), []
         kept = [row for row in history.rows if row["round"] <= rounds_done]
         if kept and kept[-1]["round"] % every:
-            kept[-1] = {name: x for name, x in kept[-1].items() if not name.startswith("eval/")}
+            kept[-1] = {name: x for name, x in kept[-1].items() if not _of_evaluation(name)}
         lost = missing_rounds(kept, rounds_done)
         if lost:
             lines.append(f"{lost} of the {rounds_done} rounds done are lost from metrics.jsonl")
@@ -330,6 +330,11 @@ def _rounds_stay(config: ConfigDict, done: int) -> str:
 
 def _reason(error: Exception) -> str:
     return str(error.strerror) if isinstance(error, OSError) else str(error)
+
+
+def _of_evaluation(name: str) -> bool:
+    """Whether a column of metrics.jsonl is written in rounds with an evaluation alone."""
+    return name.startswith("eval/") or "/newcomer_" in name
 
 
 def _free(path: Path) -> Path:

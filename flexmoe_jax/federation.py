@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from flexmoe_jax import tasks
-from flexmoe_jax.assignment import Policy
+from flexmoe_jax.assignment import NamedPolicy, Policy
 from flexmoe_jax.client import Codec, Learner, LocalTraining, Site, init_residual
 from flexmoe_jax.client.training import check_transform
 from flexmoe_jax.errors import InputError, check_range, printable
@@ -116,7 +116,30 @@ class Federation:
         if self.fitness.sketched and self.admission.private:
             remedy = "what it keeps of single updates is not private: give 0"
             raise InputError("fitness.affinity", self.fitness.affinity, remedy)
+        self._check_share()
+        self._check_task()
         self._check_outputs()
+
+    def _check_share(self) -> None:
+        """Checks that the policy aims at the shares by which deficits are counted."""
+        if isinstance(self.policy, NamedPolicy) and self.policy.name == "flex":
+            aims, equal = self.policy.options["share"], np.ones(self.layout.experts)
+            here, there = (np.asarray(equal if x is None else x) for x in (self.share, aims))
+            if here.shape != there.shape or not np.allclose(here / here.sum(), there / there.sum()):
+                remedy = "the policy aims at other shares: give make_policy the same share"
+                raise InputError("share", self.share, remedy)
+
+    def _check_task(self) -> None:
+        """Checks that the task has what the settings need."""
+        if self.fitness.score == "accuracy" and self.task.hits is None:
+            remedy = 'the task says of no prediction that it is right: give "loss", or your own'
+            raise InputError("fitness.score", "accuracy", remedy)
+        if self.local.prior and self.task.adjust is None:
+            remedy = "the task's outputs have no classes whose shares could be added: give 0"
+            raise InputError("local.prior", self.local.prior, remedy)
+        if self.fitness.sketched and "shared" not in self.layout.owner:
+            remedy = "it is inferred from updates of shared parameters, and there are none: give 0"
+            raise InputError("fitness.affinity", self.fitness.affinity, remedy)
 
     def replace(self, **changes: Any) -> Federation:
         """Returns a copy of the federation with these settings changed."""
@@ -186,7 +209,7 @@ class Federation:
     @property
     def groups(self) -> int:
         """G, the number of groups of MoE layers."""
-        return len(self.layout.layers) if self.layers == "each" else 1
+        return max(len(self.layout.layers), 1) if self.layers == "each" else 1
 
     @property
     def group(self) -> dict[str, int]:

@@ -50,7 +50,10 @@ def test_choices_that_do_not_fit_together_are_refused(clients, choices, line):
         ({"capacity": np.array([1, 2])}, r"capacity=\[1, 2\]: give one for each of the 7 clients"),
         ({"classes": 3}, "labels=9: the model tells classes 0 to 2 apart"),
         ({"classes": 12}, "label_share=10 classes: not the model's"),
-        ({"task": tasks.regression()}, "labels=int32 of shape .*: regression takes finite"),
+        (
+            {"task": tasks.regression(), "fitness": FitnessOptions("loss")},
+            "labels=int32 of shape .*: regression takes finite",
+        ),
     ],
 )
 def test_data_that_do_not_fit_are_refused(clients, choices, line):

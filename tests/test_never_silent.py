@@ -52,7 +52,7 @@ def six() -> data.ClientData:
     return data.join(ARRAYS, PARTS, data.label_counts(Y, PARTS, 3))
 
 
-def federate(clients: data.ClientData, net: Net | None = None, **options: Any) -> Federation:
+def federate(clients: data.ClientData, net: nn.Module | None = None, **options: Any) -> Federation:
     sample = {name: x[:2] for name, x in clients.arrays.items()}
     plain = {
         "task": TASK,
@@ -247,3 +247,93 @@ def test_a_model_that_returns_no_routings_is_refused() -> None:
     model = models.from_functions(init, apply, {"moe/w": "expert", "moe/gate": "gate"})
     with pytest.raises(InputError, match=r"and return \(outputs, \{layer: Routing\}\)"):
         federate(six()).replace(model=model)
+
+
+def test_an_example_that_is_not_a_number_stays_its_clients_own() -> None:
+    arrays = {"x": X.copy(), "y": Y}
+    arrays["x"][0] = np.nan  # The first row of all, of client 0.
+    parts = np.split(np.arange(60), [7, 19, 22, 42, 51])  # Batches of 5 are not full.
+    clients = data.join(arrays, parts, data.label_counts(Y, parts, 3))
+    _, _, report = train(federate(clients), clients)
+    assert report.quarantined.sum() == 1
+
+
+def test_the_loss_of_units_of_weight_0_is_nobodys() -> None:
+    y = np.where(np.arange(60) % 7, Y, 0).astype(np.float32)[:, None]
+    there = (np.arange(60) % 7 > 0).astype(np.float32)[:, None]
+
+    def loss(outputs: jax.Array, batch: Any) -> jax.Array:
+        return jnp.where(batch["there"] > 0, (outputs - batch["y"]) ** 2, jnp.nan)[:, 0]
+
+    task = tasks.regression("x", "y")._replace(loss=loss, weight=lambda batch: batch["there"][:, 0])
+    clients = data.join({"x": X, "y": y, "there": there}, PARTS)
+    options = {"task": task, "fitness": server.FitnessOptions("loss"), "prior": False}
+    _, _, report = train(federate(clients, Net(1), **options), clients)
+    assert np.isfinite(report.loss).all()
+    assert not report.quarantined.any()
+
+
+def test_a_feed_of_other_clients_has_no_examples_of_the_cohort() -> None:
+    clients = six()
+    simulated = simulation.simulate(federate(clients), clients)
+    feed = data.feed_cohorts(clients, 3, jax.device_put)
+    state, cohort = simulated.init(jax.random.key(0)), np.array([3, 4, 5])
+    plan = simulated.plan(cohort, simulated.assign(state, cohort))
+    report = simulated.round(state, feed(np.array([0, 1, 2])), plan)[1]
+    assert not np.asarray(report.examples).any()
+
+
+REGRESSION = tasks.regression("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"task": REGRESSION}, "fitness.score=accuracy: the task says of no prediction"),
+        (
+            {
+                "task": TASK._replace(adjust=None),
+                "prior": False,
+                "local": client.LocalTraining(optax.sgd(0.1), prior=1.0),
+            },
+            "local.prior=1.0: the task's outputs have no classes",
+        ),
+        (
+            {"share": np.array([0.4, 0.2, 0.2, 0.2])},
+            "share=.*: the policy aims at other shares",
+        ),
+    ],
+)
+def test_what_would_have_no_effect_or_another_is_refused(options: dict, line: str) -> None:
+    clients = six()
+    with pytest.raises(InputError, match=line):
+        federate(clients, **options)
+
+
+def test_solutions_of_another_cohort_are_refused() -> None:
+    clients = six()
+    federation = federate(clients, capacity=np.array([1, 1, 3, 1, 3, 1]))
+    simulated = simulation.simulate(federation, clients)
+    state = simulated.init(jax.random.key(0))
+    others = simulated.assign(state, np.array([2, 4]))
+    with pytest.raises(InputError, match="solutions=3 experts: client 0 has no room"):
+        simulated.plan(np.array([0, 3]), others)
+
+
+def test_a_policy_takes_no_options_of_the_federation() -> None:
+    with pytest.raises(TypeError, match="deficit_decay, layers belong to the federation"):
+        assignment.make_policy("flex", layers="each", deficit_decay=0.5)
+
+
+def test_without_moe_layers_clients_are_evaluated_layer_by_layer_too() -> None:
+    clients = six()
+
+    class Dense(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Dense(3)(x)
+
+    federation = federate(clients, Dense(), layers="each", capacity=np.ones(6, int))
+    simulated, state, _ = train(federation, clients)
+    found = simulated.evaluate(state, simulation.chunk_test_set(ARRAYS, 30), clients.about)
+    assert np.isfinite(found.personal_accuracy).sum() == 6

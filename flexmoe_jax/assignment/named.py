@@ -23,6 +23,9 @@ from flexmoe_jax.assignment.solution import Solution
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.assignment import AssignmentOptions
 
+# Options that the records share with policies, and that policies do not use.
+_OF_OTHERS = {"layers", "load", "deficit_decay"}
+
 
 @dataclass(frozen=True)
 class NamedPolicy:
@@ -62,6 +65,8 @@ def make_policy(
       TypeError: an option that does not exist.
     """
     require_name("assignment.policy", name, POLICIES)
+    if wrong := _OF_OTHERS & set(given):
+        raise TypeError(f"make_policy: {', '.join(sorted(wrong))} belong to the federation")
     options = replace(PLAIN, **given)
     require_name("assignment.solver", options.solver, SOLVERS)
     require_name("assignment.rounding", options.rounding, ROUNDINGS)

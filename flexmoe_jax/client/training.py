@@ -317,8 +317,12 @@ def _step(
 
 
 def take_batch(arrays: Batch, rows: Int[Array, " B"]) -> tuple[Batch, Float[Array, " B"]]:
-    """Returns the rows (B,) of named examples, and 1.0 for each real row, 0.0 for a row of -1."""
-    valid, there = (rows >= 0).astype(jnp.float32), jnp.maximum(rows, 0)
+    """Returns the rows (B,) of named examples, and 1.0 for each real row, 0.0 for a row of -1.
+
+    In place of a row of -1 stands the first row, so that nobody computes with another's examples.
+    """
+    valid = (rows >= 0).astype(jnp.float32)
+    there = jnp.where(rows >= 0, rows, jnp.maximum(rows[0], 0))
     return {n: x.at[there].get(mode="promise_in_bounds") for n, x in arrays.items()}, valid
 
 
@@ -367,6 +371,7 @@ def objective(
         outputs = task.adjust(outputs, local.prior * known.log_share)
     weight = weights_of(task, batch, valid)
     losses = task.loss(outputs, batch).astype(jnp.float32)
+    losses = jnp.where(weight > 0, losses, 0.0)
     units = weight.sum()
     loss = mean_of((losses * weight).sum(), units)
     for name in learner.layers if local.balance or local.bias_rate or local.z else ():

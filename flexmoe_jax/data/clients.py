@@ -206,8 +206,8 @@ def feed_cohorts(
         rows = np.asarray(data.index)[cohort][owned]
         place = np.zeros(owned.shape, np.int32)
         place[owned] = np.arange(rows.size)
-        index = np.zeros(data.index.shape, np.int32)
-        index[cohort] = place
+        index = np.full(data.index.shape, -1, np.int32)  # Others have no examples here.
+        index[cohort] = np.where(owned, place, -1)
         rows = np.resize(rows, room)
         sent = {"arrays": {name: x[rows] for name, x in data.arrays.items()}, "index": index}
         return ClientData(**put(sent), **known)

@@ -270,6 +270,8 @@ class Service:
         )
         most = int(federation.local.examples(np.asarray(self._common.examples[number])))
         wire.check_upload(upload, most, self._units_of_one)
+        if federation.fitness.score == "loss" and np.any(upload.feedback.loss < 0):
+            raise wire.WireError("feedback has a loss below 0, which fitness.score=loss excludes")
         return upload
 
     def _finish(

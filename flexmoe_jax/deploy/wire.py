@@ -250,8 +250,10 @@ def check_upload(upload: Upload, most_examples: int, units_of_one: float) -> Non
     usage, correct, loss = (np.asarray(part, np.float64) for part in upload.feedback)
     if not (np.isfinite(usage).all() and np.isfinite(correct).all()):
         raise WireError("feedback is not all numbers")
-    if (usage < 0).any() or (correct < 0).any() or (correct > usage * 1.001 + 1e-3).any():
+    if (usage < 0).any() or (correct < 0).any() or (correct > usage * 1.001 + 1e-6).any():
         raise WireError("feedback has more right than there were, or fewer than none")
+    if (usage.sum(axis=-1) > units * 1.001 + 1e-6).any():
+        raise WireError(f"feedback has more than the {units:.0f} units")
     if not np.isfinite(loss).all() and np.isfinite(float(upload.loss)):
         raise WireError("feedback's loss is not all numbers")
 

@@ -25,7 +25,10 @@ class LocalSteps(Options, section="local"):
     )
     learning_rate: float = option(0.1, "of that optimizer", above=0)
     expert_rate: float = option(
-        1.0, "factor on it for experts and gate, whose gradients are small", above=0
+        1.0,
+        "factor on it for experts and gate, whose gradients are small; not for those in "
+        "model.private",
+        above=0,
     )
     decay: str = option(
         "none",

@@ -96,11 +96,11 @@ def _refuse(
 ) -> Array:
     """Whether an answer is refused, by its own norms and the limits from other updates: () bool."""
     refused = jnp.zeros((), bool)
-    if admission.quarantine or admission.clip:
+    if admission.quarantine or admission.clip or admission.norm_limit:
         refused = ~jnp.isfinite(norms.sum() + loss)
     if admission.compares and limits is not None:
         refused |= (norms > limits * reach).any()
-    if admission.quarantine and admission.norm_limit:
+    if admission.norm_limit:
         refused |= _together(norms) > admission.norm_limit
     return refused
 

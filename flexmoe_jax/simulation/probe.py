@@ -100,7 +100,8 @@ def probe(
       fetch: takes experts from the server's.
 
     Returns:
-      (G, E) fitness, on the scale of Q; the initial value if no example reached an expert.
+      (G, E) fitness, on the scale of Q; the initial value if no example reached an expert, or the
+      score is not finite.
     """
     desk, site, experts = federation.desk, federation.site, federation.layout.experts
     groups = jnp.arange(desk.groups, dtype=jnp.int32)[:, None]
@@ -123,7 +124,8 @@ def probe(
     nothing = jnp.zeros((desk.groups, experts), jnp.float32)
     turns = jnp.arange(len(rows), dtype=jnp.int32)
     said, _ = lax.scan(try_batch, Feedback(nothing, nothing, nothing), (turns, rows))
-    return jnp.where(said.usage > 0, server.make_score(desk.fitness)(said), desk.fitness.initial)
+    score = server.make_score(desk.fitness)(said)
+    return jnp.where((said.usage > 0) & jnp.isfinite(score), score, desk.fitness.initial)
 
 
 def _routed(

@@ -240,6 +240,9 @@ def _plan(
     if len(assignment) != len(cohort):
         remedy = f"give the solutions of this cohort, of {len(cohort)} clients"
         raise InputError("solutions", f"for {len(assignment)} clients", remedy)
+    if (over := assignment.sum(axis=2).max(axis=1) > federation.capacity[cohort]).any():
+        remedy = f"client {cohort[over][0]} has no room for so many: give those of this cohort"
+        raise InputError("solutions", f"{assignment[over][0].sum(axis=1).max()} experts", remedy)
     room = max(floor.rows, len(cohort), 1)
     tampering = Tampering() if arrival is None else Tampering(arrival.tamper, arrival.noise)
     if arrival is not None:

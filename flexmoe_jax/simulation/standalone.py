@@ -31,7 +31,8 @@ class Standalone(NamedTuple):
 
     Attributes:
       params: by their paths in the model, such as `backbone/Dense_0/kernel`; stacks (k, ...) hold
-        the experts listed in `experts`, in the same order.
+        the experts listed in `experts`, in the same order. If layers are assigned separately, all
+        stacks are as long as the longest list, and what follows a shorter list is not used.
       apply: (params, inputs (B, ...) as the task takes them from a batch) -> outputs.
       experts: MoE layer to the ids (k,) of its experts among the federation's E.
       log_share: (Y,) logarithm of the client's label shares, which `apply` adds to its outputs;

@@ -129,6 +129,11 @@ def test_no_mutated_upload_enters_or_breaks_anything(case):
         ({"units": np.float32(6)}, "6 units of 5 examples"),
         ({"units": np.float32(np.nan)}, "units"),
         ({"feedback": Feedback(*[np.full((2, 3), -1.0, np.float32)] * 3)}, "fewer than none"),
+        ({"feedback": Feedback(*[np.full((2, 3), 1e9, np.float32)] * 3)}, "more than the 5 units"),
+        (
+            {"feedback": Feedback(*np.float32([[[1e-6] * 3], [[1e-3] * 3], [[0.0] * 3]]))},
+            "more right than there were",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(change, why):

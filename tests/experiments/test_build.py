@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from experiments.build import build, local_optimizer, notes_on_devices
 from experiments.cli import flat_fields
-from experiments.configs import base, digits
+from experiments.configs import base, digits, text
 from experiments.examples import load_partitioned
-from experiments.model import check_model
+from experiments.model import check_model, finished, model_maker
 from experiments.report import write_report
 from experiments.rounds import run_rounds
 from experiments.studies.methods import METHODS
@@ -296,3 +296,33 @@ def test_whole_models_are_sent_to_all_who_are_asked_about_them():
     config.model.router = True
     with pytest.raises(InputError, match=r"model\.router=True: whole models have no gate"):
         build(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"model.local_backbone": True}, r"model\.local_backbone=True: transformer has none"),
+        ({"model.moe_stages": "1,2"}, r"model\.moe_stages=1,2: transformer has none"),
+        ({"model.widths": (16, 64)}, r"model\.widths=\(16, 64\): transformer has one width"),
+        ({"assignment.diversity": 1.0}, r"assignment\.diversity=1\.0: text has no labels"),
+        ({"local.prior": 1.0}, r"local\.prior=1\.0: the task's outputs have no classes"),
+        ({"clients.shortlist": 3}, r"clients\.shortlist=3: there are no newcomers"),
+    ],
+)
+def test_what_text_or_a_decoder_has_no_use_for_is_refused(fields, line):
+    config = text.get_config()
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(InputError, match=line):
+        build(config)
+
+
+def test_whole_models_compute_in_the_precision_that_is_asked_for():
+    config = text.get_config()
+    config.update_from_flattened_dict(
+        {"model.whole_experts": True, "model.router": False, "model.dtype": "bfloat16"}
+    )
+    model = finished(model_maker(config), config, 256, lambda inputs: inputs)
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    program = jax.make_jaxpr(lambda p, x: model.apply(p, x, {})[0])(params, tokens)
+    assert "bf16" in str(program)

@@ -52,6 +52,7 @@ def test_an_honest_update_counts_as_it_is():
         (Admission(), np.nan, (np.inf, np.inf)),
         (Admission(), np.inf, (np.inf, np.inf)),
         (Admission(norm_limit=9.9), 1.0, (np.inf, np.inf)),
+        (Admission(quarantine=False, norm_limit=9.9), 1.0, (np.inf, np.inf)),
         (Admission(), 1.0, (5.9, 100.0)),
         (Admission(), 1.0, (100.0, 7.9)),
         # What is not a number cannot be cut: without quarantine it counts for nothing, too.

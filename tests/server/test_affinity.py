@@ -101,6 +101,29 @@ def test_fewer_known_clients_than_experts_tell_nothing() -> None:
     assert not affinity(profiles, np.zeros((1, 24, 6)), np.full(24, 2), seed=0).any()
 
 
+def test_fewer_clients_than_experts_have_kinds_too() -> None:
+    rng = np.random.default_rng(5)
+    profiles, owns = mixed_profiles(rng, 8, 2, 1, noise=0.05)
+    like = affinity(profiles, np.zeros((1, 8, 12)), np.ones(8, int), seed=0)[0]
+    assert {tuple(column) for column in (like > 0.1).T} == {tuple(column) for column in owns.T}
+
+
+def test_layers_that_number_their_experts_differently_do_not_mix() -> None:
+    rng = np.random.default_rng(0)
+    profiles, owns = mixed_profiles(rng, 64, 16, 4, noise=0.05)
+    order = rng.permutation(16)
+    like = affinity(profiles, np.stack([owns, owns[:, order]]) * 100.0, np.full(64, 4), seed=0)
+    np.testing.assert_array_equal(like > 0.8, [owns, owns[:, order]])
+
+
+def test_experts_of_one_kind_are_merged_however_much_they_are_used() -> None:
+    centres = np.eye(3).repeat(2, axis=0)
+    use = np.array([12.0, 2.0, 2.0, 12.0, 7.0, 7.0])
+    for kinds in module._merge(use[:, None] * centres, use, np.array([3])):
+        assert (kinds[::2] == kinds[1::2]).all()
+        assert len(set(kinds)) == 3
+
+
 def test_clients_with_more_room_take_part_in_more_centres() -> None:
     rng = np.random.default_rng(4)
     profiles, _ = mixed_profiles(rng, 30, 6, 1, noise=0.02)
@@ -132,6 +155,13 @@ def test_a_sketch_keeps_angles_between_updates() -> None:
         mixed = share * one + (1 - share) * other
         kept = [sketch({"a": jnp.asarray(x)}, 2048) for x in (one, mixed)]
         assert cosine(*kept) == pytest.approx(cosine(jnp.asarray(one), jnp.asarray(mixed)), abs=0.1)
+
+
+def test_a_router_is_not_heard() -> None:
+    update = {"a": jnp.ones(8), "moe": {"router": {"kernel": jnp.ones((4, 4))}}}
+    changed = {"a": jnp.ones(8), "moe": {"router": {"kernel": jnp.arange(16.0).reshape(4, 4)}}}
+    np.testing.assert_array_equal(sketch(update, 16), sketch(changed, 16))
+    assert sketch(update, 16).any()
 
 
 def test_every_array_of_an_update_is_heard() -> None:

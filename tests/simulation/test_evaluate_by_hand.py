@@ -24,6 +24,7 @@ from flexmoe_jax.data import About, join
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.metrics import evaluation_figures
 from flexmoe_jax.models import Marked, Model, Ownership, route
+from flexmoe_jax.server import FitnessOptions
 from flexmoe_jax.simulation import Simulation, chunk_test_set, simulate
 from flexmoe_jax.types import Evaluation, State
 
@@ -249,6 +250,7 @@ def test_numbers_to_be_told_have_losses_alone():
         arrays,
         np.zeros((2, 0), np.float32),
         task=tasks.regression(),
+        fitness=FitnessOptions("loss"),
         ownership=Ownership(shared_gate=True),
     )
     # Halves of 0 + 1 + 16 and of 4 + 1 + 4; of the mean, 2, of 1 + 0 + 9; of 1, 3, 1: 0 + 1 + 16.
