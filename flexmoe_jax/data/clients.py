@@ -57,6 +57,8 @@ class ClientData:
 
     def of(self, numbers: np.ndarray) -> ClientData:
         """Return the data of the clients `numbers` (c,), in this order; the arrays stay whole."""
+        if not len(numbers):
+            raise InputError("numbers", numbers, "name one client at least")
         size = self.size[numbers]
         return ClientData(
             arrays=self.arrays,

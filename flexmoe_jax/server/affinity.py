@@ -41,9 +41,11 @@ _LANDMARKS, _KINDS, _STEPS = 512, 8, 30
 _SEARCHES, _WORK, _FINALISTS = (16, 100), 3_000_000, 8
 # With more threads, they wait longer for the interpreter's lock than they compute.
 _THREADS = 2
+# Number of rounds whose updates count in full.
+_EARLY = 10
 # λ, relative to the average number of clients per centre.
 _RIDGE = 0.2
-# Gaps are nearly equal if they differ by less than this part of the largest.
+# Gaps, and costs of searches, are nearly equal if they differ by less than this part.
 _NEAR = 0.03
 # Worth of an expert of a client's kind that is not one of the client's own; its own are worth 1.
 _OTHER = 0.5
@@ -75,18 +77,22 @@ def learn_profile(
     clients: Int[Array, " P"],
     sketches: Float[Array, "P F"],
     accepted: Bool[Array, " P"],
+    round_index: Int[Array, ""],
 ) -> Float[Array, "C F"]:
     """Adds a round's sketches (P, F) to the profiles (C, F).
 
-    The mean of the sketches is subtracted, and each difference is scaled to length 1. Sketches that
-    were not accepted or are not finite are ignored.
+    The mean of the sketches is subtracted, and each difference is scaled to length 1, after
+    `_EARLY` rounds to less and less: the better experts fit their clients, the less the shared
+    parameters are pulled in different directions. Sketches that were not accepted or are not finite
+    are ignored.
     """
     there = (accepted & jnp.isfinite(sketches).all(axis=1))[:, None]
     count = jnp.maximum(there.sum(dtype=jnp.float32), 1.0)
     mean = jnp.where(there, sketches, 0.0).sum(axis=0, keepdims=True) / count
     own = jnp.where(there, sketches - mean, 0.0)
     length = jnp.sqrt((own**2).sum(axis=1, keepdims=True))
-    return profile.at[clients].add(own / jnp.maximum(length, 1e-12), mode="drop")
+    weight = jnp.minimum(1.0, _EARLY / (round_index + 1.0))
+    return profile.at[clients].add(weight * own / jnp.maximum(length, 1e-12), mode="drop")
 
 
 def affinity(
@@ -244,7 +250,7 @@ def _search(
       room: (M,) k_c.
       wish: (S, M, D) uniform draws, from which S searches start.
       starts: parts (M, D) that the kinds have in a client, from which other searches start. These
-        run to the end.
+        run to the end, and of nearly equal results theirs is the best.
       once: whether a client has each kind at most once.
     """
     kinds = wish.shape[2]
@@ -267,7 +273,9 @@ def _search(
             order = np.argsort(cost[len(starts) :], kind="stable") + len(starts)
             better = np.r_[: len(starts), order[: max(len(cost) // 2, _FINALISTS)]]
             made_of, least = made_of[better], least[better]
-    best = cost.argmin()
+    best, of_starts = cost.argmin(), cost[: len(starts)].argmin()
+    if cost[of_starts] <= cost[best] * (1 + _NEAR):
+        best = of_starts
     return _Found(centres[best], made_of[best], float((points**2).sum() - missed[best]))
 
 

@@ -55,6 +55,9 @@ def make_load_model(
     Raises:
       InputError: the name is not in `LOAD_MODELS`.
     """
+    if len(examples) != len(capacity):
+        remedy = f"give one for each of the {len(capacity)} clients"
+        raise InputError("examples", f"{len(examples)} numbers", remedy)
 
     def clients(cohort: np.ndarray, seen: np.ndarray, rounds: np.ndarray) -> float:
         return 1.0

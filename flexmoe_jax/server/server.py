@@ -234,7 +234,7 @@ def close(desk: Desk, server: Server, sums: Sums, verdicts: Verdict, plan: Plan)
       plan: the round's plan.
     """
     shared, experts, optimizer = _move(desk.optimizer, server, sums)
-    ledger = _keep_books(desk, server.ledger, sums, verdicts, plan)
+    ledger = _keep_books(desk, server, sums, verdicts, plan)
     return Server(server.key, server.round + 1, shared, experts, optimizer, ledger)
 
 
@@ -268,8 +268,9 @@ def _move(
     return shared, experts, (of_shared, {layer: state for layer, (_, state) in moved.items()})
 
 
-def _keep_books(desk: Desk, ledger: Ledger, sums: Sums, verdicts: Verdict, plan: Plan) -> Ledger:
+def _keep_books(desk: Desk, server: Server, sums: Sums, verdicts: Verdict, plan: Plan) -> Ledger:
     """Updates the server's records about clients and experts after a round."""
+    ledger = server.ledger
     feedback: Feedback = jax.tree.map(desk.by_group, verdicts.feedback)  # (P, G, K)
     trained = (verdicts.examples > 0).astype(jnp.int32)
     clients = ledger.fitness.shape[1]
@@ -307,5 +308,6 @@ def _keep_books(desk: Desk, ledger: Ledger, sums: Sums, verdicts: Verdict, plan:
     stacked: Ledger = jax.tree.map(lambda *x: jnp.stack(x), *books)
     profile = ledger.profile
     if desk.fitness.sketched:
-        profile = learn_profile(profile, plan.clients, verdicts.sketch, verdicts.accepted)
+        heard = verdicts.sketch, verdicts.accepted
+        profile = learn_profile(profile, plan.clients, *heard, server.round)
     return stacked._replace(norms=ledger.norms, profile=profile)

@@ -53,9 +53,14 @@ def sample_cohort(
 
     Returns:
       (P,) int32 client ids in ascending order; fewer if fewer clients can be drawn.
+
+    Raises:
+      InputError: more clients than there are, or a seed below 0.
     """
+    check_range("seed", np.asarray(seed), 0, 2**63 - 1, "the largest seed")
     generator = np.random.default_rng([seed, round_index])
     if weight is None:
+        check_range("per_round", np.asarray(per_round), 0, clients, "the number of clients")
         return np.sort(generator.choice(clients, per_round, replace=False)).astype(np.int32)
     size = min(per_round, int(np.count_nonzero(weight)))
     if not size:

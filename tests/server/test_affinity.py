@@ -176,13 +176,17 @@ def test_a_profile_adds_up_what_differs_from_the_cohort() -> None:
     sketches = jnp.array([[4.0, 0.0], [0.0, 0.0], [50.0, 9.0], [7.0, 7.0]])
     clients = jnp.array([2, 0, 1, 3])  # 3 is padding.
     accepted = jnp.array([True, True, False, False])
-    learnt = jax.jit(learn_profile)(jnp.ones((3, 2)), clients, sketches, accepted)
+    learn = jax.jit(learn_profile)
+    learnt = learn(jnp.ones((3, 2)), clients, sketches, accepted, 0)
     # The mean of those let in is (2, 0): one lies a length of 1 to either side.
     np.testing.assert_allclose(learnt, [[0, 1], [1, 1], [2, 1]])
     # An update with a value that is not finite gives no information, even if it was accepted.
     broken = sketches.at[2].set(jnp.nan)
-    same = jax.jit(learn_profile)(jnp.ones((3, 2)), clients, broken, accepted.at[2].set(True))
+    same = learn(jnp.ones((3, 2)), clients, broken, accepted.at[2].set(True), 0)
     np.testing.assert_allclose(same, learnt)
+    # Later updates tell less: in round 40 a quarter.
+    late = learn(jnp.ones((3, 2)), clients, sketches, accepted, 39)
+    np.testing.assert_allclose(late - 1, (learnt - 1) / 4, rtol=1e-6)
 
 
 def test_fewer_kinds_than_experts_are_given_several_each() -> None:
