@@ -30,7 +30,9 @@ _Process = subprocess.Popen[bytes]
 _POLL = 0.5
 define_config("config", "Config file of the experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_CLIENTS = flags.DEFINE_integer("clients", 4, "How many clients.", lower_bound=1)
+_CLIENTS = flags.DEFINE_integer(
+    "clients", None, "How many clients; as clients.count if not given.", lower_bound=1
+)
 _PORT = flags.DEFINE_integer("port", 0, "Of the server; 0 for a free one.", lower_bound=0)
 _REPORT = flags.DEFINE_bool("report", True, "Write the report's page at the end.")
 
@@ -46,7 +48,8 @@ def main(argv: list[str]) -> int:
     """
     refuse_words(argv)
     config = read_config("config")
-    config.clients.count = _CLIENTS.value
+    if _CLIENTS.value is not None:
+        config.clients.count = _CLIENTS.value
     check_fields(config)
     if not _WORKDIR.value:
         raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/local")
@@ -62,7 +65,7 @@ def main(argv: list[str]) -> int:
     address = f"127.0.0.1:{_PORT.value or free_port()}"
     server = [
         *("experiments.serve", *_for_server(sys.argv[1:])),
-        *(f"--config.clients.count={_CLIENTS.value}", f"--port={address.rpartition(':')[2]}"),
+        *(f"--config.clients.count={config.clients.count}", f"--port={address.rpartition(':')[2]}"),
     ]
     joins = {
         path.stem: [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from jax import export
@@ -19,7 +20,7 @@ from experiments.configs import base
 from experiments.markup import markdown_text
 from experiments.workdir import Workdir
 from flexmoe_jax import data, simulation
-from flexmoe_jax.checkpoint import Checkpoints
+from flexmoe_jax.checkpoint import Checkpoints, Restored
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.simulation import Standalone
 from flexmoe_jax.types import State
@@ -59,11 +60,11 @@ def make_portable(folder: Path, client: int | None, data_dir: str | None = None)
         raise none
     experiment = build(config)
     unknown = workdir.check_inputs(config, experiment.inputs)
-    found = checkpoints.newest(experiment.simulation.init(jax.random.key(config.seed)))
+    found, deployed = _newest(checkpoints, experiment, config.seed)
     checkpoints.close()
     if found.state is None:
         raise none
-    model = standalone(experiment, found.state, client)
+    model = standalone(experiment, found.state, client, deployed)
     description, function = describe(experiment, config, model), compiled(experiment, config, model)
     done = int(found.state.server.round)
     name = "all experts in one model" if client is None else f"the model of client {client}"
@@ -84,6 +85,39 @@ def make_portable(folder: Path, client: int | None, data_dir: str | None = None)
         },
         (*experiment.notes, *unknown, *found.passed_over, *_standing(done, config.rounds)),
     )
+
+
+class _Roll(NamedTuple):
+    """What a server knows of real clients, as `flexmoe_jax.deploy`'s, which needs Flower."""
+
+    slots: jax.Array
+    accepted: jax.Array
+
+
+def _newest(checkpoints: Checkpoints, experiment: Experiment, seed: int) -> tuple[Restored, bool]:
+    """Reads the newest checkpoint, of a simulation or of real clients; and which of them it is.
+
+    Raises:
+      InputError: it is of another model, or parts of the model are with real clients.
+    """
+    state = experiment.simulation.init(jax.random.key(seed))
+    try:
+        return checkpoints.newest(state), False
+    except InputError as error:
+        accepted = jnp.full(len(state.clients.slots), -1, jnp.int32)
+        roll: Any = _Roll(state.clients.slots, accepted)
+        try:
+            found = checkpoints.newest(state._replace(clients=roll))
+        except InputError:
+            raise error from None
+    if not experiment.simulation.setting.federation.assembles:
+        remedy = "gates or other parts of its models are with its clients, and not in this folder"
+        raise InputError("WORKDIR", "a run of real clients", remedy)
+    if found.state is not None:
+        known: Any = found.state.clients
+        there = state.clients._replace(slots=known.slots)
+        found = found._replace(state=found.state._replace(clients=there))
+    return found, True
 
 
 def _standing(done: int, rounds: int) -> tuple[str, ...]:
@@ -118,13 +152,18 @@ def run_config(workdir: Workdir, data_dir: str | None) -> ConfigDict:
     return config
 
 
-def standalone(experiment: Experiment, state: State, client: int | None) -> Standalone:
-    """Returns the requested model, in the form that evaluation uses."""
+def standalone(
+    experiment: Experiment, state: State, client: int | None, deployed: bool = False
+) -> Standalone:
+    """Returns the requested model, in the form that evaluation uses.
+
+    A real client adds its label shares itself: the server does not know them.
+    """
     federation = experiment.simulation.setting.federation
     if client is None:
         return simulation.assembled_model(federation, state)
     share = experiment.about.label_share
-    known = share[client] if share.shape[1] and client < len(share) else None
+    known = share[client] if share.shape[1] and client < len(share) and not deployed else None
     return simulation.client_model(federation, state, client, known)
 
 

@@ -148,6 +148,8 @@ def _of_real_clients(config: ConfigDict, facts: list[Facts]) -> Examples:
     if config.task.name != "next_token":
         own.partition.update(name="iid", rule="none")
     examples = load_examples(own)
+    # The notes are of that partition.
+    notes = tuple(note for note in examples.notes if "partition.name=iid" not in note)
     sizes = np.array([one.examples for one in facts], np.int32)
     classes = examples.clients.label_share.shape[1]
     data_of: Callable[..., ClientData] = ClientData
@@ -157,7 +159,9 @@ def _of_real_clients(config: ConfigDict, facts: list[Facts]) -> Examples:
         size=sizes,
         label_share=np.zeros((len(facts), classes), np.float32),
     )
-    return replace(examples, clients=clients, counts=None, group=None, personal=PERSONAL)
+    return replace(
+        examples, clients=clients, counts=None, group=None, personal=PERSONAL, notes=notes
+    )
 
 
 def _devices(config: ConfigDict, facts: list[Facts]) -> edge.Devices | None:

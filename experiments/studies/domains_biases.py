@@ -12,6 +12,9 @@ from __future__ import annotations
 from experiments.configs import languages
 from experiments.studying.study import Study
 
+# As the config was when this decided between the two.
+BEFORE = {"fitness.affinity": 1.0}
+
 
 def get_study() -> Study:
     """24 clients that hold 2 of 8 experts, with 15 KB of each of their two languages."""
@@ -19,8 +22,8 @@ def get_study() -> Study:
         name="domains_biases",
         config=languages.get_config,
         methods={
-            "flex": {},
-            "flex_biases": {"local.balance": 0.0, "local.bias_rate": 0.1},
+            "flex": {**BEFORE, "local.balance": 0.02, "local.bias_rate": 0.0},
+            "flex_biases": {**BEFORE, "local.balance": 0.0, "local.bias_rate": 0.1},
         },
         datasets={"languages": {}},
         partitions={"two_a_client": {"partition.domains_per_client": 2}},

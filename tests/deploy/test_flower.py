@@ -15,6 +15,7 @@ import pytest
 
 from experiments.deploying.certificates import make_certificates
 from experiments.deploying.flower import require_free
+from experiments.export import export
 from flexmoe_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,12 @@ def test_a_server_and_clients_train_over_flower_and_leave_nothing_behind(tmp_pat
     }
     assert (tmp_path / "run-clients" / "client_0").is_dir()
     assert processes(tmp_path) == []
+    # Models are exported as those of a simulation, but a real client knows its label shares itself.
+    for what in ("assembled", "client:1"):
+        export(tmp_path / "run", what, tmp_path / what)
+        described = json.loads((tmp_path / what / "model.json").read_text())
+        assert described["round"] == 2
+        assert "prior" not in described
 
 
 def test_a_client_that_dies_ends_the_launcher_with_a_line(tmp_path):
