@@ -270,7 +270,7 @@ _READ_ME = f"""# {{title}}
 Of a federation on {{data}} ({{task}}), after round {{round}} of {{rounds}}.{{experts}}
 {{whose}}
 - `{FUNCTION}`: the function of the parameters and of raw inputs, {{given}}, to outputs, {{made}};
-  StableHLO for {{platforms}}. Where a size is a letter, any will do{{limits}}.
+  StableHLO for {{platforms}}. Where a size is a letter, any from 1 on will do{{limits}}.
 - `{PARAMETERS}`: the parameters, by their paths in the model.
 - `{DESCRIPTION}`: all else, such as labels, and what the function does to inputs.
 
