@@ -31,10 +31,12 @@ def get_config() -> ConfigDict:
     config.local.optimizer = "adam"
     config.local.learning_rate = 0.003
     config.model.router = True
-    config.local.balance = 0.02
+    # Balance biases even out use as well as a loss does, and the loss has nothing else to obey.
+    config.local.balance = 0.0
+    config.local.bias_rate = 0.2
     config.fitness.score = "loss"
     # Clients' updates show who should share an expert, so no random exploration is needed.
-    config.fitness.affinity = 1.0
+    config.fitness.affinity = 3.0
     config.assignment.exploration = 0.0
     config.eval.every = 20
     config.eval.batch_size = 64

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.local.balance = 0.02
     config.fitness.score = "loss"
     # For the reason, see languages.py.
-    config.fitness.affinity = 1.0
+    config.fitness.affinity = 3.0
     config.assignment.exploration = 0.0
     config.eval.every = 5
     config.eval.batch_size = 64
