@@ -4,7 +4,7 @@
         --workdir=runs/newcomers
 
 FOLDER holds a UTF-8 text file for each language (see `experiments/configs/languages.py`). On one
-core a run takes six to eight minutes.
+core a run takes four to eight minutes.
 """
 
 from __future__ import annotations
