@@ -17,7 +17,7 @@ import jax
 from experiments.fingerprint import UnknownError, fingerprint
 
 _COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-_OURS = ("experiments", "flexmoe_jax", "tests")
+_OURS = ("examples", "experiments", "flexmoe_jax", "tests")
 # Values that no function computes with: classes (their source counts), loggers, and types.
 _HARMLESS = (type, logging.Logger, GenericAlias, UnionType)
 _TYPES = ("__future__", "collections.abc", "typing")

@@ -91,7 +91,7 @@ def learn_profile(
     mean = jnp.where(there, sketches, 0.0).sum(axis=0, keepdims=True) / count
     own = jnp.where(there, sketches - mean, 0.0)
     length = jnp.sqrt((own**2).sum(axis=1, keepdims=True))
-    weight = jnp.minimum(1.0, _EARLY / (round_index + 1.0))
+    weight = jnp.minimum(1.0, _EARLY / (jnp.asarray(round_index, jnp.float32) + 1.0))
     return profile.at[clients].add(weight * own / jnp.maximum(length, 1e-12), mode="drop")
 
 
@@ -217,9 +217,10 @@ def _merge(sums: np.ndarray, use: np.ndarray, numbers: np.ndarray) -> list[np.nd
       use: (E,) sums of the use.
       numbers: values of D, none above E.
     """
-    from scipy.cluster.hierarchy import cut_tree, linkage  # The import takes time.
+    from scipy.cluster.hierarchy import cut_tree, linkage  # The imports take time.
+    from scipy.spatial.distance import pdist
 
-    tree = linkage(sums / np.where(use > 0, use, 1.0)[:, None], "ward")
+    tree = linkage(pdist(sums / np.where(use > 0, use, 1.0)[:, None]), "ward")
     # One by one: if several are given, SciPy 1.17 gives one kind in place of E.
     return [cut_tree(tree, kinds)[:, 0] for kinds in numbers]
 
