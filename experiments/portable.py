@@ -23,7 +23,7 @@ from flexmoe_jax import data, simulation
 from flexmoe_jax.checkpoint import Checkpoints, Restored
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.simulation import Standalone
-from flexmoe_jax.types import State
+from flexmoe_jax.types import Roll, State
 
 PARAMETERS, FUNCTION, DESCRIPTION = "parameters.safetensors", "function.stablehlo", "model.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -83,15 +83,17 @@ def make_portable(folder: Path, client: int | None, data_dir: str | None = None)
             DESCRIPTION: (json.dumps(description, indent=2, allow_nan=False) + "\n").encode(),
             "README.md": read_me(description).encode(),
         },
-        (*experiment.notes, *unknown, *found.passed_over, *_standing(done, config.rounds)),
+        (
+            *(_OF_REAL_CLIENT if deployed and client is not None and config.eval.prior else ()),
+            *(*experiment.notes, *unknown, *found.passed_over, *_standing(done, config.rounds)),
+        ),
     )
 
 
-class _Roll(NamedTuple):
-    """What a server knows of real clients, as `flexmoe_jax.deploy`'s, which needs Flower."""
-
-    slots: jax.Array
-    accepted: jax.Array
+_OF_REAL_CLIENT = (
+    "the client adds the logarithm of its label shares to the outputs (eval.prior) where it "
+    "evaluates; the server does not know them, so this model does not",
+)
 
 
 def _newest(checkpoints: Checkpoints, experiment: Experiment, seed: int) -> tuple[Restored, bool]:
@@ -105,7 +107,7 @@ def _newest(checkpoints: Checkpoints, experiment: Experiment, seed: int) -> tupl
         return checkpoints.newest(state), False
     except InputError as error:
         accepted = jnp.full(len(state.clients.slots), -1, jnp.int32)
-        roll: Any = _Roll(state.clients.slots, accepted)
+        roll: Any = Roll(state.clients.slots, accepted)
         try:
             found = checkpoints.newest(state._replace(clients=roll))
         except InputError:

@@ -123,7 +123,7 @@ class Federation:
     def _check_share(self) -> None:
         """Checks that the policy aims at the shares by which deficits are counted."""
         if isinstance(self.policy, NamedPolicy) and self.policy.name == "flex":
-            aims, equal = self.policy.options["share"], np.ones(self.layout.experts)
+            aims, equal = self.policy.options.get("share"), np.ones(self.layout.experts)
             here, there = (np.asarray(equal if x is None else x) for x in (self.share, aims))
             if here.shape != there.shape or not np.allclose(here / here.sum(), there / there.sum()):
                 remedy = "the policy aims at other shares: give make_policy the same share"

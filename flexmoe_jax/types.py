@@ -203,6 +203,18 @@ class Server(NamedTuple):
     ledger: Ledger
 
 
+class Roll(NamedTuple):
+    """What the server knows about the state of real clients, who keep the rest.
+
+    Attributes:
+      slots: (C, G, K) int32, the experts of each client's latest answer; E marks an empty slot.
+      accepted: (C,) int32, the latest round in which the client's answer was accepted; -1 if none.
+    """
+
+    slots: Array
+    accepted: Array
+
+
 class State(NamedTuple):
     """The state of a simulated federation: the server's, and that of all clients.
 

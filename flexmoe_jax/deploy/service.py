@@ -31,6 +31,7 @@ from flexmoe_jax.types import (
     Params,
     Plan,
     PyTree,
+    Roll,
     RoundReport,
     Server,
     Tally,
@@ -39,18 +40,6 @@ from flexmoe_jax.types import (
 
 # Larger predictions are not requested, and the evaluation of the joint predictions is left out.
 _JOINT_BYTES = 2**23
-
-
-class Roll(NamedTuple):
-    """What the server knows about the state of its clients.
-
-    Attributes:
-      slots: (C, G, K) int32, the experts of each client's latest answer; E marks an empty slot.
-      accepted: (C,) int32, the latest round in which the client's answer was accepted; -1 if none.
-    """
-
-    slots: Array
-    accepted: Array
 
 
 class ServerState(NamedTuple):

@@ -31,9 +31,10 @@ class Aggregation(Options, section="server"):
 class Admission(Options, section="server"):
     """Which updates the server accepts, and how they count.
 
-    An update with NaN or infinity cannot be cut to `clip`: with `clip` it is refused, with or
-    without quarantine. Under `noise_multiplier` every client has the same weight, and `norm_factor`
-    is ignored, because a limit learnt from clients would reveal information about them.
+    An update with NaN or infinity can neither be cut to `clip` nor be compared with `norm_limit`:
+    with either it is refused, with or without quarantine. Under `noise_multiplier` every client has
+    the same weight, and `norm_factor` is ignored, because a limit learnt from clients would reveal
+    information about them.
     """
 
     quarantine: bool = option(

@@ -75,7 +75,8 @@ def test_a_server_and_clients_train_over_flower_and_leave_nothing_behind(tmp_pat
     assert processes(tmp_path) == []
     # Models are exported as those of a simulation, but a real client knows its label shares itself.
     for what in ("assembled", "client:1"):
-        export(tmp_path / "run", what, tmp_path / what)
+        notes = export(tmp_path / "run", what, tmp_path / what)
+        assert any("eval.prior" in note for note in notes) == (what == "client:1")
         described = json.loads((tmp_path / what / "model.json").read_text())
         assert described["round"] == 2
         assert "prior" not in described
