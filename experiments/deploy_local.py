@@ -4,8 +4,8 @@
         --workdir=runs/local
 
 The config's data set is split as in a simulation, into one file per client in WORKDIR-clients. The
-launcher then starts `experiments.serve` and one `experiments.join` per client on loopback. They all
-end when the launcher ends, for any reason.
+launcher then starts `experiments.serve` and one `experiments.join` per client on loopback. A client
+that a signal kills is started again. They all end when the launcher ends, for any reason.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,8 +27,12 @@ from experiments.fields import check_fields
 from flexmoe_jax.errors import InputError, printable
 
 _Process = subprocess.Popen[bytes]
+# The server's name among the children; no client can be called so.
+_SERVER = ""
 # Seconds between two looks at the clients' processes.
 _POLL = 0.5
+# How often a client is started again; one that is killed more often needs a person.
+_STARTS_AGAIN = 10
 define_config("config", "Config file of the experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _CLIENTS = flags.DEFINE_integer(
@@ -97,47 +102,62 @@ def _for_server(words: Sequence[str]) -> Iterator[str]:
 
 def _run(server: list[str], joins: Mapping[str, list[str]], logs: Path) -> int:
     """Runs the server to its end, together with the clients, which are given by name."""
-    children: list[_Process] = []
+    children: dict[str, _Process] = {}
 
     def pass_on(times: int) -> None:
-        for child in children[:1]:
-            if child.stdin is not None and times == 1:
-                child.stdin.close()
-            else:
-                child.kill()
+        first = children.get(_SERVER)
+        if first is not None and times == 1:
+            _let_end(first)
+        elif first is not None:
+            first.kill()
 
     with Wish(passed_on=pass_on):
         try:
-            children.append(_start(server, None))
+            children[_SERVER] = _start(server, None)
             for name, words in joins.items():
-                children.append(_start(words, logs / f"{name}.log"))
-            return _wait(children[0], dict(zip(joins, children[1:], strict=True)), logs)
+                children[name] = _start(words, logs / f"{name}.log")
+            return _wait(children, joins, logs)
         finally:
-            for child in children:
-                if child.stdin is not None:
-                    child.stdin.close()
-            for child in children:
+            for child in children.values():
+                _let_end(child)
+            for child in children.values():
                 try:
                     child.wait(timeout=20)
                 except subprocess.TimeoutExpired:
                     child.kill()
 
 
-def _wait(server: _Process, clients: Mapping[str, _Process], logs: Path) -> int:
-    """Waits until the server ends; if a client ends first, names it and ends the server."""
+def _wait(children: dict[str, _Process], joins: Mapping[str, list[str]], logs: Path) -> int:
+    """Waits until the server ends.
+
+    A client that a signal killed is started again; if one ends by itself, or was killed too often,
+    it is named, and the server ends as well.
+    """
+    server, again = children[_SERVER], Counter[str]()
     while True:
         try:
             return server.wait(timeout=_POLL)
         except subprocess.TimeoutExpired:
-            ended = [name for name, client in clients.items() if client.poll() is not None]
-        if ended:
-            log = logs / f"{ended[0]}.log"
+            ended = [name for name in joins if children[name].poll() is not None]
+        for name in ended:
+            number, log = -children[name].returncode, logs / f"{name}.log"
+            if number > 0 and again[name] < _STARTS_AGAIN:
+                again[name] += 1
+                print(f"{name}: killed by signal {number}; started again", file=sys.stderr)
+                _let_end(children[name])
+                children[name] = _start(joins[name], log)
+                continue
             last = (log.read_text(errors="replace").splitlines() or ["no output"])[-1]
-            print(f"{ended[0]}: ended before the server: {printable(last, 300)}", file=sys.stderr)
-            assert server.stdin is not None
-            server.stdin.close()
+            print(f"{name}: ended before the server: {printable(last, 300)}", file=sys.stderr)
+            _let_end(server)
             server.wait()
             return 1
+
+
+def _let_end(child: _Process) -> None:
+    """Closes a child's standard input, upon which it ends."""
+    if child.stdin is not None:
+        child.stdin.close()
 
 
 def _start(words: list[str], log: Path | None) -> _Process:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import stat
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import deploy_local
 from experiments.deploying.certificates import make_certificates
 from experiments.deploying.flower import require_free
 from experiments.export import export
@@ -82,26 +82,37 @@ def test_a_server_and_clients_train_over_flower_and_leave_nothing_behind(tmp_pat
         assert "prior" not in described
 
 
-def test_a_client_that_dies_ends_the_launcher_with_a_line(tmp_path):
-    command = [sys.executable, "-m", "experiments.deploy_local", f"--config={DIGITS}"]
-    fields = [f"--config.{field}" for field in SMALL]
-    with subprocess.Popen(
-        [*command, "--clients=2", f"--workdir={tmp_path / 'run'}", *fields],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as launcher:
-        try:
-            joins: list[int] = []
-            while not joins and launcher.poll() is None:
-                joins = [pid for pid, words in processes(tmp_path) if "--name=client_1" in words]
-            os.kill(joins[0], signal.SIGKILL)
-            _, said = launcher.communicate(timeout=300)
-        finally:
-            launcher.kill()
-    assert launcher.returncode == 1
-    assert "client_1: ended before the server" in said
+CLIENT = """
+import os, pathlib, signal, sys
+starts = pathlib.Path(sys.argv[1])
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+if len(starts.read_text()) <= int(sys.argv[2]):
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.stdin.read()
+"""
+SERVER = """
+import pathlib, select, sys
+starts = pathlib.Path(sys.argv[1])
+while not (starts.exists() and len(starts.read_text()) > int(sys.argv[2])):
+    if select.select([sys.stdin], [], [], 0.05)[0]:
+        sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(("kills", "again", "code"), [(2, 2, 0), (3, 2, 1)])
+def test_a_client_that_a_signal_kills_is_started_again(
+    kills, again, code, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(deploy_local, "_STARTS_AGAIN", again)
+    (tmp_path / "client.py").write_text(CLIENT)
+    (tmp_path / "server.py").write_text(SERVER)
+    starts = str(tmp_path / "starts")
+    server, client = ["server", starts, str(kills)], ["client", starts, str(kills)]
+    assert deploy_local._run(server, {"anna": client}, tmp_path) == code
+    said = capsys.readouterr().err
+    assert said.count("anna: killed by signal 9; started again") == again
+    assert ("anna: ended before the server" in said) == (code == 1)
 
 
 def test_only_its_owner_may_read_a_new_private_key(tmp_path):
