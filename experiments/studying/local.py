@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.children import Runner
+from experiments.fields import check_fields
 from experiments.locks import lock
 from experiments.report import write_report
 from experiments.reporting.quantities import counted, duration, show
@@ -73,6 +74,12 @@ class Sweep:
         if self.data_dir:
             where = {"data.dir": self.data_dir}
             trials = [replace(t, overrides={**t.overrides, **where}) for t in trials]
+        for trial in trials:
+            try:
+                check_fields(study.config_of(trial))
+            except InputError as error:
+                remedy = f"{error.remedy} (run {trial.name})"
+                raise InputError(error.field, error.value, remedy) from error
         if not share(trials, self.only, 0, 1):
             raise InputError("--only", self.only, f"matches no run; one is {trials[0].name}")
         return study, share(trials, self.only, self.index, self.count)

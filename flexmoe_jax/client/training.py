@@ -406,12 +406,15 @@ def add_up(values: Array, part: Array) -> Array:
 
 
 def _flat(routing: Routing, weight: Array) -> tuple[Routing, Array]:
-    """Flattens a routing to one leading axis, and returns the weight of each routed item."""
+    """Flattens a routing to one leading axis, and returns the weight of each routed item.
+
+    An item larger than a unit, such as a whole text, weighs as much as its units together.
+    """
     leading = routing.selected.shape[:-1]
     inner = weight.reshape(*weight.shape, *[1] * (len(leading) - weight.ndim))
     counted = jnp.broadcast_to(inner, leading) if inner.ndim == len(leading) else weight
     if weight.ndim > len(leading):
-        counted = weight.max(axis=tuple(range(len(leading), weight.ndim)))
+        counted = weight.sum(axis=tuple(range(len(leading), weight.ndim)))
     flat: Routing = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), routing)
     return flat, counted.ravel()
 

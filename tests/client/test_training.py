@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 
 from flexmoe_jax import tasks
 from flexmoe_jax.client import Learner, LocalTraining, draw_batches, proximal, scale_experts, train
-from flexmoe_jax.client.training import Trained, largest_array
+from flexmoe_jax.client.training import Known, Trained, _gradient, largest_array
 from flexmoe_jax.data import flip
-from flexmoe_jax.models import MLP, MoEClassifier, classifier, lay_out
+from flexmoe_jax.models import MLP, MoEClassifier, MoELayer, classifier, from_linen, lay_out
 from flexmoe_jax.types import Download, Params
 
 MODEL = classifier(
@@ -270,6 +271,40 @@ def test_tiles_change_nothing_beyond_rounding(clients, start):
         runs.append(fit(start, local, clients.arrays, one_client(clients)[0], 20))
     for other in runs[1:]:
         chex.assert_trees_all_close(runs[0], other, atol=1e-5, rtol=1e-5)
+
+
+class Texts(nn.Module):
+    """A layer that routes whole texts."""
+
+    @nn.compact
+    def __call__(self, x):
+        return MoELayer(2, 4, whole=True, with_router=True, name="mixture")(x)
+
+
+def test_tiles_change_nothing_where_texts_of_unequal_length_are_routed_whole():
+    model, x = from_linen(Texts()), jax.random.normal(jax.random.key(0), (12, 5, 3))
+    layout = lay_out(jax.eval_shape(model.init, jax.random.key(0), x[:1]))
+    start = layout.split(jax.jit(model.init)(jax.random.key(0), x[:1]))
+    task = tasks.next_token()._replace(
+        inputs=lambda batch: batch["x"],
+        loss=lambda outputs, batch: (outputs**2).mean(axis=-1),
+        hits=None,
+        weight=lambda batch: batch["weight"],
+    )
+    long = np.arange(5) <= np.arange(12)[:, None] % 5
+    batch = {"x": x, "weight": long.astype(np.float32)}
+    known = Known({}, {"mixture": jnp.ones(2, bool)}, None, {"mixture": jnp.arange(2)})
+    slopes = []
+    for tile in (12, 4, 3):
+        learner = Learner(
+            lambda params, inputs, held: model.apply(layout.merge(params), inputs, held),
+            task,
+            LocalTraining(optax.sgd(0.1), balance=0.0, batch_size=12, z=0.5, tile=tile),
+            layout.layers,
+        )
+        slopes.append(jax.jit(partial(_gradient, learner))(start, batch, jnp.ones(12), known)[0])
+    for other in slopes[1:]:
+        chex.assert_trees_all_close(slopes[0], other, atol=1e-6, rtol=1e-5)
 
 
 @given(st.integers(1, 200), st.integers(1, 200))

@@ -51,7 +51,7 @@ def get_study():
     return Study(
         name="tiny",
         config=digits.get_config,
-        methods={"flex": {}, "broken": {"model.experts": 0}},
+        methods={"flex": {}, "broken": {"clients.capacity": 9}},
         datasets={"digits": tiny},
         partitions={"iid": {"partition.name": "iid"}},
         seeds=(0,),
@@ -208,6 +208,16 @@ def test_a_dry_run_lists_and_touches_nothing(tiny, tmp_path, capsys):
     assert not (runs / "study.json").exists()
 
 
+def test_a_value_out_of_range_is_refused_before_any_run(tiny, tmp_path):
+    tiny.write_text(tiny.read_text().replace('"clients.capacity": 9', '"model.experts": 0'))
+    line = r"model\.experts=0: choose 1 or more \(run digits/iid/broken/seed_0\)"
+    sweep = Sweep(str(tiny), str(tmp_path / "runs"))
+    for act in (local.dry_run, local.run):
+        with pytest.raises(InputError, match=line):
+            act(sweep)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_is_done_is_skipped_and_what_another_sweep_is_at_is_left_to_it(tiny, tmp_path, capsys):
     study = read_study(tiny)
     runs = tmp_path / "runs"
@@ -325,7 +335,10 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tiny, tmp_path):
     assert again.returncode == 1, again.stderr
     assert "left to another" not in again.stdout
     assert b"interrupted" in log_of(runs / flex.name).read_bytes()[start:]
-    assert f"failed: {broken.name}: exit code 2: model.experts=0: choose 1 or more" in again.stdout
+    assert (
+        f"failed: {broken.name}: exit code 2: clients.capacity=9: choose 1 to model.experts=4"
+        in again.stdout
+    )
     assert f"{flex.name}: " in again.stdout
 
     subprocess.run(
