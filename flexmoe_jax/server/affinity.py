@@ -318,27 +318,32 @@ def _take_apart(
     length = np.einsum("sdd->sd", inner)[:, None]
     reach = points @ centres.swapaxes(1, 2)  # (S, M, D)
     made_of = np.zeros(reach.shape)
+    slots = np.full((*reach.shape[:2], most), kinds)  # The kinds of each point; D in empty slots.
     for step in range(most):
         cost = length - 2 * ((step + 1) * reach - made_of @ inner)
         if once:
             cost[made_of > 0] = np.inf
-        chosen = cost.argmin(axis=2)[:, :, None] == np.arange(kinds)
-        made_of += chosen & (room > step)[:, None]
+        chosen = np.where(room > step, cost.argmin(axis=2), kinds)
+        slots[:, :, step] = chosen
+        made_of += chosen[:, :, None] == np.arange(kinds)
     apart = length.swapaxes(1, 2) + length - 2 * inner  # (S, D leaves, D comes)
+    apart = np.pad(apart, ((0, 0), (0, 1), (0, 0)), constant_values=np.inf).reshape(-1, kinds)
     pull = 2 * (room[:, None] * reach - made_of @ inner).reshape(-1, kinds)
-    held = made_of.reshape(-1, kinds)
+    held, slots = made_of.reshape(-1, kinds), slots.reshape(-1, most)
     going = np.arange(len(held))  # A point for which no exchange helps is finished.
     search = going // len(points)
     for _ in range(2 * most):
-        has, own = held[going] > 0, pull[going]
-        leaves, comes = np.where(has, own, np.inf), np.where(has & once, -np.inf, own)
-        change = leaves[:, :, None] - comes[:, None] + apart[search[going]]
-        flat = change.reshape(len(going), -1)
-        pair = flat.argmin(axis=1)
-        better = flat[np.arange(len(going)), pair] < -1e-9
-        going, (left, came) = going[better], np.divmod(pair[better], kinds)
+        rows, mine, own = np.arange(len(going)), slots[going], pull[going]
+        comes = np.where(held[going] > 0, -np.inf, own) if once else own
+        stays = own[rows[:, None], np.minimum(mine, kinds - 1)]
+        change = apart[search[going][:, None] * (kinds + 1) + mine] - comes[:, None]
+        change = (change + stays[:, :, None]).reshape(len(going), -1)
+        pair = change.argmin(axis=1)
+        better = change[rows, pair] < -1e-9
+        going, (slot, came) = going[better], np.divmod(pair[better], kinds)
         if not len(going):
             break
+        left, slots[going, slot] = slots[going, slot], came
         held[going, left] -= 1
         held[going, came] += 1
         pull[going] += 2 * (inner[search[going], left] - inner[search[going], came])
