@@ -19,7 +19,7 @@ import optax
 
 from flexmoe_jax import tasks
 from flexmoe_jax.assignment import NamedPolicy, Policy
-from flexmoe_jax.client import Codec, Learner, LocalTraining, Site, init_residual
+from flexmoe_jax.client import Codec, Compressor, Learner, LocalTraining, Site, init_residual
 from flexmoe_jax.client.training import check_transform
 from flexmoe_jax.errors import InputError, check_range, printable
 from flexmoe_jax.models import FLEX_MOE, Layout, Model, Ownership, check_capacity, lay_out
@@ -373,9 +373,29 @@ class Federation:
             remedy = 'give a function Request -> Solution, as assignment.make_policy("flex")'
             raise InputError("policy", self.policy, remedy)
         check_transform("optimizer", self.optimizer)
+        self._check_functions()
         if isinstance(self.ownership.private, str):
             remedy = f"give a tuple of paths: ({self.ownership.private!r},)"
             raise InputError("ownership.private", self.ownership.private, remedy)
+
+    def _check_functions(self) -> None:
+        """Checks that records of functions hold functions."""
+        task, aggregator = self.task, self.aggregator
+        if not isinstance(self.codec.compressor, Compressor):
+            remedy = 'give a client.Compressor, as client.make_compressor("int8")'
+            raise InputError("codec.compressor", printable(self.codec.compressor, 60), remedy)
+        if not (
+            isinstance(task.mean, tuple) and len(task.mean) == 2 and all(map(callable, task.mean))
+        ):
+            remedy = "give two functions: outputs to what is averaged, and back"
+            raise InputError("task.mean", printable(task.mean, 60), remedy)
+        needed = {f"task.{name}": getattr(task, name) for name in ("inputs", "loss", "weight")}
+        needed["task.check"] = task.check
+        for name in ("zero", "add", "merge", "drop", "mean") if aggregator is not None else ():
+            needed[f"aggregator.{name}"] = getattr(aggregator, name)
+        for name, value in needed.items():
+            if not callable(value):
+                raise InputError(name, printable(value, 60), "give a function")
 
     def _check_units(self, arrays: Mapping[str, Any]) -> None:
         """Checks that the task's functions return values for the same units (B, U...)."""

@@ -244,6 +244,26 @@ CASES = {
         lambda g: g.federation(codec="int8"),
         'codec=int8: give a client.Codec, as client.Codec(client.make_compressor("int8"))',
     ),
+    "a name for a compressor": (
+        lambda g: g.federation(codec=client.Codec("top_k")),
+        'codec.compressor=top_k: give a client.Compressor, as client.make_compressor("int8")',
+    ),
+    "a task without means": (
+        lambda g: g.federation(task=tasks.classification()._replace(mean=None)),
+        "task.mean=None: give two functions: outputs to what is averaged, and back",
+    ),
+    "a name for a loss": (
+        lambda g: g.federation(task=tasks.classification()._replace(loss="mse")),
+        "task.loss=mse: give a function",
+    ),
+    "a number in an aggregator": (
+        lambda g: g.federation(aggregator=server.mean()._replace(zero=0)),
+        "aggregator.zero=0: give a function",
+    ),
+    "words as examples": (
+        lambda g: data.join({"text": np.array(["a", "b"])}, [np.arange(2)]),
+        "text=array of <U1: give numbers; classes are numbered from 0",
+    ),
     "a name for a load model": (
         lambda g: g.federation(load="usage"),
         "load=usage: give a server.LoadModel, as server.make_load_model makes it",

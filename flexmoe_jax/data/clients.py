@@ -131,8 +131,9 @@ def join(
       The clients' data.
 
     Raises:
-      InputError: if there are no clients, a client has no examples, the arrays have different
-        lengths, a position is outside the arrays, or `counts` or `owns` do not fit the clients.
+      InputError: if there are no clients, a client has no examples, an array is not of numbers or
+        not as long as the others, a position is outside the arrays, or `counts` or `owns` do not
+        fit the clients.
     """
     sizes = np.array([len(part) for part in parts], np.int32)
     if sizes.size == 0 or sizes.min() == 0:
@@ -141,6 +142,10 @@ def join(
         )
         raise InputError("parts", empty, "give at least one example to each of one or more clients")
     rows = np.concatenate([np.asarray(part) for part in parts])
+    for name, values in arrays.items():
+        kind = np.dtype(getattr(values, "dtype", None) or np.asarray(values).dtype)
+        if not any(jnp.issubdtype(kind, known) for known in (jnp.number, jnp.bool_)):
+            raise InputError(name, f"array of {kind}", "give numbers; classes are numbered from 0")
     _check_rows(rows, {name: len(values) for name, values in arrays.items()})
     index = np.zeros((len(parts), _round_up(sizes.max())), np.int32)
     index[np.arange(index.shape[1]) < sizes[:, None]] = rows
