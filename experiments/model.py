@@ -29,7 +29,8 @@ def finished(
 
 def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
     """Checks the model's fields, and returns a function: number of classes -> model."""
-    options, bias = read(ModelOptions, config), config.local.bias_rate > 0
+    options = read(ModelOptions, config)
+    bias = max(config.local.bias_rate, config.server.bias_rate) > 0
     if options.whole_experts:
         if options.router:
             remedy = "whole models have no gate that a router could learn from: give false"
