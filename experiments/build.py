@@ -52,6 +52,7 @@ class Experiment:
       prepare: maps raw inputs to the inputs that the model takes.
       classes: names of the Y classes.
       label_counts: (C, Y) training examples of each client by class; None if only the clients know.
+      ids: (C,) who the clients are, in the data set or the federation; None if nobody says.
       capacity: (C,) k_c.
       network: decides which clients take part in a round and which updates arrive.
       payload: bytes transferred, by group of MoE layers.
@@ -69,6 +70,7 @@ class Experiment:
     prepare: Callable[[Array], Array]
     classes: tuple[str, ...]
     label_counts: np.ndarray | None
+    ids: np.ndarray | None
     capacity: np.ndarray
     network: Network
     payload: tuple[Payload, ...]
@@ -173,6 +175,7 @@ def _with_programs(
         prepare=examples.prepare,
         classes=examples.classes,
         label_counts=examples.counts,
+        ids=examples.ids,
         capacity=federation.capacity,
         network=network,
         payload=simulation.payloads(federation),

@@ -50,6 +50,7 @@ class Examples:
       personal: description of the data that personal figures are measured on.
       notes: sentences that a user should read before trusting the figures.
       newcomers: clients that are kept out of training; None for none.
+      ids: (C,) who the clients are, in the data set or the federation; None if nobody says.
     """
 
     clients: data.ClientData
@@ -62,6 +63,7 @@ class Examples:
     personal: str
     notes: tuple[str, ...] = ()
     newcomers: Newcomers | None = None
+    ids: np.ndarray | None = None
 
     @property
     def sample(self) -> dict[str, Any]:
@@ -108,6 +110,7 @@ def _images(config: ConfigDict) -> Examples:
         options = read(data.PartitionOptions, config)
         dataset, owner, owns, ceiling = data.follow_rules(options, read_as, parts, config.seed)
         personal, notes = OWN_RULES, (*notes, *notes_on_rules(config.partition.rule, ceiling))
+    owners = dataset.train_clients if config.partition.name == "natural" else None
     trained = dataset.train_images
     if config.clients.newcomers:
         # Newcomers' data are unknown during training: leave them out of the mean and deviation.
@@ -124,6 +127,7 @@ def _images(config: ConfigDict) -> Examples:
         hashes=data.fingerprint(read_as),
         personal=personal,
         notes=notes,
+        ids=None if owners is None else np.unique(owners),
     )
 
 
@@ -197,6 +201,7 @@ def _apart(examples: Examples, config: ConfigDict) -> Examples:
         group=group_of(trained),
         counts=None if examples.counts is None else examples.counts[trained],
         newcomers=Newcomers(examples.clients.of(coming), group_of(coming)),
+        ids=None if examples.ids is None else examples.ids[trained],
     )
 
 

@@ -246,6 +246,7 @@ def arrays(experiment: Experiment, state: State) -> dict[str, np.ndarray]:
     counts = experiment.label_counts
     return {
         **({} if counts is None else {"label_counts": counts}),
+        **({} if experiment.ids is None else {"ids": experiment.ids}),
         "classes": np.asarray(experiment.classes),
         "capacity": experiment.capacity,
         "fitness": known[0],

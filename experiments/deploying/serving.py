@@ -159,8 +159,9 @@ def _of_real_clients(config: ConfigDict, facts: list[Facts]) -> Examples:
         size=sizes,
         label_share=np.zeros((len(facts), classes), np.float32),
     )
+    ids = np.array([one.name for one in facts])
     return replace(
-        examples, clients=clients, counts=None, group=None, personal=PERSONAL, notes=notes
+        examples, clients=clients, counts=None, group=None, personal=PERSONAL, notes=notes, ids=ids
     )
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import deploy_local
@@ -72,6 +73,8 @@ def test_a_server_and_clients_train_over_flower_and_leave_nothing_behind(tmp_pat
         "client_1": 3,
     }
     assert (tmp_path / "run-clients" / "client_0").is_dir()
+    with np.load(tmp_path / "run" / "arrays.npz") as arrays:
+        assert arrays["ids"].tolist() == ["client_0", "client_1"]
     assert processes(tmp_path) == []
     # Models are exported as those of a simulation, but a real client knows its label shares itself.
     for what in ("assembled", "client:1"):

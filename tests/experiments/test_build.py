@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from experiments.build import build, local_optimizer, notes_on_devices
 from experiments.cli import flat_fields
 from experiments.configs import base, digits, text
-from experiments.examples import load_partitioned
+from experiments.examples import load_partitioned, split_clients
 from experiments.model import check_model, finished, model_maker
 from experiments.report import write_report
 from experiments.rounds import run_rounds
@@ -69,6 +69,9 @@ def test_a_shortlist_of_all_experts_costs_newcomers_as_much_as_none(tmp_path):
         sent.append([row[f"comm/newcomer_bytes_{way}"] for way in ("down", "up")])
     assert sent[0] == sent[1]
     assert all(np.less(sent[2], sent[0]))
+    with np.load(tmp_path / "0" / "arrays.npz") as arrays:
+        trained, _ = split_clients(config)
+        assert arrays["ids"].tolist() == (100 + trained).tolist()
 
 
 def test_ones_own_features_and_clients_are_trained_on(tmp_path):
@@ -99,6 +102,8 @@ def test_natural_clients_are_measured_on_their_own_test_examples(tmp_path):
     assert (row["eval/clients"], row["eval/personal_clients"]) == (5, 4)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["personal_measured_on"] == "clients' own test examples"
+    with np.load(tmp_path / "run" / "arrays.npz") as arrays:
+        assert arrays["ids"].tolist() == list("abcde")
     (note,) = summary["notes"]
     assert note.endswith("mine.npz holds arrays that are not used: val_images")
     page = (write_report([tmp_path / "run"])).read_text()
