@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -25,11 +26,14 @@ MODULE = models.MoEClassifier(models.MLP((16,)), classes=10, experts=EXPERTS, hi
 class TwoLayers(nn.Module):
     """A classifier with two MoE layers, of unlike sizes."""
 
+    with_balance_bias: bool = False
+
     @nn.compact
     def __call__(self, x):
         h = models.MLP((16,), name="backbone")(x)
-        h = h + models.MoELayer(EXPERTS, hidden=8, name="first")(h)
-        h = h + models.MoELayer(EXPERTS, hidden=4, name="second")(h)
+        layer = partial(models.MoELayer, EXPERTS, with_balance_bias=self.with_balance_bias)
+        h = h + layer(hidden=8, name="first")(h)
+        h = h + layer(hidden=4, name="second")(h)
         return nn.Dense(10, name="head")(h)
 
 

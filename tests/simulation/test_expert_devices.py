@@ -16,13 +16,14 @@ from flexmoe_jax.server import Admission, FitnessOptions, trimmed_mean
 from flexmoe_jax.simulation import Arrival, await_newcomers, chunk_test_set, client_mesh, replicate
 from flexmoe_jax.types import Plan
 from tests.conftest import CAPACITY
-from tests.simulation.conftest import DEEP, EXPERTS, plain, prepare
+from tests.simulation.conftest import EXPERTS, TwoLayers, plain, prepare
 
 EVERYBODY = np.arange(len(CAPACITY), dtype=np.int32)
 # Whatever a mesh could do otherwise: layers of unlike sizes, gates that travel, a state for each
-# expert, and limits learnt from other updates.
+# expert, limits learnt from other updates, and biases moved against everybody's use.
 CHOICES = {
-    "model": DEEP,
+    "model": models.from_linen(TwoLayers(with_balance_bias=True)).after(prepare),
+    "bias_rate": 0.1,
     "layers": "each",
     "ownership": models.Ownership(shared_gate=True),
     "optimizer": optax.adam(0.01, eps=1e-3),
@@ -51,6 +52,8 @@ def alone(make_simulation, clients, digits):
     mesh, simulated = client_mesh(1), make_simulation(**CHOICES)
     state, refused = play(simulated, clients, mesh)
     assert refused == 1
+    for layer in ("first", "second"):
+        assert np.asarray(state.server.experts[layer]["gate"]["balance_bias"]).any()
     return plain(state), judge(simulated, clients, digits, state, mesh)
 
 
