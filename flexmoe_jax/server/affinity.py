@@ -326,8 +326,9 @@ def _take_apart(
         chosen = np.where(room > step, cost.argmin(axis=2), kinds)
         slots[:, :, step] = chosen
         made_of += chosen[:, :, None] == np.arange(kinds)
-    apart = length.swapaxes(1, 2) + length - 2 * inner  # (S, D leaves, D comes)
-    apart = np.pad(apart, ((0, 0), (0, 1), (0, 0)), constant_values=np.inf).reshape(-1, kinds)
+    apart = np.full((len(inner), kinds + 1, kinds), np.inf)  # (S, D leaves, D comes)
+    apart[:, :kinds] = length.swapaxes(1, 2) + length - 2 * inner
+    apart = apart.reshape(-1, kinds)
     pull = 2 * (room[:, None] * reach - made_of @ inner).reshape(-1, kinds)
     held, slots = made_of.reshape(-1, kinds), slots.reshape(-1, most)
     going = np.arange(len(held))  # A point for which no exchange helps is finished.
@@ -335,9 +336,9 @@ def _take_apart(
     for _ in range(2 * most):
         rows, mine, own = np.arange(len(going)), slots[going], pull[going]
         comes = np.where(held[going] > 0, -np.inf, own) if once else own
-        stays = own[rows[:, None], np.minimum(mine, kinds - 1)]
+        leaves = own[rows[:, None], np.minimum(mine, kinds - 1)]
         change = apart[search[going][:, None] * (kinds + 1) + mine] - comes[:, None]
-        change = (change + stays[:, :, None]).reshape(len(going), -1)
+        change = (change + leaves[:, :, None]).reshape(len(going), -1)
         pair = change.argmin(axis=1)
         better = change[rows, pair] < -1e-9
         going, (slot, came) = going[better], np.divmod(pair[better], kinds)
