@@ -73,10 +73,12 @@ class LocalTraining(LocalWork, LocalLoss):
 
     @property
     def transform(self) -> optax.GradientTransformation:
-        """The optimizer, and for balance biases plain steps of `bias_rate`."""
-        if not self.bias_rate:
-            return self.optimizer
-        return optax.partition({True: optax.sgd(self.bias_rate), False: self.optimizer}, _is_bias)
+        """The optimizer, and for balance biases plain steps of `bias_rate` alone.
+
+        No weight decay moves biases: without a `bias_rate` they stay as the server sent them.
+        """
+        of_biases = optax.sgd(self.bias_rate) if self.bias_rate else optax.set_to_zero()
+        return optax.partition({True: of_biases, False: self.optimizer}, _is_bias)
 
     def tiles(self, example_bytes: Callable[[], int]) -> int:
         """Returns the smallest number of equal tiles such that no tile exceeds the limit.

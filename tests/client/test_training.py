@@ -368,6 +368,19 @@ def test_a_strong_pull_keeps_a_client_near_the_server(clients, start):
     assert distance(proximal(5.0)) < 0.5 * distance()
 
 
+def test_weight_decay_leaves_biases_as_the_server_sent_them(clients, start):
+    def set_biases(path, leaf):
+        biases = jax.tree_util.keystr(path[-1:], simple=True) == "balance_bias"
+        return jnp.array([0.5, -0.5]) if biases else leaf
+
+    sent = jax.tree.map_with_path(set_biases, start)
+    local = LocalTraining(optax.adamw(0.1, weight_decay=0.1), balance=0.0, batch_size=8)
+    done = fit(sent, local, clients.arrays, *one_client(clients))
+    gate = done.params.gate["mixture"]["gate"]
+    assert np.asarray(gate.pop("balance_bias")).tolist() == [0.5, -0.5]
+    assert all(np.asarray(x).any() for x in jax.tree.leaves(change(start, done)))
+
+
 def test_a_step_moves_biases_against_use_and_nothing_else(clients, start):
     local = LocalTraining(optax.adam(0.1), balance=0.0, max_steps=1, batch_size=8)
     plain, evened = (
