@@ -19,7 +19,7 @@ def weights_of(task: Task, batch: Batch, valid: Float[Array, " B"]) -> Float[Arr
     return weight * valid.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def mean_of(total: Float[Array, ...], units: Float[Array, ...]) -> Float[Array, ...]:
+def mean_of(total: Float[Array, " ..."], units: Float[Array, " ..."]) -> Float[Array, " ..."]:
     """Computes a mean per unit: the total over the units' weights; 0 of no units is 0."""
     return total / jnp.where(units > 0, units, 1.0)
 
