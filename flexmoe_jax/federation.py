@@ -120,6 +120,9 @@ class Federation:
         if self.fitness.sketched and self.admission.private:
             remedy = "what it keeps of single updates is not private: give 0"
             raise InputError("fitness.affinity", self.fitness.affinity, remedy)
+        if self.bias_rate and self.admission.private:
+            remedy = "it moves the model by what clients use, and no noise covers that: give 0"
+            raise InputError("server.bias_rate", self.bias_rate, remedy)
         self._check_share()
         self._check_task()
         self._check_outputs()
@@ -394,8 +397,8 @@ class Federation:
         ):
             remedy = "give two functions: outputs to what is averaged, and back"
             raise InputError("task.mean", printable(task.mean, 60), remedy)
-        needed = {f"task.{name}": getattr(task, name) for name in ("inputs", "loss", "weight")}
-        needed["task.check"] = task.check
+        names = "inputs", "loss", "weight", "check"
+        needed = {f"task.{name}": getattr(task, name) for name in names}
         for name in ("zero", "add", "merge", "drop", "mean") if aggregator is not None else ():
             needed[f"aggregator.{name}"] = getattr(aggregator, name)
         for name, value in needed.items():

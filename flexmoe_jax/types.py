@@ -41,7 +41,9 @@ PyTree = Any
 
 
 BALANCE_BIAS = "balance_bias"
-"""Name of the balance biases (E,) among the parameters of a gate."""
+"""Name of the balance biases (E,) among the parameters of a gate.
+
+The name is reserved: parameters so named are moved by a `bias_rate` alone, and by no gradient."""
 
 ROUTER = "router"
 """Name, in a MoE layer, of the gate over all experts that all clients share."""

@@ -16,14 +16,10 @@ from dataclasses import replace
 from experiments.studies import domains
 from experiments.studying.study import Axis, Study
 
+ONE_LANGUAGE = {"partition.domains_per_client": 1, "partition.bytes_per_client": 15_000}
 SETTINGS: Axis = {
-    "one_a_client": {"partition.domains_per_client": 1, "partition.bytes_per_client": 15_000},
-    "one_a_client_system": {
-        "partition.domains_per_client": 1,
-        "partition.bytes_per_client": 15_000,
-        "local.bias_rate": 0.0,
-        "server.bias_rate": 0.1,
-    },
+    "one_a_client": ONE_LANGUAGE,
+    "one_a_client_system": {**ONE_LANGUAGE, "local.bias_rate": 0.0, "server.bias_rate": 0.1},
     "two_of_60_kb": {"partition.domains_per_client": 2, "partition.bytes_per_client": 120_000},
 }
 

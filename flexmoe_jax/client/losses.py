@@ -21,7 +21,7 @@ def balance_loss(
     Args:
       routing: the routing of a batch.
       held: (E,) bool, the experts held.
-      valid: (B,) 1.0 for examples that count, 0.0 for padding.
+      valid: (B,) how much each item counts: 1.0 for an example, 0.0 for padding.
 
     Returns:
       (): held · Σ_e f_e p_e, where `held` is the number of held experts, `f` the fraction of
@@ -46,7 +46,7 @@ def balance_bias_loss(
     Args:
       routing: the routing of a batch, of a layer with balance biases.
       held: (E,) bool, the experts held.
-      valid: (B,) 1.0 for examples that count, 0.0 for padding.
+      valid: (B,) how much each item counts: 1.0 for an example, 0.0 for padding.
 
     Returns:
       (): Σ_e sign(u_e - ū) · (mean biased logit of e), where `u` is the number of examples that
@@ -70,7 +70,7 @@ def router_z_loss(
     Args:
       routing: the routing of a batch.
       held: (E,) bool; only these logits count.
-      valid: (B,) 1.0 for examples that count, 0.0 for padding.
+      valid: (B,) how much each item counts: 1.0 for an example, 0.0 for padding.
 
     Returns:
       (): the loss.
@@ -86,7 +86,7 @@ def router_loss(
 
     Args:
       routing: the routing of a batch, with the router's logits (B, E).
-      valid: (B,) 1.0 for examples that count, 0.0 for padding.
+      valid: (B,) how much each item counts: 1.0 for an example, 0.0 for padding.
       slots: (K,) int32 the experts that the client holds.
 
     Returns:
