@@ -198,7 +198,6 @@ def choices(config: ConfigDict, load: str) -> dict[str, Any]:
         "optimizer": _optimizer(read(Aggregation, config)),
         "fitness": read(FitnessOptions, config),
         "deficit_decay": config.assignment.deficit_decay,
-        "bias_rate": config.server.bias_rate,
         "seed": config.seed,
         "prior": config.eval.prior,
         "layers": config.assignment.layers,

@@ -30,7 +30,6 @@ def finished(
 def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
     """Checks the model's fields, and returns a function: number of classes -> model."""
     options = read(ModelOptions, config)
-    bias = max(config.local.bias_rate, config.server.bias_rate) > 0
     if options.whole_experts:
         if options.router:
             remedy = "whole models have no gate that a router could learn from: give false"
@@ -44,7 +43,7 @@ def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
         )
     if options.backbone == "transformer":
         _refuse_parts_of_images(options)
-        return lambda classes: _decoder(options, bias, config.data.length)
+        return lambda classes: _decoder(options, config.data.length)
     if options.backbone == "resnet":
         _require_one_width(options)
     backbone = models.make_backbone(
@@ -57,8 +56,8 @@ def model_maker(config: ConfigDict) -> Callable[[int], models.Model]:
     if options.local_backbone:
         backbone = models.PersonalMixture(backbone, backbone.clone())
     if options.moe_stages:
-        return partial(_within, _with_stages(backbone, options, bias))
-    return partial(_classifier, options, bias, backbone)
+        return partial(_within, _with_stages(backbone, options))
+    return partial(_classifier, options, backbone)
 
 
 def _refuse_parts_of_images(options: ModelOptions) -> None:
@@ -76,7 +75,7 @@ def _require_one_width(options: ModelOptions) -> None:
         raise InputError("model.widths", tuple(widths), remedy)
 
 
-def _with_stages(backbone: nn.Module, options: ModelOptions, bias: bool) -> nn.Module:
+def _with_stages(backbone: nn.Module, options: ModelOptions) -> nn.Module:
     """Adds a MoE layer after some stages of a ResNet."""
     stages = [part.strip() for part in options.moe_stages.split(",")]
     if not isinstance(backbone, models.ResNet) or not set(stages) <= {"1", "2", "3"}:
@@ -90,7 +89,6 @@ def _with_stages(backbone: nn.Module, options: ModelOptions, bias: bool) -> nn.M
         options.shared_experts,
         whole=True,
         with_router=options.router,
-        with_balance_bias=bias,
     )
     return backbone.clone(mixture=mixture, stages=tuple(map(int, stages)))
 
@@ -99,9 +97,7 @@ def _within(backbone: nn.Module, classes: int) -> models.Model:
     return models.from_linen(models.Classifier(backbone, classes))
 
 
-def _classifier(
-    options: ModelOptions, bias: bool, backbone: nn.Module, classes: int
-) -> models.Model:
+def _classifier(options: ModelOptions, backbone: nn.Module, classes: int) -> models.Model:
     module = models.MoEClassifier(
         backbone=backbone,
         classes=classes,
@@ -110,12 +106,11 @@ def _classifier(
         top_k=options.top_k,
         shared_experts=options.shared_experts,
         with_router=options.router,
-        with_balance_bias=bias,
     )
     return models.classifier(module)
 
 
-def _decoder(options: ModelOptions, bias: bool, length: int) -> models.Model:
+def _decoder(options: ModelOptions, length: int) -> models.Model:
     module = models.Transformer(
         experts=options.experts,
         depth=options.depth or models.Transformer.depth,
@@ -126,7 +121,6 @@ def _decoder(options: ModelOptions, bias: bool, length: int) -> models.Model:
         top_k=options.top_k,
         shared_experts=options.shared_experts,
         router=options.router,
-        balance_bias=bias,
         positions=options.positions,
         length=length,
     )

@@ -25,7 +25,6 @@ from flexmoe_jax.errors import InputError, check_range, printable
 from flexmoe_jax.models import FLEX_MOE, Layout, Model, Ownership, check_capacity, lay_out
 from flexmoe_jax.options.assignment import AssignmentOptions
 from flexmoe_jax.options.execution import EvalOptions
-from flexmoe_jax.options.server import Aggregation
 from flexmoe_jax.server import (
     Admission,
     Aggregator,
@@ -36,7 +35,7 @@ from flexmoe_jax.server import (
     mean,
     private,
 )
-from flexmoe_jax.types import BALANCE_BIAS, Array, Key, Own, Params, PyTree, Routing, Server
+from flexmoe_jax.types import Array, Key, Own, Params, PyTree, Routing, Server
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "model": (Model, "a models.Model, as models.from_linen(module) makes it"),
@@ -72,7 +71,6 @@ class Federation:
       fitness: how the server learns Q.
       load: the load model: load for the assignment, and load delivered; None for `clients`.
       deficit_decay: factor on an expert's deficit from round to round, in [0, 1].
-      bias_rate: how far a round moves each expert's balance bias against its use; 0 for none.
       share: (E,) share of the load that the policy intends for each expert; None for equal shares.
       seed: seed of the policy's tie-breaking and random draws.
       prior: whether a client that predicts its own examples adds the logarithm of its label shares
@@ -97,7 +95,6 @@ class Federation:
     fitness: FitnessOptions = field(default_factory=FitnessOptions)
     load: LoadModel | None = None
     deficit_decay: float = AssignmentOptions.deficit_decay
-    bias_rate: float = Aggregation.bias_rate
     share: np.ndarray | None = None
     seed: int = 0
     prior: bool = EvalOptions.prior
@@ -106,7 +103,6 @@ class Federation:
         """Checks that the settings fit together."""
         self._check_kinds()
         AssignmentOptions.check(layers=self.layers, deficit_decay=self.deficit_decay)
-        Aggregation.check(bias_rate=self.bias_rate)
         given = np.asarray(self.capacity)
         if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer) or not given.size:
             raise InputError("capacity", self.capacity, "give whole numbers, one a client: (C,)")
@@ -120,9 +116,6 @@ class Federation:
         if self.fitness.sketched and self.admission.private:
             remedy = "what it keeps of single updates is not private: give 0"
             raise InputError("fitness.affinity", self.fitness.affinity, remedy)
-        if self.bias_rate and self.admission.private:
-            remedy = "it moves the model by what clients use, and no noise covers that: give 0"
-            raise InputError("server.bias_rate", self.bias_rate, remedy)
         self._check_share()
         self._check_task()
         self._check_outputs()
@@ -250,6 +243,11 @@ class Federation:
         return any(layer and owner == "private" for layer, owner in owners)
 
     @property
+    def splits_use(self) -> bool:
+        """Whether the server tells clients how much to use each of their experts."""
+        return bool(self.fitness.affinity and self.local.balance)
+
+    @property
     def site(self) -> Site:
         """The settings that a client runs with."""
         return Site(
@@ -272,7 +270,6 @@ class Federation:
             load=self.load or make_load_model("clients", self.capacity, self.capacity),
             deficit_decay=self.deficit_decay,
             share=self.share,
-            bias_rate=self.bias_rate,
         )
 
     @property
@@ -443,14 +440,3 @@ class Federation:
             layers = ", ".join(self.layout.layers)
             remedy = f"its parameters are marked for {layers}: return a Routing for each"
             raise InputError("model", f"routings of {', '.join(routings) or 'no layer'}", remedy)
-        named = zip(self.layout.layer, self.layout.paths, strict=True)
-        biased = {layer for layer, path in named if path.split("/")[-1] == BALANCE_BIAS}
-        used = {layer for layer, routing in routings.items() if routing.biased is not None}
-        rates = {"local.bias_rate": self.local.bias_rate, "server.bias_rate": self.bias_rate}
-        for name, rate in rates.items():
-            if rate and set(routings) - (biased & used):
-                remedy = "in all gates: give MoELayer(with_balance_bias=True), or 0"
-                raise InputError(name, rate, f"no {BALANCE_BIAS} {remedy}")
-        if self.bias_rate and "gate" in self.layout.owner:
-            remedy = "the server cannot move gates that clients keep: share them, or give 0"
-            raise InputError("server.bias_rate", self.bias_rate, remedy)

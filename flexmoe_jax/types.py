@@ -40,11 +40,6 @@ Key = jax.Array
 PyTree = Any
 
 
-BALANCE_BIAS = "balance_bias"
-"""Name of the balance biases (E,) among the parameters of a gate.
-
-The name is reserved: parameters so named are moved by a `bias_rate` alone, and by no gradient."""
-
 ROUTER = "router"
 """Name, in a MoE layer, of the gate over all experts that all clients share."""
 
@@ -59,8 +54,6 @@ class Routing(NamedTuple):
       combine: (..., E) weight of each expert in the layer's output.
       router: (..., E) logits of the layer's router over all experts, held or not; None if the layer
         has no router.
-      biased: (..., E) the logits with the balance biases, by which experts are selected; None if
-        the layer has no balance biases.
     """
 
     logits: Array
@@ -68,7 +61,6 @@ class Routing(NamedTuple):
     selected: Array
     combine: Array
     router: Array | None = None
-    biased: Array | None = None
 
 
 class Params(NamedTuple):
@@ -111,6 +103,8 @@ class Download(NamedTuple):
       slots: (G, K) int32 the numbers of these experts, ascending; E marks an empty slot.
       steps: () int32 the local steps that the client is asked to make.
       round: () int32 rounds completed.
+      use: (G, K) the part of its units that the client should route to each of the experts; None
+        for even parts.
     """
 
     shared: PyTree
@@ -118,6 +112,7 @@ class Download(NamedTuple):
     slots: Array
     steps: Array
     round: Array
+    use: Array | None = None
 
 
 class Upload(NamedTuple):
@@ -244,6 +239,8 @@ class Plan(NamedTuple):
         update; None if no client adds noise.
       secret: (2,) uint32 random bits from which the noise of differential privacy is drawn; they
         are not stored. None if the noise comes from the run's key, or if there is no noise.
+      use: (P, G, K) the part of its units that each client should route to each of its experts; 0
+        in empty slots. None for even parts.
     """
 
     clients: Array
@@ -253,6 +250,7 @@ class Plan(NamedTuple):
     tamper: Array
     noise: Array | None = None
     secret: Array | None = None
+    use: Array | None = None
 
 
 class RoundReport(NamedTuple):

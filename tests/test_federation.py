@@ -72,26 +72,6 @@ def test_without_a_prior_the_model_may_tell_more_classes_apart(clients):
         simulation.simulate(federate(clients), nameless)
 
 
-def test_biases_that_no_gate_has_are_refused(clients):
-    local = LocalTraining(optax.sgd(0.1), bias_rate=0.1)
-    with pytest.raises(InputError, match=r"^local\.bias_rate=0\.1: no balance_bias in all gates"):
-        federate(clients).replace(local=local)
-    with pytest.raises(InputError, match=r"^server\.bias_rate=0\.1: no balance_bias in all gates"):
-        federate(clients).replace(bias_rate=0.1)
-
-
-def test_a_server_moves_no_biases_that_clients_keep_or_that_must_be_private(clients):
-    module = models.MoEClassifier(models.MLP((4,)), classes=10, experts=4, with_balance_bias=True)
-    model = models.classifier(module).after(lambda images: images / 255)
-    shared = models.Ownership(shared_gate=True)
-    moving = federate(clients).replace(model=model, bias_rate=0.1, ownership=shared)
-    with pytest.raises(InputError, match=r"^server\.bias_rate=0\.1: .* gates that clients keep"):
-        moving.replace(ownership=models.Ownership())
-    private = Admission(clip=1.0, noise_multiplier=1.0)
-    with pytest.raises(InputError, match=r"^server\.bias_rate=0\.1: .* no noise covers that"):
-        moving.replace(admission=private)
-
-
 def test_a_model_that_names_other_layers_than_its_parameters_is_refused(clients):
     module = models.MoEClassifier(models.MLP((4,)), classes=10, experts=4)
     model = models.classifier(module).after(lambda images: images / 255)

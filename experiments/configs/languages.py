@@ -31,9 +31,7 @@ def get_config() -> ConfigDict:
     config.local.optimizer = "adam"
     config.local.learning_rate = 0.003
     config.model.router = True
-    # Balance biases even out use as well as a loss does, and the loss has nothing else to obey.
-    config.local.balance = 0.0
-    config.local.bias_rate = 0.2
+    config.local.balance = 0.05
     config.fitness.score = "loss"
     # Clients' updates show who should share an expert, so no random exploration is needed.
     config.fitness.affinity = 3.0

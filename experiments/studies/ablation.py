@@ -43,10 +43,6 @@ CHANGES: Axis = {
     # In-client balance loss; load: what it counts, and how far it may deviate from the even share.
     "local_balance_0.05": {"local.balance": 0.05},
     "local_balance_1": {"local.balance": 1.0},
-    # Balance biases in place of that loss.
-    "biases_0.01": {"local.balance": 0.0, "local.bias_rate": 0.01},
-    "biases_0.03": {"local.balance": 0.0, "local.bias_rate": 0.03},
-    "biases_0.1": {"local.balance": 0.0, "local.bias_rate": 0.1},
     "load_samples": {"assignment.load": "samples"},
     "load_usage": {"assignment.load": "usage"},
     "slack_0.3": {"assignment.slack": 0.3},

@@ -1,7 +1,6 @@
 """The languages of `domains` in other amounts: one language a client, and four times the text.
 
-With one language, a client needs one of its two experts more than the other. The balance biases of
-the config even out the use within each client, those of the server only that of all clients.
+With one language, a client needs one of its two experts more than the other.
 
     python -m experiments.sweep --study=experiments/studies/domains_settings.py --data_dir=FOLDER \
         --workdir=runs/domains_settings
@@ -19,7 +18,6 @@ from experiments.studying.study import Axis, Study
 ONE_LANGUAGE = {"partition.domains_per_client": 1, "partition.bytes_per_client": 15_000}
 SETTINGS: Axis = {
     "one_a_client": ONE_LANGUAGE,
-    "one_a_client_system": {**ONE_LANGUAGE, "local.bias_rate": 0.0, "server.bias_rate": 0.1},
     "two_of_60_kb": {"partition.domains_per_client": 2, "partition.bytes_per_client": 120_000},
 }
 

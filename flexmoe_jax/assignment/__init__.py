@@ -16,6 +16,7 @@ from flexmoe_jax.assignment.named import NamedPolicy, make_policy
 from flexmoe_jax.assignment.policies import POLICIES, Policy, Request, as_solution
 from flexmoe_jax.assignment.problem import Problem, SolverError
 from flexmoe_jax.assignment.solution import Solution
+from flexmoe_jax.assignment.use import split_use
 
 if TYPE_CHECKING:
     from flexmoe_jax.assignment.dual import DualSolution, dual_assign
@@ -37,6 +38,7 @@ __all__ = [
     "make_policy",
     "solve",
     "solve_layers",
+    "split_use",
     "update_deficit",
     "window_deficit",
 ]

@@ -45,6 +45,8 @@ class Solution:
         are not: because of rounding, within its guarantee, or because the solver ignores them).
         Policies add `fallback: REASON` if the solver failed and experts were dealt out evenly.
       seconds: wall time that the solver took.
+      use: [C, E] part of its work that each client should give to each expert (see `split_use`),
+        which the server adds to a policy's answer; None for even parts.
     """
 
     assignment: BoolArray
@@ -55,6 +57,7 @@ class Solution:
     violation: FloatArray
     status: str
     seconds: float
+    use: FloatArray | None = None
 
     def __str__(self) -> str:
         """Returns a one-line summary."""

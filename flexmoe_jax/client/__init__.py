@@ -21,7 +21,7 @@ from flexmoe_jax.client.codec import (
     make_compressor,
 )
 from flexmoe_jax.client.judge import Judge, weigh_classes
-from flexmoe_jax.client.losses import balance_bias_loss, balance_loss, router_loss, router_z_loss
+from flexmoe_jax.client.losses import balance_loss, router_loss, router_z_loss
 from flexmoe_jax.client.training import (
     Augment,
     Batches,
@@ -54,7 +54,6 @@ __all__ = [
     "Upload",
     "all_finite",
     "appraise",
-    "balance_bias_loss",
     "balance_loss",
     "decode",
     "draw_batches",

@@ -12,9 +12,14 @@ from jaxtyping import Bool, Float, Int
 from flexmoe_jax.client.units import mean_of
 from flexmoe_jax.types import Array, Routing
 
+_LEAST_USE = 0.01
+
 
 def balance_loss(
-    routing: Routing, held: Bool[Array, " E"], valid: Float[Array, " B"]
+    routing: Routing,
+    held: Bool[Array, " E"],
+    valid: Float[Array, " B"],
+    use: Float[Array, " E"] | None = None,
 ) -> Float[Array, ""]:
     """Computes the Switch-style load-balance loss over held experts (Fedus et al. 2022, eq. 4).
 
@@ -22,42 +27,20 @@ def balance_loss(
       routing: the routing of a batch.
       held: (E,) bool, the experts held.
       valid: (B,) how much each item counts: 1.0 for an example, 0.0 for padding.
+      use: (E,) the part of the examples that each expert should get; None for even parts.
 
     Returns:
-      (): held · Σ_e f_e p_e, where `held` is the number of held experts, `f` the fraction of
-      examples routed to each, and `p` its mean probability. The loss is at its minimum if both are
-      uniform; it is then 1 for top-1 routing.
+      (): Σ_e f_e p_e / y_e, where `f` is the fraction of examples routed to each expert, `p` its
+      mean probability, and `y` its part: `use`, or 1 over the number of held experts. The loss is
+      at its minimum if f and p equal y; it is then 1 for top-1 routing. A part below 1 % counts as
+      1 %, so that the loss stays small.
     """
     routed = jnp.einsum("be,b->e", routing.selected.astype(valid.dtype), valid)
     fraction = mean_of(routed, valid.sum())
     probability = mean_of(jnp.einsum("be,b->e", routing.probability, valid), valid.sum())
-    return held.sum(dtype=fraction.dtype) * jnp.dot(fraction, probability)
-
-
-def balance_bias_loss(
-    routing: Routing, held: Bool[Array, " E"], valid: Float[Array, " B"]
-) -> Float[Array, ""]:
-    """Computes a term whose gradient moves each held expert's balance bias against its use.
-
-    This is loss-free balancing (Wang et al. 2024, arXiv 2408.15664, algorithm 1) as a gradient: a
-    step of SGD with rate η lowers the bias by η if the expert is used more than the mean of those
-    held, and raises it by η if it is used less. No other parameter has a gradient.
-
-    Args:
-      routing: the routing of a batch, of a layer with balance biases.
-      held: (E,) bool, the experts held.
-      valid: (B,) how much each item counts: 1.0 for an example, 0.0 for padding.
-
-    Returns:
-      (): Σ_e sign(u_e - ū) · (mean biased logit of e), where `u` is the number of examples that
-      are routed to each expert and ū its mean over held experts. Only its gradient has a meaning.
-    """
-    assert routing.biased is not None
-    used = jnp.einsum("be,b->e", routing.selected.astype(valid.dtype), valid)
-    # Counts are whole numbers: unlike fractions, they are exactly even where use is.
-    excess = jnp.sign(held.sum(dtype=used.dtype) * used - used.sum())
-    excess = jnp.where(held, excess, 0.0)
-    return mean_of(jnp.einsum("e,be,b->", excess, routing.biased, valid), valid.sum())
+    if use is None:
+        return held.sum(dtype=fraction.dtype) * jnp.dot(fraction, probability)
+    return jnp.dot(fraction, probability / jnp.maximum(use, _LEAST_USE))
 
 
 def router_z_loss(

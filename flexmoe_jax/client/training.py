@@ -22,13 +22,13 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Float, Int
 
-from flexmoe_jax.client.losses import balance_bias_loss, balance_loss, router_loss, router_z_loss
+from flexmoe_jax.client.losses import balance_loss, router_loss, router_z_loss
 from flexmoe_jax.client.units import fractions, mean_of, weights_of
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.client import LocalLoss, LocalWork
 from flexmoe_jax.options.execution import ExecutionOptions
 from flexmoe_jax.tasks import Batch, Task
-from flexmoe_jax.types import BALANCE_BIAS, Array, Download, Feedback, Key, Params, PyTree, Routing
+from flexmoe_jax.types import Array, Download, Feedback, Key, Params, PyTree, Routing
 
 Sizes = TypeVar("Sizes", Array, np.ndarray)
 """Integers, as an array on the device or on the host."""
@@ -55,7 +55,7 @@ class LocalTraining(LocalWork, LocalLoss):
       tile: number of examples whose gradient is computed at once, to stay in cache. The batch's
         gradient is the sum over its tiles. 0 for automatic: on CPU, for batches above 12, as many
         examples as fit, by the largest array that the model computes for one example; elsewhere the
-        whole batch. With a balance loss or biases it is the batch, over which use is counted.
+        whole batch. With a balance loss it is the batch, over which use is counted.
       decay: optax schedule, number of the round -> factor on its steps; None for a factor of 1.
       augment: random augmentation of every batch: (named arrays (B, ...), random bits (B,) uint32,
         new in every step) -> arrays of the same shapes; None for no augmentation.
@@ -71,15 +71,6 @@ class LocalTraining(LocalWork, LocalLoss):
         super().__post_init__()
         check_transform("optimizer", self.optimizer)
 
-    @property
-    def transform(self) -> optax.GradientTransformation:
-        """The optimizer, and for balance biases plain steps of `bias_rate` alone.
-
-        No weight decay moves biases: without a `bias_rate` they stay as the server sent them.
-        """
-        of_biases = optax.sgd(self.bias_rate) if self.bias_rate else optax.set_to_zero()
-        return optax.partition({True: of_biases, False: self.optimizer}, _is_bias)
-
     def tiles(self, example_bytes: Callable[[], int]) -> int:
         """Returns the smallest number of equal tiles such that no tile exceeds the limit.
 
@@ -88,7 +79,7 @@ class LocalTraining(LocalWork, LocalLoss):
             example; called only if the size is needed.
         """
         most = self.tile or self.batch_size
-        if self.balance or self.bias_rate:
+        if self.balance:
             most = self.batch_size
         elif not self.tile and self.batch_size > _WHOLE and jax.default_backend() == "cpu":
             most = max(1, _CACHED // example_bytes())
@@ -108,13 +99,6 @@ class LocalTraining(LocalWork, LocalLoss):
     def steps_per_epoch(self, size: Sizes) -> Sizes:
         """Returns the number of batches in a pass over `size` examples; the last may be smaller."""
         return -(-size // self.batch_size)
-
-
-def _is_bias(params: Params) -> PyTree:
-    """Whether each parameter is a gate's balance biases."""
-    return jax.tree.map_with_path(
-        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) == BALANCE_BIAS, params
-    )
 
 
 def check_transform(field: str, value: object) -> None:
@@ -266,13 +250,21 @@ def train(
       down: the server's download, with the slots, the number of steps, and the round.
       log_share: (Y,) logarithm of the client's label shares, which never leaves it; None if unused.
     """
-    # `down.slots` is (G, K), where G is 1 or L.
-    of_layers = jnp.broadcast_to(down.slots, (len(learner.layers), down.slots.shape[-1]))
-    slots = dict(zip(learner.layers, of_layers, strict=True))
-    known = Known(arrays, held, log_share if learner.local.prior else None, slots)
+
+    def by_layer(of_groups: Array) -> Held:  # (G, K), where G is 1 or L.
+        of_layers = jnp.broadcast_to(of_groups, (len(learner.layers), of_groups.shape[-1]))
+        return dict(zip(learner.layers, of_layers, strict=True))
+
+    known = Known(
+        arrays,
+        held,
+        log_share if learner.local.prior else None,
+        by_layer(down.slots),
+        None if down.use is None else by_layer(down.use),
+    )
     zeros = jnp.zeros((len(learner.layers), down.slots.shape[-1]), jnp.float32)
     nothing = jnp.zeros((), jnp.float32)
-    optimizer = learner.local.transform.init(start)
+    optimizer = learner.local.optimizer.init(start)
     begun = Trained(start, optimizer, Feedback(zeros, zeros, zeros), nothing, nothing, nothing)
 
     def step(t: Array, state: Trained) -> Trained:
@@ -286,12 +278,14 @@ class Known(NamedTuple):
     """The constants of a client's training: its examples, held slots and label shares.
 
     `slots` holds the expert numbers (K,) of each layer, for the router loss; None to leave it out.
+    `use` holds the parts (K,) of the units that each expert should get; None for even parts.
     """
 
     arrays: Batch
     held: Held
     log_share: Array | None
     slots: Held | None = None
+    use: Held | None = None
 
 
 def _step(
@@ -304,7 +298,7 @@ def _step(
         batch = local.augment(batch, chosen.bits)
     slope, seen = _gradient(learner, state.params, batch, valid, known)
     with jax.numpy_dtype_promotion("standard"):  # optax takes counts times floats
-        updates, optimizer = local.transform.update(slope, state.optimizer, state.params)
+        updates, optimizer = local.optimizer.update(slope, state.optimizer, state.params)
         decay = None if local.decay is None else local.decay(round_index)
     if decay is not None:
         updates = optax.tree.scale(jnp.asarray(decay, jnp.float32), updates)
@@ -376,12 +370,11 @@ def objective(
     losses = jnp.where(weight > 0, losses, 0.0)
     units = weight.sum()
     loss = mean_of((losses * weight).sum(), units)
-    for name in learner.layers if local.balance or local.bias_rate or local.z else ():
+    for name in learner.layers if local.balance or local.z else ():
         routing, counted = _flat(routings[name], weight)
         if local.balance:
-            loss += local.balance * balance_loss(routing, held[name], counted)
-        if local.bias_rate:
-            loss += balance_bias_loss(routing, held[name], counted)
+            use = None if known.use is None else known.use[name]
+            loss += local.balance * balance_loss(routing, held[name], counted, use)
         if local.z:
             loss += local.z * router_z_loss(routing, held[name], counted)
     for name in learner.layers:

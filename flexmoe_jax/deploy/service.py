@@ -160,6 +160,8 @@ class Service:
         for number, row in rows.items():
             own_key = np.asarray(jax.random.key_data(jax.random.fold_in(key, number))).tolist()
             words = {"steps": int(plan.steps[row]), "key": own_key}
+            if plan.use is not None:
+                words["use"] = np.asarray(plan.use[row], np.float64).ravel().tolist()
             orders[number] = self._order(state, number, "train", slots[row], words)
         uploads: dict[int, Upload] = {}
         bad: set[int] = set()

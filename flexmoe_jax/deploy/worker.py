@@ -324,7 +324,13 @@ class _Part:
         shared = wire.unpack(message.array_records["shared"], self._shapes.shared)
         steps: Any = np.int32(ask["steps"])
         done: Any = np.int32(ask["round"])
-        return Download(shared, stacks, slots, steps, done), experts
+        use: Any = None
+        if "use" in ask:
+            use = np.asarray(ask["use"], np.float32)
+            if use.size != slots.size or not ((use >= 0) & (use <= 1)).all():
+                raise wire.WireError(f"parts {use.tolist()} for {slots.size} slots")
+            use = use.reshape(slots.shape)
+        return Download(shared, stacks, slots, steps, done, use), experts
 
     def _in_time(self, ask: Mapping[str, Any]) -> int:
         """Return the number of steps that the client can do before the deadline."""

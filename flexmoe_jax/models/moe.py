@@ -24,18 +24,13 @@ from flexmoe_jax.models.experts import expert_mlp
 from flexmoe_jax.models.model import Model, from_linen
 from flexmoe_jax.models.ownership import EXPERT, GATE, mark
 from flexmoe_jax.options.models import ModelOptions
-from flexmoe_jax.types import BALANCE_BIAS, Array, Routing
+from flexmoe_jax.types import Array, Routing
 
 # Below every logit, but finite: a client without experts still produces finite numbers, not NaN.
 _NEVER = -1e30
 
 
-def route(
-    logits: Float[Array, "*B E"],
-    held: Bool[Array, " E"],
-    top_k: int = 1,
-    biased: Float[Array, "*B E"] | None = None,
-) -> Routing:
+def route(logits: Float[Array, "*B E"], held: Bool[Array, " E"], top_k: int = 1) -> Routing:
     """Routes each example to its `top_k` most probable experts among those held.
 
     The combine weights are the probabilities themselves (Fedus et al. 2022, eq. 2), so that the
@@ -46,8 +41,6 @@ def route(
       logits: (..., E).
       held: (E,) bool, the experts that may be chosen. If there are none, nothing is selected.
       top_k: experts per example; fewer if fewer are held.
-      biased: (..., E) the scores by which experts are selected, if these are not the logits (see
-        `client.balance_bias_loss`). The combine weights always come from the logits.
 
     Returns:
       The routing of the batch.
@@ -63,15 +56,14 @@ def route(
     may = jnp.broadcast_to(held, logits.shape)
     masked = jnp.where(may, logits, _NEVER)
     probability = jnp.where(may, jax.nn.softmax(masked, axis=-1), 0.0)
-    score = masked if biased is None else jnp.where(may, biased, _NEVER)
-    chosen = lax.top_k(score, min(top_k, logits.shape[-1]))[1]  # (B, top_k)
+    chosen = lax.top_k(masked, min(top_k, logits.shape[-1]))[1]  # (B, top_k)
     selected = jax.nn.one_hot(chosen, logits.shape[-1], dtype=bool).any(axis=-2) & may
     combine = jnp.where(selected, probability, 0.0)
     if logits.shape[-1] == 1:  # The logit has no effect, so no gradient is computed.
         combine = lax.stop_gradient(combine)
     if top_k > 1:
         combine = combine / jnp.maximum(combine.sum(axis=-1, keepdims=True), 1e-9)
-    return Routing(logits, probability, selected, combine, biased=biased)
+    return Routing(logits, probability, selected, combine)
 
 
 def mean_so_far(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -123,28 +115,20 @@ class Gate(nn.Module):
     Attributes:
       count: E when the parameters are created.
       part: the mark of its parameters; empty for a gate that all clients share.
-      with_balance_bias: whether it also has balance biases; see `MoELayer`.
     """
 
     count: int
     part: str = GATE
-    with_balance_bias: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B D"]
-    ) -> tuple[Float[Array, "B E"], Float[Array, "B E"] | None]:
-        """Returns the logits (B, E) in single precision, and these with the biases, or None."""
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        """Returns the logits (B, E) in single precision."""
         small, count = nn.initializers.normal(0.02), _stacked(self, "kernel", self.count)
         kernel = _param(self, "kernel", small, self.part, (count, x.shape[-1]))
         bias = _param(self, "bias", nn.initializers.zeros, self.part, (count,))
         # On accelerators the default would round to 10 bits, and examples would change experts.
         product = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-        logits = product("bd,ed->be", x.astype(jnp.float32), kernel) + bias[None]
-        if not self.with_balance_bias:
-            return logits, None
-        balance = _param(self, BALANCE_BIAS, nn.initializers.zeros, self.part, (count,))
-        return logits, lax.stop_gradient(logits) + balance[None]
+        return product("bd,ed->be", x.astype(jnp.float32), kernel) + bias[None]
 
 
 def _param(
@@ -185,9 +169,6 @@ class MoELayer(nn.Module):
       with_router: whether the layer also has a router: a gate over all E experts that all clients
         share. It learns to predict the choices of each client's own gate. With routers, all
         experts form one model.
-      with_balance_bias: whether the gate has a balance bias for each expert, which is added to the
-        logits to select experts, but not to weigh them (loss-free balancing: Wang et al. 2024,
-        arXiv 2408.15664). Training moves it by `local.bias_rate`.
     """
 
     experts: int
@@ -197,7 +178,6 @@ class MoELayer(nn.Module):
     whole: bool = False
     context: bool = False
     with_router: bool = False
-    with_balance_bias: bool = False
 
     def setup(self) -> None:
         """Creates the parts, under their names in the parameter tree.
@@ -209,9 +189,9 @@ class MoELayer(nn.Module):
             raise InputError("context", True, "whole examples have no tokens: give whole=False")
         self.expert = Experts(self.experts, self.hidden, top_k=self.top_k)
         self.shared_expert = Experts(self.shared_experts, self.hidden, part="")
-        self.gate = Gate(self.experts, with_balance_bias=self.with_balance_bias)
+        self.gate = Gate(self.experts)
         if self.with_router:  # In the assembled model it replaces the gate, so it has equal parts.
-            self.router = Gate(self.experts, part="", with_balance_bias=self.with_balance_bias)
+            self.router = Gate(self.experts, part="")
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Returns what the experts add to examples or tokens."""
@@ -222,13 +202,13 @@ class MoELayer(nn.Module):
         if self.context:
             routed = x + mean_so_far(x)
         into_gate = routed.reshape(-1, x.shape[-1])
-        logits, biased = self.gate(into_gate)
+        logits = self.gate(into_gate)
         held: Any = jnp.ones(logits.shape[-1:], bool)
         if self.has_variable("held", "mask"):
             held = self.get_variable("held", "mask")
-        routing = route(logits, held, self.top_k, biased)
+        routing = route(logits, held, self.top_k)
         if self.with_router:
-            routing = routing._replace(router=self.router(lax.stop_gradient(into_gate))[0])
+            routing = routing._replace(router=self.router(lax.stop_gradient(into_gate)))
         combine = jnp.repeat(routing.combine, places, axis=0)
         mixed = self.expert(flat, combine)
         if self.shared_experts:
@@ -269,7 +249,6 @@ class MoEClassifier(nn.Module):
       top_k: experts per example.
       shared_experts: additional experts beside the E; see `MoELayer`.
       with_router: see `MoELayer`.
-      with_balance_bias: see `MoELayer`.
     """
 
     backbone: nn.Module
@@ -279,7 +258,6 @@ class MoEClassifier(nn.Module):
     top_k: int = 1
     shared_experts: int = 0
     with_router: bool = False
-    with_balance_bias: bool = False
 
     def setup(self) -> None:
         """Creates the parts; those of the layer are beside the backbone and head in the tree."""
@@ -289,7 +267,6 @@ class MoEClassifier(nn.Module):
             self.top_k,
             self.shared_experts,
             with_router=self.with_router,
-            with_balance_bias=self.with_balance_bias,
         )
         nn.share_scope(self, self.layer)
         self.head = Dense(self.classes)

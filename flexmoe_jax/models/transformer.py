@@ -141,7 +141,6 @@ class Transformer(nn.Module):
       top_k: experts per token.
       shared_experts: additional experts beside the E; see `MoELayer`.
       router: see `MoELayer`.
-      balance_bias: see `MoELayer`.
       vocabulary: V.
       positions: `rotary`, or `learnt` for up to `length` tokens.
       length: the largest S if positions are learnt.
@@ -156,7 +155,6 @@ class Transformer(nn.Module):
     top_k: int = ModelOptions.top_k
     shared_experts: int = ModelOptions.shared_experts
     router: bool = ModelOptions.router
-    balance_bias: bool = False
     vocabulary: int = 256
     positions: str = ModelOptions.positions
     length: int = 512
@@ -188,7 +186,6 @@ class Transformer(nn.Module):
                 self.shared_experts,
                 context=True,
                 with_router=self.router,
-                with_balance_bias=self.balance_bias,
                 parent=None,
             )
         return MLPLayer(self.hidden, parent=None)

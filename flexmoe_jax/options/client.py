@@ -50,12 +50,6 @@ class LocalLoss(Options, section="local"):
         "weight of the Switch-style balance loss over the held experts: keeps them all in use",
         least=0,
     )
-    bias_rate: float = option(
-        0.0,
-        "by which a local step, before local.decay, moves a gate's balance biases: they even out "
-        "use without a loss (loss-free balancing, arXiv 2408.15664); 0 for none",
-        least=0,
-    )
     z: float = option(0.0, "weight of the router z-loss", least=0)
     prior: float = option(
         0.0,

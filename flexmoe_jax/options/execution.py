@@ -28,7 +28,7 @@ class ExecutionOptions(Options, section="execution"):
     tile: int = option(
         0,
         "examples whose gradient is taken at once, to stay in cache; 0 for automatic; the whole "
-        "batch in any case with local.balance or local.bias_rate, which count use over it",
+        "batch in any case with local.balance, which counts use over it",
         least=0,
     )
 

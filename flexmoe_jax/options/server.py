@@ -25,13 +25,6 @@ class Aggregation(Options, section="server"):
     trim: float = option(
         0.1, "of trimmed_mean: part of the updates left out at either end", least=0, most=0.5
     )
-    bias_rate: float = option(
-        0.0,
-        "by which a round moves each expert's balance bias: up if all clients together used the "
-        "expert less than its share, else down (loss-free balancing, arXiv 2408.15664, over the "
-        "system); 0 for none",
-        least=0,
-    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from flexmoe_jax.assignment import Policy, Request, Solution, make_policy
+from flexmoe_jax.assignment import Policy, Request, Solution, make_policy, split_use
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.server import FitnessOptions
 from flexmoe_jax.server.affinity import affinity
@@ -29,6 +29,8 @@ Assign = Callable[..., tuple[Solution, ...]]
 
 # Separates the random draws of the groups of layers, which share a seed.
 _GROUPS = 0x6C61
+# A client uses an expert of its kind about e to this power times as much as one of another kind.
+_SHARP = 10.0
 
 
 def make_assign(
@@ -38,6 +40,7 @@ def make_assign(
     descriptor: Float[np.ndarray, "C F"] | None,
     seed: int,
     profile: Float[np.ndarray, "C S"] | None = None,
+    work: Int[np.ndarray, " C"] | None = None,
 ) -> Assign:
     """Builds the server's assignment function.
 
@@ -49,6 +52,8 @@ def make_assign(
       seed: seed of the policy's tie-breaking and random draws.
       profile: (C, S) profiles of the clients that are known in advance, for `affinity`; None for
         the profiles learnt from their updates.
+      work: (C,) examples that each client trains on in a round. With it, affinity also says how
+        much clients use each of their experts (`Solution.use`).
     """
 
     def assign(
@@ -61,7 +66,7 @@ def make_assign(
         like = np.zeros(books.usage.shape)
         if desk.fitness.affinity:
             of_clients = books.profile if profile is None else profile
-            like = desk.fitness.affinity * affinity(of_clients, books.usage, capacity, seed)
+            like = affinity(of_clients, books.usage, capacity, seed)
         # The time to compute the affinity is part of the assignment's time, counted once.
         telling = time.perf_counter() - begin
         for g in range(desk.groups):
@@ -71,7 +76,7 @@ def make_assign(
             )
             known = fitness + desk.fitness.optimism * (rounds == 0) if said is None else said[g]
             request = Request(
-                fitness=known + like[g][cohort],
+                fitness=known + desk.fitness.affinity * like[g][cohort],
                 capacity=capacity[cohort],
                 clients=cohort,
                 round=int(server.round),
@@ -86,7 +91,10 @@ def make_assign(
             )
             solution = policy(replace(request, seed=_seed_of_group(seed, g)))
             check_solution(solution, cohort, capacity, desk.experts)
-            found.append(solution)
+            use = None
+            if desk.fitness.affinity and work is not None:
+                use = split_use(_SHARP * like[g][cohort], solution.assignment, work[cohort])
+            found.append(replace(solution, use=use))
         first = replace(found[0], seconds=found[0].seconds + telling)
         return (first, *found[1:])
 

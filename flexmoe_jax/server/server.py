@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import KeyPath
 from jaxtyping import Bool, Float, Int
 
 from flexmoe_jax.assignment import update_deficit
 from flexmoe_jax.options.assignment import AssignmentOptions
-from flexmoe_jax.options.server import Admission, Aggregation, FitnessOptions
+from flexmoe_jax.options.server import Admission, FitnessOptions
 from flexmoe_jax.server.admit import Verdict
 from flexmoe_jax.server.affinity import learn_profile
 from flexmoe_jax.server.aggregate import Aggregator, Due, Sums
@@ -27,7 +26,6 @@ from flexmoe_jax.server.load import LoadModel
 from flexmoe_jax.server.privacy import noise_key
 from flexmoe_jax.server.quarantine import init_norms, learn_norms, norm_limits, too_late
 from flexmoe_jax.types import (
-    BALANCE_BIAS,
     Array,
     Download,
     Feedback,
@@ -60,7 +58,6 @@ class Desk(NamedTuple):
       load: the load model: load for the assignment, and load delivered.
       deficit_decay: factor on an expert's deficit from round to round, in [0, 1].
       share: (E,) share of the load that each expert should get; None for equal shares.
-      bias_rate: see `Aggregation`.
     """
 
     experts: int
@@ -71,7 +68,6 @@ class Desk(NamedTuple):
     load: LoadModel
     deficit_decay: float = AssignmentOptions.deficit_decay
     share: np.ndarray | None = None
-    bias_rate: float = Aggregation.bias_rate
 
     @property
     def groups(self) -> int:
@@ -135,10 +131,12 @@ def send(
     slots: Int[Array, "G K"],
     steps: Int[Array, ""],
     fetch: Fetch = take,
+    use: Float[Array, "G K"] | None = None,
 ) -> Download:
     """Returns the download of a client that trains the experts `slots` (G, K) for `steps` steps."""
     numbers = {layer: slots[desk.group[layer]] for layer in server.experts}
-    return Download(server.shared, fetch(server.experts, numbers), slots, steps, server.round)
+    stacks = fetch(server.experts, numbers)
+    return Download(server.shared, stacks, slots, steps, server.round, use)
 
 
 def limits(desk: Desk, begun: Server) -> Float[Array, " 2"] | None:
@@ -238,8 +236,6 @@ def close(desk: Desk, server: Server, sums: Sums, verdicts: Verdict, plan: Plan)
       plan: the round's plan.
     """
     shared, experts, optimizer = _move(desk.optimizer, server, sums)
-    if desk.bias_rate:
-        experts = _even_out(desk, experts, verdicts, plan)
     ledger = _keep_books(desk, server, sums, verdicts, plan)
     return Server(server.key, server.round + 1, shared, experts, optimizer, ledger)
 
@@ -272,34 +268,6 @@ def _move(
     }
     experts = {layer: stack for layer, (stack, _) in moved.items()}
     return shared, experts, (of_shared, {layer: state for layer, (_, state) in moved.items()})
-
-
-def _even_out(desk: Desk, experts: PyTree, verdicts: Verdict, plan: Plan) -> dict[str, PyTree]:
-    """Moves the experts' balance biases against their use over the whole system.
-
-    This is loss-free balancing (Wang et al. 2024, arXiv 2408.15664, algorithm 1) with a round in
-    place of a batch: b_e ← b_e + rate · sign(s_e Σ_j u_j - u_e), over the held experts, where `u_e`
-    is the use of expert e by all clients together, and `s_e` its share. A client may use one of its
-    experts more than another, as long as the system's use is even.
-    """
-    share = jnp.ones(desk.experts) if desk.share is None else jnp.asarray(desk.share, jnp.float32)
-    there = (verdicts.examples > 0).astype(jnp.float32)[:, None]  # (P, 1)
-    moved = {}
-    for number, (layer, group) in enumerate(desk.group.items()):
-        slots = plan.slots[:, group]
-        none = jnp.zeros(desk.experts, jnp.float32)
-        used = none.at[slots].add(verdicts.feedback.usage[:, number], mode="drop")
-        due = jnp.where(none.at[slots].add(there, mode="drop") > 0, share, 0.0)
-        # Products, since whole numbers in them are exactly even where use is.
-        step = desk.bias_rate * jnp.sign(due * used.sum() - used * due.sum())
-        step = jnp.where(due > 0, step, 0.0)
-
-        def move(path: KeyPath, leaf: Array, step: Array = step) -> Array:
-            named = jax.tree_util.keystr(path[-1:], simple=True) == BALANCE_BIAS
-            return leaf + step.astype(leaf.dtype) if named else leaf
-
-        moved[layer] = jax.tree.map_with_path(move, experts[layer])
-    return moved
 
 
 def _keep_books(desk: Desk, server: Server, sums: Sums, verdicts: Verdict, plan: Plan) -> Ledger:

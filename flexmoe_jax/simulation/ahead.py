@@ -189,6 +189,7 @@ def _plan(setting: Setting, per_round: int, noise: bool) -> Plan:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     secret = federation.admission.private and not federation.admission.simulated_noise
+    use = numbers(rows, groups, floor.slots, dtype=jnp.float32)
     return Plan(
         clients=numbers(rows),
         slots=numbers(rows, groups, floor.slots),
@@ -197,6 +198,7 @@ def _plan(setting: Setting, per_round: int, noise: bool) -> Plan:
         tamper=numbers(rows, dtype=jnp.float32),
         noise=numbers(rows, dtype=jnp.float32) if noise else None,
         secret=numbers(2, dtype=jnp.uint32) if secret else None,
+        use=use if federation.splits_use else None,
     )
 
 

@@ -136,6 +136,7 @@ def make_plan(
     steps: np.ndarray,
     tampering: Tampering,
     secret: np.ndarray | None = None,
+    use: np.ndarray | None = None,
 ) -> Plan:
     """Lays out a cohort and its assignment for training.
 
@@ -151,6 +152,7 @@ def make_plan(
       steps: (P,) local steps that each client of the cohort completes and delivers.
       tampering: how their updates are altered.
       secret: (2,) random bits of this round; None if no noise is drawn from a secret.
+      use: (P, G, E) the part of its units that each client should route to each expert, or None.
 
     Returns:
       The plan in NumPy arrays, with P rounded up to whole blocks on every device.
@@ -172,7 +174,14 @@ def make_plan(
         tamper=lay_out(ones if tampering.factor is None else tampering.factor, 1.0, np.float32),
         noise=None if tampering.noise is None else lay_out(tampering.noise, 0.0, np.float32),
         secret=cast(Array | None, secret),
+        use=None if use is None else lay_out(_at_slots(use, slots), 0.0, np.float32),
     )
+
+
+def _at_slots(of_experts: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """Takes what stands for each expert (..., E) for the expert of each slot (..., K); else 0."""
+    padded = np.pad(of_experts, [(0, 0)] * (of_experts.ndim - 1) + [(0, 1)])
+    return np.take_along_axis(padded, slots, axis=-1)
 
 
 def assignment_slots(assignment: np.ndarray, slots: int) -> np.ndarray:

@@ -185,6 +185,7 @@ def _assigner(
         np.asarray(data.label_share) if data.label_share.shape[1] else None,
         federation.seed,
         _given_profile(federation, data),
+        federation.local.examples(np.asarray(data.size)) if federation.splits_use else None,
     )
     ask = jitted(partial(ask_cohort, federation, floor, mesh))
 
@@ -243,12 +244,17 @@ def _plan(
     if (over := assignment.sum(axis=2).max(axis=1) > federation.capacity[cohort]).any():
         remedy = f"client {cohort[over][0]} has no room for so many: give those of this cohort"
         raise InputError("solutions", f"{assignment[over][0].sum(axis=1).max()} experts", remedy)
+    use = None
+    if federation.splits_use:
+        even = assignment / np.maximum(assignment.sum(axis=2, keepdims=True), 1)
+        given = [even[:, g] if s.use is None else s.use for g, s in enumerate(solutions)]
+        use = np.stack(given, axis=1)
     room = max(floor.rows, len(cohort), 1)
     tampering = Tampering() if arrival is None else Tampering(arrival.tamper, arrival.noise)
     if arrival is not None:
         planned = np.floor(arrival.work * planned + 1e-9).astype(np.int32)
-        cohort, planned, assignment, tampering = jax.tree.map(
-            lambda x: x[arrival.reached], (cohort, planned, assignment, tampering)
+        cohort, planned, assignment, use, tampering = jax.tree.map(
+            lambda x: x[arrival.reached], (cohort, planned, assignment, use, tampering)
         )
     size = resolve_block_size(floor.block_size, room, floor.devices)
     secret = federation.admission.private and not federation.admission.simulated_noise
@@ -260,6 +266,7 @@ def _plan(
         planned,
         tampering,
         server.draw_secret() if secret else None,
+        use,
     )
     # A solver with a time limit may give different results on different hosts: all hosts use the
     # plan of the first one.
@@ -332,7 +339,7 @@ def _train_cohort(
 
         def visit(one: tuple[Row, Own]) -> tuple[server.Arrived, tuple[Own, server.Verdict]]:
             row, own = one
-            down = server.send(desk, begun, row.slots, row.steps, fetch)
+            down = server.send(desk, begun, row.slots, row.steps, fetch, row.use)
             after, upload = client.train_and_answer(
                 site, own, down, data.arrays, row.batches, row.log_share
             )

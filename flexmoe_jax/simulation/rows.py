@@ -35,6 +35,7 @@ class Row(NamedTuple):
       log_share: (Y,) logarithm of its label shares; None if training does not use them.
       tampering: how its update is altered: factor (), noise () or None.
       key: for that noise.
+      use: (G, K) the part of its units for each expert; None for even parts.
     """
 
     number: Array
@@ -44,6 +45,7 @@ class Row(NamedTuple):
     log_share: Array | None
     tampering: Tampering
     key: Key
+    use: Array | None
 
 
 def draw_rows(federation: Federation, data: ClientData, plan: Plan, key: Key) -> Row:
@@ -74,4 +76,5 @@ def draw_rows(federation: Federation, data: ClientData, plan: Plan, key: Key) ->
         log_share=log_share,
         tampering=Tampering(plan.tamper, plan.noise),
         key=jax.vmap(jax.random.fold_in, (0, None))(keys, _NOISE_OF_CLIENT),
+        use=plan.use,
     )

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
 
-from flexmoe_jax.client import balance_bias_loss, balance_loss, router_z_loss
+from flexmoe_jax.client import balance_loss, router_z_loss
 from flexmoe_jax.models import route
 
 
@@ -31,24 +31,23 @@ def test_losses_on_routing_by_hand():
     assert losses(logits + 2)[1] == pytest.approx(4.0, rel=1e-5)
 
 
-def test_a_bias_falls_with_the_use_of_its_expert():
-    # Experts 0, 1 and 2 are held. Of the three examples that count, two choose expert 0 and one
-    # chooses expert 1. Mean use is 1/3: 0 is above it, 2 is below it, 1 is exactly there.
-    logits = np.array([[3.0, 1, 0, 9], [3, 1, 0, 9], [0, 3, 1, 9], [0, 0, 3, 9]], np.float32)
-    held, valid = np.array([True, True, True, False]), np.array([1.0, 1, 1, 0], np.float32)
+def test_the_balance_loss_is_least_at_the_use_that_is_due():
+    # Expert 0 is due three quarters. By hand: f = (2/3, 1/3), p = (7/12, 5/12), as above, and
+    # 2/3 · 7/12 / (3/4) + 1/3 · 5/12 / (1/4) = 14/27 + 5/9 = 29/27.
+    first = np.array([0.75, 0.75, 0.25], np.float32)
+    held, valid = np.array([True, True]), np.ones(3, np.float32)
 
     @jax.jit
-    def choose(bias):
-        return route(logits, held, biased=logits + bias)
+    def loss(first, use):
+        logits = jnp.log(jnp.stack([first, 1 - first], axis=1))
+        return balance_loss(route(logits, held), held, valid, use)
 
-    def loss(bias):
-        return balance_bias_loss(choose(bias), held, valid)
-
-    slope = jax.jit(jax.grad(loss))(np.zeros(4, np.float32))
-    np.testing.assert_allclose(slope, [1, 0, -1, 0], atol=1e-6)
-    # A bias decides who is selected, and not with what weight.
-    moved = jax.device_get(choose(np.array([-3.0, 0, 0, 0], np.float32)))
-    np.testing.assert_array_equal(moved.selected[0], [False, True, False, False])
-    np.testing.assert_allclose(
-        moved.combine[0, 1], scipy.special.softmax(logits[0, :3])[1], rtol=1e-6
-    )
+    use = np.array([0.75, 0.25], np.float32)
+    assert loss(first, use) == pytest.approx(29 / 27, rel=1e-5)
+    # More use of expert 0 lowers the loss here, where with even parts it raises it.
+    slope = jax.jit(jax.grad(loss))
+    assert (slope(first, use) < 0).all()
+    assert (slope(first, None) > 0).all()
+    # An expert that is due nothing counts as if it were due 1 %: 2/3 · 7/12 + 1/3 · 5/12 / 0.01.
+    nearly = loss(first, np.array([1.0, 0.0], np.float32))
+    assert nearly == pytest.approx(7 / 18 + 500 / 36, rel=1e-5)

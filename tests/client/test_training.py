@@ -20,9 +20,9 @@ from flexmoe_jax.data import flip
 from flexmoe_jax.models import MLP, MoEClassifier, MoELayer, classifier, from_linen, lay_out
 from flexmoe_jax.types import Download, Params
 
-MODEL = classifier(
-    MoEClassifier(MLP((6,)), classes=10, experts=2, hidden=4, with_balance_bias=True)
-).after(lambda images: images.astype(jnp.float32) / 255)
+MODEL = classifier(MoEClassifier(MLP((6,)), classes=10, experts=2, hidden=4)).after(
+    lambda images: images.astype(jnp.float32) / 255
+)
 TASK = tasks.classification()
 SHAPES = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
 LAYOUT = lay_out(SHAPES)
@@ -366,31 +366,3 @@ def test_a_strong_pull_keeps_a_client_near_the_server(clients, start):
         return float(np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(change(start, done)))))
 
     assert distance(proximal(5.0)) < 0.5 * distance()
-
-
-def test_weight_decay_leaves_biases_as_the_server_sent_them(clients, start):
-    def set_biases(path, leaf):
-        biases = jax.tree_util.keystr(path[-1:], simple=True) == "balance_bias"
-        return jnp.array([0.5, -0.5]) if biases else leaf
-
-    sent = jax.tree.map_with_path(set_biases, start)
-    local = LocalTraining(optax.adamw(0.1, weight_decay=0.1), balance=0.0, batch_size=8)
-    done = fit(sent, local, clients.arrays, *one_client(clients))
-    gate = done.params.gate["mixture"]["gate"]
-    assert np.asarray(gate.pop("balance_bias")).tolist() == [0.5, -0.5]
-    assert all(np.asarray(x).any() for x in jax.tree.leaves(change(start, done)))
-
-
-def test_a_step_moves_biases_against_use_and_nothing_else(clients, start):
-    local = LocalTraining(optax.adam(0.1), balance=0.0, max_steps=1, batch_size=8)
-    plain, evened = (
-        fit(start, replace(local, bias_rate=rate), clients.arrays, one_client(clients)[0], 20)
-        for rate in (0.0, 0.05)
-    )
-    (usage,) = np.asarray(plain.feedback.usage)  # (K,)
-    assert usage[0] != usage[1]
-    gate = evened.params.gate["mixture"]["gate"]
-    np.testing.assert_allclose(gate.pop("balance_bias"), -0.05 * np.sign(usage - usage.mean()))
-    before = plain.params.gate["mixture"]["gate"]
-    assert not np.asarray(before.pop("balance_bias")).any()
-    chex.assert_trees_all_equal((plain.params[:2], before), (evened.params[:2], gate))

@@ -61,10 +61,10 @@ def check_against_simulation(town, served):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"partition__name": "dirichlet", "server__bias_rate": 0.1},
+        {"partition__name": "dirichlet", "fitness__affinity": 3.0},
         {"assignment__layers": "each", "server__aggregator": "median"},
     ],
-    ids=["shared_biased", "each_layer_median"],
+    ids=["use_by_affinity", "each_layer_median"],
 )
 def test_deployed_and_simulated_runs_are_the_same(make_town, fields):
     town = make_town(**fields)

@@ -31,7 +31,6 @@ from flexmoe_jax.server import (
     send,
     without,
 )
-from flexmoe_jax.server.server import _even_out
 from flexmoe_jax.types import Feedback, Plan, Server
 
 SHARED = {"w": np.array([1.0, 2.0], np.float32)}
@@ -126,29 +125,6 @@ def test_weights_by_hand():
     # θ_0 of b: (2·4 + 2·8) / 4 = 6; θ_1: one holder's update passes through.
     assert np.allclose(new.experts["b"]["v"], [[16], [21], [30]])
     assert new.round == 1
-
-
-def test_balance_biases_move_against_the_use_of_the_whole_system():
-    slots = np.asarray([*SLOTS, [[2, 3]]], np.int32)
-    feedback = Feedback(*(np.asarray([*x, [[0, 0], [0, 0]]], np.float32) for x in FEEDBACK))
-    there = np.array([True, True, False])  # The only holder of expert 2 was lost.
-    units = there.astype(np.float32)
-    verdicts = Verdict(there, ~there, np.ones((3, 2)), feedback, units, units, units, np.zeros(3))
-    plan = Plan(np.array([2, 0, 1]), slots, np.zeros(3), np.ones(3, int), np.ones(3))
-    gates = {
-        layer: {"gate": {"balance_bias": np.zeros(3, np.float32), "rows": np.ones((3, 2))}}
-        for layer in "ab"
-    }
-    desk = make_desk(bias_rate=0.5)
-    new = jax.jit(partial(_even_out, desk))(gates, verdicts, plan)
-    # Layer a: expert 0 got 6 + 2 of 8 units, expert 1 none. Layer b: both got 4.
-    assert new["a"]["gate"]["balance_bias"].tolist() == [-0.5, 0.5, 0]
-    assert new["b"]["gate"]["balance_bias"].tolist() == [0, 0, 0]
-    assert (new["a"]["gate"]["rows"] == 1).all()
-    # Expert 0 is to get three quarters of the load: in layer b it has too little.
-    uneven = desk._replace(share=np.array([3.0, 1.0, 1.0]))
-    new = jax.jit(partial(_even_out, uneven))(gates, verdicts, plan)
-    assert new["b"]["gate"]["balance_bias"].tolist() == [0.5, -0.5, 0]
 
 
 def test_books_by_hand_where_layers_are_assigned_together():

@@ -26,12 +26,10 @@ MODULE = models.MoEClassifier(models.MLP((16,)), classes=10, experts=EXPERTS, hi
 class TwoLayers(nn.Module):
     """A classifier with two MoE layers, of unlike sizes."""
 
-    with_balance_bias: bool = False
-
     @nn.compact
     def __call__(self, x):
         h = models.MLP((16,), name="backbone")(x)
-        layer = partial(models.MoELayer, EXPERTS, with_balance_bias=self.with_balance_bias)
+        layer = partial(models.MoELayer, EXPERTS)
         h = h + layer(hidden=8, name="first")(h)
         h = h + layer(hidden=4, name="second")(h)
         return nn.Dense(10, name="head")(h)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,37 @@ def test_clients_of_a_kind_come_to_hold_one_expert(counting, profile):
     _, held = play(federate(counting, affinity=1.0, profile=profile), counting, rounds)
     kinds = {tuple(kind == KIND) for kind in range(3)}
     assert {tuple(column) for column in held.T} == kinds
+
+
+def test_a_client_of_one_kind_is_told_to_use_one_of_its_two_experts(counting):
+    federation = federate(counting, affinity=1.0, profile="given")
+    # Half of the clients hold one expert, or pairs of kinds would explain pure kinds as well.
+    capacity = np.where(EVERYBODY < CLIENTS // 2, 1, 2)
+    federation = federation.replace(capacity=capacity)
+    simulated = simulation.simulate(federation, counting)
+    solutions = simulated.assign(simulated.init(jax.random.key(0)), EVERYBODY)
+    (solution,) = solutions
+    assert (solution.use[~solution.assignment] == 0).all()
+    # Holders are even, so each expert is used as much as the others: by clients of its kind.
+    assert solution.use.sum(axis=0) == pytest.approx(np.full(EXPERTS, CLIENTS / EXPERTS), abs=1e-2)
+    assert (solution.use.max(axis=1) > 0.99).all()
+    assert {tuple(kind == KIND) for kind in range(3)} == {tuple(u > 0.5) for u in solution.use.T}
+    plan = jax.device_get(simulated.plan(EVERYBODY, solutions))
+    filled = np.pad(solution.use, [(0, 0), (0, 1)])
+    for number, (slots,), (use,) in zip(plan.clients, plan.slots, plan.use, strict=True):
+        assert use == pytest.approx(filled[number, slots])
+    # Whoever did not ask the server splits evenly; without affinity, or a loss, nothing is sent.
+    even = jax.device_get(simulated.plan(EVERYBODY, (replace(solution, use=None),)))
+    assert (even.use.sum(axis=2) == 1).all()
+    assert set(even.use.ravel()) == {0, 0.5, 1}
+    for silent in (
+        federation.replace(fitness=server.FitnessOptions(score="loss")),
+        federation.replace(local=replace(federation.local, balance=0.0)),
+    ):
+        simulated = simulation.simulate(silent, counting)
+        solutions = simulated.assign(simulated.init(jax.random.key(0)), EVERYBODY)
+        assert solutions[0].use is None
+        assert simulated.plan(EVERYBODY, solutions).use is None
 
 
 def test_what_is_refused_tells_nothing(counting):

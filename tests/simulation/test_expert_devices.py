@@ -20,10 +20,9 @@ from tests.simulation.conftest import EXPERTS, TwoLayers, plain, prepare
 
 EVERYBODY = np.arange(len(CAPACITY), dtype=np.int32)
 # Whatever a mesh could do otherwise: layers of unlike sizes, gates that travel, a state for each
-# expert, limits learnt from other updates, and biases moved against everybody's use.
+# expert, limits learnt from other updates, and use that the server splits.
 CHOICES = {
-    "model": models.from_linen(TwoLayers(with_balance_bias=True)).after(prepare),
-    "bias_rate": 0.1,
+    "model": models.from_linen(TwoLayers()).after(prepare),
     "layers": "each",
     "ownership": models.Ownership(shared_gate=True),
     "optimizer": optax.adam(0.01, eps=1e-3),
@@ -52,8 +51,6 @@ def alone(make_simulation, clients, digits):
     mesh, simulated = client_mesh(1), make_simulation(**CHOICES)
     state, refused = play(simulated, clients, mesh)
     assert refused == 1
-    for layer in ("first", "second"):
-        assert np.asarray(state.server.experts[layer]["gate"]["balance_bias"]).any()
     return plain(state), judge(simulated, clients, digits, state, mesh)
 
 
