@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.options.server import FitnessOptions
 from flexmoe_jax.server.affinity import affinity
 from flexmoe_jax.server.server import Desk
-from flexmoe_jax.types import Server
+from flexmoe_jax.types import Ledger, Server
 
 Assign = Callable[..., tuple[Solution, ...]]
 """(server, cohort (P,), said=None) -> a solution for each group of MoE layers. Runs on the host.
@@ -63,10 +64,7 @@ def make_assign(
         _check_scores(desk.fitness, books.fitness)
         found = []
         begin = time.perf_counter()
-        like = np.zeros(books.usage.shape)
-        if desk.fitness.affinity:
-            of_clients = books.profile if profile is None else profile
-            like = affinity(of_clients, books.usage, capacity, seed)
+        like = _liking(desk, books, profile, capacity, seed)
         # The time to compute the affinity is part of the assignment's time, counted once.
         telling = time.perf_counter() - begin
         for g in range(desk.groups):
@@ -91,14 +89,30 @@ def make_assign(
             )
             solution = policy(replace(request, seed=_seed_of_group(seed, g)))
             check_solution(solution, cohort, capacity, desk.experts)
-            use = None
-            if desk.fitness.affinity and work is not None:
-                use = split_use(_SHARP * like[g][cohort], solution.assignment, work[cohort])
-            found.append(replace(solution, use=use))
+            found.append(_split(solution, like[g][cohort], work, cohort))
         first = replace(found[0], seconds=found[0].seconds + telling)
         return (first, *found[1:])
 
     return assign
+
+
+def _liking(
+    desk: Desk, books: Ledger, profile: np.ndarray | None, capacity: np.ndarray, seed: int
+) -> np.ndarray:
+    """How well experts match clients' kinds, (G, C, E) in [0, 1]; 0 without affinity."""
+    if not desk.fitness.affinity:
+        return np.zeros(books.usage.shape)
+    known: Any = books
+    return affinity(known.profile if profile is None else profile, known.usage, capacity, seed)
+
+
+def _split(
+    solution: Solution, like: np.ndarray, work: np.ndarray | None, cohort: np.ndarray
+) -> Solution:
+    """Adds how much each client of the cohort should use its experts, if its `work` is known."""
+    if work is None:
+        return solution
+    return replace(solution, use=split_use(_SHARP * like, solution.assignment, work[cohort]))
 
 
 def enrol(
