@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.local.optimizer = "adam"
     config.local.learning_rate = 0.003
     config.model.router = True
-    config.local.balance = 0.02
+    config.local.balance = 0.05
     config.fitness.score = "loss"
     # For the reason, see languages.py.
     config.fitness.affinity = 3.0

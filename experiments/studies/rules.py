@@ -14,9 +14,13 @@ from experiments.studies.methods import METHODS, choose
 from experiments.studies.tasks import SMALL
 from experiments.studying.study import Axis, Study
 
+# Every picture passes through both experts of its client, as it does through the whole of a dense
+# model of that size.
+BOTH = {"model.top_k": 2}
 # The assignment uses the similarity of the clients' updates, and holders stay.
 FLEX = {
     **METHODS["flex"],
+    **BOTH,
     "assignment.exploration": 0.0,
     "fitness.affinity": 1.0,
 }
@@ -25,7 +29,9 @@ METHODS_OF_RULES: Axis = {
     "flex": FLEX,
     # Experts are assigned by the clients' rules, which no server knows: an upper reference.
     "oracle": {**FLEX, "fitness.profile": "given"},
-    **choose("random", "greedy", "fedavg"),
+    "random": {**METHODS["random"], **BOTH},
+    "greedy": {**METHODS["greedy"], **BOTH},
+    **choose("fedavg"),
     # As large as all experts together, which no client could hold.
     "fedavg_all": {**METHODS["fedavg"], "model.hidden": 8 * 128},
     **choose("local", "clustered"),
