@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from flexmoe_jax.assignment import Policy, Request, Solution, make_policy, split_use
 from flexmoe_jax.errors import InputError
@@ -30,8 +30,8 @@ Assign = Callable[..., tuple[Solution, ...]]
 
 # Separates the random draws of the groups of layers, which share a seed.
 _GROUPS = 0x6C61
-# A client uses an expert of its kind about e to this power times as much as one of another kind.
-_SHARP = 10.0
+# The least part that a client may want to use an expert, and a worth that counts as none.
+_LEAST_PART, _LITTLE = 5e-5, 1e-3
 
 
 def make_assign(
@@ -112,7 +112,27 @@ def _split(
     """Adds how much each client of the cohort should use its experts, if its `work` is known."""
     if work is None:
         return solution
-    return replace(solution, use=split_use(_SHARP * like, solution.assignment, work[cohort]))
+    held = solution.assignment
+    return replace(solution, use=split_use(_wish(like, held), held, work[cohort]))
+
+
+def _wish(
+    like: Float[np.ndarray, "P E"], held: Bool[np.ndarray, "P E"]
+) -> Float[np.ndarray, "P E"]:
+    """How much clients want to use the experts they hold, as logarithms of parts.
+
+    A client wants to use the experts of its own equally. The part of those that it does not hold
+    goes to the others that it holds, first to those of its kinds. It is the less certain, the less
+    its kind explains.
+    """
+    sure = like.max(axis=1, keepdims=True)
+    own = (like == sure) & (sure > 0)
+    part = own / np.maximum(own.sum(axis=1, keepdims=True), 1)
+    lost = (part * ~held).sum(axis=1, keepdims=True)
+    others = np.where(held & ~own, like + _LITTLE, 0.0)
+    others = np.where(others.any(axis=1, keepdims=True), others, held)
+    part = part + lost * others / np.maximum(others.sum(axis=1, keepdims=True), _LITTLE)
+    return np.asarray(sure * np.log(np.maximum(part, _LEAST_PART)))
 
 
 def enrol(

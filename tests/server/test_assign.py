@@ -18,6 +18,7 @@ from flexmoe_jax.server import (
     make_assign,
     make_load_model,
 )
+from flexmoe_jax.server.assign import _wish
 
 CAPACITY, EXAMPLES = np.array([1, 2, 1, 2]), np.array([10, 20, 30, 40])
 DESK = Desk(
@@ -90,3 +91,22 @@ def test_newcomers_get_the_fittest_experts_that_they_have_room_for():
     assert one.assignment.tolist() == [[False, True, False], [False, True, True]]
     assert other.assignment.tolist() == [[True, False, False], [True, True, False]]
     assert one.load.tolist() == [0, 2, 1]
+
+
+def test_who_lacks_the_expert_of_a_kind_uses_another_for_it():
+    like = np.array(
+        [
+            [1.0, 1.0, 0, 0],  # Two kinds, whose experts are 0 and 1: it holds both.
+            [1.0, 1.0, 0, 0],  # It lacks expert 1: expert 2 stands in.
+            [1.0, 1.0, 0.5, 0],  # It lacks both; expert 2 is another one of its kinds.
+            [1.0, 0, 0, 0],  # One kind: it needs one of its two experts.
+            [0.5, 0, 0, 0],  # The same, half as sure.
+            [0, 0, 0, 0],  # Nothing is known.
+        ]
+    )
+    held = np.array(
+        [[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]], bool
+    )
+    wish = _wish(like, held)
+    ratio = np.exp([row[mask][0] - row[mask][1] for row, mask in zip(wish, held, strict=True)])
+    assert ratio == pytest.approx([1, 1, 0.501 / 0.001, 2e4, 2e4**0.5, 1])
