@@ -47,7 +47,8 @@ class LocalLoss(Options, section="local"):
 
     balance: float = option(
         0.1,
-        "weight of the Switch-style balance loss over the held experts: keeps them all in use",
+        "weight of the Switch-style balance loss over the held experts: keeps them all in use, "
+        "evenly or, with fitness.affinity, as far as the server says",
         least=0,
     )
     z: float = option(0.0, "weight of the router z-loss", least=0)

@@ -122,7 +122,8 @@ class FitnessOptions(Options, section="fitness"):
     affinity: float = option(
         0.0,
         "worth of an expert that serves clients whose updates are like the client's own, which "
-        "tells sooner than any score who should share an expert; 0 for none",
+        "tells sooner than any score who should share an expert; with it, the server also says "
+        "how much a client should use each of its experts; 0 for none",
         least=0,
         most=1e30,
     )

@@ -64,7 +64,7 @@ def make_assign(
         _check_scores(desk.fitness, books.fitness)
         found = []
         begin = time.perf_counter()
-        like = _liking(desk, books, profile, capacity, seed)
+        like = _match(desk, books, profile, capacity, seed)
         # The time to compute the affinity is part of the assignment's time, counted once.
         telling = time.perf_counter() - begin
         for g in range(desk.groups):
@@ -96,7 +96,7 @@ def make_assign(
     return assign
 
 
-def _liking(
+def _match(
     desk: Desk, books: Ledger, profile: np.ndarray | None, capacity: np.ndarray, seed: int
 ) -> np.ndarray:
     """How well experts match clients' kinds, (G, C, E) in [0, 1]; 0 without affinity."""
@@ -185,6 +185,8 @@ def check_solution(
     given = getattr(solution, "assignment", None)
     if not (isinstance(given, np.ndarray) and given.dtype == bool):
         raise InputError("policy", type(solution).__name__, "return a Solution: see as_solution")
+    if solution.use is not None:
+        raise InputError("policy", "a Solution with use", "leave out use, which the server sets")
     if given.shape != (len(cohort), experts):
         remedy = f"return an assignment of shape {(len(cohort), experts)}"
         raise InputError("policy", given.shape, remedy)

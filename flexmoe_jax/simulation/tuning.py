@@ -34,8 +34,8 @@ def tune(
 
     This shows how much of a method's lead remains once clients may fit any model to their own
     examples (Yu et al. 2020). A client trains the experts that it holds now, as in a first round:
-    at the full learning rate, which by the end of a run may have fallen to 0 (`local.decay`). A
-    client without experts does not train.
+    at the full learning rate, which by the end of a run may have fallen to 0 (`local.decay`), and
+    with a balance loss for even parts. A client without experts does not train.
 
     Args:
       federation: the configuration of the federation.

@@ -53,3 +53,17 @@ def test_input_that_fits_no_assignment_is_refused():
         split_use(np.zeros((2, 3)), both)
     with pytest.raises(InputError, match=r"^preference=not finite"):
         split_use([[0.0, np.nan], [0, 0]], both)
+    with pytest.raises(InputError, match=r"^work=\(3,\): give one number of each client: \(2,\)"):
+        split_use(np.zeros((2, 2)), both, np.ones(3))
+    with pytest.raises(InputError, match=r"^work=negative or not finite"):
+        split_use(np.zeros((2, 2)), both, [1.0, -1.0])
+
+
+def test_parts_sum_to_one_however_strong_the_preferences():
+    # All prefer expert 0 by more than a float can tell: totals hold, so each gives it a half.
+    use = split_use(np.tile([1e6, 0.0], (3, 1)), np.ones((3, 2), bool))
+    assert use == pytest.approx(np.full((3, 2), 0.5), abs=1e-3)
+    # No 200 steps bring these totals near; the parts are parts all the same.
+    rng = np.random.default_rng(0)
+    strong = 1e3 * rng.normal(size=(40, 8))
+    assert split_use(strong, rng.random((40, 8)) < 0.5).sum(axis=1) == pytest.approx(np.ones(40))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,7 @@ def test_answers_that_do_not_fit_the_cohort_are_refused():
     everything = solve(Problem(np.ones((2, 3)), 3, 0, 9), "greedy")
     for answer, line in (
         (found.assignment, "policy=ndarray: return a Solution"),
+        (replace(found, use=np.ones((2, 3))), "policy=a Solution with use: leave out use"),
         (solve(Problem(np.ones((3, 2)), 1, 0, 9), "greedy"), r"policy=\(3, 2\): .* \(2, 3\)"),
         (everything, "policy=3 experts: client 4 has room for 1"),
     ):
