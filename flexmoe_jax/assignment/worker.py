@@ -174,16 +174,16 @@ class _Worker:
 _NUMBERS = itertools.count()
 _IDLE: deque[_Worker] = deque()
 _STARTED: dict[int, _Worker] = {}
+# Only tried, never waited for: a signal handler may interrupt the thread that holds it.
+_STARTING = threading.Lock()
 
 
 @contextmanager
 def _lent() -> Iterator[_Worker]:
     """Lends a worker for exclusive use; it is put back only if no exception was raised."""
-    worker = _idle()
     end = time.perf_counter() + _PATIENCE
-    while worker is None and len(_STARTED) >= _MOST and time.perf_counter() < end:
+    while (worker := _idle() or _started()) is None and time.perf_counter() < end:
         time.sleep(0.001)
-        worker = _idle()
     worker = worker or _Worker()
     try:
         yield worker
@@ -208,6 +208,16 @@ def _idle() -> _Worker | None:
         worker.abandon()
 
 
+def _started() -> _Worker | None:
+    """Starts a worker, unless there are enough or another thread is starting one."""
+    if not _STARTING.acquire(blocking=False):
+        return None
+    try:
+        return _Worker() if len(_STARTED) < _MOST else None
+    finally:
+        _STARTING.release()
+
+
 def _close_all() -> None:
     _IDLE.clear()
     for worker in list(_STARTED.values()):
@@ -215,6 +225,8 @@ def _close_all() -> None:
 
 
 def _abandon_all() -> None:
+    global _STARTING
+    _STARTING = threading.Lock()
     _IDLE.clear()
     for worker in list(_STARTED.values()):
         worker.abandon()
