@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 from experiments.markup import csv_text, latex_text, markdown_text
-from experiments.studying.rows import Row, reference_of
+from experiments.studying.rows import Row, differences
 from experiments.studying.sheets import Sheet
 from experiments.studying.statistics import estimate
 
@@ -28,6 +28,7 @@ CSV_HEADS = (
     "difference",
     "difference_margin_95",
     "p_value",
+    "p_holm",
 )
 
 
@@ -75,16 +76,15 @@ def csv_table(rows: Sequence[Row], axes: Sequence[str], reference: str) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*CSV_HEADS[:2], *map(csv_text, axes), *CSV_HEADS[2:]])
     quantities = dict.fromkeys(key for row in rows for found in row.seeds.values() for key in found)
-    for row in rows:
-        other = reference_of(row, rows, reference)
+    compared = {key: differences(rows, reference, key) for key in quantities}
+    for i, row in enumerate(rows):
         for key in quantities:
             value = estimate(row.values(key))
             numbers: list[object] = [value.n, _plain(value.mean), _plain(value.margin)]
-            if other is None or other is row:
-                numbers += [""] * 5
+            if (d := compared[key][i]) is None:
+                numbers += [""] * 6
             else:
-                d = row.against(other, key)
-                numbers += [csv_text(reference), d.n, _plain(d.mean), _plain(d.margin), _plain(d.p)]
+                numbers += [csv_text(reference), d.n, *map(_plain, d[1:])]
             names = [*row.task, *row.variant, row.method, key]
             writer.writerow([*map(csv_text, names), row.asked, len(row.seeds), *numbers])
     return out.getvalue()

@@ -12,7 +12,7 @@ from experiments.reporting.page import document, notes, show_pictures
 from experiments.reporting.quantities import counted
 from experiments.studying import pictures
 from experiments.studying.results import Results
-from experiments.studying.rows import Row, read_rows, reference_of
+from experiments.studying.rows import Row, differences, read_rows
 from experiments.studying.sheets import (
     TARGET,
     Sheet,
@@ -87,10 +87,11 @@ def _pictures(
         pictures.trade_off(rows, letters),
         pictures.forest(
             {
-                row.method: row.against(other, "mean/final")
-                for row in rows
-                if row.method != reference
-                and (other := reference_of(row, rows, reference)) is not None
+                row.method: difference
+                for row, difference in zip(
+                    rows, differences(rows, reference, "mean/final"), strict=True
+                )
+                if difference is not None
             },
             reference,
             letters,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 
 from experiments.reporting.quantities import LossUnit
 from experiments.reporting.runs import Run, common_unit
 from experiments.studying.results import Results, figures
-from experiments.studying.statistics import Difference, paired_difference
+from experiments.studying.statistics import Difference, holm, paired_difference
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,28 @@ def read_rows(results: Results, target: float) -> list[Row]:
     ]
 
 
-def reference_of(row: Row, rows: Sequence[Row], method: str) -> Row | None:
-    """Returns the row of the reference method on the same task and variant; None if missing."""
-    wanted = row.task, row.variant, method
-    return next((r for r in rows if (r.task, r.variant, r.method) == wanted), None)
+def differences(rows: Sequence[Row], reference: str, key: str) -> list[Difference | None]:
+    """Compares each row with the reference method's on the same task and variant.
+
+    P-values are corrected for all comparisons of the quantity `key` on a task.
+
+    Returns:
+      a difference for each row; None for the reference itself, and where it is missing.
+    """
+    references = {(row.task, row.variant): row for row in rows if row.method == reference}
+    found: list[Difference | None] = [
+        row.against(other, key)
+        if row.method != reference and (other := references.get((row.task, row.variant)))
+        else None
+        for row in rows
+    ]
+    for task in {row.task for row in rows}:
+        family = [
+            nan if row.task != task or d is None else d.p
+            for row, d in zip(rows, found, strict=True)
+        ]
+        found = [
+            d._replace(holm=p) if d is not None and row.task == task else d
+            for row, d, p in zip(rows, found, holm(family), strict=True)
+        ]
+    return found

@@ -9,8 +9,8 @@ from functools import partial
 
 from experiments.reporting.quantities import MINUS, NOTHING, LossUnit, byte_unit
 from experiments.studying.results import Results
-from experiments.studying.rows import Row, read_rows, reference_of
-from experiments.studying.statistics import Estimate, estimate
+from experiments.studying.rows import Row, differences, read_rows
+from experiments.studying.statistics import Difference, Estimate, estimate
 
 TARGET = 0.6
 
@@ -172,29 +172,28 @@ def _differences(
     unit: str,
 ) -> Sheet | None:
     """Tabulates method minus reference, seed by seed; None if there is nothing to compare."""
-    pairs = [
-        (row, other)
-        for row in rows
-        if row.method != reference and (other := reference_of(row, rows, reference)) is not None
-    ]
-    if not pairs:
-        return None
     heads = [*axes, "method", "pairs"]
     for head in columns.values():
-        heads += [head, "p"]
+        heads += [head, "p (Holm)"]
     lines = []
-    for row, other in pairs:
-        found = [row.against(other, key) for key in columns]
+    by_column = [differences(rows, reference, key) for key in columns]
+    for row, *of_row in zip(rows, *by_column, strict=True):
+        found = [d for d in of_row if d is not None]
+        if not found:
+            continue
         cells = [*row.variant, row.method, str(max(d.n for d in found))]
         for d in found:
-            cells += [shown(Estimate(d.n, d.mean, d.margin)), p_value(d.p)]
+            cells += [shown(Estimate(d.n, d.mean, d.margin)), p_values(d)]
         lines.append(tuple(cells))
+    if not lines:
+        return None
     return Sheet(
         title,
         tuple(heads),
         tuple(lines),
         f"{unit}, method minus {reference} on the same seed: mean ± 95 % interval; p of "
-        "the paired t-test, two-sided, not corrected for the number of comparisons.",
+        "the paired t-test, two-sided, and in brackets corrected for the number of comparisons in "
+        "its column (Holm).",
         len(axes) + 1,
     )
 
@@ -268,6 +267,13 @@ def p_value(p: float) -> str:
     if math.isnan(p):
         return NOTHING
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def p_values(found: Difference) -> str:
+    """Formats the p-value of a difference, and in brackets the corrected one."""
+    return (
+        p_value(found.p) if math.isnan(found.p) else f"{p_value(found.p)} ({p_value(found.holm)})"
+    )
 
 
 def _sheet(

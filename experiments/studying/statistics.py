@@ -34,12 +34,14 @@ class Difference(NamedTuple):
       margin: half the width of its 95 % confidence interval; NaN for fewer than two seeds.
       p: two-sided p-value of the paired t-test; NaN for fewer than two seeds, or if the difference
         is the same for all seeds.
+      holm: the same, corrected for the number of comparisons (see `holm`).
     """
 
     n: int
     mean: float
     margin: float
     p: float
+    holm: float = math.nan
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -72,3 +74,21 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
     from scipy.stats import ttest_rel
 
     return Difference(n, mean, margin, float(ttest_rel(values, reference).pvalue))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Corrects p-values for the number of comparisons (Holm 1979, "A simple sequentially ...").
+
+    With the corrected values, the chance of calling any difference significant that is none is at
+    most the level at which they are judged.
+
+    Args:
+      values: p-values of a family of comparisons; NaN is no comparison, and stays NaN.
+    """
+    order = sorted((i for i, p in enumerate(values) if not math.isnan(p)), key=values.__getitem__)
+    corrected = [math.nan] * len(values)
+    least = 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min((len(order) - rank) * values[i], 1.0))
+        corrected[i] = least
+    return corrected

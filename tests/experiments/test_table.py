@@ -29,7 +29,7 @@ from experiments.studying.results import figures, read_results
 from experiments.studying.rows import Row
 from experiments.studying.sheets import Sheet, sheets
 from experiments.studying.standing import write_record
-from experiments.studying.statistics import estimate, paired_difference
+from experiments.studying.statistics import estimate, holm, paired_difference
 from experiments.studying.study import Study
 from experiments.table import write_tables
 from experiments.workdir import as_json
@@ -295,6 +295,34 @@ def test_intervals_and_tests_are_those_of_scipy(values, scale):
         low, high = expected.confidence_interval(0.95)
         assert compared.mean - compared.margin == pytest.approx(low)
         assert compared.mean + compared.margin == pytest.approx(high)
+
+
+def test_many_comparisons_are_corrected_by_hand():
+    # In ascending order 3 × 0.01, 2 × 0.03 and 1 × 0.04, which may not be less than 2 × 0.03.
+    assert holm([0.01, 0.04, math.nan, 0.03]) == pytest.approx(
+        [0.03, 0.06, math.nan, 0.06], nan_ok=True
+    )
+    assert holm([0.7, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_p_values_are_corrected_for_the_comparisons_of_their_task(tmp_path):
+    methods = {"flex": {}, "near": {}, "far": {}}
+    study = make_study(methods=methods, partitions={"iid": {}, "k_class": {}})
+    write_record(study, tmp_path)
+    worse = {"flex": (0.0, 0.0, 0.0), "near": (0.01, 0.03, 0.02), "far": (0.1, 0.11, 0.13)}
+    for trial in study.trials():
+        accuracy = 0.7 + 0.05 * trial.seed - worse[trial.method][trial.seed]
+        write_run(tmp_path / trial.name, [accuracy])
+    text = write_tables(tmp_path)[0].read_text()
+    near, far = (ttest_rel(worse[name], worse["flex"]).pvalue for name in ("near", "far"))
+    assert far < near / 2
+    assert f" | {far:.3f} ({2 * far:.3f}) | " in text
+    assert f" | {near:.3f} ({near:.3f}) | " in text
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["quantity"] == "global/final"]
+    corrected = [(row["method"], float(row["p_holm"])) for row in rows if row["p_holm"]]
+    assert corrected == [(n, pytest.approx(p)) for n, p in [("near", near), ("far", 2 * far)] * 2]
 
 
 def test_few_seeds_claim_nothing():
