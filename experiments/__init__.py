@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from experiments.endings import at_once
+from experiments.shutdown import at_once
 
 # `python -m experiments.NAME` spends seconds on imports before it can handle Ctrl-C in another way.
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import BinaryIO
 
-from experiments.endings import Wish
+from experiments.shutdown import Wish
 
 # Bytes kept of the output of a child's libraries; its end shows why the child ended.
 _KEPT_BYTES = 2**16

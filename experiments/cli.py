@@ -12,8 +12,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
-from experiments.endings import tolerate_lost_output
-from experiments.source import call_in_file
+from experiments.shutdown import tolerate_lost_output
+from experiments.user_files import call_in_file
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options import KINDS
 

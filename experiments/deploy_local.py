@@ -22,8 +22,8 @@ from absl import flags
 
 from experiments.cli import define_config, read_config, refuse_words, run_cli, user_path
 from experiments.deploying import require_flower
-from experiments.endings import Wish
 from experiments.fields import check_fields
+from experiments.shutdown import Wish
 from flexmoe_jax.errors import InputError, printable
 
 _Process = subprocess.Popen[bytes]

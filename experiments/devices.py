@@ -12,8 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from experiments.muster import bind_address
 from experiments.program import Program
+from experiments.rendezvous import bind_address
 from flexmoe_jax.data.cache import default_folder
 from flexmoe_jax.errors import InputError
 

@@ -29,7 +29,7 @@ def fingerprint(thing: Any) -> str:
     """Returns a hash of an object's content, the same in every process.
 
     Functions and classes are identified by their names in modules, and functions by what they
-    enclose, so the fingerprint is only valid together with `surroundings`, which identifies the
+    enclose, so the fingerprint is only valid together with `environment`, which identifies the
     source of all modules.
 
     Args:

@@ -21,7 +21,7 @@ from absl import flags
 
 from experiments.cli import refuse_words, run_cli, user_path
 from experiments.deploying import require_flower, show_log
-from experiments.endings import Wish, end_with_input
+from experiments.shutdown import Wish, end_with_input
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.options import DataOptions
 

@@ -136,10 +136,10 @@ def _assign(
     simulation = experiment.simulation
     solutions = simulation.assign(state, cohort, examples)
     assignment = np.stack([solution.assignment for solution in solutions], axis=1)
-    fresh = None
+    current = None
     if config.edge.cache:
-        fresh = np.asarray(state.server.ledger.fresh)[:, cohort].swapaxes(0, 1)
-    sent = traffic(assignment, experiment.payload, fresh)
+        current = np.asarray(state.server.ledger.current)[:, cohort].swapaxes(0, 1)
+    sent = traffic(assignment, experiment.payload, current)
     if config.fitness.probe == "all":  # Clients already have the experts, from probing.
         asked = probe_traffic(simulation.setting.federation, len(cohort))
         sent = Traffic(asked.down, sent.up + asked.up, np.zeros_like(sent.cached))

@@ -26,8 +26,8 @@ from ml_collections import ConfigDict
 
 from experiments.cli import define_config, read_config, refuse_words, run_cli, user_path
 from experiments.deploying import require_flower, show_log
-from experiments.endings import Wish, end_with_input
 from experiments.fields import check_fields
+from experiments.shutdown import Wish, end_with_input
 from flexmoe_jax.errors import InputError, printable
 
 define_config("config", "Config file of the experiment.")

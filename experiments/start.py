@@ -25,10 +25,10 @@ from experiments.cli import (
     run_cli,
     user_path,
 )
-from experiments.endings import Wish, end_with_input, library_errors_to_parent
 from experiments.fields import check_fields
-from experiments.muster import muster
 from experiments.program import Program, advice, asked, find_program
+from experiments.rendezvous import rendezvous
+from experiments.shutdown import Wish, end_with_input, library_errors_to_parent
 from flexmoe_jax.errors import InputError, printable
 
 define_config("config", "Config file of the experiment.")
@@ -194,7 +194,7 @@ def _watch(program: Program, config: ConfigDict, folder: Path) -> int:
         Workdir(folder).keep_others_out(create=False)
     ours = ["--end_with_input", "--distributed=auto"]
     if program.coordinator:
-        muster(program, flatten(as_json(config)), lambda line: print(line, flush=True))
+        rendezvous(program, flatten(as_json(config)), lambda line: print(line, flush=True))
         ours[1:] = [
             f"--coordinator={program.coordinator}",
             f"--process_count={program.size}",

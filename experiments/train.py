@@ -34,9 +34,9 @@ import flexmoe_jax
 from experiments.build import Experiment, build
 from experiments.devices import require_same_inputs
 from experiments.history import Metrics, fell_back, missing_rounds
+from experiments.program_cache import open_cache
 from experiments.progress import ProgressDisplay
 from experiments.rounds import Carry, DivergedError, play, run_rounds
-from experiments.shelf import programs_shelf
 from experiments.tensorboard import TensorBoard
 from experiments.workdir import Workdir
 from flexmoe_jax.checkpoint import Checkpoints, Restored
@@ -161,7 +161,7 @@ def compiled(experiment: Experiment) -> Experiment:
         experiment.test,
         network.asked,
         noise=bool(network.faults.noise),
-        shelf=programs_shelf(),
+        cache=open_cache(),
     )
     return replace(experiment, simulation=simulation)
 

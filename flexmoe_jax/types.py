@@ -161,7 +161,7 @@ class Ledger(NamedTuple):
       usage: (G, C, E) units that client c has routed to expert e so far.
       held_rounds: (G, C, E) int32 rounds in which client c held expert e and its update was
         accepted.
-      fresh: (G, C, E) bool, whether client c's copy of expert e is the server's current one.
+      current: (G, C, E) bool, whether client c's copy of expert e is equal to the server's.
       load: (G, E) load assigned so far.
       deficit: (G, E) load that each expert was owed and did not get.
       norms: (4, W) recent lengths of updates (see `server.quarantine`); () if updates are not
@@ -173,7 +173,7 @@ class Ledger(NamedTuple):
     fitness: Array
     usage: Array
     held_rounds: Array
-    fresh: Array
+    current: Array
     load: Array
     deficit: Array
     norms: PyTree

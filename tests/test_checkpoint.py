@@ -29,7 +29,7 @@ def state() -> State:
         fitness=jnp.full(pairs, 0.3),
         usage=jnp.ones(pairs),
         held_rounds=jnp.ones(pairs, jnp.int32),
-        fresh=jnp.ones(pairs, bool),
+        current=jnp.ones(pairs, bool),
         load=jnp.ones((2, 2)),
         deficit=jnp.full((2, 2), -0.5),
         norms=jnp.ones((4, 3)),

@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.deploying.warm import write_commands
+from experiments.deploying.fork_server import write_commands
 from flexmoe_jax.errors import InputError, printable
 
 _LOG = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def read_keys(folder: Path) -> list[Path]:
 
 
 class Process:
-    """One of Flower's processes; it ends when this process ends, for any reason (see `leash.py`).
+    """One of Flower's processes; it ends when this process ends, however (see `watchdog.py`).
 
     Args:
       words: the words of its command.
@@ -88,7 +88,7 @@ class Process:
         """Starts the process."""
         with log.open("ab") as output:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "experiments.deploying.leash", *words],
+                [sys.executable, "-m", "experiments.deploying.watchdog", *words],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -113,7 +113,7 @@ class Process:
 
 
 class Warm:
-    """The process that starts Flower's short-lived processes (see `warm.py`).
+    """The process that starts Flower's short-lived processes (see `fork_server.py`).
 
     Args:
       address: path of its socket.
@@ -123,7 +123,7 @@ class Warm:
 
     def __init__(self, address: Path, home: Path, log: Path) -> None:
         """Starts the process."""
-        self._words = [sys.executable, "-m", "experiments.deploying.warm", str(address)]
+        self._words = [sys.executable, "-m", "experiments.deploying.fork_server", str(address)]
         self._home, self._log = home, log
         self._process = Process(self._words, home, log)
 

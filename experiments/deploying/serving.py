@@ -14,8 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.build import Experiment, Known, build
-from experiments.deploying.board import Board
 from experiments.deploying.checks import check_deployable
+from experiments.deploying.dashboard import Board
 from experiments.examples import Examples, load_examples
 from experiments.fields import read
 from experiments.rounds import Assigned, Carried

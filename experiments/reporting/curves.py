@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.reporting import ink
-from experiments.reporting.ink import AMBER, ASSIGNED, GREEN, INK, PINK, PURPLE, SKY, USED, Picture
-from experiments.reporting.panels import HEIGHT, Dash, Grid, Line, Panel, draw_panels
+from experiments.reporting import style
+from experiments.reporting.line_charts import HEIGHT, Dash, Grid, Line, Panel, draw_panels
 from experiments.reporting.quantities import (
     byte_unit,
     count,
@@ -21,6 +20,17 @@ from experiments.reporting.quantities import (
     time_unit,
 )
 from experiments.reporting.runs import Floats, Run, assigned_unit
+from experiments.reporting.style import (
+    AMBER,
+    ASSIGNED,
+    GREEN,
+    INK,
+    PINK,
+    PURPLE,
+    SKY,
+    USED,
+    Picture,
+)
 
 SMALL = 1.55
 SMOOTH_FROM = 200
@@ -61,12 +71,12 @@ class Pen:
 
 def pens(runs: int) -> list[Pen]:
     """Returns one pen for each run; colours repeat with another dash."""
-    colours = len(ink.CYCLE)
+    colours = len(style.CYCLE)
     return [
         Pen(
             letter=chr(ord("A") + i) if i < 26 else str(i + 1),
-            colour=ink.CYCLE[i % colours],
-            dash=ink.DASHES[i // colours % len(ink.DASHES)],
+            colour=style.CYCLE[i % colours],
+            dash=style.DASHES[i // colours % len(style.DASHES)],
         )
         for i in range(runs)
     ]
@@ -172,7 +182,7 @@ def _traffic(run: Run) -> Picture | None:
     factor, unit = byte_unit(max(totals, default=0.0))
     lines = [
         Line(down[0], down[1] / factor, "to clients", ASSIGNED),
-        Line(up[0], up[1] / factor, "to server", USED, ink.DASHES[1]),
+        Line(up[0], up[1] / factor, "to server", USED, style.DASHES[1]),
     ]
     return draw_panels(
         "communication",
@@ -197,9 +207,9 @@ def _edge(run: Run) -> Picture | None:
     clients = [
         Line(*run.series(key), word, colour, dash)
         for key, word, colour, dash in (
-            ("clients/asked", "asked", INK, ink.DASHES[1]),
-            ("clients/delivered", "delivered", GREEN, ink.DASHES[0]),
-            ("clients/quarantined", "refused", PINK, ink.DASHES[0]),
+            ("clients/asked", "asked", INK, style.DASHES[1]),
+            ("clients/delivered", "delivered", GREEN, style.DASHES[0]),
+            ("clients/quarantined", "refused", PINK, style.DASHES[0]),
         )
     ]
     panels = [Panel("Clients in a round", clients, "positive")]

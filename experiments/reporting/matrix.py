@@ -11,11 +11,11 @@ from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.reporting import ink
-from experiments.reporting.ink import MUTED
+from experiments.reporting import style
 from experiments.reporting.orders import Order
 from experiments.reporting.quantities import TIMES, count
 from experiments.reporting.runs import Floats
+from experiments.reporting.style import MUTED
 
 FULL = 10.0
 # All client pictures have these margins, so a client is at the same position in each.
@@ -42,14 +42,14 @@ class Scale:
 
 
 EVENNESS = Scale(
-    ink.UNDER_OVER,
+    style.UNDER_OVER,
     low=0,
     high=2,
     title="of an\neven share",
     ticks=(0, 1, 2),
     tick_labels=("0", "even", f"≥ 2{TIMES}"),
 )
-HELD = Scale(ink.BLUES, low=0, high=1, title="")
+HELD = Scale(style.BLUES, low=0, high=1, title="")
 
 
 def show_matrix(axes: Axes, cells: Floats, scale: Scale, span: tuple[float, float]) -> None:
@@ -70,7 +70,7 @@ def show_matrix(axes: Axes, cells: Floats, scale: Scale, span: tuple[float, floa
 def row_labels(axes: Axes, labels: Sequence[str], height: float) -> None:
     """Labels as many rows as there is room for; long labels are cut."""
     rows = np.arange(len(labels))
-    kept = ink.thin(rows, np.full(len(labels), ROW_LABEL), height / len(labels))
+    kept = style.thin(rows, np.full(len(labels), ROW_LABEL), height / len(labels))
     axes.set_yticks(kept, [cut(labels[i], LEFT - 0.12) for i in kept])
 
 
@@ -83,8 +83,8 @@ def client_axis(axes: Axes, order: Order, classes: Sequence[str], kind: str, eac
     scale = INNER / clients
     merged = "" if each == 1 else f"; a column is the mean of {each}"
     if clients <= EACH_CLIENT or order.groups is None or len(classes) == 0:
-        widths = [ink.text_width(str(c)) + 0.05 for c in order.clients]
-        kept = ink.thin(np.arange(clients), widths, scale)
+        widths = [style.text_width(str(c)) + 0.05 for c in order.clients]
+        kept = style.thin(np.arange(clients), widths, scale)
         axes.set_xticks(kept, [str(order.clients[i]) for i in kept])
         axes.set_xlabel(f"client{merged}")
         return
@@ -92,7 +92,7 @@ def client_axis(axes: Axes, order: Order, classes: Sequence[str], kind: str, eac
     ends = np.append(starts[1:], clients)
     centres = (starts + ends - 1) / 2
     names = [cut(classes[order.groups[s]], 1.0) for s in starts]
-    kept = ink.thin(centres, [ink.text_width(n) + 0.08 for n in names], scale)
+    kept = style.thin(centres, [style.text_width(n) + 0.08 for n in names], scale)
     axes.set_xticks(starts - 0.5, minor=True)
     axes.tick_params(axis="x", which="minor", length=4, color=MUTED)
     axes.set_xticks([centres[i] for i in kept], [names[i] for i in kept])
@@ -102,7 +102,7 @@ def client_axis(axes: Axes, order: Order, classes: Sequence[str], kind: str, eac
 
 def colour_bar(figure: Figure, left: float, height: float, scale: Scale, top: float = TOP) -> None:
     """Draws the colour bar of `scale` with its title above it; position and height in inches."""
-    axes = ink.axes_at(figure, left, top + 0.36, 0.11, max(height - 0.36, 0.5))
+    axes = style.axes_at(figure, left, top + 0.36, 0.11, max(height - 0.36, 0.5))
     axes.imshow(
         np.linspace(1, 0, 128)[:, None],
         cmap=scale.colours,
@@ -152,5 +152,5 @@ def dense(cells: Floats, width: float) -> bool:
 
 def cut(text: str, room: float) -> str:
     """Shortens a text to a width in inches."""
-    fits = int(room / ink.text_width("x"))
+    fits = int(room / style.text_width("x"))
     return text if len(text) <= fits else text[: fits - 1] + "…"

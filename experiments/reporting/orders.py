@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.reporting.contents import Numbers
+from experiments.reporting.run_files import Numbers
 from experiments.reporting.runs import Floats, Run
 
 

@@ -17,10 +17,10 @@ from experiments.reporting.curves import (
     pens,
     smoothing_remark,
 )
-from experiments.reporting.ink import Picture
-from experiments.reporting.panels import Grid, Line, Panel, draw_panels
+from experiments.reporting.line_charts import Grid, Line, Panel, draw_panels
 from experiments.reporting.quantities import LossUnit, byte_unit, time_unit
 from experiments.reporting.runs import Floats, Run, common_unit
+from experiments.reporting.style import Picture
 
 _BYTES = ("comm/bytes_down", "comm/bytes_up")
 _LETTERS = "Each line is a run, drawn and lettered as in the list above"

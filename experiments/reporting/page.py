@@ -8,10 +8,10 @@ from pathlib import Path
 from experiments.markup import html_text as escape
 from experiments.reporting import tables
 from experiments.reporting.curves import pens, run_pictures
-from experiments.reporting.ink import Picture
-from experiments.reporting.maps import client_pictures, load_pictures
+from experiments.reporting.heat_maps import client_pictures, load_pictures
 from experiments.reporting.overlays import overlay_pictures
 from experiments.reporting.runs import Run, different_data, differing_fields, name_runs
+from experiments.reporting.style import Picture
 
 STYLE_SHEET = Path(__file__).with_name("page.css")
 PIXELS_AN_INCH = 104

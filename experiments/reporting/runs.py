@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.fields import load_model_name
-from experiments.reporting.contents import (
+from experiments.reporting.quantities import LOSS_UNITS, UNNAMED, LossUnit, better
+from experiments.reporting.run_files import (
     Numbers,
     read_arrays,
     read_data,
@@ -22,7 +23,6 @@ from experiments.reporting.contents import (
     read_records,
     read_summary,
 )
-from experiments.reporting.quantities import LOSS_UNITS, UNNAMED, LossUnit, better
 from experiments.workdir import flatten, incidental
 from flexmoe_jax.errors import InputError, printable
 from flexmoe_jax.reading import is_number

@@ -19,13 +19,13 @@ from experiments.report import write_report
 from experiments.reporting.quantities import counted, duration, show
 from experiments.reporting.runs import read_run
 from experiments.studying.launch import AS_CHILD, as_typed, command, last_line
-from experiments.studying.standing import (
+from experiments.studying.status import (
     ENDED,
     OTHER,
     UNKNOWN,
-    Standing,
+    RunStatus,
     cost,
-    standing,
+    read_status,
     write_record,
 )
 from experiments.studying.study import Study, Trial, read_study
@@ -224,8 +224,8 @@ def _ended_by(code: int) -> str:
     return f"exit code {code}"
 
 
-def _standing(study: Study, trial: Trial, workdir: Path) -> Standing:
-    return standing(workdir / trial.name, study.fields_of(trial))
+def _standing(study: Study, trial: Trial, workdir: Path) -> RunStatus:
+    return read_status(workdir / trial.name, study.fields_of(trial))
 
 
 def _diverged(log: Path) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from experiments.markup import html_text as escape
 from experiments.reporting import tables
 from experiments.reporting.curves import Pen, pens
-from experiments.reporting.ink import Picture
 from experiments.reporting.page import document, notes, show_pictures
 from experiments.reporting.quantities import counted
+from experiments.reporting.style import Picture
 from experiments.studying import pictures
 from experiments.studying.results import Results
 from experiments.studying.rows import Row, differences, read_rows

@@ -10,10 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from experiments.reporting import ink
+from experiments.reporting import style
 from experiments.reporting.curves import ACCURACIES, LOSSES, Pen
-from experiments.reporting.ink import ASSIGNED, INK, MUTED, RULE, USED, Picture
-from experiments.reporting.panels import (
+from experiments.reporting.line_charts import (
     FULL,
     HALF,
     HEIGHT,
@@ -25,6 +24,7 @@ from experiments.reporting.panels import (
 )
 from experiments.reporting.quantities import MINUS, LossUnit
 from experiments.reporting.runs import Floats, Run
+from experiments.reporting.style import ASSIGNED, INK, MUTED, RULE, USED, Picture
 from experiments.studying.rows import Row
 from experiments.studying.sheets import BALANCE
 from experiments.studying.statistics import Difference
@@ -58,7 +58,7 @@ def curves(
         for key, word, _ in LOSSES
     ]
     read = f"Lettered as in the list of methods; {SEEDS}."
-    height = max(HEIGHT, 0.9 + ink.LABEL_GAP * len(methods))
+    height = max(HEIGHT, 0.9 + style.LABEL_GAP * len(methods))
     better = (("Accuracy", accuracies, "Higher"), ("Loss", losses, "Lower"))
     return [
         draw_panels(
@@ -112,7 +112,7 @@ def along_axis(
         panels,
         "Final accuracy, lettered as in the list of methods: the mean over seeds, and a stroke "
         "from the lowest seed to the highest. Higher is better; one scale for all.",
-        Grid(shared=True, height=max(HEIGHT, 0.9 + ink.LABEL_GAP * len(rows))),
+        Grid(shared=True, height=max(HEIGHT, 0.9 + style.LABEL_GAP * len(rows))),
     )
 
 
@@ -133,7 +133,7 @@ def balance_bars(rows: Sequence[Row]) -> Picture | None:
         return None
     titles = ("assigned, per round", "assigned, cumulative", "used, per round", "used, cumulative")
     names = [row.method for row in rows]
-    left = 0.2 + max(ink.text_width(name, 7.5) for name in names)
+    left = 0.2 + max(style.text_width(name, 7.5) for name in names)
     inches = (FULL, 0.85 + BAR * len(rows))
     wide = (FULL - left) / len(BALANCE)
     places = np.arange(len(rows))[::-1]
@@ -141,7 +141,7 @@ def balance_bars(rows: Sequence[Row]) -> Picture | None:
     def paint(figure: Figure) -> None:
         drawn = []
         for i, (key, title) in enumerate(zip(BALANCE, titles, strict=True)):
-            axes = ink.axes_at(figure, left + i * wide, 0.38, wide - 0.3, inches[1] - 0.85)
+            axes = style.axes_at(figure, left + i * wide, 0.38, wide - 0.3, inches[1] - 0.85)
             colour = ASSIGNED if key.startswith("assigned") else USED
             means = [float(np.mean(row.values(key) or [math.nan])) for row in rows]
             axes.barh(places, means, height=0.62, color=colour, alpha=0.75, linewidth=0)
@@ -164,7 +164,7 @@ def balance_bars(rows: Sequence[Row]) -> Picture | None:
     return Picture(
         name="balance",
         title="Balance of the experts' load",
-        source=ink.draw(inches, paint),
+        source=style.draw(inches, paint),
         alt="Bar chart of four coefficients of variation for each method.",
         caption="Coefficient of variation across experts, 0 is perfectly even: bars are means over "
         "seeds, dots the seeds. Per round: mean over all rounds; cumulative: of the load summed "
@@ -184,7 +184,7 @@ def trade_off(rows: Sequence[Row], drawn: Mapping[str, Pen]) -> Picture | None:
     width, height = HALF - 0.75, 2.55
 
     def paint(figure: Figure) -> None:
-        axes = ink.axes_at(figure, 0.55, 0.38, width, height)
+        axes = style.axes_at(figure, 0.55, 0.38, width, height)
         points = np.concatenate([cloud for _, cloud in clouds])
         room = np.maximum(0.14 * np.ptp(points, axis=0), 0.005)
         low, high = points.min(axis=0) - room, points.max(axis=0) + room
@@ -217,7 +217,7 @@ def trade_off(rows: Sequence[Row], drawn: Mapping[str, Pen]) -> Picture | None:
     return Picture(
         name="trade-off",
         title="Personal against global accuracy",
-        source=ink.draw(inches, paint),
+        source=style.draw(inches, paint),
         alt="Scatter plot of final personal and global accuracy of each method.",
         caption="At the end, lettered as in the list of methods: large dots are means over seeds, "
         "small ones the seeds. Up and to the right is better.",
@@ -239,12 +239,12 @@ def forest(
     known = {name: d for name, d in differences.items() if d.n}
     if not known:
         return None
-    left = 0.2 + max(ink.text_width(name, 7.5) for name in known)
+    left = 0.2 + max(style.text_width(name, 7.5) for name in known)
     inches = (HALF, max(3.5, 0.95 + BAR * len(known)))
     places = np.arange(len(known))[::-1]
 
     def paint(figure: Figure) -> None:
-        axes = ink.axes_at(figure, left, 0.38, HALF - left - 0.2, inches[1] - 0.86)
+        axes = style.axes_at(figure, left, 0.38, HALF - left - 0.2, inches[1] - 0.86)
         axes.axvline(0, color=MUTED, linewidth=0.8)
         for place, (name, d) in zip(places, known.items(), strict=True):
             colour = drawn[name].colour
@@ -266,7 +266,7 @@ def forest(
     return Picture(
         name="differences",
         title=f"Difference from {reference}",
-        source=ink.draw(inches, paint),
+        source=style.draw(inches, paint),
         alt=f"Mean difference of each method from {reference}, with intervals.",
         caption=f"Mean of the three accuracies at the end, method minus {reference} on the same "
         "seed: mean and 95 % interval (Student t, paired). One that spans 0 decides nothing.",

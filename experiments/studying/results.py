@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.reporting.runs import Floats, Run, different_data, read_run
-from experiments.studying.standing import OTHER, RECORD, UNKNOWN, Record, read_record, standing
+from experiments.studying.status import OTHER, RECORD, UNKNOWN, Record, read_record, read_status
 from experiments.studying.study import Trial, choose_reference
 from flexmoe_jax.errors import InputError
 
@@ -30,7 +30,7 @@ class Result:
 
     Attributes:
       trial: the run as the study asks for it.
-      status: its status; see `Standing`.
+      status: its status; see `RunStatus`.
       run: contents of its folder; None if there are none, or they belong to another run.
     """
 
@@ -143,7 +143,7 @@ def read_results(folder: Path) -> Results:
 def _read(trial: Trial, at: Path, record: Record) -> Result:
     if Path(trial.name).is_absolute() or ".." in Path(trial.name).parts:
         return Result(trial, "not in the study's folder", None)
-    status = standing(at, record.fields_of(trial)).status
+    status = read_status(at, record.fields_of(trial)).status
     if status in ("new", OTHER, UNKNOWN):
         return Result(trial, status, None)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.cli import flat_fields, nearest
-from experiments.source import call_in_file
+from experiments.user_files import call_in_file
 from flexmoe_jax.errors import InputError
 
 Overrides = Mapping[str, object]

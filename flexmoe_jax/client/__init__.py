@@ -4,11 +4,11 @@ from flexmoe_jax.client.client import (
     Site,
     all_finite,
     appraise,
+    keep_if_accepted,
     log_shares,
     model_of,
     receive,
     select,
-    settle,
     train_and_answer,
 )
 from flexmoe_jax.client.codec import (
@@ -59,6 +59,7 @@ __all__ = [
     "draw_batches",
     "encode",
     "init_residual",
+    "keep_if_accepted",
     "log_shares",
     "make_compressor",
     "model_of",
@@ -68,7 +69,6 @@ __all__ = [
     "router_z_loss",
     "scale_experts",
     "select",
-    "settle",
     "take_batch",
     "train",
     "train_and_answer",

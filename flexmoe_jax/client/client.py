@@ -2,7 +2,7 @@
 
     own = receive(site, own, download.slots)
     own_after, upload = train_and_answer(site, own, download, arrays, batches)
-    own = settle(own, own_after, accepted)
+    own = keep_if_accepted(own, own_after, accepted)
 
 Axis legend: `E` experts, `K` expert slots, `G` groups of MoE layers, `L` MoE layers.
 """
@@ -106,7 +106,7 @@ def train_and_answer(
       log_share: (Y,) logarithm of its label shares; None if its examples have no labels.
 
     Returns:
-      The client's own state if the server accepts the answer (see `settle`), and the answer.
+      The client's own state if the server accepts the answer (`keep_if_accepted`), and the answer.
     """
     slots = {layer: down.slots[group] for layer, group in site.group.items()}
     start, held = model_of(site, own, down)
@@ -143,7 +143,7 @@ def train_and_answer(
         units=done.units,
         examples=done.examples,
     )
-    return settle(own, after, ~idle), upload
+    return keep_if_accepted(own, after, ~idle), upload
 
 
 def appraise(
@@ -178,7 +178,7 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     return jnp.asarray([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)], bool).all()
 
 
-def settle(before: Own, after: Own, accepted: Bool[Array, ""]) -> Own:
+def keep_if_accepted(before: Own, after: Own, accepted: Bool[Array, ""]) -> Own:
     """Selects a client's own state once it knows whether its answer was accepted: () bool.
 
     If the answer was refused, the client restores its earlier state, so that its gates and private

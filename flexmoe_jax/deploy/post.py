@@ -45,7 +45,7 @@ class Facts(NamedTuple):
 
 
 @dataclass
-class Standing:
+class ClientStatus:
     """Statistics of a client, for monitoring.
 
     Attributes:
@@ -107,7 +107,7 @@ class Post:
         """Start without any client."""
         self._carrier, self._again, self._stop = carrier, again, stop
         self.facts: dict[str, Facts] = {}
-        self.standing: dict[str, Standing] = {}
+        self.status: dict[str, ClientStatus] = {}
         self._numbers: dict[str, int] | None = None
         self._setup: Callable[[int], RecordDict] | None = None
         self._names: dict[int, str] = {}  # node -> client's name
@@ -148,14 +148,14 @@ class Post:
         self._numbers = {name: number for number, name in enumerate(names)}
         self._setup, self._layout = setup, layout
         for name in names:
-            self.standing.setdefault(name, Standing())
+            self.status.setdefault(name, ClientStatus())
 
     def shown(self) -> dict[str, dict[str, object]]:
         """Return the state and statistics of each client, by name; callable from any thread."""
         nodes = {name: node for node, name in list(self._names.items())}
         asked = {sent.number for sent in list(self._sent.values()) if sent.purpose in _ASKED}
         return {
-            name: {"state": self._state_of(name, nodes, asked), **vars(self.standing[name])}
+            name: {"state": self._state_of(name, nodes, asked), **vars(self.status[name])}
             for name in self._numbers or ()
         }
 
@@ -169,10 +169,10 @@ class Post:
             return "joining"
         return "asked" if number in asked else "ready"
 
-    def of(self, number: int) -> Standing:
+    def of(self, number: int) -> ClientStatus:
         """Return the statistics of a client."""
         names = {n: name for name, n in (self._numbers or {}).items()}
-        return self.standing[names[number]]
+        return self.status[names[number]]
 
     def ask(
         self,
@@ -203,19 +203,19 @@ class Post:
         tries: dict[int, int] = {}
         while taken < enough and self._to_be_waited_for(open_orders, seen, begin, options):
             for number, content in self._step(open_orders, tries, kind, group):
-                standing = self.standing[names[number]]
+                status = self.status[names[number]]
                 why = take(number, content)
                 open_orders.pop(number, None)
                 if why:
-                    standing.refused, standing.why = standing.refused + 1, why
+                    status.refused, status.why = status.refused + 1, why
                     _LOG.warning("%s: refused: %s", names[number], printable(why, 200))
                 else:
-                    standing.answered, taken = standing.answered + 1, taken + 1
+                    status.answered, taken = status.answered + 1, taken + 1
             if open_orders:
                 time.sleep(_POLL)
         for number in open_orders:
-            standing = self.standing[names[number]]
-            standing.late += 1
+            status = self.status[names[number]]
+            status.late += 1
             _LOG.warning("%s: did not answer in time (%s)", names[number], kind)
         if names and set(names) == self._out:
             remedy = f"all have refused, or have another model; {names[0]}: {self.of(0).why}"
@@ -280,7 +280,7 @@ class Post:
         wanted = [number for number in orders if number in there and number not in under_way]
         messages = [(there[n], kind, n, orders[n].content) for n in wanted]
         for sent in self._send(kind, group, messages) if messages else ():
-            self.standing[self._names[sent.node]].asked += 1
+            self.status[self._names[sent.node]].asked += 1
 
     def _number_of(self, node: int) -> int:
         return (self._numbers or {}).get(self._names.get(node, ""), -1)
@@ -316,8 +316,8 @@ class Post:
                 self._complete(sent, reply.content, orders)
             elif sent.number in orders:
                 name = self._names.get(sent.node, "")
-                if name in self.standing:
-                    self.standing[name].seconds = time.monotonic() - sent.begun
+                if name in self.status:
+                    self.status[name].seconds = time.monotonic() - sent.begun
                 found.append((sent.number, reply.content))
         return found
 
@@ -357,7 +357,7 @@ class Post:
         self._names[node] = facts.name
         self._out.discard((self._numbers or {}).get(facts.name, -1))
         self.facts.setdefault(facts.name, facts)
-        self.standing.setdefault(facts.name, Standing()).node = node
+        self.status.setdefault(facts.name, ClientStatus()).node = node
 
     def _set_up(self, sent: _Sent, content: RecordDict, orders: dict[int, Order]) -> None:
         name = self._names.get(sent.node, str(sent.node))
@@ -372,8 +372,8 @@ class Post:
         self._names.pop(sent.node, None)
         self._out.add(sent.number)
         orders.pop(sent.number, None)
-        if name in self.standing:
-            self.standing[name].why = why
+        if name in self.status:
+            self.status[name].why = why
 
     def _complete(self, sent: _Sent, content: RecordDict, orders: dict[int, Order]) -> None:
         """Arrange to send what a client says it lacks: all experts, or the setup."""

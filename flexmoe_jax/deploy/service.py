@@ -218,8 +218,8 @@ class Service:
         """Make an order for a client, with ψ and the experts that the client does not have."""
         federation = self.federation
         there = wire.held(slots, federation.layout.experts)
-        fresh = np.asarray(state.server.ledger.fresh)
-        skip = {e for e in there if self._cache and fresh[e[0], number, e[1]]}
+        current = np.asarray(state.server.ledger.current)
+        skip = {e for e in there if self._cache and current[e[0], number, e[1]]}
         ask = {
             "what": what,
             "federation": self._common.federation_id,

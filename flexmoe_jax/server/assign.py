@@ -68,9 +68,9 @@ def make_assign(
         # The time to compute the affinity is part of the assignment's time, counted once.
         telling = time.perf_counter() - begin
         for g in range(desk.groups):
-            fitness, usage, rounds, fresh = (
+            fitness, usage, rounds, current = (
                 table[g][cohort]
-                for table in (books.fitness, books.usage, books.held_rounds, books.fresh)
+                for table in (books.fitness, books.usage, books.held_rounds, books.current)
             )
             known = fitness + desk.fitness.optimism * (rounds == 0) if said is None else said[g]
             request = Request(
@@ -83,7 +83,7 @@ def make_assign(
                 deficit=books.deficit[g],
                 usage=usage,
                 held_rounds=rounds,
-                held=fresh,
+                held=current,
                 descriptor=None if descriptor is None else descriptor[cohort],
                 group=g,
             )

@@ -20,14 +20,14 @@ class LoadModel(NamedTuple):
     Attributes:
       weigh: (cohort (P,), usage (P, E) and rounds held (P, E) so far) -> load weight w of a holder
         on its expert: a scalar, (P,) or (P, E). Runs on the host.
-      settle: (slots (P, K), examples trained on (P,), usage (P, K)) -> load (P, K) that each pair
+      measure: (slots (P, K), examples trained on (P,), usage (P, K)) -> load (P, K) that each pair
         really delivered. Deficits are computed from it. A client whose update never arrived, or was
         refused, delivered none. Runs inside the round's jit.
       equal: whether every pair has weight 1.
     """
 
     weigh: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray | float]
-    settle: Callable[[Array, Array, Array], Array]
+    measure: Callable[[Array, Array, Array], Array]
     equal: bool = False
 
 

@@ -98,7 +98,7 @@ def init(desk: Desk, key: Key, shared: PyTree, experts: PyTree, clients: int) ->
         fitness=jnp.full(pairs, desk.fitness.initial, jnp.float32),
         usage=jnp.zeros(pairs, jnp.float32),
         held_rounds=jnp.zeros(pairs, jnp.int32),
-        fresh=jnp.zeros(pairs, bool),
+        current=jnp.zeros(pairs, bool),
         load=jnp.zeros((desk.groups, desk.experts), jnp.float32),
         deficit=jnp.zeros((desk.groups, desk.experts), jnp.float32),
         norms=init_norms() if desk.admission.compares else (),
@@ -283,14 +283,14 @@ def _keep_books(desk: Desk, server: Server, sums: Sums, verdicts: Verdict, plan:
         slots = plan.slots[:, g]
         pairs = plan.clients[:, None], slots
         of_group = jax.tree.map(lambda x, g=g: x[:, g], feedback)
-        given = desk.load.settle(slots, verdicts.examples, of_group.usage)
+        given = desk.load.measure(slots, verdicts.examples, of_group.usage)
         given = jnp.zeros(desk.experts, jnp.float32).at[slots].add(given, mode="drop")
         received = jnp.zeros((clients, desk.experts), bool).at[pairs].set(True, mode="drop")
         changed = [
             moved[layer] for layer, group in desk.group.items() if group == g and layer in moved
         ]
         stays = ~jnp.stack(changed).any(axis=0) if changed else jnp.ones(desk.experts, bool)
-        fresh = jnp.where(took_part[:, None], received, ledger.fresh[g]) & stays[None]
+        current = jnp.where(took_part[:, None], received, ledger.current[g]) & stays[None]
         books.append(
             Ledger(
                 fitness=update_fitness(
@@ -298,7 +298,7 @@ def _keep_books(desk: Desk, server: Server, sums: Sums, verdicts: Verdict, plan:
                 ),
                 usage=ledger.usage[g].at[pairs].add(of_group.usage, mode="drop"),
                 held_rounds=ledger.held_rounds[g].at[pairs].add(trained[:, None], mode="drop"),
-                fresh=fresh,
+                current=current,
                 load=ledger.load[g] + plan.load[g],
                 deficit=update_deficit(
                     ledger.deficit[g], given, share=desk.share, decay=desk.deficit_decay

@@ -1,6 +1,5 @@
 """Simulates many clients in one program: client and server functions mapped over client blocks."""
 
-from flexmoe_jax.simulation.ahead import compile_ahead
 from flexmoe_jax.simulation.blocks import (
     client_mesh,
     over_blocks,
@@ -21,6 +20,7 @@ from flexmoe_jax.simulation.plan import (
     sample_cohort,
     slots_assignment,
 )
+from flexmoe_jax.simulation.precompile import compile_ahead
 from flexmoe_jax.simulation.probe import probe
 from flexmoe_jax.simulation.rounds import Simulation, run_round, simulate
 from flexmoe_jax.simulation.standalone import Standalone, assembled_model, client_model

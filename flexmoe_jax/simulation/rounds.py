@@ -308,7 +308,7 @@ def run_round(
     finite = client.all_finite((following.shared, following.experts, owns.gates, owns.private))
     report = server.report(desk, plan, verdicts, late, finite)
     # Clients whose updates are refused late keep what they had before.
-    kept = jax.vmap(client.settle)(received, owns, ~late)
+    kept = jax.vmap(client.keep_if_accepted)(received, owns, ~late)
     return State(following, put_rows(state.clients, plan.clients, kept)), report
 
 
@@ -348,7 +348,7 @@ def _train_cohort(
             update, verdict = server.admit(
                 desk.admission, arrived, slots, row.steps, limits, desk.fitness.sketched
             )
-            return update, (client.settle(own, after, verdict.accepted), verdict)
+            return update, (client.keep_if_accepted(own, after, verdict.accepted), verdict)
 
         zero = aggregator.zero(begun.shared, begun.experts, len(plan.clients), floor.slots)
         size = resolve_block_size(floor.block_size, len(plan.clients))

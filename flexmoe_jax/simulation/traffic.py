@@ -77,19 +77,19 @@ def payloads(federation: Federation) -> tuple[Payload, ...]:
 
 
 def traffic(
-    assignment: np.ndarray, payload: Payload | Sequence[Payload], fresh: np.ndarray | None = None
+    assignment: np.ndarray, payload: Payload | Sequence[Payload], current: np.ndarray | None = None
 ) -> Traffic:
     """Computes the bytes transferred for an assignment; private gates are not transferred.
 
     Args:
       assignment: (P, E) bool, or (P, G, E) for groups of MoE layers.
       payload: sizes of the parts, one for each group; ψ is counted once, with the first.
-      fresh: same shape as the assignment: experts of which the client has the server's current
+      current: same shape as the assignment: experts of which the client has the server's current
         version; None for none.
     """
     sizes = [payload] if isinstance(payload, Payload) else list(payload)
     given = assignment if assignment.ndim == 3 else assignment[:, None]
-    known = np.zeros_like(given) if fresh is None else fresh.reshape(given.shape)
+    known = np.zeros_like(given) if current is None else current.reshape(given.shape)
     held, there = given.sum(axis=2, dtype=np.int64), (given & known).sum(axis=2, dtype=np.int64)
     down, up = (
         np.array([getattr(size, f"expert_{way}") for size in sizes]) for way in ("down", "up")

@@ -19,11 +19,11 @@ from flexmoe_jax.client import (
     appraise,
     decode,
     init_residual,
+    keep_if_accepted,
     log_shares,
     make_compressor,
     model_of,
     receive,
-    settle,
     train_and_answer,
 )
 from flexmoe_jax.types import Download, Own, Params, Routing, Upload
@@ -132,8 +132,8 @@ def test_an_answer_by_hand():
 def test_who_is_refused_goes_back_to_what_it_was():
     own = owned(some_kept())
     after, _ = answer(make_site(Codec(make_compressor("int8"))), own)
-    chex.assert_trees_all_equal(settle(own, after, jnp.array(False)), own)
-    chex.assert_trees_all_equal(settle(own, after, jnp.array(True)), after)
+    chex.assert_trees_all_equal(keep_if_accepted(own, after, jnp.array(False)), own)
+    chex.assert_trees_all_equal(keep_if_accepted(own, after, jnp.array(True)), after)
     # The residual of the compression has changed, if the answer counts.
     assert not np.allclose(after.residual[0]["w"], 0.5)
 

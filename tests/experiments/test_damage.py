@@ -24,7 +24,7 @@ from experiments.inputs import inputs_text
 from experiments.report import write_report
 from experiments.reporting.runs import different_data, read_run
 from experiments.studying.results import figures, read_results
-from experiments.studying.standing import OTHER, UNKNOWN, read_record, standing, write_record
+from experiments.studying.status import OTHER, UNKNOWN, read_record, read_status, write_record
 from experiments.table import write_tables
 from experiments.train import summarise
 from experiments.workdir import Workdir
@@ -180,7 +180,7 @@ def test_other_data_under_one_name_are_said(copied):
 def test_how_far_a_run_is_whatever_its_summary_says(tmp_path, summary, status, seconds):
     write_run(tmp_path / "run", [0.5])
     (tmp_path / "run" / "summary.json").write_text(summary)
-    assert standing(tmp_path / "run", {}) == (status, seconds)
+    assert read_status(tmp_path / "run", {}) == (status, seconds)
     assert Workdir(tmp_path / "run").seconds() == (seconds or 0.0)
 
 
@@ -219,7 +219,7 @@ def test_files_that_never_end_are_left_out(copied, make):
     assert len(str(refusal.value).splitlines()) == 1
     make(first / "config.json")
     asked = read_record(copied).fields
-    assert standing(first, asked).status == UNKNOWN
+    assert read_status(first, asked).status == UNKNOWN
     assert "config.json cannot be read" in write_tables(copied)[0].read_text()
     with pytest.raises(InputError, match=r"config\.json cannot be read"):
         Workdir(first).check(digits.get_config())
@@ -289,7 +289,7 @@ def test_configs_of_any_values_are_shown(tmp_path):
     for run in runs[1:]:
         with pytest.raises(InputError, match="holds a run with"):
             Workdir(run).check(digits.get_config())
-        assert standing(run, {"seed": 1}).status == OTHER
+        assert read_status(run, {"seed": 1}).status == OTHER
 
 
 ARRAYS: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {

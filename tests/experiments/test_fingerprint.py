@@ -19,8 +19,8 @@ import optax
 import pytest
 from flax import linen as nn
 
+from experiments.environment import environment
 from experiments.fingerprint import UnknownError, fingerprint
-from experiments.surroundings import surroundings
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,8 +139,8 @@ def test_what_is_not_known_is_refused(thing):
 def test_it_is_the_same_in_every_process():
     words = (
         "import optax; from experiments.fingerprint import fingerprint;"
-        "from experiments.surroundings import surroundings;"
-        "print(fingerprint(({'b', 'a', 'c'}, {'x': optax.adam(0.1), 'y': {3, 4}})), surroundings())"
+        "from experiments.environment import environment;"
+        "print(fingerprint(({'b', 'a', 'c'}, {'x': optax.adam(0.1), 'y': {3, 4}})), environment())"
     )
     found = {
         subprocess.run(
@@ -159,23 +159,23 @@ def test_it_is_the_same_in_every_process():
 def test_surroundings_tell_of_changed_code_and_settings(tmp_path, monkeypatch):
     path = tmp_path / "code_of_a_user.py"
     path.write_text("x = 1\n")
-    before = surroundings()
+    before = environment()
     spec = importlib.util.spec_from_file_location("code_of_a_user", path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "code_of_a_user", module)
-    loaded = surroundings()
+    loaded = environment()
     module.x = 2
-    with_a_value = surroundings()
+    with_a_value = environment()
     path.write_text("x = 12\n")
-    edited = surroundings()
+    edited = environment()
     # What a user's file may import from beside it counts, too.
     (tmp_path / "beside.py").touch()
-    with_another = surroundings()
+    with_another = environment()
     with jax.enable_x64(True):
-        wide = surroundings()
+        wide = environment()
     assert len({before, loaded, with_a_value, edited, with_another, wide}) == 6
-    assert surroundings() == with_another
+    assert environment() == with_another
     # Functions may compute with it.
     module.settings = SimpleNamespace(scale=2)
     with pytest.raises(UnknownError, match=r"code_of_a_user\.settings"):
-        surroundings()
+        environment()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import _last_of_each
-from experiments.source import call_in_file
+from experiments.user_files import call_in_file
 from flexmoe_jax.errors import InputError
 from tests.experiments.test_train import ROOT, SMALL, rows
 from tests.limits import HANGS

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from experiments.markup import csv_text, html_text, latex_text, markdown_text
 from experiments.report import write_report
-from experiments.studying.standing import write_record
+from experiments.studying.status import write_record
 from experiments.table import write_tables
 from flexmoe_jax.errors import printable
 from tests.experiments.test_report import Page, make_workdir, svg_of

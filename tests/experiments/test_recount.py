@@ -425,7 +425,7 @@ def test_bytes_and_time(ran: Ran) -> None:
         # int8 sends a byte an entry, and a step of four bytes an array.
         small = [sum(leaf.size + 4 for leaf in part) for part in (shared, expert)]
         up = small if ran.config.upload.compression == "int8" else whole
-        there = (held & before["fresh"]).sum(axis=1)
+        there = (held & before["current"]).sum(axis=1)
         down_each = whole[0] + (held.sum(axis=1) - there) * whole[1]
         up_each = up[0] + held.sum(axis=1) * (up[1] + 12)  # feedback: three numbers an expert
         assert row["comm/bytes_down"] == down_each[asked].sum()

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.report import default_out, write_report
-from experiments.reporting.ink import spread, thin
-from experiments.reporting.maps import client_pictures
+from experiments.reporting.heat_maps import client_pictures
 from experiments.reporting.orders import by_clients, by_label, pool
 from experiments.reporting.quantities import NBSP, QUANTITIES, duration, ratio, show, size
 from experiments.reporting.runs import differing_fields, name_runs, read_run
+from experiments.reporting.style import spread, thin
 from flexmoe_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]

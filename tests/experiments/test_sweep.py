@@ -24,7 +24,7 @@ from experiments.locks import lock
 from experiments.studying import local, slurm
 from experiments.studying.launch import command
 from experiments.studying.local import Sweep, log_of
-from experiments.studying.standing import OTHER, UNKNOWN, cost, standing, write_record
+from experiments.studying.status import OTHER, UNKNOWN, cost, read_status, write_record
 from experiments.studying.study import Study, Trial, read_study
 from experiments.table import write_tables
 from experiments.workdir import Workdir, as_json
@@ -292,11 +292,11 @@ def test_how_far_a_run_is_depends_on_what_is_asked_for(tiny, tmp_path, changes, 
     trial = study.trials()[0]
     finish(tmp_path / "run", study.config_of(trial))
     asked = study.fields_of(trial) | changes
-    assert standing(tmp_path / "run", asked).status == status
-    assert standing(tmp_path / "run", {}).status == "finished"
-    assert standing(tmp_path / "none", asked).status == "new"
+    assert read_status(tmp_path / "run", asked).status == status
+    assert read_status(tmp_path / "run", {}).status == "finished"
+    assert read_status(tmp_path / "none", asked).status == "new"
     (tmp_path / "run" / "config.json").write_text("{")
-    assert standing(tmp_path / "run", asked).status == UNKNOWN
+    assert read_status(tmp_path / "run", asked).status == UNKNOWN
 
 
 def test_a_folder_of_another_study_is_refused(tiny, tmp_path):

@@ -28,8 +28,8 @@ from experiments.studying.pictures import LABEL, axis_places, place_labels, trad
 from experiments.studying.results import figures, read_results
 from experiments.studying.rows import Row
 from experiments.studying.sheets import Sheet, sheets
-from experiments.studying.standing import write_record
 from experiments.studying.statistics import estimate, holm, paired_difference
+from experiments.studying.status import write_record
 from experiments.studying.study import Study
 from experiments.table import write_tables
 from experiments.workdir import as_json

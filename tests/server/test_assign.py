@@ -60,7 +60,7 @@ def test_a_policy_is_asked_for_each_group_with_what_the_server_knows_of_the_coho
     ledger = server.ledger._replace(
         held_rounds=server.ledger.held_rounds.at[1, 3, 2].set(4),
         usage=server.ledger.usage.at[1, 3, 2].set(36.0),
-        fresh=server.ledger.fresh.at[0, 1, 0].set(True),
+        current=server.ledger.current.at[0, 1, 0].set(True),
         deficit=server.ledger.deficit.at[1, 0].set(2.0),
     )
     descriptor = np.arange(8.0).reshape(4, 2)

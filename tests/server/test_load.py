@@ -53,7 +53,7 @@ def test_what_each_pair_gave_by_hand():
     slots, examples = jnp.array([[0, 1], [0, 3]]), jnp.array([40.0, 0.0])
     usage = jnp.array([[30.0, 10.0], [0.0, 0.0]])
     settled = {
-        name: make_load_model(name, np.ones(1), np.ones(1)).settle(slots, examples, usage).tolist()
+        name: make_load_model(name, np.ones(1), np.ones(1)).measure(slots, examples, usage).tolist()
         for name in LOAD_MODELS
     }
     assert settled == {

@@ -138,7 +138,7 @@ def test_books_by_hand_where_layers_are_assigned_together():
     # Given was 6, 2, 0, and owed an even share of that: 8/3.
     assert np.allclose(ledger.deficit, [[8 / 3 - 6, 8 / 3 - 2, 8 / 3]])
     # Both experts changed in some layer; nobody has either as the server has it now.
-    assert not ledger.fresh.any()
+    assert not ledger.current.any()
 
 
 def test_books_by_hand_where_each_layer_is_assigned_by_itself():
@@ -156,8 +156,8 @@ def test_books_by_hand_where_each_layer_is_assigned_by_itself():
     assert np.allclose(ledger.deficit[0], [8 / 3 - 8, 8 / 3, 8 / 3])
     assert np.allclose(ledger.deficit[1], [8 / 3, 8 / 3 - 2, 8 / 3 - 6])
     # Expert 1 of layer a has not changed, since nobody used it.
-    assert ledger.fresh[0].tolist() == [[False] * 3, [False] * 3, [False, True, False]]
-    assert not ledger.fresh[1].any()
+    assert ledger.current[0].tolist() == [[False] * 3, [False] * 3, [False, True, False]]
+    assert not ledger.current[1].any()
     assert np.allclose(new.experts["b"]["v"], [[10], [24], [30 + (4 * 1 + 2 * 8) / 6]])
 
 
@@ -166,7 +166,7 @@ def test_what_a_client_has_it_has_until_it_changes_or_others_are_sent():
     nothing |= {"of_b": np.zeros((2, 2, 1)), "feedback": np.zeros((3, 2, 2, 2))}
     server = play(start(DESKS[False]), SLOTS, **nothing)
     # Nobody delivered; both clients have what they were sent, and client 1 was not asked.
-    assert server.ledger.fresh.tolist() == [
+    assert server.ledger.current.tolist() == [
         [[True, False, False], [False] * 3, [True, True, False]]
     ]
     assert not server.ledger.held_rounds.any()
@@ -174,7 +174,7 @@ def test_what_a_client_has_it_has_until_it_changes_or_others_are_sent():
     use = np.zeros((3, 2, 2, 2))
     use[0, 0, 0, 0] = 5
     server = play(server, [[[0, 2]], [[1, 3]]], **nothing | {"feedback": use})
-    assert server.ledger.fresh.tolist() == [
+    assert server.ledger.current.tolist() == [
         [[False, True, False], [False] * 3, [False, False, True]]
     ]
 

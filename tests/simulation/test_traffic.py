@@ -35,9 +35,9 @@ def averaged(state):
 
 def test_bytes_by_hand(state):
     assignment = np.array([[True, False, False, True], [False, True, False, False]])
-    fresh = np.array([[True, True, False, False], [False, False, False, True]])
+    current = np.array([[True, True, False, False], [False, False, False, True]])
     sizes = payload(*averaged(state))
-    found = traffic(assignment, sizes, fresh)
+    found = traffic(assignment, sizes, current)
     # The first client has expert 0 already; expert 1, which it has too, it is not to hold.
     assert found.down.tolist() == [SHARED + EXPERT, SHARED + EXPERT]
     assert found.cached.tolist() == [EXPERT, 0]
@@ -56,8 +56,8 @@ def test_compression_halves_uploads_alone(state):
 def test_bytes_of_groups_add_up_by_hand():
     first, second = Payload(100, 10, 50, 5), Payload(100, 1, 50, 2)
     assignment = np.array([[[True, True, False], [False, True, True]], [[True, False, False]] * 2])
-    fresh = np.array([[[True, False, False], [False] * 3], [[False] * 3, [True, True, True]]])
-    found = traffic(assignment, (first, second), fresh)
+    current = np.array([[[True, False, False], [False] * 3], [[False] * 3, [True, True, True]]])
+    found = traffic(assignment, (first, second), current)
     # ψ once; of the first group client 0 has one of two, of the second client 1 its only one.
     assert found.down.tolist() == [100 + 10 + 2 * 1, 100 + 10]
     assert found.cached.tolist() == [10, 1]
@@ -102,9 +102,9 @@ def test_bytes_are_those_of_the_leaves_that_travel(make_simulation, state, name)
 
 
 def test_what_a_client_still_has(simulated, clients):
-    """A copy is fresh if it was received last and no update has changed it since."""
+    """A copy is current if it was received last and no update has changed it since."""
     state = simulated.init(jax.random.key(0))
-    assert not state.server.ledger.fresh.any()
+    assert not state.server.ledger.current.any()
     received = {}
     for t in range(6):
         cohort = sample_cohort(len(CAPACITY), 2, seed=1, round_index=t)
@@ -132,7 +132,7 @@ def test_what_a_client_still_has(simulated, clients):
         expected = np.zeros((len(CAPACITY), EXPERTS), bool)
         for client, experts in received.items():
             expected[client, list(experts)] = True
-        assert np.array_equal(state.server.ledger.fresh, [expected])
+        assert np.array_equal(state.server.ledger.current, [expected])
     assert expected.any()  # a client that delivered nothing, with an expert that no other used
 
 
@@ -140,7 +140,7 @@ def test_a_price_on_movement_keeps_experts_where_they_are(make_simulation, simul
     state = simulated.init(jax.random.key(0))
     held = np.zeros((len(CAPACITY), EXPERTS), bool)
     held[:, 0] = True  # one expert that all have already; the load bounds would spread it
-    ledger = state.server.ledger._replace(fresh=jnp.asarray(held)[None])
+    ledger = state.server.ledger._replace(current=jnp.asarray(held)[None])
     state = state._replace(server=state.server._replace(ledger=ledger))
     sent = {}
     for price in (0.0, 10.0):

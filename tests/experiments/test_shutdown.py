@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from experiments import endings
-from experiments.endings import Wish
+from experiments import shutdown
+from experiments.shutdown import Wish
 from tests.experiments.test_train import ROOT
 from tests.limits import HANGS
 
@@ -22,7 +22,7 @@ HUP, INT, TERM = signal.SIGHUP, signal.SIGINT, signal.SIGTERM
 def clock(monkeypatch) -> list[float]:
     """The time that signals come at, which a test sets."""
     now = [100.0]
-    monkeypatch.setattr(endings.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(shutdown.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -67,7 +67,7 @@ def test_signals_that_were_ignored_stay_so_and_handlers_come_back():
 
 def test_output_without_a_reader_is_silent_for_everybody():
     reader, writer = os.pipe()
-    stream = endings._stream(writer, None)
+    stream = shutdown._stream(writer, None)
     print("read", file=stream, flush=True)
     assert os.read(reader, 10) == b"read\n"
     os.close(reader)
@@ -84,7 +84,7 @@ def test_output_on_a_full_disk_is_silent():
     full = os.open("/dev/full", os.O_WRONLY)
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         os.write(full, b"x")
-    print("unread", file=endings._stream(full, None), flush=True)
+    print("unread", file=shutdown._stream(full, None), flush=True)
     assert os.write(full, b"x") == 1
     os.close(full)
 

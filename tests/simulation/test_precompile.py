@@ -7,7 +7,7 @@ import numpy as np
 
 from flexmoe_jax import simulation
 from flexmoe_jax.assignment import make_policy
-from flexmoe_jax.simulation.ahead import _plan, _settings
+from flexmoe_jax.simulation.precompile import _plan, _settings
 from tests.conftest import CAPACITY
 
 

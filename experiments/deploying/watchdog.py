@@ -1,6 +1,6 @@
 """Runs a command and ends it when standard input closes, whatever closed the other end.
 
-python -m experiments.deploying.leash COMMAND [ARGUMENTS]
+python -m experiments.deploying.watchdog COMMAND [ARGUMENTS]
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from flexmoe_jax.simulation.rounds import Setting, Simulation
 from flexmoe_jax.types import Evaluation, Params, Plan, PyTree, State
 
 
-class Shelf(Protocol):
+class ProgramCache(Protocol):
     """Keeps compiled programs for later launches.
 
     A program is identified by its name and by what it is made from: settings, functions, and shapes
@@ -64,7 +64,7 @@ def compile_ahead(
     test: TestSet,
     per_round: int,
     noise: bool = False,
-    shelf: Shelf | None = None,
+    cache: ProgramCache | None = None,
 ) -> Simulation:
     """Starts to make `init`, `round` and `evaluate` ready in the background.
 
@@ -77,7 +77,7 @@ def compile_ahead(
       test: the test set that `evaluate` will receive.
       per_round: P clients in a cohort.
       noise: whether faulty clients add noise to their updates (`Plan.noise`).
-      shelf: where programs of earlier launches are found; None to compile all of them.
+      cache: where programs of earlier launches are found; None to compile all of them.
 
     Returns:
       The simulation with the three functions bound to these shapes. A call waits until its program
@@ -88,7 +88,7 @@ def compile_ahead(
         return simulation
     plan = _plan(simulation.setting, per_round, noise)
     programs = _programs(simulation, data, test, plan)
-    initialised, rounds, judged = _make_ready(programs, simulation.setting, shelf)
+    initialised, rounds, judged = _make_ready(programs, simulation.setting, cache)
 
     def evaluate(
         state: State, test: TestSet, about: About, models: Params | None = None
@@ -131,7 +131,7 @@ def _programs(
 
 
 def _make_ready(
-    programs: tuple[_Program, ...], setting: Setting, shelf: Shelf | None
+    programs: tuple[_Program, ...], setting: Setting, cache: ProgramCache | None
 ) -> list[Future[Compiled]]:
     """Starts to load or to compile programs."""
     # Python traces one program at a time. XLA compiles the programs in other threads meanwhile.
@@ -140,7 +140,7 @@ def _make_ready(
     def start(program: _Program) -> Future[Compiled]:
         options = compiler_options(program.level)
         made_from = _settings(setting), jax.tree.map(_shape, program.arguments), options
-        load = shelf and shelf.find(program.name, made_from)
+        load = cache and cache.find(program.name, made_from)
         lowered = None if load else tracer.submit(program.lower)
 
         def make() -> Compiled:
@@ -150,9 +150,9 @@ def _make_ready(
                 except Exception as error:  # The backend can raise any exception.
                     logging.warning("A kept program is compiled anew: %s", error)
             found = lowered.result() if lowered else program.lower()
-            if shelf is None:
+            if cache is None:
                 return found.compile(options)
-            return shelf.compile(program.name, made_from, found, options)
+            return cache.compile(program.name, made_from, found, options)
 
         return compiler.submit(make)
 
@@ -173,7 +173,7 @@ def _settings(setting: Setting) -> dict[str, Any]:
     for of_host in ("policy", "seed", "capacity"):
         del given[of_host]
     given["sample"] = jax.tree.map(_shape, federation.sample)
-    given["load"] = federation.desk.load.settle
+    given["load"] = federation.desk.load.measure
     devices = [device.id for device in setting.mesh.devices.flat]
     return given | {"floor": setting.floor, "mesh": (dict(setting.mesh.shape), devices)}
 

@@ -5,8 +5,8 @@ load Flower, more than many clients need to train. Here, one process loads Flowe
 each command, so the modules are in memory only once. Flower finds its commands on its PATH. Ours
 come first: they pass their words to that process, or run Flower's own command if it is not there.
 
-python -m experiments.deploying.warm SOCKET                   loads Flower and forks
-python -ISE experiments/deploying/warm.py SOCKET REAL ...     hands over REAL and the words after it
+python -m experiments.deploying.fork_server SOCKET                loads Flower and forks
+python -ISE experiments/deploying/fork_server.py SOCKET REAL ...  hands over REAL and what follows
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from experiments.muster import muster
 from experiments.program import Program
+from experiments.rendezvous import rendezvous
 from flexmoe_jax.errors import InputError
 
 CONFIG = {
@@ -35,7 +35,7 @@ def meet(*processes: Program, **changes: object) -> list[str]:
     def one(program: Program) -> str:
         try:
             config = CONFIG | (changes if program is processes[-1] else {})
-            muster(program, config, lambda line: None)
+            rendezvous(program, config, lambda line: None)
         except InputError as error:
             return str(error)
         return ""

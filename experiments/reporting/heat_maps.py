@@ -9,9 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from experiments.reporting import ink
-from experiments.reporting.contents import Numbers
-from experiments.reporting.ink import ASSIGNED, INK, MUTED, USED, Picture
+from experiments.reporting import style
 from experiments.reporting.matrix import (
     BAR_HEIGHT,
     BOTTOM,
@@ -33,7 +31,9 @@ from experiments.reporting.matrix import (
 )
 from experiments.reporting.orders import Order, order_of, pool, shares
 from experiments.reporting.quantities import byte_unit, count, ratio
+from experiments.reporting.run_files import Numbers
 from experiments.reporting.runs import Floats, Run, assigned_unit
+from experiments.reporting.style import ASSIGNED, INK, MUTED, USED, Picture
 
 CLIENT_COLUMNS, ROUND_COLUMNS = 1000, 250
 # The most kinds of examples (labels or domains) that a picture has room for.
@@ -90,7 +90,7 @@ def _load(run: Run, key: str, order: Numbers, title: str, colour: str, unit: str
 
     def paint(figure: Figure) -> None:
         width = FULL - LEFT - TOTALS - 2.0
-        axes = ink.axes_at(figure, LEFT, TOP, width, height)
+        axes = style.axes_at(figure, LEFT, TOP, width, height)
         show_matrix(axes, cells, EVENNESS, span)
         axes.set_xlim(rounds[0] - 0.5, rounds[-1] + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1, steps=ROUND_STEPS))
@@ -98,7 +98,7 @@ def _load(run: Run, key: str, order: Numbers, title: str, colour: str, unit: str
         row_labels(axes, [f"expert {e}" for e in order], height)
         axes.set_title("Each round, relative to that round's even share")
         colour_bar(figure, LEFT + width + 0.12, min(height, BAR_HEIGHT), EVENNESS)
-        bars = ink.axes_at(figure, FULL - TOTALS - 0.1, TOP, TOTALS, height)
+        bars = style.axes_at(figure, FULL - TOTALS - 0.1, TOP, TOTALS, height)
         factor, prefix = _prefix(totals.max(initial=0))
         bars.barh(np.arange(len(order)), totals / factor, height=0.72, color=colour)
         bars.axvline(totals.mean() / factor, color=INK, linewidth=0.8)
@@ -114,7 +114,7 @@ def _load(run: Run, key: str, order: Numbers, title: str, colour: str, unit: str
     return Picture(
         name=key.replace("/", "-"),
         title=title,
-        source=ink.draw(size, paint, smooth=dense(cells, FULL - LEFT - TOTALS - 2.0)),
+        source=style.draw(size, paint, smooth=dense(cells, FULL - LEFT - TOTALS - 2.0)),
         alt=f"Heat map, {len(order)} experts by {load.shape[0]} rounds, and bars of their totals: "
         f"from {count(totals.min())} to {count(totals.max())} {unit}, mean {count(totals.mean())}.",
         caption="A pale row is an expert with its even share; orange is more, blue less than that. "
@@ -156,10 +156,10 @@ def _labels(run: Run, order: Order) -> Picture | None:
     top = TOP + height + between
     size = (FULL, top + len(strips) * (strip + between) - between + BOTTOM)
     cells, each = pool(share, CLIENT_COLUMNS)
-    scale = share_scale(ink.PURPLES, share, "of client's\nexamples")
+    scale = share_scale(style.PURPLES, share, "of client's\nexamples")
 
     def paint(figure: Figure) -> None:
-        axes = ink.axes_at(figure, LEFT, TOP, INNER, height)
+        axes = style.axes_at(figure, LEFT, TOP, INNER, height)
         show_matrix(axes, cells, scale, (-0.5, cells.shape[1] * each - 0.5))
         axes.set_xlim(-0.5, len(examples) - 0.5)
         axes.set_title(f"{run.kind.capitalize()} mix")
@@ -168,7 +168,7 @@ def _labels(run: Run, order: Order) -> Picture | None:
         colour_bar(figure, LEFT + INNER + 0.12, min(height, BAR_HEIGHT), scale)
         below = axes
         for i, (name, values, colour) in enumerate(strips):
-            below = ink.axes_at(figure, LEFT, top + i * (strip + between), INNER, strip)
+            below = style.axes_at(figure, LEFT, top + i * (strip + between), INNER, strip)
             _per_client(below, name, values, colour)
         client_axis(below, order, classes, run.kind, each)
 
@@ -178,7 +178,7 @@ def _labels(run: Run, order: Order) -> Picture | None:
     return Picture(
         name="labels",
         title=f"How {run.kind}s fall on clients",
-        source=ink.draw(size, paint, smooth=dense(cells, INNER)),
+        source=style.draw(size, paint, smooth=dense(cells, INNER)),
         alt=f"Heat map, {len(classes)} {run.kind}s by {len(examples)} clients; "
         f"{count(examples.min())} to {count(examples.max())} examples each{held}.",
         caption=f"Each column is a client, grouped by its most frequent {run.kind}: a dark cell is "
@@ -197,7 +197,7 @@ def _holders(run: Run, order: Order) -> Picture | None:
     marks = None
     if held is not None:
         share = held / max(run.rounds, held.max(initial=0), 1)
-        scale = share_scale(ink.BLUES, share, "of rounds\nheld")
+        scale = share_scale(style.BLUES, share, "of rounds\nheld")
         panels.append(("Share of all rounds in which the client held the expert", share, scale))
     if now is not None and (held is None or len(now) > 2 * EACH_CLIENT):
         panels.append(("Dark: held in the last assignment", now.astype(float), HELD))
@@ -221,7 +221,7 @@ def _routing(run: Run, order: Order) -> Picture | None:
     if usage is None or not np.nansum(usage):
         return None
     share = shares(usage)
-    scale = share_scale(ink.ORANGES, share, f"of client's\n{run.units}")
+    scale = share_scale(style.ORANGES, share, f"of client's\n{run.units}")
     return _client_maps(
         run,
         order,
@@ -245,13 +245,13 @@ def _specialisation(run: Run) -> Picture | None:
     # Experts are sorted by the kind that they serve most: specialisation shows as a diagonal.
     rows = np.lexsort((-served.max(axis=0), served.argmax(axis=0)))
     cells = served.T[rows]
-    scale = share_scale(ink.ORANGES, cells, f"of the kind's\n{run.units}")
+    scale = share_scale(style.ORANGES, cells, f"of the kind's\n{run.units}")
     height = rows_height(len(rows))
     bottom = 0.3 + 0.075 * max(map(len, kinds)) * (len(kinds) > 12) + 0.2
     size = (FULL, height + TOP + bottom)
 
     def paint(figure: Figure) -> None:
-        axes = ink.axes_at(figure, LEFT, TOP, INNER, height)
+        axes = style.axes_at(figure, LEFT, TOP, INNER, height)
         show_matrix(axes, cells, scale, (-0.5, len(kinds) - 0.5))
         axes.set_title(f"Share of what clients with this {run.kind} sent to the expert")
         axes.set_xticks(range(len(kinds)), kinds, rotation=90 if len(kinds) > 12 else 0)
@@ -262,7 +262,7 @@ def _specialisation(run: Run) -> Picture | None:
     return Picture(
         name="specialisation",
         title=f"Which {run.kind}s each expert serves",
-        source=ink.draw(size, paint),
+        source=style.draw(size, paint),
         alt=f"Heat map, {len(rows)} experts by {len(kinds)} {run.kind}s.",
         caption="A column adds up to 100 %, of the whole run. What a client sent to an expert is "
         f"divided over its {run.kind}s as its examples are. Few dark cells a column: experts have "
@@ -297,7 +297,7 @@ def _fitness(run: Run, order: Order) -> Picture | None:
             (
                 "Learned fitness of the expert for the client",
                 shown,
-                Scale(ink.GREENS, low, high, "fitness"),
+                Scale(style.GREENS, low, high, "fitness"),
             )
         ],
         f"Dark means that the expert has served the client well.{remark}",
@@ -327,7 +327,7 @@ def _client_maps(
 
     def paint(figure: Figure) -> None:
         for i, (heading, matrix, scale) in enumerate(panels):
-            axes = ink.axes_at(figure, LEFT, TOP + i * step, INNER, height)
+            axes = style.axes_at(figure, LEFT, TOP + i * step, INNER, height)
             cells, each = arranged(matrix)
             show_matrix(axes, cells, scale, (-0.5, cells.shape[1] * each - 0.5))
             axes.set_xlim(-0.5, clients - 0.5)
@@ -349,7 +349,7 @@ def _client_maps(
     return Picture(
         name=name,
         title=title,
-        source=ink.draw(size, paint, smooth=blended),
+        source=style.draw(size, paint, smooth=blended),
         alt=f"Heat map, {experts} experts by {clients} clients. {panels[0][0]}.",
         caption=caption,
         wide=True,

@@ -14,20 +14,20 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import shelf
-from experiments.shelf import DiskShelf, programs_shelf
+from experiments import program_cache
+from experiments.program_cache import DiskCache, open_cache
 from tests.experiments.test_train import ROOT
 
-# Adds one to an array, by the program on a shelf if it is there.
+# Adds one to an array, by the program in a cache if it is there.
 PROGRAM = """
 import sys
 from pathlib import Path
 import jax
-from experiments.shelf import DiskShelf
-shelf = DiskShelf(Path(sys.argv[1]))
-load = shelf.find("add", "one")
+from experiments.program_cache import DiskCache
+cache = DiskCache(Path(sys.argv[1]))
+load = cache.find("add", "one")
 lowered = jax.jit(lambda x: {"sum": x + 1}).lower(jax.numpy.ones(3))
-program = load() if load else shelf.compile("add", "one", lowered, {})
+program = load() if load else cache.compile("add", "one", lowered, {})
 print(bool(load), program(jax.numpy.arange(3.0))["sum"])
 """
 
@@ -61,12 +61,12 @@ def test_another_process_finds_what_one_kept(tmp_path):
 
 
 @pytest.fixture
-def here(tmp_path) -> Iterator[DiskShelf]:
-    """A shelf beside a cache of JAX that is empty, too."""
+def here(tmp_path) -> Iterator[DiskCache]:
+    """A cache beside one of JAX that is empty, too."""
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
     compilation_cache.reset_cache()
-    yield DiskShelf(tmp_path / "launched")
+    yield DiskCache(tmp_path / "launched")
     jax.config.update("jax_compilation_cache_dir", before)
     compilation_cache.reset_cache()
 
@@ -102,7 +102,7 @@ def test_what_cannot_be_identified_is_not_kept(here):
 
 
 def test_the_longest_unused_programs_make_room(here, monkeypatch):
-    monkeypatch.setattr(shelf, "_MOST", 2)
+    monkeypatch.setattr(program_cache, "_MOST", 2)
     for age, number in ((200, 1), (100, 2)):
         keep(here, number)
         os.utime(here._path("add", number), (age, age))
@@ -118,11 +118,11 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(here, tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["jax_enable_compilation_cache", "jax_compilation_cache_dir"])
-def test_there_is_no_shelf_if_jax_keeps_no_programs(setting):
+def test_there_is_no_cache_if_jax_keeps_no_programs(setting):
     before = jax.config.values[setting]
-    assert programs_shelf() is not None
+    assert open_cache() is not None
     try:
         jax.config.update(setting, False if setting.startswith("jax_enable") else None)
-        assert programs_shelf() is None
+        assert open_cache() is None
     finally:
         jax.config.update(setting, before)

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from experiments.reporting import ink
-from experiments.reporting.ink import Picture
+from experiments.reporting import style
 from experiments.reporting.quantities import MINUS
 from experiments.reporting.runs import Floats
+from experiments.reporting.style import Picture
 
 FULL, HALF = 10.0, 4.85
 HEIGHT, SHORT = 2.55, 2.0
@@ -100,13 +100,13 @@ def draw_panels(
     down = -(-len(filled) // across)
     width = FULL if wide else HALF
     cell = width / across
-    labelled = max(ink.text_width(ln.label, 8) for p in filled for ln in p.lines)
+    labelled = max(style.text_width(ln.label, 8) for p in filled for ln in p.lines)
     right = 0.24 + labelled
 
     def paint(figure: Figure) -> None:
         drawn = []
         for i, panel in enumerate(filled):
-            axes = ink.axes_at(
+            axes = style.axes_at(
                 figure,
                 LEFT + i % across * cell,
                 TOP + i // across * height,
@@ -127,7 +127,7 @@ def draw_panels(
     return Picture(
         name=name,
         title=title,
-        source=ink.draw(inches, paint),
+        source=style.draw(inches, paint),
         alt=f"Line chart: {shown}" + (f". {alt[0].upper()}{alt[1:]}." if alt else "."),
         caption=caption,
         wide=wide,
@@ -202,7 +202,7 @@ def _finish_panel(axes: Axes, panel: Panel, steps_up: int) -> None:
             last = np.flatnonzero(np.isfinite(line.y))[-1]
             y = max(line.y[last], LOG_FLOOR) if panel.kind == "log" else line.y[last]
             ends.append((float(line.x[last]), float(y), line.label, line.colour))
-    ink.end_labels(axes, ends)
+    style.end_labels(axes, ends)
 
 
 def _plain(value: float) -> str:

@@ -20,11 +20,11 @@ from absl import logging
 from jax.experimental import serialize_executable
 from jax.stages import Compiled, Lowered
 
+from experiments.environment import environment
 from experiments.fingerprint import UnknownError, fingerprint
-from experiments.surroundings import surroundings
 from experiments.workdir import write_atomically
 
-# Programs on the shelf; a launch has three. The ones not used for longest are removed.
+# Programs that are kept; a launch has three. The ones not used for longest are removed.
 _MOST = 300
 _DIGEST = hashlib.sha256().digest_size
 # JAX reports this in the thread that compiled a program and wrote it to JAX's own cache.
@@ -40,8 +40,8 @@ def _listen(event: str, **about: Any) -> None:
 jax.monitoring.register_event_listener(_listen)
 
 
-def programs_shelf() -> DiskShelf | None:
-    """Returns the shelf beside JAX's own cache.
+def open_cache() -> DiskCache | None:
+    """Returns the cache of programs beside JAX's own cache.
 
     None if JAX is told to keep no programs, or a user's module holds what may decide about them and
     is not known.
@@ -50,14 +50,14 @@ def programs_shelf() -> DiskShelf | None:
     if not folder or not jax.config.values["jax_enable_compilation_cache"]:
         return None
     try:
-        return DiskShelf(Path(folder) / "launched")
+        return DiskCache(Path(folder) / "launched")
     except UnknownError as error:
         logging.info("Programs are not kept without tracing, because of %s", error)
         return None
 
 
-class DiskShelf:
-    """Programs in a folder, one file each. See `flexmoe_jax.simulation.ahead.Shelf`.
+class DiskCache:
+    """Programs in a folder, one file each. See `flexmoe_jax.simulation.precompile.ProgramCache`.
 
     A file that is missing, damaged (it begins with its SHA-256) or not readable is as good as none.
     """
@@ -65,7 +65,7 @@ class DiskShelf:
     def __init__(self, folder: Path) -> None:
         """Takes the folder, which may not exist yet."""
         self._folder = folder
-        self._surroundings = surroundings()
+        self._environment = environment()
 
     def find(self, name: str, made_from: Any) -> Callable[[], Compiled] | None:
         """Returns a function that loads the program; None if it is not here."""
@@ -114,7 +114,7 @@ class DiskShelf:
     def _path(self, name: str, made_from: Any) -> Path | None:
         """Returns the program's file; None if it is not known what the program is made from."""
         try:
-            key = fingerprint((self._surroundings, name, made_from))
+            key = fingerprint((self._environment, name, made_from))
         except UnknownError as error:
             logging.info("The program %s is not kept, because it is made from %s", name, error)
             return None

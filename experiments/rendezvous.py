@@ -33,7 +33,7 @@ _SILENT_SECONDS, _RETRY_SECONDS, _PATIENCE_SECONDS = 2.0, 0.2, 2.0
 _LOCAL_FIELDS = ("data.dir", "data.download")
 
 
-def muster(program: Program, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def rendezvous(program: Program, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
     """Waits until all processes of a program have arrived.
 
     Args:

@@ -25,7 +25,7 @@ UNKNOWN = "config.json cannot be read"
 _MOST_BYTES = 2**26
 
 
-class Standing(NamedTuple):
+class RunStatus(NamedTuple):
     """Status of a run.
 
     Attributes:
@@ -38,7 +38,7 @@ class Standing(NamedTuple):
     seconds: float | None = None
 
 
-def standing(folder: Path, asked: Mapping[str, Any]) -> Standing:
+def read_status(folder: Path, asked: Mapping[str, Any]) -> RunStatus:
     """Reads the status of the run in a folder, whether or not it is in progress.
 
     Args:
@@ -47,16 +47,16 @@ def standing(folder: Path, asked: Mapping[str, Any]) -> Standing:
     """
     other = _other(folder, asked) if asked else ""
     if other:
-        return Standing(other)
+        return RunStatus(other)
     try:
         summary = read_json(folder / "summary.json")
     except FileNotFoundError:
-        return Standing("unfinished" if os.path.exists(folder / "config.json") else "new")
+        return RunStatus("unfinished" if os.path.exists(folder / "config.json") else "new")
     except (OSError, UnreadableError):
-        return Standing("unfinished")
+        return RunStatus("unfinished")
     status, seconds = summary.get("status"), summary.get("seconds")
     known = is_number(seconds) and 0 <= seconds < float("inf")
-    return Standing(
+    return RunStatus(
         printable(status, 60) if isinstance(status, str) else "unfinished",
         float(seconds) if is_number(seconds) and known else None,
     )

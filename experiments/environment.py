@@ -23,7 +23,7 @@ _HARMLESS = (type, logging.Logger, GenericAlias, UnionType)
 _TYPES = ("__future__", "collections.abc", "typing")
 
 
-def surroundings() -> str:
+def environment() -> str:
     """Returns a hash of the interpreter, all code, JAX's settings, the devices and the processor.
 
     Code means the installed packages by version, and all files of modules that are not installed.
