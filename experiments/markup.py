@@ -1,4 +1,4 @@
-"""Escapes text from files and users, with one function per output format.
+"""Escapes text from files and users, with one function per output format (HTML: `reporting.fill`).
 
 Names and values come from config.json, study.json and folders. They may contain anything: code that
 a browser would run, a formula for a spreadsheet, or control sequences for a terminal.
@@ -40,11 +40,6 @@ _MARKDOWN = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|[\\`|\[\]*]")
 # The start of a cell, also if cells were split at another separator, before a character that starts
 # a formula in a spreadsheet, full-width forms included (OWASP, "CSV injection").
 _FORMULA = re.compile(r"(^|[;,|\t])(\s*)(?=[=+\-@\uFF1D\uFF0B\uFF0D\uFF20])")
-
-
-def html_text(text: object) -> str:
-    """Escapes text for HTML, as content or as an attribute's value."""
-    return html.escape(printable(text, _MOST))
 
 
 def markdown_text(text: object) -> str:

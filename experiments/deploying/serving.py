@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from experiments.build import Experiment, Known, build
 from experiments.deploying.checks import check_deployable
-from experiments.deploying.dashboard import Board
+from experiments.deploying.dashboard import Dashboard
 from experiments.examples import Examples, load_examples
 from experiments.fields import read
 from experiments.rounds import Assigned, Carried
@@ -52,7 +52,7 @@ class Deployment:
         check_deployable(config)
         self._config, self._workdir, self._post = config, workdir, post
         self._service: Service | None = None
-        self._board: Board | None = None
+        self._dashboard: Dashboard | None = None
 
     @property
     def way(self) -> Way:
@@ -107,7 +107,7 @@ class Deployment:
     ) -> Carried:
         """Carries out a round with real clients."""
         assert self._service is not None
-        self._open_board()
+        self._open_dashboard()
         begin = time.monotonic()
         plan = experiment.simulation.plan(assigned.cohort, assigned.solutions)
         known: Any = state
@@ -126,16 +126,16 @@ class Deployment:
 
     def close(self) -> None:
         """Writes the final status of the clients."""
-        if self._board is not None:
-            self._board.close()
+        if self._dashboard is not None:
+            self._dashboard.close()
 
-    def _open_board(self) -> None:
-        """Records the clients, and starts the board; called once the run's folder is open."""
+    def _open_dashboard(self) -> None:
+        """Records the clients, and starts the dashboard; called once the run's folder is open."""
         path = self._workdir.path / FILE
         if not path.exists():
             write_atomically(path, json.dumps(self._pending, indent=2) + "\n")
-        if self._board is None:
-            self._board = Board(self._workdir.path, self._post, self._facts)
+        if self._dashboard is None:
+            self._dashboard = Dashboard(self._workdir.path, self._post, self._facts)
 
 
 def _of_real_clients(config: ConfigDict, facts: list[Facts]) -> Examples:

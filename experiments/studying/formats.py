@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 
 from experiments.markup import csv_text, latex_text, markdown_text
+from experiments.reporting.tables import Table
 from experiments.studying.rows import Row, differences
-from experiments.studying.sheets import Sheet
 from experiments.studying.statistics import estimate
 
 CSV_HEADS = (
@@ -32,31 +32,31 @@ CSV_HEADS = (
 )
 
 
-def markdown(sheet: Sheet) -> str:
+def markdown(table: Table) -> str:
     """Formats a heading and the table as Markdown, without the note."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(map(markdown_text, cells)) + " |\n"
 
-    rule = ["---" if i < sheet.words else "---:" for i in range(len(sheet.heads))]
-    body = "".join(line(row) for row in sheet.rows)
-    return f"### {markdown_text(sheet.title)}\n\n{line(sheet.heads)}{line(rule)}{body}"
+    rule = ["---" if i < table.words else "---:" for i in range(len(table.heads))]
+    body = "".join(line(row) for row in table.rows)
+    return f"### {markdown_text(table.title)}\n\n{line(table.heads)}{line(rule)}{body}"
 
 
-def latex(sheet: Sheet) -> str:
+def latex(table: Table) -> str:
     r"""Formats the table as a LaTeX `table*`, which needs `\usepackage{booktabs}`."""
-    columns = "l" * sheet.words + "r" * (len(sheet.heads) - sheet.words)
-    label = re.sub(r"[^a-z0-9]+", "-", sheet.title.lower()).strip("-")
-    lines = [" & ".join(map(latex_text, row)) + r" \\" for row in sheet.rows]
+    columns = "l" * table.words + "r" * (len(table.heads) - table.words)
+    label = re.sub(r"[^a-z0-9]+", "-", table.title.lower()).strip("-")
+    lines = [" & ".join(map(latex_text, row)) + r" \\" for row in table.rows]
     return "\n".join(
         [
             r"\begin{table*}",
             r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
-            rf"\caption{{{latex_text(sheet.title)}. {latex_text(sheet.note)}}}",
+            rf"\caption{{{latex_text(table.title)}. {latex_text(table.note)}}}",
             rf"\label{{tab:{label}}}",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
-            " & ".join(map(latex_text, sheet.heads)) + r" \\",
+            " & ".join(map(latex_text, table.heads)) + r" \\",
             r"\midrule",
             *lines,
             r"\bottomrule",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from experiments.reporting.quantities import MINUS, NOTHING, LossUnit, byte_unit
+from experiments.reporting.tables import Table
 from experiments.studying.results import Results
 from experiments.studying.rows import Row, differences, read_rows
 from experiments.studying.statistics import Difference, Estimate, estimate
@@ -49,26 +49,7 @@ WALL = "wall/seconds"
 COMPARED = {key: head for key, head in ACCURACY.items() if key.endswith("/final")}
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """A table as text.
-
-    Attributes:
-      title: title of the table.
-      heads: column heads; the first `words` columns hold words, the others numbers.
-      rows: rows with one cell for each head.
-      note: how to read it.
-      words: number of columns that hold words.
-    """
-
-    title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str
-    words: int
-
-
-def accuracy_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Sheet:
+def accuracy_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Table:
     """Tabulates the accuracies of all rows, in percent."""
     further = _known(rows, FURTHER)
     one = "; assembled: all experts in one model" if "assembled/final" in further else ""
@@ -87,7 +68,7 @@ def accuracy_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Shee
     )
 
 
-def loss_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Sheet | None:
+def loss_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Table | None:
     """Tabulates the test losses of all rows; None if no run recorded any."""
     known = _known(rows, LOSS)
     if not known:
@@ -103,7 +84,7 @@ def loss_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Sheet | 
     )
 
 
-def cost_sheet(rows: Sequence[Row], axes: Sequence[str], title: str, target: float) -> Sheet:
+def cost_sheet(rows: Sequence[Row], axes: Sequence[str], title: str, target: float) -> Table:
     """Tabulates balance, cost of reaching the target, and wall time of all rows."""
     most = max((value for row in rows for value in row.values("target/bytes")), default=0.0)
     factor, unit = byte_unit(most)
@@ -128,7 +109,7 @@ def cost_sheet(rows: Sequence[Row], axes: Sequence[str], title: str, target: flo
 
 def difference_sheet(
     rows: Sequence[Row], axes: Sequence[str], title: str, reference: str
-) -> Sheet | None:
+) -> Table | None:
     """Tabulates accuracies, method minus reference; None if there is nothing to compare."""
     shown = partial(percent, signed=True)
     return _differences(
@@ -144,7 +125,7 @@ def difference_sheet(
 
 def loss_difference_sheet(
     rows: Sequence[Row], axes: Sequence[str], title: str, reference: str
-) -> Sheet | None:
+) -> Table | None:
     """Tabulates losses, method minus reference; None if there is nothing to compare."""
     known = _known(rows, LOSS)
     if not known:
@@ -170,7 +151,7 @@ def _differences(
     columns: Mapping[str, str],
     shown: Callable[[Estimate], str],
     unit: str,
-) -> Sheet | None:
+) -> Table | None:
     """Tabulates method minus reference, seed by seed; None if there is nothing to compare."""
     heads = [*axes, "method", "pairs"]
     for head in columns.values():
@@ -187,10 +168,10 @@ def _differences(
         lines.append(tuple(cells))
     if not lines:
         return None
-    return Sheet(
-        title,
+    return Table(
         tuple(heads),
         tuple(lines),
+        title,
         f"{unit}, method minus {reference} on the same seed: mean ± 95 % interval; p of "
         "the paired t-test, two-sided, and in brackets corrected for the number of comparisons in "
         "its column (Holm).",
@@ -198,20 +179,32 @@ def _differences(
     )
 
 
-def sheets(results: Results, target: float = TARGET, reference: str = "") -> list[Sheet]:
-    """Returns all tables of a study: up to five for each pair of data set and partition."""
+def sheets(results: Results, target: float = TARGET, reference: str = "") -> list[Table]:
+    """Returns all tables of a study."""
     reference = results.reference(reference)
     rows = read_rows(results, target)
-    made: list[Sheet | None] = []
-    for task in results.tasks:
-        here = [row for row in rows if row.task == task]
-        title = " · ".join(task)
-        made.append(accuracy_sheet(here, results.axes, title))
-        made.append(loss_sheet(here, results.axes, title))
-        made.append(cost_sheet(here, results.axes, title, target))
-        made.append(difference_sheet(here, results.axes, title, reference))
-        made.append(loss_difference_sheet(here, results.axes, title, reference))
-    return [sheet for sheet in made if sheet is not None]
+    return [
+        table
+        for task in results.tasks
+        for table in sheets_of(
+            [row for row in rows if row.task == task], results.axes, target, reference
+        )
+    ]
+
+
+def sheets_of(
+    rows: Sequence[Row], axes: Sequence[str], target: float, reference: str
+) -> list[Table]:
+    """Returns the tables of a data set and partition: up to five."""
+    title = " · ".join(rows[0].task)
+    made = (
+        accuracy_sheet(rows, axes, title),
+        loss_sheet(rows, axes, title),
+        cost_sheet(rows, axes, title, target),
+        difference_sheet(rows, axes, title, reference),
+        loss_difference_sheet(rows, axes, title, reference),
+    )
+    return [table for table in made if table is not None]
 
 
 def number(value: Estimate, digits: int, signed: bool = False) -> str:
@@ -282,10 +275,10 @@ def _sheet(
     axes: Sequence[str],
     columns: Mapping[str, Callable[[Row], str]],
     note: str,
-) -> Sheet:
+) -> Table:
     lines = []
     for row in rows:
         done = str(row.asked) if len(row.seeds) == row.asked else f"{len(row.seeds)} of {row.asked}"
         cells = [cell(row) for cell in columns.values()]
         lines.append((*row.variant, row.method, done, *cells))
-    return Sheet(title, (*axes, "method", "seeds", *columns), tuple(lines), note, len(axes) + 1)
+    return Table((*axes, "method", "seeds", *columns), tuple(lines), title, note, len(axes) + 1)

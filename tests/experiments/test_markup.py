@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.markup import csv_text, html_text, latex_text, markdown_text
+from experiments.markup import csv_text, latex_text, markdown_text
 from experiments.report import write_report
+from experiments.reporting import fill as fill_in
 from experiments.studying.status import write_record
 from experiments.table import write_tables
 from flexmoe_jax.errors import printable
@@ -73,13 +74,17 @@ def test_numbers_stay_numbers(number):
 
 @given(texts)
 def test_html_shows_what_is_printable(text):
-    assert html.unescape(html_text(text)) == printable(text, 10_000)
-    found: list[str] = []
+    made = fill_in.TEMPLATES.from_string('<p title="{{ text }}">{{ text }}</p>').render(text=text)
+    found: list[tuple[str, list[tuple[str, str | None]]]] = []
+    words: list[str] = []
     parser = HTMLParser(convert_charrefs=True)
-    parser.handle_starttag = lambda tag, attrs: found.append(tag)  # type: ignore[method-assign]
-    parser.feed(f'<p title="{html_text(text)}">{html_text(text)}</p>')
+    parser.handle_starttag = lambda *tag: found.append(tag)  # type: ignore[method-assign]
+    parser.handle_data = words.append  # type: ignore[method-assign]
+    parser.feed(made)
     parser.close()
-    assert found == ["p"]
+    shown = printable(text, 10_000)
+    assert found == [("p", [("title", shown)])]
+    assert "".join(words) == shown
 
 
 @given(texts)

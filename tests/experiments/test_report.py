@@ -25,7 +25,7 @@ from flexmoe_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 C, E, Y, T = 12, 4, 3, 6
-VOID = {"img", "meta", "line", "br"}
+VOID = {"img", "input", "meta", "line", "br"}
 RUN_PICTURES = {
     "accuracy",
     "loss",
@@ -177,6 +177,9 @@ def test_one_run_has_every_picture_and_the_right_numbers(one: Path) -> None:
     assert len(page.images) == len(RUN_PICTURES)
     assert all(len(str(image["alt"])) > 20 for image in page.images)
     assert page.source.count("<figcaption>") == len(RUN_PICTURES)
+    # Each can be enlarged, by keyboard as well.
+    boxes = [attributes["aria-label"] for tag, attributes in page.tags if tag == "input"]
+    assert len(boxes) == len(set(boxes)) == len(RUN_PICTURES)
     # The summary's values go before the last round's, 0.5 + 0.05 · 6 = 0.8.
     assert "Personal accuracy 81.2 %" in page.text
     assert "90.0 %" in page.text
@@ -392,7 +395,7 @@ def test_newcomers_stand_beside_the_clients_that_train(tmp_path: Path) -> None:
     assert ">newcomers</text>" in svg_of(page.images[0])
     # A column, and a panel, where one of the runs has them.
     both = Page(write_report(runs))
-    assert both.source.count('<th scope="col" class="n">Newcomers\' accuracy</th>') == 1
+    assert both.source.count('<th scope="col" class="n">Newcomers&#39; accuracy</th>') == 1
     assert ">Newcomers accuracy, %</text>" in svg_of(both.images[0])
     alone = Page(write_report([runs[1]]))
     assert "Newcomers" not in alone.text

@@ -23,11 +23,12 @@ from experiments.report import write_report
 from experiments.reporting.curves import pens
 from experiments.reporting.quantities import MINUS, NATS, NOTHING
 from experiments.reporting.runs import read_run
+from experiments.reporting.tables import Table
 from experiments.studying.formats import latex, latex_text, markdown
 from experiments.studying.pictures import LABEL, axis_places, place_labels, trade_off
 from experiments.studying.results import figures, read_results
 from experiments.studying.rows import Row
-from experiments.studying.sheets import Sheet, sheets
+from experiments.studying.sheets import sheets
 from experiments.studying.statistics import estimate, holm, paired_difference
 from experiments.studying.status import write_record
 from experiments.studying.study import Study
@@ -338,7 +339,7 @@ def test_few_seeds_claim_nothing():
 
 def test_text_that_means_something_to_latex_or_markdown():
     assert latex_text(r"50 % of a_b & {c} \d") == r"50 \% of a\_b \& \{c\} \textbackslash{}d"
-    sheet = Sheet("a_b: accuracy", ("method", "p"), (("x|y", "< 0.001"),), "5 %", 1)
+    sheet = Table(("method", "p"), [("x|y", "< 0.001")], "a_b: accuracy", "5 %")
     assert r"| x\|y | < 0.001 |" in markdown(sheet)
     text = latex(sheet)
     assert r"x|y & $<$ 0.001 \\" in text
