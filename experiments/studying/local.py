@@ -100,10 +100,10 @@ def dry_run(sweep: Sweep) -> None:
     study, trials = sweep.load()
     workdir = Path(sweep.workdir)
     for trial in trials:
-        status = _standing(study, trial, workdir).status
+        status = _status_of(study, trial, workdir).status
         words = as_typed(command(study, trial, workdir))
         print(f"{status}: {trial.name if status in ENDED else words}")
-    print(_ahead(study, trials, trials, workdir))
+    print(_remaining(study, trials, trials, workdir))
 
 
 def run(sweep: Sweep) -> int:
@@ -124,7 +124,7 @@ def run(sweep: Sweep) -> int:
     workdir = Path(sweep.workdir)
     with lock(workdir / "sweep.lock", wait=True):
         write_record(study, workdir)
-    print(f"{study.name}: {_ahead(study, trials, trials, workdir)}", flush=True)
+    print(f"{study.name}: {_remaining(study, trials, trials, workdir)}", flush=True)
     ends: dict[str, list[str]] = defaultdict(list)
     with Runner() as runner:
         for end in _ends(study, trials, workdir, runner):
@@ -132,12 +132,12 @@ def run(sweep: Sweep) -> int:
     for line in ends["failed"]:
         print(f"failed: {line}")
     elsewhere = [trial for trial in trials if f"{trial.name}: " in ends["elsewhere"]]
-    left = [t for t in elsewhere if _standing(study, t, workdir).status not in ENDED]
+    left = [t for t in elsewhere if _status_of(study, t, workdir).status not in ENDED]
     if left:
         print(f"{counted(len(left), 'run')} not done yet: another sweep is at work there")
     # If all runs have another config, the folder may have a table of theirs, which is out of date.
     told = ("finished", OTHER, UNKNOWN)
-    if any(_standing(study, t, workdir).status in told for t in study.trials()):
+    if any(_status_of(study, t, workdir).status in told for t in study.trials()):
         with lock(workdir / "sweep.lock", wait=True):
             print(f"table: {write_tables(workdir)[0]} · page: {write_report([workdir])}")
     if runner.caught:
@@ -178,8 +178,8 @@ def _ends(study: Study, trials: Sequence[Trial], workdir: Path, runner: Runner) 
             busy.append(trial)
             continue
         if end.started and end.kind != "interrupted":
-            ahead = _ahead(study, trials, [*untried, *busy], workdir)
-            print(f"{trial.name}: {end.words} · {ahead}", flush=True)
+            rest = _remaining(study, trials, [*untried, *busy], workdir)
+            print(f"{trial.name}: {end.words} · {rest}", flush=True)
         yield end
 
 
@@ -193,7 +193,7 @@ def _attempt(study: Study, trial: Trial, workdir: Path, runner: Runner) -> End:
     with lock(path) as held:
         if held is None:
             return End(name, "elsewhere")
-        before = _standing(study, trial, workdir).status
+        before = _status_of(study, trial, workdir).status
         if before in ENDED:
             done = before == "finished"
             return End(name, "finished") if done else End(name, "failed", _diverged(path))
@@ -204,7 +204,7 @@ def _attempt(study: Study, trial: Trial, workdir: Path, runner: Runner) -> End:
         with path.open("ab") as log:
             code, _ = runner.run([*command(study, trial, workdir), *AS_CHILD], log)
         seconds = time.monotonic() - begin
-    after = _standing(study, trial, workdir)
+    after = _status_of(study, trial, workdir)
     if after.status == "finished" and code == 0:
         words = f"{duration(seconds)} · {_headline(folder)}"
         return End(name, "finished", words, started=True)
@@ -224,7 +224,7 @@ def _ended_by(code: int) -> str:
     return f"exit code {code}"
 
 
-def _standing(study: Study, trial: Trial, workdir: Path) -> RunStatus:
+def _status_of(study: Study, trial: Trial, workdir: Path) -> RunStatus:
     return read_status(workdir / trial.name, study.fields_of(trial))
 
 
@@ -240,10 +240,12 @@ def _headline(folder: Path) -> str:
     return " · ".join(said)
 
 
-def _ahead(study: Study, trials: Sequence[Trial], untried: Sequence[Trial], workdir: Path) -> str:
+def _remaining(
+    study: Study, trials: Sequence[Trial], untried: Sequence[Trial], workdir: Path
+) -> str:
     """Describes how many runs are done, how many untried ones are left, and their time."""
     # Finished runs of the study's other shares count for the estimate, too.
-    every = {trial.name: _standing(study, trial, workdir) for trial in study.trials()}
+    every = {trial.name: _status_of(study, trial, workdir) for trial in study.trials()}
     spent = defaultdict(list)
     for trial in study.trials():
         status, seconds = every[trial.name]
