@@ -38,7 +38,7 @@ from flexmoe_jax.types import ROUTER, Array, PyTree
 _LANDMARKS, _KINDS, _STEPS = 512, 8, 30
 # Least and largest number of searches, their budget in clients times pairs of kinds, and how many
 # searches run to the end (successive halving; Jamieson and Talwalkar 2016).
-_SEARCHES, _WORK, _FINALISTS = (16, 100), 3_000_000, 8
+_SEARCHES, _WORK, _FINALISTS = (4, 100), 500_000, 8
 # With more threads, they wait longer for the interpreter's lock than they compute.
 _THREADS = 2
 # Number of rounds whose updates count in full.
