@@ -11,32 +11,17 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from experiments.configs import base
+from experiments.configs import text
 
 
 def get_config() -> ConfigDict:
     """Returns the config: 24 clients that hold 2 of 8 experts, 80 rounds of 10 steps."""
-    config = base.get_config()
+    config = text.get_config()
     config.rounds = 80
     config.data.name = "text"
-    config.task.name = "next_token"
-    config.partition.name = "domains"
     config.partition.domains_per_client = 2
     config.partition.bytes_per_client = 30_000
     config.clients.count = 24
-    config.clients.capacity = 2
-    config.model.backbone = "transformer"
-    config.local.batch_size = 8
-    config.local.max_steps = 10
-    config.local.optimizer = "adam"
-    config.local.learning_rate = 0.003
-    config.model.router = True
-    config.local.balance = 0.05
-    config.fitness.score = "loss"
-    # Clients' updates show who should share an expert, so no random exploration is needed.
-    config.fitness.affinity = 3.0
-    config.assignment.exploration = 0.0
     config.eval.every = 20
-    config.eval.batch_size = 64
     config.data.test_limit = 800
     return config

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.model.router = True
     config.local.balance = 0.05
     config.fitness.score = "loss"
-    # For the reason, see languages.py.
+    # Clients' updates show who should share an expert, so no random exploration is needed.
     config.fitness.affinity = 3.0
     config.assignment.exploration = 0.0
     config.eval.every = 5

@@ -18,10 +18,7 @@ from experiments.studying.study import Axis, Study
 EXPERTS = (2, 4, 8, 16)
 SPLIT: Axis = {
     "fedavg": METHODS["fedavg"],
-    # A picture passes through one of its client's two experts.
     **{f"flex_{n}": {**METHODS["flex"], "model.experts": n} for n in EXPERTS},
-    # It passes through both, as it passes through all of a dense model.
-    **{f"both_{n}": {**METHODS["flex"], "model.experts": n, "model.top_k": 2} for n in EXPERTS},
 }
 
 
