@@ -322,7 +322,7 @@ def test_partial_work_is_that_many_steps(simulated, clients):
 def test_compiled_ahead_it_is_the_same_simulation(simulated, clients, digits):
     arrays = {"images": digits.test_images, "labels": digits.test_labels}
     test = simulation.chunk_test_set(arrays)
-    both = simulated, simulation.precompile(simulated, clients, test, per_round=7)
+    both = simulated, simulation.compile_ahead(simulated, clients, test, per_round=7)
     states = [run(each, clients)[0] for each in both]
     chex.assert_trees_all_equal(states[0].clients.slots, states[1].clients.slots)
     chex.assert_trees_all_close(*map(plain, states), atol=1e-5, rtol=1e-5)
@@ -335,7 +335,7 @@ def test_compiled_ahead_it_is_the_same_simulation(simulated, clients, digits):
     models = simulated.tune(states[0], clients)
     tuned = [each.evaluate(states[0], test, clients.about, models) for each in both]
     chex.assert_trees_all_equal(*map(jax.device_get, tuned))
-    simulation.precompile(simulated, jax.device_get(clients), test, per_round=7)
+    simulation.compile_ahead(simulated, jax.device_get(clients), test, per_round=7)
 
 
 def test_cohorts_may_be_larger_than_planned_for_or_empty(make_simulation, clients):
