@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.experiments.test_muster import free_port
 
 from experiments import devices
 from experiments.configs import digits
 from flexmoe_jax.errors import InputError
+from tests.experiments.test_rendezvous import free_port
 from tests.experiments.test_train import ROOT, SMALL, command, rows
 from tests.limits import HANGS
 
