@@ -169,6 +169,8 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
         `newcomer`: losses as recorded, in nats;
       - `assigned/round`, `assigned/cumulative`, `usage/round`, `usage/cumulative`: coefficients of
         variation over experts: the mean over rounds, and for the load summed over all rounds;
+      - `down/bytes`, `up/bytes`: bytes of the whole run to and from the clients; missing if rounds
+        were lost;
       - `target/rounds`, `target/bytes` (both ways) and `target/seconds` (simulated): the cost of
         reaching the target; missing if it was not reached;
       - `wall/seconds`: wall time of the whole run.
@@ -190,6 +192,10 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
         _, each = run.series(f"load/{word}_cv")
         found[f"{word}/round"] = _mean(each) if each.size else None
         found[f"{word}/cumulative"] = run.final(f"load/{word}_cv_cumulative")
+    for word in ("down", "up"):
+        _, total = run.cumulative(f"comm/bytes_{word}")
+        whole = total.size and run.complete(run.records[-1]["round"])
+        found[f"{word}/bytes"] = float(total[-1]) if whole else None
     found |= _until(run, target)
     found["wall/seconds"] = run.seconds()
     return {k: value for k, value in found.items() if value is not None and math.isfinite(value)}

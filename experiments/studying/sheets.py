@@ -86,12 +86,14 @@ def loss_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Table | 
 
 def cost_sheet(rows: Sequence[Row], axes: Sequence[str], title: str, target: float) -> Table:
     """Tabulates balance, cost of reaching the target, and wall time of all rows."""
-    most = max((value for row in rows for value in row.values("target/bytes")), default=0.0)
-    factor, unit = byte_unit(most)
     columns: dict[str, Callable[[Row], str]] = {
         head: partial(_number_of, key, 3) for key, head in BALANCE.items()
     }
+    factor, unit = _byte_unit_of(rows, "down/bytes", "up/bytes")
+    for word in ("down", "up"):
+        columns[f"{unit} {word}"] = partial(_size_of, f"{word}/bytes", factor)
     columns[f"rounds to {100 * target:g} %"] = partial(_reached, "target/rounds", 1.0)
+    factor, unit = _byte_unit_of(rows, "target/bytes")
     columns[f"{unit} to it"] = partial(_reached, "target/bytes", factor)
     if any(row.values("target/seconds") for row in rows):
         columns["simulated s to it"] = partial(_reached, "target/seconds", 1.0)
@@ -102,8 +104,9 @@ def cost_sheet(rows: Sequence[Row], axes: Sequence[str], title: str, target: flo
         axes,
         columns,
         "CV: standard deviation over mean across experts, 0 is even; mean over rounds, and at the "
-        "end of the load summed over rounds. The target is of global accuracy; where not every "
-        "seed reached it, the mean is over those that did, whose number is in brackets.",
+        "end of the load summed over rounds. Down and up: bytes to and from the clients, of the "
+        "whole run. The target is of global accuracy; where not every seed reached it, the mean is "
+        "over those that did, whose number is in brackets.",
     )
 
 
@@ -241,6 +244,17 @@ def _percent_of(key: str, row: Row) -> str:
 
 def _number_of(key: str, digits: int, row: Row) -> str:
     return number(estimate(row.values(key)), digits)
+
+
+def _size_of(key: str, factor: float, row: Row) -> str:
+    return number(estimate([value / factor for value in row.values(key)]), 2)
+
+
+def _byte_unit_of(rows: Sequence[Row], *keys: str) -> tuple[float, str]:
+    """Returns the unit that suits the largest of some numbers of bytes."""
+    return byte_unit(
+        max((value for row in rows for key in keys for value in row.values(key)), default=0.0)
+    )
 
 
 def _reached(key: str, unit: float, row: Row) -> str:

@@ -131,7 +131,8 @@ def test_what_is_left_out_is_named_in_table_and_page(copied):
     }
     # It is unknown whether a lost round reached the target first, and how much it sent.
     whole, lacking = figures(shown, 0.6), figures(read_run(copied / second), 0.6)
-    assert set(whole) - set(lacking) == {"target/rounds", "target/bytes"}
+    counted = {"target/rounds", "target/bytes", "down/bytes", "up/bytes"}
+    assert set(whole) - set(lacking) == counted
     assert lacking["global/final"] == whole["global/final"]
 
 

@@ -126,6 +126,9 @@ def test_numbers_worked_out_by_hand(folder):
     # Six rounds with 0.1 to 0.6, then 0.5 / 6.
     assert float(rows["flex", "assigned/round"]["mean"]) == pytest.approx(0.35)
     assert float(rows["flex", "assigned/cumulative"]["mean"]) == pytest.approx(0.5 / 6)
+    # Six rounds, 10 bytes down and 5 up in each.
+    assert float(rows["flex", "down/bytes"]["mean"]) == 60
+    assert float(rows["flex", "up/bytes"]["mean"]) == 30
     # 0.65 in round 4: four rounds of 15 bytes.
     assert float(rows["flex", "target/rounds"]["mean"]) == 4
     assert float(rows["flex", "target/bytes"]["mean"]) == 60
