@@ -29,6 +29,7 @@ CSV_HEADS = (
     "difference_margin_95",
     "p_value",
     "p_holm",
+    "pairs_above",
 )
 
 
@@ -76,15 +77,16 @@ def csv_table(rows: Sequence[Row], axes: Sequence[str], reference: str) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*CSV_HEADS[:2], *map(csv_text, axes), *CSV_HEADS[2:]])
     quantities = dict.fromkeys(key for row in rows for found in row.seeds.values() for key in found)
-    compared = {key: differences(rows, reference, key) for key in quantities}
+    by_key = {key: differences(rows, reference, key) for key in quantities}
     for i, row in enumerate(rows):
         for key in quantities:
             value = estimate(row.values(key))
             numbers: list[object] = [value.n, _plain(value.mean), _plain(value.margin)]
-            if (d := compared[key][i]) is None:
-                numbers += [""] * 6
+            if (d := by_key[key][i]) is None:
+                numbers += [""] * 7
             else:
-                numbers += [csv_text(reference), d.n, *map(_plain, d[1:])]
+                compared = map(_plain, (d.mean, d.margin, d.p, d.holm))
+                numbers += [csv_text(reference), d.n, *compared, d.above]
             names = [*row.task, *row.variant, row.method, key]
             writer.writerow([*map(csv_text, names), row.asked, len(row.seeds), *numbers])
     return out.getvalue()

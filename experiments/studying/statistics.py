@@ -34,13 +34,15 @@ class Difference(NamedTuple):
       margin: half the width of its 95 % confidence interval; NaN for fewer than two seeds.
       p: two-sided p-value of the paired t-test; NaN for fewer than two seeds, or if the difference
         is the same for all seeds.
-      holm: the same, corrected for the number of comparisons (see `holm`).
+      above: number of seeds with which the one method's value is greater.
+      holm: p corrected for the number of comparisons (see `holm`).
     """
 
     n: int
     mean: float
     margin: float
     p: float
+    above: int
     holm: float = math.nan
 
 
@@ -68,12 +70,13 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
     """
     differences = np.subtract(values, reference)
     n, mean, margin = estimate(differences.tolist())
+    above = int((differences > 0).sum())
     # If the differences vary by rounding alone, the test statistic is 0/0 or infinite: no p-value.
     if n < 2 or np.ptp(differences) <= 1e-12 * np.abs([values, reference]).max():
-        return Difference(n, mean, margin, math.nan)
+        return Difference(n, mean, margin, math.nan, above)
     from scipy.stats import ttest_rel
 
-    return Difference(n, mean, margin, float(ttest_rel(values, reference).pvalue))
+    return Difference(n, mean, margin, float(ttest_rel(values, reference).pvalue), above)
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -141,7 +141,7 @@ def test_numbers_worked_out_by_hand(folder):
     assert float(difference["p_value"]) == pytest.approx(
         ttest_rel([0.66, 0.70, 0.59], [0.70, 0.72, 0.74]).pvalue
     )
-    assert difference["pairs"] == "3"
+    assert (difference["pairs"], difference["pairs_above"]) == ("3", "0")
     assert rows["flex", "global/final"]["reference"] == ""
 
 
@@ -325,6 +325,7 @@ def test_p_values_are_corrected_for_the_comparisons_of_their_task(tmp_path):
     assert f" | {near:.3f} ({near:.3f}) | " in text
     with (tmp_path / "table.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["quantity"] == "global/final"]
+    assert [row["pairs_above"] for row in rows] == ["", "0", "0"] * 2
     corrected = [(row["method"], float(row["p_holm"])) for row in rows if row["p_holm"]]
     assert corrected == [(n, pytest.approx(p)) for n, p in [("near", near), ("far", 2 * far)] * 2]
 
