@@ -57,7 +57,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 # Tracing makes objects by the million, nearly all of which live on.
 gc.set_threshold(200_000, 50, 100)
-hypothesis.settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("default")
 
 LONGEST = tuple(

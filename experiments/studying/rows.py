@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import nan
 
 from experiments.reporting.quantities import LossUnit
 from experiments.reporting.runs import Run, common_unit
@@ -86,19 +85,14 @@ def differences(rows: Sequence[Row], reference: str, key: str) -> list[Differenc
       a difference for each row; None for the reference itself, and where it is missing.
     """
     references = {(row.task, row.variant): row for row in rows if row.method == reference}
-    found: list[Difference | None] = [
-        row.against(other, key)
+    compared = {
+        i: row.against(other, key)
+        for i, row in enumerate(rows)
         if row.method != reference and (other := references.get((row.task, row.variant)))
-        else None
-        for row in rows
-    ]
+    }
     for task in {row.task for row in rows}:
-        family = [
-            nan if row.task != task or d is None else d.p
-            for row, d in zip(rows, found, strict=True)
-        ]
-        found = [
-            d._replace(holm=p) if d is not None and row.task == task else d
-            for row, d, p in zip(rows, found, holm(family), strict=True)
-        ]
-    return found
+        family = [i for i in compared if rows[i].task == task]
+        corrected = holm([compared[i].p for i in family])
+        for i, p in zip(family, corrected, strict=True):
+            compared[i] = compared[i]._replace(holm=p)
+    return [compared.get(i) for i in range(len(rows))]

@@ -107,7 +107,7 @@ def test_natural_clients_are_measured_on_their_own_test_examples(tmp_path):
     (note,) = summary["notes"]
     assert note.endswith("mine.npz holds arrays that are not used: val_images")
     page = (write_report([tmp_path / "run"])).read_text()
-    assert "personal figures on clients&#x27; own test examples" in page
+    assert "personal figures on clients&#39; own test examples" in page
     assert "arrays that are not used: val_images" in page
 
 

@@ -48,7 +48,7 @@ def by_hand(stack: Any, x: np.ndarray, combine: np.ndarray) -> np.ndarray:
     st.integers(1, 3),
     st.sampled_from([1, 31, 32, 97]),
 )
-@settings(max_examples=12)
+@settings(max_examples=6)
 def test_experts_on_their_own_examples_are_the_experts(
     seed: int, experts: int, top_k: int, batch: int
 ) -> None:
