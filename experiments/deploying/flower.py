@@ -76,7 +76,7 @@ def read_keys(folder: Path) -> list[Path]:
 
 
 class Process:
-    """One of Flower's processes; it ends when this process ends, however (see `watchdog.py`).
+    """One of Flower's processes. It ends when this one ends, for any reason (see `watchdog.py`).
 
     Args:
       words: the words of its command.

@@ -62,12 +62,13 @@ def _values(
     return {
         "title": " · ".join(rows[0].task),
         "along_axes": _along_axes(results, rows, letters),
-        "variants": {
-            ", ".join(f"{axis} {name}" for axis, name in zip(results.axes, variant, strict=True)): (
-                _pictures(results, some, letters, reference)
-            )
+        "variants": [
+            {
+                "title": ", ".join(f"{a} {n}" for a, n in zip(results.axes, variant, strict=True)),
+                "pictures": _pictures(results, some, letters, reference),
+            }
             for variant, some in variants.items()
-        },
+        ],
         "tables": [_untitled(table) for table in sheets_of(rows, results.axes, target, reference)],
     }
 

@@ -182,7 +182,7 @@ _STARTING = threading.Lock()
 def _lent() -> Iterator[_Worker]:
     """Lends a worker for exclusive use; it is put back only if no exception was raised."""
     end = time.perf_counter() + _PATIENCE
-    while (worker := _idle() or _started()) is None and time.perf_counter() < end:
+    while (worker := _idle() or _start()) is None and time.perf_counter() < end:
         time.sleep(0.001)
     worker = worker or _Worker()
     try:
@@ -208,7 +208,7 @@ def _idle() -> _Worker | None:
         worker.abandon()
 
 
-def _started() -> _Worker | None:
+def _start() -> _Worker | None:
     """Starts a worker, unless there are enough or another thread is starting one."""
     if not _STARTING.acquire(blocking=False):
         return None
