@@ -43,15 +43,10 @@ def evaluation_figures(evaluation: Evaluation) -> dict[str, float | int]:
         tenth = np.percentile(result.personal_accuracy[own], 10)
         found["eval/personal_accuracy_p10"] = float(tenth)
     if counted.any():
-        figures = {
-            "eval/global_accuracy": result.global_accuracy[counted].mean(),
-            "eval/global_loss": result.global_loss[counted].mean(),
-            "eval/server_accuracy": result.server_accuracy,
-            "eval/server_loss": result.server_loss,
-            "eval/assembled_accuracy": result.assembled_accuracy,
-            "eval/assembled_loss": result.assembled_loss,
-        }
-        found |= {key: float(value) for key, value in figures.items() if not np.isnan(value)}
+        everywhere = result.global_accuracy[counted], result.global_loss[counted]
+        found |= _defined("global", *(values.mean() for values in everywhere))
+        found |= _defined("server", result.server_accuracy, result.server_loss)
+        found |= _defined("assembled", result.assembled_accuracy, result.assembled_loss)
     return found
 
 
@@ -67,17 +62,29 @@ def newcomer_figures(evaluation: Evaluation) -> dict[str, float | int]:
 
 
 def tuned_figures(evaluation: Evaluation) -> dict[str, float | int]:
-    """Computes the `personal` figures of clients that have trained once more for themselves."""
-    return _personal(jax.device_get(evaluation), "tuned")
+    """Computes the `personal` figures of clients that have trained once more for themselves.
 
-
-def _personal(result: Evaluation, word: str) -> dict[str, float | int]:
-    own, found = _on_their_own(result), {}
-    if own.any() and result.personal.hits is not None:
-        found[f"eval/{word}_accuracy"] = float(result.personal_accuracy[own].mean())
-    if own.any():
-        found[f"eval/{word}_loss"] = float(result.personal_loss[own].mean())
+    `eval/tuned_server_accuracy` and `eval/tuned_server_loss` are of the mean of their predictions,
+    as `server` is of the clients' current models.
+    """
+    result: Evaluation = jax.device_get(evaluation)
+    found = _personal(result, "tuned")
+    if np.any(result.evaluated):
+        found |= _defined("tuned_server", result.server_accuracy, result.server_loss)
     return found
+
+
+def _personal(result: Evaluation, word: str) -> dict[str, float]:
+    own = _on_their_own(result)
+    if not own.any():
+        return {}
+    return _defined(word, result.personal_accuracy[own].mean(), result.personal_loss[own].mean())
+
+
+def _defined(word: str, accuracy: float, loss: float) -> dict[str, float]:
+    """Names accuracy and loss; a figure that the task does not define is NaN, and left out."""
+    figures = {f"eval/{word}_accuracy": accuracy, f"eval/{word}_loss": loss}
+    return {key: float(value) for key, value in figures.items() if not np.isnan(value)}
 
 
 def _on_their_own(result: Evaluation) -> np.ndarray:

@@ -16,7 +16,7 @@ from experiments.studying.study import Trial, choose_reference
 from flexmoe_jax.errors import InputError
 
 ACCURACIES = ("personal", "global", "server")
-LOSSES = (*ACCURACIES, "assembled", "tuned", "newcomer")
+FURTHER = ("assembled", "tuned", "tuned_server", "newcomer")
 BALANCES = ("assigned", "usage")
 # The metric that must reach the target: the clients' own models on the whole test set, a measure
 # that favours no kind of method.
@@ -164,9 +164,9 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
         mean of the three final values: accuracies in [0, 1];
       - `personal/p10`: personal accuracy of the client at the tenth percentile; `assembled/final`:
         accuracy of all experts in one model; `tuned/final`: of clients after one more round of
-        training, each for itself; `newcomer/final`: of clients that have not trained;
-      - `personal_loss/final`, and the same for `global`, `server`, `assembled`, `tuned` and
-        `newcomer`: losses as recorded, in nats;
+        training, each for itself; `tuned_server/final`: of their joint prediction;
+        `newcomer/final`: of clients that have not trained;
+      - `personal_loss/final`, and the same for the other words: losses as recorded, in nats;
       - `assigned/round`, `assigned/cumulative`, `usage/round`, `usage/cumulative`: coefficients of
         variation over experts: the mean over rounds, and for the load summed over all rounds;
       - `down/bytes`, `up/bytes`: bytes of the whole run to and from the clients; missing if rounds
@@ -183,9 +183,9 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
     final = [found[f"{word}/final"] for word in ACCURACIES]
     known = [value for value in final if value is not None]
     found["personal/p10"] = run.final("eval/personal_accuracy_p10")
-    for word in ("assembled", "tuned", "newcomer"):
+    for word in FURTHER:
         found[f"{word}/final"] = run.final(f"eval/{word}_accuracy")
-    for word in LOSSES:
+    for word in (*ACCURACIES, *FURTHER):
         found[f"{word}_loss/final"] = run.final(f"eval/{word}_loss")
     found["mean/final"] = _mean(known) if len(known) == len(ACCURACIES) else None
     for word in BALANCES:

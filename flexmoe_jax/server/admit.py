@@ -5,10 +5,12 @@ Axis legend: `K` expert slots, `L` MoE layers.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Float, Int
 
 from flexmoe_jax.options.server import Admission
@@ -78,8 +80,10 @@ def admit(
     weight = upload.units
     accepted = ~(refused | idle)
     counted = shared, experts, weight, usage, upload.feedback, upload.loss, upload.examples
-    shared, experts, weight, usage, feedback, loss, examples = jax.tree.map(
-        lambda x: jnp.where(accepted, x, jnp.zeros_like(x)), counted
+    # A branch, not a `where`: XLA would merge it into the sum of all updates, and round that in
+    # another way in a simulation than on a real server. So both have the same model, bit for bit.
+    shared, experts, weight, usage, feedback, loss, examples = lax.cond(
+        accepted, lambda x: x, partial(jax.tree.map, jnp.zeros_like), counted
     )
     units = weight
     if admission.private:

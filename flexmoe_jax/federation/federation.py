@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import NoneType
 from typing import Any
 
 import flax.linen as nn
@@ -18,11 +17,11 @@ import numpy as np
 import optax
 
 from flexmoe_jax import tasks
-from flexmoe_jax.assignment import NamedPolicy, Policy
-from flexmoe_jax.client import Codec, Compressor, Learner, LocalTraining, Site, init_residual
-from flexmoe_jax.client.training import check_transform
-from flexmoe_jax.errors import InputError, check_range, printable
-from flexmoe_jax.models import FLEX_MOE, Layout, Model, Ownership, check_capacity, lay_out
+from flexmoe_jax.assignment import Policy
+from flexmoe_jax.client import Codec, Learner, LocalTraining, Site, init_residual
+from flexmoe_jax.errors import InputError
+from flexmoe_jax.federation.checks import check_data, check_settings
+from flexmoe_jax.models import FLEX_MOE, Layout, Model, Ownership, lay_out
 from flexmoe_jax.options.assignment import AssignmentOptions
 from flexmoe_jax.options.execution import EvalOptions
 from flexmoe_jax.server import (
@@ -36,18 +35,6 @@ from flexmoe_jax.server import (
     private,
 )
 from flexmoe_jax.types import Array, Key, Own, Params, PyTree, Routing, Server
-
-_KINDS: dict[str, tuple[Any, str]] = {
-    "model": (Model, "a models.Model, as models.from_linen(module) makes it"),
-    "local": (LocalTraining, "a client.LocalTraining, as client.LocalTraining(optax.sgd(0.1))"),
-    "task": (tasks.Task, "a tasks.Task, as tasks.classification()"),
-    "ownership": (Ownership, "a models.Ownership"),
-    "codec": (Codec, 'a client.Codec, as client.Codec(client.make_compressor("int8"))'),
-    "admission": (Admission, "a server.Admission"),
-    "aggregator": ((Aggregator, NoneType), "a server.Aggregator, as server.mean(), or None"),
-    "fitness": (FitnessOptions, "a server.FitnessOptions"),
-    "load": ((LoadModel, NoneType), "a server.LoadModel, as server.make_load_model makes it"),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,45 +88,7 @@ class Federation:
 
     def __post_init__(self) -> None:
         """Checks that the settings fit together."""
-        self._check_kinds()
-        AssignmentOptions.check(layers=self.layers, deficit_decay=self.deficit_decay)
-        given = np.asarray(self.capacity)
-        if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer) or not given.size:
-            raise InputError("capacity", self.capacity, "give whole numbers, one a client: (C,)")
-        experts = self.layout.experts
-        check_range("capacity", given, 0, experts, "the number of experts")
-        check_capacity(self.layout, given.tolist())
-        if self.aggregator is not None and self.admission.private:
-            multiplier = self.admission.noise_multiplier
-            remedy = "its noise goes into the default aggregator, the mean: give no other one"
-            raise InputError("admission.noise_multiplier", multiplier, remedy)
-        if self.fitness.sketched and self.admission.private:
-            remedy = "what it keeps of single updates is not private: give 0"
-            raise InputError("fitness.affinity", self.fitness.affinity, remedy)
-        self._check_share()
-        self._check_task()
-        self._check_outputs()
-
-    def _check_share(self) -> None:
-        """Checks that the policy aims at the shares by which deficits are counted."""
-        if isinstance(self.policy, NamedPolicy) and self.policy.name == "flex":
-            aims, equal = self.policy.options.get("share"), np.ones(self.layout.experts)
-            here, there = (np.asarray(equal if x is None else x) for x in (self.share, aims))
-            if here.shape != there.shape or not np.allclose(here / here.sum(), there / there.sum()):
-                remedy = "the policy aims at other shares: give make_policy the same share"
-                raise InputError("share", self.share, remedy)
-
-    def _check_task(self) -> None:
-        """Checks that the task has what the settings need."""
-        if self.fitness.score == "accuracy" and self.task.hits is None:
-            remedy = 'the task says of no prediction that it is right: give "loss", or your own'
-            raise InputError("fitness.score", "accuracy", remedy)
-        if self.local.prior and self.task.adjust is None:
-            remedy = "the task's outputs have no classes whose shares could be added: give 0"
-            raise InputError("local.prior", self.local.prior, remedy)
-        if self.fitness.sketched and "shared" not in self.layout.owner:
-            remedy = "it is inferred from updates of shared parameters, and there are none: give 0"
-            raise InputError("fitness.affinity", self.fitness.affinity, remedy)
+        check_settings(self)
 
     def replace(self, **changes: Any) -> Federation:
         """Returns a copy of the federation with these settings changed."""
@@ -337,106 +286,5 @@ class Federation:
         )
 
     def check_data(self, arrays: Mapping[str, Any], label_share: Any) -> None:
-        """Checks that the clients' data fit the federation.
-
-        Args:
-          arrays: named training examples, leaves (M, ...).
-          label_share: (C, Y) label shares of each client.
-
-        Raises:
-          InputError: the number of clients is wrong; the task cannot take the examples; or clients
-            add label shares to the model's outputs, and their classes are not the model's.
-        """
-        clients, classes = label_share.shape
-        if clients != self.clients:
-            remedy = f"give one for each of the {clients} clients"
-            raise InputError("capacity", np.asarray(self.capacity).tolist(), remedy)
-        outputs, _ = self.outputs
-        self.task.check(arrays, jax.tree.map(lambda x: x.shape[1:], outputs))
-        self._check_units(arrays)
-        if self.task.adjust is None or not (self.prior or self.local.prior):
-            return
-        share = jax.ShapeDtypeStruct((classes,), np.float32)
-        try:
-            adjusted = jax.eval_shape(self.task.adjust, outputs, share)
-        except (TypeError, ValueError):
-            adjusted = None
-        if adjusted != outputs:
-            remedy = (
-                "not the model's: give data.join counts=data.label_counts(...), or take no prior: "
-                "Federation(prior=False)"
-            )
-            raise InputError("label_share", f"{classes} classes", remedy)
-
-    def _check_kinds(self) -> None:
-        """Checks the types of the settings: records and functions, not names or modules."""
-        for name, (kind, remedy) in _KINDS.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind):
-                raise InputError(name, printable(value, 60), f"give {remedy}")
-        if not callable(self.policy):
-            remedy = 'give a function Request -> Solution, as assignment.make_policy("flex")'
-            raise InputError("policy", self.policy, remedy)
-        check_transform("optimizer", self.optimizer)
-        self._check_functions()
-        if isinstance(self.ownership.private, str):
-            remedy = f"give a tuple of paths: ({self.ownership.private!r},)"
-            raise InputError("ownership.private", self.ownership.private, remedy)
-
-    def _check_functions(self) -> None:
-        """Checks that records of functions hold functions."""
-        task, aggregator = self.task, self.aggregator
-        if not isinstance(self.codec.compressor, Compressor):
-            remedy = 'give a client.Compressor, as client.make_compressor("int8")'
-            raise InputError("codec.compressor", printable(self.codec.compressor, 60), remedy)
-        if not (
-            isinstance(task.mean, tuple) and len(task.mean) == 2 and all(map(callable, task.mean))
-        ):
-            remedy = "give two functions: outputs to what is averaged, and back"
-            raise InputError("task.mean", printable(task.mean, 60), remedy)
-        names = "inputs", "loss", "weight", "check"
-        needed = {f"task.{name}": getattr(task, name) for name in names}
-        for name in ("zero", "add", "merge", "drop", "mean") if aggregator is not None else ():
-            needed[f"aggregator.{name}"] = getattr(aggregator, name)
-        for name, value in needed.items():
-            if not callable(value):
-                raise InputError(name, printable(value, 60), "give a function")
-
-    def _check_units(self, arrays: Mapping[str, Any]) -> None:
-        """Checks that the task's functions return values for the same units (B, U...)."""
-        outputs, _ = self.outputs
-        count = jax.tree.leaves(outputs)[0].shape[0]
-        batch = {
-            name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in arrays.items()
-        }
-        told = {"loss": self.task.loss, "hits": self.task.hits}
-        try:
-            weight = jax.eval_shape(self.task.weight, batch).shape
-            found = {
-                name: jax.eval_shape(function, outputs, batch).shape
-                for name, function in told.items()
-                if function is not None
-            }
-        except InputError:
-            raise
-        except Exception as error:  # A task can raise any exception.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            remedy = "loss and hits take (outputs, batch), weight takes a batch"
-            raise InputError("task", reason[:300], remedy) from error
-        for name, shape in {"weight": weight, **found}.items():
-            if shape != weight or shape[:1] != (count,):
-                remedy = f"give a number for each unit, (B, U...), as weight does: here {weight}"
-                raise InputError(f"task.{name}", shape, remedy)
-
-    def _check_outputs(self) -> None:
-        """Checks that the model can be trained and returns a routing for each MoE layer."""
-        leaves = jax.tree.leaves(nn.meta.unbox(self.shapes))
-        for path, leaf in zip(self.layout.paths, leaves, strict=True):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                remedy = "a model is made of floating-point parameters alone"
-                raise InputError("model", f"{path} of {leaf.dtype}", remedy)
-        _, routings = self.outputs
-        if sorted(routings) != sorted(self.layout.layers):
-            layers = ", ".join(self.layout.layers)
-            remedy = f"its parameters are marked for {layers}: return a Routing for each"
-            raise InputError("model", f"routings of {', '.join(routings) or 'no layer'}", remedy)
+        """See `checks.check_data`."""
+        check_data(self, arrays, label_share)
