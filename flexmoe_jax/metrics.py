@@ -62,16 +62,8 @@ def newcomer_figures(evaluation: Evaluation) -> dict[str, float | int]:
 
 
 def tuned_figures(evaluation: Evaluation) -> dict[str, float | int]:
-    """Computes the `personal` figures of clients that have trained once more for themselves.
-
-    `eval/tuned_server_accuracy` and `eval/tuned_server_loss` are of the mean of their predictions,
-    as `server` is of the clients' current models.
-    """
-    result: Evaluation = jax.device_get(evaluation)
-    found = _personal(result, "tuned")
-    if np.any(result.evaluated):
-        found |= _defined("tuned_server", result.server_accuracy, result.server_loss)
-    return found
+    """Computes the `personal` figures of clients that have trained once more for themselves."""
+    return _personal(jax.device_get(evaluation), "tuned")
 
 
 def _personal(result: Evaluation, word: str) -> dict[str, float]:

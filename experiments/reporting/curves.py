@@ -35,22 +35,16 @@ from experiments.reporting.style import (
 SMALL = 1.55
 SMOOTH_FROM = 200
 
-ACCURACIES = (
-    ("eval/personal_accuracy", "personal", GREEN),
-    ("eval/server_accuracy", "server", INK),
-    ("eval/global_accuracy", "global", PINK),
-)
-ASSEMBLED = ("eval/assembled_accuracy", "assembled", AMBER)
-TUNED = ("eval/tuned_accuracy", "fine-tuned", PURPLE)
-NEWCOMERS = ("eval/newcomer_accuracy", "newcomers", SKY)
-LOSSES = (
-    ("eval/personal_loss", "personal", GREEN),
-    ("eval/server_loss", "server", INK),
-    ("eval/global_loss", "global", PINK),
-)
-ASSEMBLED_LOSS = ("eval/assembled_loss", "assembled", AMBER)
-TUNED_LOSS = ("eval/tuned_loss", "fine-tuned", PURPLE)
-NEWCOMERS_LOSS = ("eval/newcomer_loss", "newcomers", SKY)
+_COLOURS = {
+    "personal": GREEN,
+    "server": INK,
+    "global": PINK,
+    "assembled": AMBER,
+    "tuned": PURPLE,
+    "newcomer": SKY,
+}
+_WORDS = {"tuned": "fine-tuned", "newcomer": "newcomers"}
+_ALL = ("assembled", "tuned", "newcomer")
 BALANCES = (
     ("load/assigned_cv", "assigned", ASSIGNED),
     ("load/usage_cv", "used", USED),
@@ -58,6 +52,12 @@ BALANCES = (
     ("load/usage_cv_cumulative", "used", USED),
 )
 SIMULATED = ("time/simulated_seconds",)
+
+
+def models(measure: str, *further: str) -> list[tuple[str, str, str]]:
+    """Returns the metric, word and colour of each kind of model: the three main ones, and more."""
+    kinds = ("personal", "server", "global", *further)
+    return [(f"eval/{kind}_{measure}", _WORDS.get(kind, kind), _COLOURS[kind]) for kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def run_pictures(run: Run) -> list[Picture]:
 
 
 def _accuracy(run: Run) -> Picture | None:
-    shown = (*ACCURACIES, ASSEMBLED, TUNED, NEWCOMERS)
+    shown = models("accuracy", *_ALL)
     evaluated = run.final("eval/clients")
     who = f" The last evaluation counted {counted(evaluated, 'client')}." if evaluated else ""
     return draw_panels(
@@ -103,7 +103,7 @@ def _accuracy(run: Run) -> Picture | None:
 
 def _loss(run: Run) -> Picture | None:
     x, y = run.series("train/loss")
-    shown = (*LOSSES, ASSEMBLED_LOSS, TUNED_LOSS, NEWCOMERS_LOSS)
+    shown = models("loss", *_ALL)
     tested = _finals(run, shown)
     below = ", below over the test set" if tested else ""
     unit = run.loss_unit
@@ -139,7 +139,9 @@ def _on_what(run: Run) -> str:
     """Describes on which data each accuracy is measured."""
     with_prior = run.config.get("eval.prior") and run.task == "classification"
     prior = ", whose label shares it adds to what it predicts" if with_prior else ""
-    one = " assembled: all experts in one model, which no client holds;"
+    one = ""
+    if run.series("eval/assembled_accuracy")[0].size:
+        one = " assembled: all experts in one model, which no client holds;"
     new = ""
     if run.config.get("eval.fine_tune"):
         new = "; fine-tuned: each client on what is its own, after one more round for itself alone"
@@ -149,7 +151,7 @@ def _on_what(run: Run) -> str:
         new += f"; newcomers: {counted(newcomers, 'client')} without training, each on its own"
     return (
         f"Personal: each client on what is its own{prior}; global: each client on the whole test "
-        f"set;{one if run.series(ASSEMBLED[0])[0].size else ''} server: all clients' joint "
+        f"set;{one} server: all clients' joint "
         f"prediction{new}."
     )
 

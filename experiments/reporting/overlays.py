@@ -7,13 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.reporting.curves import (
-    ACCURACIES,
     BALANCES,
-    LOSSES,
-    NEWCOMERS,
-    NEWCOMERS_LOSS,
     SIMULATED,
     calm,
+    models,
     pens,
     smoothing_remark,
 )
@@ -36,7 +33,7 @@ def overlay_pictures(runs: Sequence[Run]) -> list[Picture]:
             "Accuracy",
             [
                 _panel(runs, key, f"{word.capitalize()} accuracy, %", "percent")
-                for key, word, _ in (*ACCURACIES, NEWCOMERS)
+                for key, word, _ in models("accuracy", "newcomer")
             ],
             f"{_LETTERS}; higher is better, and {one_scale}",
             Grid(shared=True),
@@ -46,7 +43,7 @@ def overlay_pictures(runs: Sequence[Run]) -> list[Picture]:
             "Test loss",
             [
                 _loss(runs, key, f"{word.capitalize()} loss", told_in)
-                for key, word, _ in (*LOSSES, NEWCOMERS_LOSS)
+                for key, word, _ in models("loss", "newcomer")
             ],
             f"{_LETTERS}; lower is better, and {one_scale}",
             Grid(shared=True),

@@ -131,8 +131,6 @@ QUANTITIES = {
     "eval/assembled_loss": Quantity("Loss of all experts in one model", ratio, "lower"),
     "eval/tuned_accuracy": Quantity("Accuracy once fine-tuned", percent, "higher"),
     "eval/tuned_loss": Quantity("Loss once fine-tuned", ratio, "lower"),
-    "eval/tuned_server_accuracy": Quantity("Server accuracy once fine-tuned", percent, "higher"),
-    "eval/tuned_server_loss": Quantity("Server loss once fine-tuned", ratio, "lower"),
     "eval/newcomer_accuracy": Quantity("Newcomers' accuracy", percent, "higher"),
     "eval/newcomer_loss": Quantity("Newcomers' loss", ratio, "lower"),
     "eval/clients": Quantity("Clients evaluated", count),

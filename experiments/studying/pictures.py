@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.reporting import style
-from experiments.reporting.curves import ACCURACIES, LOSSES, Pen
+from experiments.reporting.curves import Pen, models
 from experiments.reporting.line_charts import (
     FULL,
     HALF,
@@ -51,11 +51,12 @@ def curves(
         return Panel(title, lines, kind)
 
     accuracies = [
-        panel(key, f"{word.capitalize()} accuracy, %", "percent") for key, word, _ in ACCURACIES
+        panel(key, f"{word.capitalize()} accuracy, %", "percent")
+        for key, word, _ in models("accuracy")
     ]
     losses = [
         panel(key, unit.titled(f"{word.capitalize()} loss"), "linear", unit.nats)
-        for key, word, _ in LOSSES
+        for key, word, _ in models("loss")
     ]
     read = f"Lettered as in the list of methods; {SEEDS}."
     height = max(HEIGHT, 0.9 + style.LABEL_GAP * len(methods))
@@ -104,7 +105,7 @@ def along_axis(
             axis,
             ticks=tuple(names),
         )
-        for _, word, _ in ACCURACIES
+        for _, word, _ in models("accuracy")
     ]
     return draw_panels(
         f"along-{axis}",

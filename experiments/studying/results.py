@@ -16,7 +16,7 @@ from experiments.studying.study import Trial, choose_reference
 from flexmoe_jax.errors import InputError
 
 ACCURACIES = ("personal", "global", "server")
-FURTHER = ("assembled", "tuned", "tuned_server", "newcomer")
+FURTHER = ("assembled", "tuned", "newcomer")
 BALANCES = ("assigned", "usage")
 # The metric that must reach the target: the clients' own models on the whole test set, a measure
 # that favours no kind of method.
@@ -164,8 +164,7 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
         mean of the three final values: accuracies in [0, 1];
       - `personal/p10`: personal accuracy of the client at the tenth percentile; `assembled/final`:
         accuracy of all experts in one model; `tuned/final`: of clients after one more round of
-        training, each for itself; `tuned_server/final`: of their joint prediction;
-        `newcomer/final`: of clients that have not trained;
+        training, each for itself; `newcomer/final`: of clients that have not trained;
       - `personal_loss/final`, and the same for the other words: losses as recorded, in nats;
       - `assigned/round`, `assigned/cumulative`, `usage/round`, `usage/cumulative`: coefficients of
         variation over experts: the mean over rounds, and for the load summed over all rounds;

@@ -29,7 +29,6 @@ FURTHER = {
     "personal/p10": "personal, tenth percentile",
     "assembled/final": "assembled",
     "tuned/final": "fine-tuned",
-    "tuned_server/final": "fine-tuned, server",
     "newcomer/final": "newcomers",
 }
 LOSS = {
@@ -38,7 +37,6 @@ LOSS = {
     "server_loss/final": "server",
     "assembled_loss/final": "assembled",
     "tuned_loss/final": "fine-tuned",
-    "tuned_server_loss/final": "fine-tuned, server",
     "newcomer_loss/final": "newcomers",
 }
 BALANCE = {
@@ -57,8 +55,6 @@ def accuracy_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Tabl
     one = "; assembled: all experts in one model" if "assembled/final" in further else ""
     if "tuned/final" in further:
         one += "; fine-tuned: personal, after one more round for itself alone"
-    if "tuned_server/final" in further:
-        one += "; fine-tuned, server: joint prediction of these models"
     if "newcomer/final" in further:
         one += "; newcomers: clients that took no part in training, on what is their own"
     return _sheet(

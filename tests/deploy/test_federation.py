@@ -55,7 +55,7 @@ def check_against_simulation(town, served):
         strict=True,
     )
     for mine, theirs in pairs:
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize(
