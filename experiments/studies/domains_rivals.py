@@ -3,7 +3,7 @@
     python -m experiments.sweep --study=experiments/studies/domains_rivals.py --data_dir=FOLDER \
         --workdir=runs/domains_rivals
 
-FOLDER and clients are those of `domains`. On one core a run takes two to fifteen minutes.
+FOLDER and clients are those of `domains`. On one core a run takes three to seven minutes.
 """
 
 from __future__ import annotations
