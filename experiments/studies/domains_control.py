@@ -3,8 +3,8 @@
     python -m experiments.sweep --study=experiments/studies/domains_control.py \
         --data_dir=FOLDER_OF_ONE_TEXT --workdir=runs/domains_control
 
-All clients learn the same thing, so no method should win much. On one core a run takes six to
-eight minutes.
+All clients learn the same thing, so no method should win much. On one core a run takes three to
+four minutes.
 """
 
 from __future__ import annotations
