@@ -100,4 +100,5 @@ def _evaluate_whole(
 
     clients = [jnp.int32(number) for number in range(federation.clients)]
     program = jax.jit(evaluate).lower(state, clients[0], test).compile()
-    return lambda: [program(state, number, test) for number in clients]
+    # One after the other: if many programs wait, their threads can block each other on a CPU.
+    return lambda: [jax.block_until_ready(program(state, number, test)) for number in clients]

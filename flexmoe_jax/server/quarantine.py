@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Bool, Float
 
 from flexmoe_jax.types import Array, PyTree
@@ -64,9 +65,11 @@ def learn_norms(
     # In integers: the i-th of m values, chosen from n, has rank ⌊(i + 1/2) n / m⌋.
     rank = (2 * place + 1) * count // (2 * jnp.maximum(taken, 1))
     chosen = jnp.take_along_axis(ranked, new.shape[1] - count + rank, axis=1, mode="clip")
-    joined = jnp.concatenate([jnp.where(place < taken, chosen, 0.0), norms], axis=1)
-    newest = jnp.argsort(joined == 0, axis=1, stable=True)[:, : norms.shape[1]]
-    return jnp.take_along_axis(joined, newest, axis=1)
+    joined = jnp.concatenate([chosen, norms], axis=1)
+    # The first `taken` of the chosen, then the records: their empty entries are already the last.
+    column = jnp.arange(norms.shape[1], dtype=jnp.int32)[None]
+    source = jnp.where(column < taken, column, column - taken + _PER_ROUND)
+    return jnp.take_along_axis(joined, source, axis=1, mode="clip")
 
 
 def norm_limits(norms: Float[Array, "4 W"], factor: float) -> Float[Array, " 2"]:
@@ -119,8 +122,7 @@ def _spread(new: Array) -> Array:
 
 def _median(values: Array) -> Array:
     """Returns the lower median of each row's values above 0; 0 for a row without values."""
-    ranked = jnp.sort(values, axis=1)
-    count = (ranked > 0).sum(axis=1, dtype=jnp.int32)
-    # After sorting, the values above 0 come after the zeros.
-    middle = ranked.shape[1] - count + (count - 1) // 2
-    return jnp.take_along_axis(ranked, middle[:, None], axis=1, mode="clip")[:, 0]
+    count = (values > 0).sum(axis=1, dtype=jnp.int32)
+    # The lower median of n values is the (⌊n/2⌋ + 1)-th largest; a sort would take longer.
+    largest, _ = lax.top_k(values, values.shape[1] // 2 + 1)
+    return jnp.take_along_axis(largest, count[:, None] // 2, axis=1, mode="clip")[:, 0]

@@ -88,7 +88,7 @@ def compile_ahead(
         return simulation
     plan = _plan(simulation.setting, per_round, noise)
     programs = _programs(simulation, data, test, plan)
-    initialised, rounds, judged = _make_ready(programs, simulation.setting, cache)
+    rounds, initialised, judged = _make_ready(programs, simulation.setting, cache)
 
     def evaluate(
         state: State, test: TestSet, about: About, models: Params | None = None
@@ -110,22 +110,22 @@ def compile_ahead(
 def _programs(
     simulation: Simulation, data: ClientData, test: TestSet, plan: Plan
 ) -> tuple[_Program, ...]:
-    """Returns `init`, `round` and `evaluate`, in the order in which they are needed."""
+    """Returns `round`, `init` and `evaluate`: first the one that takes the longest."""
     everywhere = NamedSharding(simulation.setting.mesh, WHOLE)
     plan = jax.tree.map(partial(_shape, sharding=everywhere), plan)
     init, run = _jitted(simulation.init), _jitted(simulation.round)
     judge = _jitted(simulation.evaluate)
-    lower_init = cache(lambda: init.lower(jax.random.key(0)))
+    traced = cache(lambda: init.trace(jax.random.key(0)))
 
     def lower_round() -> Lowered:
-        return run.lower(lower_init().out_info, data, plan)
+        return run.lower(traced().out_info, data, plan)
 
     def lower_evaluate() -> Lowered:
-        return judge.lower(lower_init().out_info, test, data.about)
+        return judge.lower(traced().out_info, test, data.about)
 
     return (
-        _Program("init", lower_init, ONCE),
         _Program("round", lower_round, USUAL, (data, plan)),
+        _Program("init", lambda: traced().lower(), ONCE),
         _Program("evaluate", lower_evaluate, USUAL, (test, data.about)),
     )
 
