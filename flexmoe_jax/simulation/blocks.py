@@ -157,6 +157,23 @@ def over_blocks(
     return total, jax.tree.map(lambda x: x.reshape(len(x) * block_size, *x.shape[2:]), kept)
 
 
+def together(move: Callable[[Array], Array], rows: PyTree) -> PyTree:
+    """Moves leaves (P, ...) of numbers and booleans as one array of each type.
+
+    Devices wait for each other at every array that they exchange, however small it is.
+    """
+    leaves, structure = jax.tree.flatten(rows)
+    moved: list[Array] = list(leaves)
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
+        places = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
+        flat = [leaves[i].reshape(len(leaves[i]), -1) for i in places]
+        ends = np.cumsum([part.shape[1] for part in flat])[:-1]
+        parts = jnp.split(move(jnp.concatenate(flat, axis=1)), ends, axis=1)
+        for i, part in zip(places, parts, strict=True):
+            moved[i] = part.reshape(leaves[i].shape)
+    return jax.tree.unflatten(structure, moved)
+
+
 def take_rows(table: PyTree, rows: Array) -> PyTree:
     """Gathers rows (..., ) of leaves (C, ...); an index out of range yields an arbitrary row."""
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), table)

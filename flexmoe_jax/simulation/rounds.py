@@ -40,6 +40,7 @@ from flexmoe_jax.simulation.blocks import (
     replicate,
     resolve_block_size,
     take_rows,
+    together,
 )
 from flexmoe_jax.simulation.evaluate import Checked, evaluate
 from flexmoe_jax.simulation.exchange import OF_SERVER, check_split, fetch_own, split_sums
@@ -300,7 +301,8 @@ def run_round(
     # inside a median's sort, which takes longer than the whole sort on each device, and inside a
     # robust mean's loops, where XLA's CPU devices can wait for each other in different exchanges
     # and deadlock.
-    owns, verdicts = gather((owns, verdicts))
+    owns = gather(owns)
+    verdicts = together(gather, verdicts) if mesh.size > 1 else verdicts
     aggregator, of_total = split_sums(federation.aggregation, mesh)
     following, verdicts, late = server.conclude(
         desk, aggregator, state.server, total, verdicts, plan, partial(gather, spec=of_total)

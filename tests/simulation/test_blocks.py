@@ -13,7 +13,7 @@ from flexmoe_jax.simulation import (
     replicate,
     resolve_block_size,
 )
-from flexmoe_jax.simulation.blocks import put_rows, take_rows
+from flexmoe_jax.simulation.blocks import put_rows, take_rows, together
 
 ROWS = {"x": np.arange(8.0), "w": np.arange(16.0).reshape(8, 2)}
 
@@ -62,3 +62,22 @@ def test_block_sizes():
 def test_more_devices_than_there_are():
     with pytest.raises(InputError, match=r"execution.devices=9: give 0 \(all\) to 8"):
         client_mesh(9)
+
+
+def test_arrays_of_a_type_move_together_and_come_back_as_they_were():
+    rng = np.random.default_rng(0)
+    tree = {
+        "flags": jnp.array([True, False, True]),
+        "matrix": jnp.asarray(rng.normal(size=(3, 2, 4)), jnp.float32),
+        "nothing": jnp.zeros((3, 0), jnp.float32),
+        "numbers": jnp.arange(3, dtype=jnp.int32),
+        "vector": jnp.asarray(rng.normal(size=3), jnp.float32),
+    }
+    moved = []
+
+    def move(array):
+        moved.append((array.dtype.name, array.shape))
+        return array
+
+    jax.tree.map(np.testing.assert_array_equal, together(move, tree), tree)
+    assert sorted(moved) == [("bool", (3, 1)), ("float32", (3, 9)), ("int32", (3, 1))]
