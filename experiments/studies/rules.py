@@ -17,12 +17,14 @@ from experiments.studying.study import Axis, Study
 # Every picture passes through both experts of its client, as it does through the whole of a dense
 # model of that size.
 BOTH = {"model.top_k": 2}
-# The assignment uses the similarity of the clients' updates, and holders stay.
+# The assignment uses the similarity of the clients' updates beyond what their label shares explain,
+# and holders stay.
 FLEX = {
     **METHODS["flex"],
     **BOTH,
     "assignment.exploration": 0.0,
     "fitness.affinity": 1.0,
+    "fitness.profile": "beyond_labels",
 }
 
 METHODS_OF_RULES: Axis = {

@@ -129,9 +129,10 @@ class FitnessOptions(Options, section="fitness"):
     )
     profile: str = option(
         "updates",
-        "what tells who is alike: clients' updates; or what is known of them beforehand (given), "
-        "which no server knows: domains or rules, or else label shares",
-        choices=("updates", "given"),
+        "what tells who is alike: clients' updates; what label shares do not explain of them "
+        "(beyond_labels), for which the server sees these shares; or what is known of clients "
+        "beforehand (given), which no server knows: domains or rules, or else label shares",
+        choices=("updates", "beyond_labels", "given"),
     )
     sketch: int = option(
         512, "numbers kept of each client's updates to tell that", least=16, most=2**16
@@ -140,4 +141,4 @@ class FitnessOptions(Options, section="fitness"):
     @property
     def sketched(self) -> int:
         """F, the count of numbers kept of each update; 0 if they are not used."""
-        return self.sketch if self.affinity and self.profile == "updates" else 0
+        return self.sketch if self.affinity and self.profile != "given" else 0

@@ -17,9 +17,13 @@ similar centres, so that kinds are not mixed without need. The gap statistic (Ti
 explain of profiles without structure. A kind has one expert, or several if there are fewer kinds
 than experts.
 
+Under label skew updates differ most by classes, which is not what experts are for: a client knows
+its own label shares. If the server sees these shares, profiles can be taken beyond them: what a
+ridge regression on the shares explains is subtracted first.
+
 Axis legend: `C` clients, `P` clients of a round's plan, `E` experts, `D` kinds of data, `F` numbers
 of a sketch, `M` landmarks: the clients from which the centres are computed, `R` principal
-components, `S` searches that run in parallel.
+components, `S` searches that run in parallel, `Y` classes.
 """
 
 from __future__ import annotations
@@ -45,6 +49,9 @@ _THREADS = 2
 _EARLY = 10
 # λ, relative to the average number of clients per centre.
 _RIDGE = 0.2
+# Ridge of the regression on label shares, in squared shares summed over clients: shares that differ
+# by chance alone explain little. From 0.01 to 0.1 it made no difference (results/tried.md).
+_SHARE_RIDGE = 0.1
 # Gaps, and costs of searches, are nearly equal if they differ by less than this part.
 _NEAR = 0.03
 # Worth of an expert of a client's kind that is not one of the client's own; its own are worth 1.
@@ -100,6 +107,7 @@ def affinity(
     usage: Float[np.ndarray, "G C E"],
     capacity: Int[np.ndarray, " C"],
     seed: int,
+    label_share: Float[np.ndarray, "C Y"] | None = None,
 ) -> Float[np.ndarray, "G C E"]:
     """Computes how well each expert matches a client's kinds, times how much the kinds explain.
 
@@ -109,6 +117,8 @@ def affinity(
         experts that its clients have used, so that an expert keeps its kind.
       capacity: (C,) k_c.
       seed: seed of the search.
+      label_share: (C, Y) shares of the classes, to leave out what they explain of the profiles.
+        None for the profiles as they are.
 
     Returns:
       (G, C, E) in [0, 1]; 0 while fewer clients have a profile than there are experts (if there are
@@ -124,6 +134,8 @@ def affinity(
     marks = np.flatnonzero(known)
     if len(marks) > _LANDMARKS:
         marks = np.sort(rng.choice(marks, _LANDMARKS, replace=False))
+    if label_share is not None:
+        unit = _beyond(unit, np.asarray(label_share, np.float64), marks)
     middle = unit[marks].mean(axis=0)
     used = usage / np.maximum(usage.sum(axis=2, keepdims=True), 1.0)
     kinds = _find_kinds(unit[marks] - middle, capacity[marks], used[:, marks], rng)
@@ -162,6 +174,18 @@ class _Found(NamedTuple):
     centres: np.ndarray
     made_of: np.ndarray
     explained: float
+
+
+def _beyond(unit: np.ndarray, label_share: np.ndarray, marks: np.ndarray) -> np.ndarray:
+    """Subtracts from profiles (C, F) what label shares (C, Y) explain of those of the landmarks.
+
+    What is left is scaled to length 1.
+    """
+    share = label_share - label_share[marks].mean(axis=0)
+    inner = share[marks].T @ share[marks] + _SHARE_RIDGE * np.eye(share.shape[1])
+    left = unit - share @ np.linalg.solve(inner, share[marks].T @ unit[marks])
+    beyond: np.ndarray = left / np.maximum(np.linalg.norm(left, axis=1, keepdims=True), 1e-12)
+    return beyond
 
 
 def _find_kinds(

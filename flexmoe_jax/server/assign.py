@@ -49,13 +49,18 @@ def make_assign(
       desk: the server's settings.
       policy: assigns experts to clients.
       capacity: (C,) k_c.
-      descriptor: (C, F) the kind of data of each client, or None.
+      descriptor: (C, F) the kind of data of each client, or None. Its label shares, if affinity is
+        to be taken beyond them (`FitnessOptions.profile`).
       seed: seed of the policy's tie-breaking and random draws.
       profile: (C, S) profiles of the clients that are known in advance, for `affinity`; None for
         the profiles learnt from their updates.
       work: (C,) examples that each client trains on in a round. With it, affinity also says how
         much clients use each of their experts (`Solution.use`).
     """
+    beyond = descriptor if desk.fitness.profile == "beyond_labels" else None
+    if desk.fitness.sketched and desk.fitness.profile == "beyond_labels" and beyond is None:
+        remedy = "the server knows no label shares of clients: give updates"
+        raise InputError("fitness.profile", desk.fitness.profile, remedy)
 
     def assign(
         server: Server, cohort: np.ndarray, said: np.ndarray | None = None
@@ -64,7 +69,7 @@ def make_assign(
         _check_scores(desk.fitness, books.fitness)
         found = []
         begin = time.perf_counter()
-        like = _match(desk, books, profile, capacity, seed)
+        like = _match(desk, books, profile, capacity, seed, beyond)
         # The time to compute the affinity is part of the assignment's time, counted once.
         telling = time.perf_counter() - begin
         for g in range(desk.groups):
@@ -97,13 +102,20 @@ def make_assign(
 
 
 def _match(
-    desk: Desk, books: Ledger, profile: np.ndarray | None, capacity: np.ndarray, seed: int
+    desk: Desk,
+    books: Ledger,
+    profile: np.ndarray | None,
+    capacity: np.ndarray,
+    seed: int,
+    label_share: np.ndarray | None,
 ) -> np.ndarray:
     """How well experts match clients' kinds, (G, C, E) in [0, 1]; 0 without affinity."""
     if not desk.fitness.affinity:
         return np.zeros(books.usage.shape)
     known: Any = books
-    return affinity(known.profile if profile is None else profile, known.usage, capacity, seed)
+    return affinity(
+        known.profile if profile is None else profile, known.usage, capacity, seed, label_share
+    )
 
 
 def _split(

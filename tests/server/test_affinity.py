@@ -65,6 +65,38 @@ def test_profiles_without_structure_count_for_nothing() -> None:
     assert like.max() < 0.05
 
 
+def shared_classes(rng: np.random.Generator, clients: int) -> np.ndarray:
+    """(C, Y) label shares of clients that have 4 of 10 classes each."""
+    has = rng.random((clients, 10)).argsort(axis=1) < 4
+    return has / has.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kinds_are_found_beyond_what_label_shares_explain(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    profiles, owns = mixed_profiles(rng, 100, 4, 1, noise=0.1)
+    share = shared_classes(rng, 100)
+    by_class = 3 * (share - share.mean(axis=0)) @ rng.normal(size=(10, 64))
+    usage, room = np.zeros((1, 100, 4)), np.ones(100, int)
+    hidden = affinity(profiles + by_class, usage, room, seed=0)[0] > 0.1
+    found = affinity(profiles + by_class, usage, room, seed=0, label_share=share)[0]
+    kinds = {tuple(kind) for kind in owns.T}
+    assert {tuple(column) for column in hidden.T} != kinds
+    assert {tuple(column) for column in (found > 0.1).T} == kinds
+    # Where clients differ by classes alone, less is found.
+    nothing = by_class + 0.1 * rng.normal(size=by_class.shape)
+    left = affinity(nothing, usage, room, seed=0, label_share=share).max()
+    assert left < 0.6 * affinity(nothing, usage, room, seed=0).max()
+
+
+def test_label_shares_that_differ_by_chance_explain_nothing() -> None:
+    rng = np.random.default_rng(0)
+    profiles, owns = mixed_profiles(rng, 24, 6, 2, noise=0.05)
+    share = rng.multinomial(500, np.full(10, 0.1), size=24) / 500
+    like = affinity(profiles, np.zeros((1, 24, 6)), np.full(24, 2), seed=0, label_share=share)[0]
+    assert {tuple(column) for column in (like > 0.3).T} == {tuple(column) for column in owns.T}
+
+
 def test_an_expert_keeps_the_clients_that_have_used_it() -> None:
     rng = np.random.default_rng(1)
     profiles, owns = mixed_profiles(rng, 24, 6, 2, noise=0.05)

@@ -120,6 +120,13 @@ def test_what_is_known_beforehand_has_to_be_known(counting):
         simulation.simulate(federate(counting, affinity=1.0, profile="given"), unknown)
 
 
+def test_label_shares_have_to_be_known(counting):
+    unknown = counting.replace(label_share=np.zeros((CLIENTS, 0), np.float32))
+    federation = federate(counting, affinity=1.0, profile="beyond_labels")
+    with pytest.raises(InputError, match=r"fitness\.profile=beyond_labels: .* no label shares"):
+        simulation.simulate(federation, unknown)
+
+
 def test_sketches_are_not_private(counting):
     noisy = server.Admission(clip=1.0, noise_multiplier=1.0)
     with pytest.raises(InputError, match=r"fitness\.affinity=1.0: .* not private"):
