@@ -49,27 +49,22 @@ def make_assign(
       desk: the server's settings.
       policy: assigns experts to clients.
       capacity: (C,) k_c.
-      descriptor: (C, F) the kind of data of each client, or None. Its label shares, if affinity is
-        to be taken beyond them (`FitnessOptions.profile`).
+      descriptor: (C, F) the kind of data of each client (as label shares), or None.
       seed: seed of the policy's tie-breaking and random draws.
       profile: (C, S) profiles of the clients that are known in advance, for `affinity`; None for
         the profiles learnt from their updates.
       work: (C,) examples that each client trains on in a round. With it, affinity also says how
         much clients use each of their experts (`Solution.use`).
     """
-    beyond = descriptor if desk.fitness.profile == "beyond_labels" else None
-    if desk.fitness.sketched and desk.fitness.profile == "beyond_labels" and beyond is None:
-        remedy = "the server knows no label shares of clients: give updates"
-        raise InputError("fitness.profile", desk.fitness.profile, remedy)
+    label_share = _label_share(desk.fitness, descriptor)
 
     def assign(
         server: Server, cohort: np.ndarray, said: np.ndarray | None = None
     ) -> tuple[Solution, ...]:
         books = jax.device_get(server.ledger._replace(norms=()))
         _check_scores(desk.fitness, books.fitness)
-        found = []
-        begin = time.perf_counter()
-        like = _match(desk, books, profile, capacity, seed, beyond)
+        found, begin = [], time.perf_counter()
+        like = _match(desk, books, profile, capacity, seed, label_share)
         # The time to compute the affinity is part of the assignment's time, counted once.
         telling = time.perf_counter() - begin
         for g in range(desk.groups):
@@ -99,6 +94,20 @@ def make_assign(
         return (first, *found[1:])
 
     return assign
+
+
+def _label_share(options: FitnessOptions, descriptor: np.ndarray | None) -> np.ndarray | None:
+    """Returns the label shares (C, Y) that affinity is taken beyond; None for none.
+
+    Raises:
+      InputError: label shares are asked for and not known.
+    """
+    if not options.sketched or options.profile != "beyond_labels":
+        return None
+    if descriptor is None:
+        remedy = "the server knows no label shares of clients: give updates"
+        raise InputError("fitness.profile", options.profile, remedy)
+    return descriptor
 
 
 def _match(

@@ -133,4 +133,5 @@ def test_no_thread_of_highs_is_left_for_a_fork():
         "print(os.waitpid(child, 0)[1])\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout == "0\n", out.stderr
+    # HiGHS 1.16 prints a banner for the other user, too.
+    assert out.stdout.splitlines()[-1] == "0", out.stderr
