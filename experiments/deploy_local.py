@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     joins = {
         path.stem: [
             *("experiments.join", f"--server={address}", f"--name={path.stem}"),
-            *(f"--data={path}", f"--folder={clients / path.stem}"),
+            *(f"--data={path}", f"--folder={clients / path.stem}", "--tell_label_shares"),
         ]
         for path in files
     }

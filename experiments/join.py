@@ -39,6 +39,11 @@ _CERTIFICATE = flags.DEFINE_string("certificate", None, "ca.crt, by which the se
 _WITH_INPUT = flags.DEFINE_bool(
     "end_with_input", False, "End as if by SIGTERM once standard input is closed."
 )
+_TELL_LABELS = flags.DEFINE_bool(
+    "tell_label_shares",
+    False,
+    "Tell the server how often each class occurs, where fitness.profile=beyond_labels asks for it.",
+)
 _KEY = flags.DEFINE_string("key", None, "Private key of this client, where the server asks for it.")
 
 
@@ -101,7 +106,7 @@ def join(server: str, name: str, data: Path, root: Path | None, key: Path | None
     with tempfile.TemporaryDirectory(prefix="flexmoe-") as home:
         socket = Path(home) / "client.sock"
         together = partial(joining.join, name, arrays, tests)
-        worker = Worker(name, size, _MEMORY.value, together, folder)
+        worker = Worker(name, size, _MEMORY.value, together, folder, _TELL_LABELS.value)
         calls = answer_calls(socket, worker.answer)
         print(f"{name}: connecting to {server}", flush=True)
         node = SuperNode(Path(home), server, socket, name, root, key)

@@ -107,7 +107,9 @@ def _newest(checkpoints: Checkpoints, experiment: Experiment, seed: int) -> tupl
         return checkpoints.newest(state), False
     except InputError as error:
         accepted = jnp.full(len(state.clients.slots), -1, jnp.int32)
-        roll: Any = Roll(state.clients.slots, accepted)
+        shares = experiment.about.label_share
+        asked = experiment.simulation.setting.federation.fitness.beyond_labels
+        roll: Any = Roll(state.clients.slots, accepted, jnp.zeros_like(shares) if asked else ())
         try:
             found = checkpoints.newest(state._replace(clients=roll))
         except InputError:

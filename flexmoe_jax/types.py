@@ -206,10 +206,13 @@ class Roll(NamedTuple):
     Attributes:
       slots: (C, G, K) int32, the experts of each client's latest answer; E marks an empty slot.
       accepted: (C,) int32, the latest round in which the client's answer was accepted; -1 if none.
+      label_share: (C, Y) the label shares that clients have told, 0 for those that keep theirs; ()
+        if they are not needed.
     """
 
     slots: Array
     accepted: Array
+    label_share: Array | tuple[()] = ()
 
 
 class State(NamedTuple):

@@ -35,7 +35,6 @@ def check_deployable(config: ConfigDict) -> None:
         "clients.newcomers": 0,
         "eval.fine_tune": False,
         "fitness.probe": FitnessOptions.probe,
-        "fitness.profile": FitnessOptions.profile,
         "assignment.diversity": 0.0,
         "clients.sampling": ClientsOptions.sampling,
     }
@@ -44,6 +43,9 @@ def check_deployable(config: ConfigDict) -> None:
         if config[group][name] != needed:
             remedy = f"is not built for real clients yet: give {needed!r}"
             raise InputError(field, config[group][name], remedy)
+    if config.fitness.profile == "given":
+        remedy = "of real clients nothing is known beforehand: give 'updates' or 'beyond_labels'"
+        raise InputError("fitness.profile", "given", remedy)
 
 
 def read_examples(path: Path, length: int = 0) -> tuple[Arrays, Arrays | None]:

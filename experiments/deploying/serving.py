@@ -80,13 +80,14 @@ class Deployment:
             federation, common, self._post, read(DeployOptions, config), key, config.edge.cache
         )
         names = [one.name for one in facts]
-        self._post.admit(names, service.setup, layout_of(federation))
+        self._post.admit(names, service.setup, layout_of(federation), service.meet)
         self._service = service
         self._facts = facts
         # A simulation's state is a `State`; the state of this run is the server's `ServerState`.
         init: Any = service.init
         simulation = experiment.simulation._replace(
             init=init,
+            assign=service.assign,
             evaluate=lambda state, test, about: service.evaluate(state),
         )
         return replace(experiment, simulation=simulation)

@@ -35,5 +35,5 @@ def get_study() -> Study:
         methods=choose("flex", "greedy", "random", "full"),
         datasets={"emnist_digits": {**DATASETS["emnist_digits"], **devices}},
         partitions={"k_class_4": PARTITIONS["k_class_4"]},
-        seeds=(0, 1),
+        seeds=(0, 1, 2),
     )

@@ -110,6 +110,7 @@ class Post:
         self.status: dict[str, ClientStatus] = {}
         self._numbers: dict[str, int] | None = None
         self._setup: Callable[[int], RecordDict] | None = None
+        self._hear: Callable[[int, Mapping[str, object]], str] = lambda number, told: ""
         self._names: dict[int, str] = {}  # node -> client's name
         self._greeted: set[int] = set()
         self._ready: set[int] = set()
@@ -137,16 +138,24 @@ class Post:
             time.sleep(_POLL)
         return [self.facts[name] for name in sorted(self.facts, key=natural)[:count]]
 
-    def admit(self, names: list[str], setup: Callable[[int], RecordDict], layout: str) -> None:
+    def admit(
+        self,
+        names: list[str],
+        setup: Callable[[int], RecordDict],
+        layout: str,
+        meet: Callable[[int, Mapping[str, object]], str],
+    ) -> None:
         """Set the clients that take part, and the setup that each gets first.
 
         Args:
           names: names of the clients, by their numbers; all others are rejected.
           setup: client number -> its setup message.
           layout: hash of the names and shapes of the model's parameters; a client's must be equal.
+          meet: (number, what the client tells once it is set up) -> reason to reject the client;
+            empty if it takes part.
         """
         self._numbers = {name: number for number, name in enumerate(names)}
-        self._setup, self._layout = setup, layout
+        self._setup, self._layout, self._hear = setup, layout, meet
         for name in names:
             self.status.setdefault(name, ClientStatus())
 
@@ -362,10 +371,12 @@ class Post:
     def _set_up(self, sent: _Sent, content: RecordDict, orders: dict[int, Order]) -> None:
         name = self._names.get(sent.node, str(sent.node))
         ready, refused = content.get("ready"), content.get("refused")
-        if isinstance(ready, ConfigRecord) and ready.get("layout") == self._layout:
-            self._ready.add(sent.node)
-            return
         why = "has another model" if ready is not None else "gives no reason"
+        if isinstance(ready, ConfigRecord) and ready.get("layout") == self._layout:
+            why = self._hear(sent.number, ready)
+            if not why:
+                self._ready.add(sent.node)
+                return
         if isinstance(refused, ConfigRecord):
             why = printable(refused.get("why", why), 300)
         _LOG.error("%s: takes no part: %s", name, why)

@@ -6,6 +6,7 @@ slots, `E` experts, `Y` classes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from flexmoe_jax.types import (
     Upload,
 )
 
+_LOG = logging.getLogger(__name__)
 # Larger predictions are not requested, and the evaluation of the joint predictions is left out.
 _JOINT_BYTES = 2**23
 
@@ -104,6 +106,7 @@ class Service:
         )
         self._like = upload_shapes(federation, self._shapes)
         self._units_of_one = float(_units_of_one(federation))
+        self._told: dict[int, np.ndarray] = {}  # Label shares (Y,) by client, until a round's end.
         as_usual = compiler_options(USUAL)
         compiled = partial(jax.jit, compiler_options=as_usual, out_shardings=everywhere())
         self._take = compiled(partial(_take, federation), donate_argnums=0)
@@ -121,7 +124,11 @@ class Service:
         begun = begin(key)
         shape = federation.clients, federation.groups, federation.slots
         empty = jnp.full(shape, federation.layout.experts, jnp.int32)
-        return ServerState(begun, Roll(empty, jnp.full(federation.clients, -1, jnp.int32)))
+        never = jnp.full(federation.clients, -1, jnp.int32)
+        if not federation.fitness.beyond_labels:
+            return ServerState(begun, Roll(empty, never))
+        shares = jnp.zeros((federation.clients, len(self._common.classes)), jnp.float32)
+        return ServerState(begun, Roll(empty, never, shares))
 
     def setup(self, number: int) -> RecordDict:
         """Return the setup of a client, as records."""
@@ -142,6 +149,37 @@ class Service:
                 private=wire.pack(private),
             )
         )
+
+    def meet(self, number: int, told: Mapping[str, Any]) -> str:
+        """Note the label shares that a client tells; return why it cannot take part, if so."""
+        if not self.federation.fitness.beyond_labels:
+            return ""
+        classes = len(self._common.classes)
+        if "label_share" not in told:
+            _LOG.warning(
+                "client %d keeps its label shares: fitness.affinity is 0 for it (its command can "
+                "tell them: --tell_label_shares)",
+                number,
+            )
+        try:
+            share = np.asarray(told.get("label_share", np.zeros(classes)), np.float32)
+        except (TypeError, ValueError):
+            share = np.zeros(0, np.float32)
+        parts = (share >= 0).all() and (not share.any() or abs(share.sum() - 1) < 1e-3)
+        if share.shape != (classes,) or not parts:
+            return f"its label shares are not {classes} parts of 1"
+        self._told[number] = share
+        return ""
+
+    def assign(
+        self, state: ServerState, cohort: np.ndarray, data: object = None
+    ) -> tuple[Any, ...]:
+        """Return the solutions for a cohort, as a simulation does, by what clients have told."""
+        federation, shares = self.federation, state.clients.label_share
+        assign = federation.make_assign(
+            self._common.examples, np.asarray(shares) if len(shares) else None
+        )
+        return assign(state.server, cohort)
 
     def round(
         self, state: ServerState, plan: Plan
@@ -289,11 +327,19 @@ class Service:
         broken = np.isin(clients, list(bad))
         report = report._replace(quarantined=np.asarray(report.quarantined) | broken)
         took = clients[np.asarray(verdicts.accepted)]
-        roll = Roll(
-            state.clients.slots.at[stored].set(plan.slots, mode="drop"),
-            state.clients.accepted.at[took].set(begun.round, mode="drop"),
+        roll = state.clients._replace(
+            slots=state.clients.slots.at[stored].set(plan.slots, mode="drop"),
+            accepted=state.clients.accepted.at[took].set(begun.round, mode="drop"),
         )
-        return ServerState(following, roll), report
+        return ServerState(following, self._with_told(roll)), report
+
+    def _with_told(self, roll: Roll) -> Roll:
+        """Add the label shares that clients have told since the last round."""
+        told, self._told = self._told, {}
+        if not told:
+            return roll
+        shares: Any = roll.label_share
+        return roll._replace(label_share=shares.at[np.array(list(told))].set(list(told.values())))
 
     def _joint_shapes(self, tests: Mapping[str, Any]) -> tuple[PyTree, int]:
         """Return the shapes of a client's predictions of the test set, for averaging, and bytes."""

@@ -94,12 +94,22 @@ class Worker:
       memory: bytes that training may use; 0 to train as many experts as the config says.
       join: see `Join`.
       folder: folder of the client's own state.
+      tells_labels: whether the server may learn the client's label shares, if it asks for them.
     """
 
-    def __init__(self, name: str, size: int, memory: int, join: Join, folder: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        memory: int,
+        join: Join,
+        folder: Path,
+        tells_labels: bool = False,
+    ) -> None:
         """Start without a federation: the setup comes from the server."""
         self._hello = ConfigRecord({"name": name, "examples": size, "memory": memory, "setup": ""})
         self._name, self._join, self._folder = name, join, folder
+        self._tells_labels = tells_labels
         self._part: _Part | None = None
 
     def answer(self, message: RecordDict) -> RecordDict:
@@ -135,7 +145,10 @@ class Worker:
             setup.federation,
             mine.size,
         )
-        return RecordDict({"ready": ConfigRecord({"layout": layout_of(federation)})})
+        ready: dict[str, Any] = {"layout": layout_of(federation)}
+        if federation.fitness.beyond_labels and self._tells_labels:
+            ready["label_share"] = np.asarray(mine.label_share, np.float64).tolist()
+        return RecordDict({"ready": ConfigRecord(ready)})
 
 
 def _refusal(why: str) -> RecordDict:

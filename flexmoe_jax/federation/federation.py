@@ -27,9 +27,11 @@ from flexmoe_jax.options.execution import EvalOptions
 from flexmoe_jax.server import (
     Admission,
     Aggregator,
+    Assign,
     Desk,
     FitnessOptions,
     LoadModel,
+    make_assign,
     make_load_model,
     mean,
     private,
@@ -220,6 +222,23 @@ class Federation:
             deficit_decay=self.deficit_decay,
             share=self.share,
         )
+
+    def make_assign(
+        self,
+        size: np.ndarray,
+        label_share: np.ndarray | None,
+        profile: np.ndarray | None = None,
+    ) -> Assign:
+        """Builds the server's assignment function.
+
+        Args:
+          size: (C,) number of training examples of each client.
+          label_share: (C, Y) label shares of the clients, as far as the server knows them; or None.
+          profile: see `server.make_assign`.
+        """
+        capacity = np.asarray(self.capacity, np.int64)
+        work = self.local.examples(size) if self.splits_use else None
+        return make_assign(self.desk, self.policy, capacity, label_share, self.seed, profile, work)
 
     @property
     def aggregation(self) -> Aggregator:

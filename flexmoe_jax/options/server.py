@@ -130,7 +130,8 @@ class FitnessOptions(Options, section="fitness"):
     profile: str = option(
         "updates",
         "what tells who is alike: clients' updates; what label shares do not explain of them "
-        "(beyond_labels), for which the server sees these shares; or what is known of clients "
+        "(beyond_labels), for which the server sees these shares (real clients tell them if they "
+        "agree); or what is known of clients "
         "beforehand (given), which no server knows: domains or rules, or else label shares",
         choices=("updates", "beyond_labels", "given"),
     )
@@ -142,3 +143,8 @@ class FitnessOptions(Options, section="fitness"):
     def sketched(self) -> int:
         """F, the count of numbers kept of each update; 0 if they are not used."""
         return self.sketch if self.affinity and self.profile != "given" else 0
+
+    @property
+    def beyond_labels(self) -> bool:
+        """Whether the server needs the label shares of clients."""
+        return bool(self.sketched) and self.profile == "beyond_labels"

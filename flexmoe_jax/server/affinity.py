@@ -117,16 +117,19 @@ def affinity(
         experts that its clients have used, so that an expert keeps its kind.
       capacity: (C,) k_c.
       seed: seed of the search.
-      label_share: (C, Y) shares of the classes, to leave out what they explain of the profiles.
-        None for the profiles as they are.
+      label_share: (C, Y) shares of the classes, to leave out what they explain of the profiles; 0
+        for clients whose shares are not known. None for the profiles as they are.
 
     Returns:
-      (G, C, E) in [0, 1]; 0 while fewer clients have a profile than there are experts (if there are
-      fewer clients than experts: until all have one).
+      (G, C, E) in [0, 1]; 0 for clients without a profile or without the label shares it needs, and
+      for all while fewer clients have both than there are experts (if there are fewer clients than
+      experts: until all have).
     """
     experts = usage.shape[2]
     length = np.linalg.norm(profile, axis=1, keepdims=True)
     known = (length[:, 0] > 0) & (capacity > 0)
+    if label_share is not None:
+        known &= label_share.any(axis=1)
     if min(experts, known.sum()) < 2 or known.sum() < min(experts, len(known)):
         return np.zeros(usage.shape)
     unit = np.asarray(profile, np.float64) / np.where(length > 0, length, 1.0)

@@ -102,7 +102,7 @@ def _label_share(options: FitnessOptions, descriptor: np.ndarray | None) -> np.n
     Raises:
       InputError: label shares are asked for and not known.
     """
-    if not options.sketched or options.profile != "beyond_labels":
+    if not options.beyond_labels:
         return None
     if descriptor is None:
         remedy = "the server knows no label shares of clients: give updates"

@@ -179,14 +179,10 @@ def _assigner(
     jitted: Callable[[Callable[..., Array]], Callable[..., Array]],
 ) -> Callable[..., tuple[Solution, ...]]:
     """See `Simulation.assign`."""
-    assign = server.make_assign(
-        federation.desk,
-        federation.policy,
-        np.asarray(federation.capacity, np.int64),
+    assign = federation.make_assign(
+        np.asarray(data.size),
         np.asarray(data.label_share) if data.label_share.shape[1] else None,
-        federation.seed,
         _given_profile(federation, data),
-        federation.local.examples(np.asarray(data.size)) if federation.splits_use else None,
     )
     ask = jitted(partial(ask_cohort, federation, floor, mesh))
 

@@ -54,7 +54,9 @@ class Town:
         for number, _ in enumerate(self.files):
             self.start(number)
 
-    def start(self, number: int, node: int | None = None, memory: int = 0) -> Worker:
+    def start(
+        self, number: int, node: int | None = None, memory: int = 0, tells_labels: bool = True
+    ) -> Worker:
         """Starts, or restarts, the process of a client at a node."""
         path = self.files[number]
         arrays, tests = read_examples(path)
@@ -64,6 +66,7 @@ class Town:
             memory=memory,
             join=partial(joining.join, path.stem, arrays, tests),
             folder=self.folder / "own" / path.stem,
+            tells_labels=tells_labels,
         )
         self.carrier.clients[100 + number if node is None else node] = worker.answer
         return worker

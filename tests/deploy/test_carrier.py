@@ -45,7 +45,7 @@ class Refusing(LocalCarrier):
 
 def test_only_orders_that_were_sent_are_counted():
     post = Post(Refusing({1: client}))
-    post.admit(["a"], lambda number: ask("setup"), "same")
+    post.admit(["a"], lambda number: ask("setup"), "same", lambda number, told: "")
     orders = {0: Order(ask("train"), lambda: ask("train"))}
     post.ask("train", "round 1", orders, lambda number, content: "", DeployOptions(), 1)
     assert (post.of(0).asked, post.of(0).answered) == (1, 1)

@@ -58,10 +58,13 @@ def check_against_simulation(town, served):
         np.testing.assert_array_equal(mine, theirs)
 
 
+BEYOND_LABELS = {"fitness__profile": "beyond_labels"}
+
+
 @pytest.mark.parametrize(
     "fields",
     [
-        {"partition__name": "dirichlet", "fitness__affinity": 3.0},
+        {"partition__name": "dirichlet", "fitness__affinity": 3.0, **BEYOND_LABELS},
         {"assignment__layers": "each", "server__aggregator": "median"},
     ],
     ids=["use_by_affinity", "each_layer_median"],
@@ -204,6 +207,27 @@ def test_a_run_in_which_nobody_takes_part_ends_in_a_line(make_town):
         town.train()
 
 
+def test_the_server_learns_the_label_shares_that_clients_tell(make_town):
+    town = make_town(partition__name="dirichlet", fitness__affinity=3.0, **BEYOND_LABELS)
+    town.start(1, tells_labels=False)
+    town.carrier.clients[102] = partial(_of_impossible_shares, town.carrier.clients[102])
+    workdir = town.train(rounds=1)
+    assert sum("client 1 keeps its label shares" in line for line in town.said) == 1
+    assert "client_2: takes no part: its label shares are not 10 parts of 1" in town.said
+    begun = town.deployment._service.init(jax.random.key(0))
+    roll = Checkpoints(workdir.path / "checkpoints", 2).newest(begun).state.clients
+    counts = np.bincount(np.load(town.files[0])["train_labels"].astype(int), minlength=10)
+    expected = np.stack([counts / counts.sum(), np.zeros(10), np.zeros(10)])
+    np.testing.assert_allclose(roll.label_share, expected, rtol=1e-6)
+
+
+def _of_impossible_shares(honest, message):
+    answer = honest(message)
+    if "ready" in answer:
+        answer["ready"]["label_share"] = [0.5] * 10
+    return answer
+
+
 def _of_another_model(honest, message):
     answer = honest(message)
     if "ready" in answer:
@@ -276,6 +300,7 @@ def test_hostile_answers_are_refused_and_the_federation_goes_on(make_town):
         ("clients__newcomers", 1),
         ("eval__fine_tune", True),
         ("fitness__probe", "all"),
+        ("fitness__profile", "given"),
     ],
 )
 def test_what_makes_no_sense_with_real_clients_is_refused(field, value):

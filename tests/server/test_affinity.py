@@ -89,6 +89,18 @@ def test_kinds_are_found_beyond_what_label_shares_explain(seed: int) -> None:
     assert left < 0.6 * affinity(nothing, usage, room, seed=0).max()
 
 
+def test_clients_whose_label_shares_are_unknown_have_no_affinity() -> None:
+    rng = np.random.default_rng(0)
+    profiles, owns = mixed_profiles(rng, 100, 4, 1, noise=0.1)
+    share, silent = shared_classes(rng, 100), np.arange(100) % 4 == 0
+    share[silent] = 0.0
+    usage, room = np.zeros((1, 100, 4)), np.ones(100, int)
+    found = affinity(profiles, usage, room, seed=0, label_share=share)[0] > 0.1
+    assert not found[silent].any()
+    kinds = {tuple(kind) for kind in owns[~silent].T}
+    assert {tuple(column) for column in found[~silent].T} == kinds
+
+
 def test_label_shares_that_differ_by_chance_explain_nothing() -> None:
     rng = np.random.default_rng(0)
     profiles, owns = mixed_profiles(rng, 24, 6, 2, noise=0.05)
