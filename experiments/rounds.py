@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -196,7 +197,12 @@ def worst(solutions: Sequence[Solution]) -> Solution:
 
 
 def imbalance(load: np.ndarray) -> float:
-    """Returns the coefficient of variation of loads (G, E), averaged over groups of MoE layers."""
+    """Returns the coefficient of variation of loads (G, E), averaged over groups of MoE layers.
+
+    A single expert has no balance: NaN.
+    """
+    if load.shape[1] == 1:
+        return math.nan
     return float(np.mean([coefficient_of_variation(one) for one in load]))
 
 

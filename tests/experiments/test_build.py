@@ -15,7 +15,7 @@ from experiments.configs import base, digits, text
 from experiments.examples import load_partitioned, split_clients
 from experiments.model import check_model, finished, model_maker
 from experiments.report import write_report
-from experiments.rounds import run_rounds
+from experiments.rounds import existing, imbalance, run_rounds
 from experiments.studies.methods import METHODS
 from experiments.train import train
 from experiments.workdir import Workdir
@@ -331,3 +331,9 @@ def test_whole_models_compute_in_the_precision_that_is_asked_for():
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     program = jax.make_jaxpr(lambda p, x: model.apply(p, x, {})[0])(params, tokens)
     assert "bf16" in str(program)
+
+
+def test_balance_is_that_of_several_experts() -> None:
+    assert imbalance(np.array([[1.0, 3.0], [2.0, 2.0]])) == 0.25
+    figures = {"load/assigned_cv": imbalance(np.array([[5.0]])), "train/loss": 1.0}
+    assert existing(figures) == {"train/loss": 1.0}
