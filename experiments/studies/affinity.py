@@ -20,15 +20,16 @@ from experiments.studying.study import Study
 
 
 def get_study() -> Study:
-    """`flex` as it is, with affinity by updates, and with affinity beyond label shares."""
-    alike = {**METHODS["flex"], "fitness.affinity": 1.0}
+    """`flex`, by scores alone, and with affinity that counts from the start, in two ways."""
+    alike = {**METHODS["flex"], "fitness.evidence": 0.0}
     return replace(
         paper_small.get_study(),
         name="affinity",
         methods={
             **choose("flex"),
-            "flex_updates": alike,
-            "flex_beyond_labels": {**alike, "fitness.profile": "beyond_labels"},
+            "flex_scores": {**METHODS["flex"], "fitness.affinity": 0.0},
+            "flex_updates": {**alike, "fitness.profile": "updates"},
+            "flex_beyond_labels": alike,
             **choose("fedavg"),
         },
         partitions={"k_class_4": PARTITIONS["k_class_4"]},

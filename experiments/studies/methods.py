@@ -6,6 +6,7 @@ from experiments.studying.study import Axis
 
 # Without our additions: fitness alone decides, gates have no balance loss and stay with clients.
 PLAIN = {
+    "fitness.affinity": 0.0,
     "model.gate": "private",
     "assignment.load": "clients",
     "assignment.exploration": 0.0,
@@ -14,9 +15,11 @@ PLAIN = {
 }
 
 PAPER = {**PLAIN, "assignment.policy": "flex", "fitness.score": "accuracy"}
-# Our three additions: holders change, clients use all experts that they hold, gates are shared.
+# Our additions: holders change, until updates tell which clients are alike; clients use all experts
+# that they hold; gates are shared.
 FLEX = {
     **PAPER,
+    "fitness.affinity": 1.0,
     "model.gate": "shared",
     "assignment.load": "auto",
     "assignment.exploration": 1.0,
@@ -35,7 +38,7 @@ DENSE = {
 }
 
 METHODS: Axis = {
-    # FLEX-MoE with our three additions: experts learn from many clients, and are used evenly.
+    # FLEX-MoE with our additions: experts learn from many clients, and are used evenly.
     "flex": FLEX,
     # The same, but an expert's holders have different label mixes, instead of changing.
     "flex_diverse": {**FLEX, "assignment.exploration": 0.0, "assignment.diversity": 3.0},

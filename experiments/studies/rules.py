@@ -17,18 +17,12 @@ from experiments.studying.study import Axis, Study
 # Every picture passes through both experts of its client, as it does through the whole of a dense
 # model of that size.
 BOTH = {"model.top_k": 2}
-# The assignment uses the similarity of the clients' updates beyond what their label shares explain,
-# and holders stay.
-FLEX = {
-    **METHODS["flex"],
-    **BOTH,
-    "assignment.exploration": 0.0,
-    "fitness.affinity": 1.0,
-    "fitness.profile": "beyond_labels",
-}
+FLEX = {**METHODS["flex"], **BOTH}
 
 METHODS_OF_RULES: Axis = {
     "flex": FLEX,
+    # The same by scores alone: holders change throughout.
+    "flex_scores": {**FLEX, "fitness.affinity": 0.0},
     # Experts are assigned by the clients' rules, which no server knows: an upper reference.
     "oracle": {**FLEX, "fitness.profile": "given"},
     "random": {**METHODS["random"], **BOTH},

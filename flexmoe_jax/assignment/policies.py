@@ -64,6 +64,7 @@ class Request:
         an expert that was trained since is False.
       load: [E] load that clients outside this cohort put on the experts, and that the bounds also
         even out; None for none.
+      explore: whether holders may change by chance; False once the server knows who is alike.
       group: index of the assigned group of MoE layers, in the order of their names: 0 if all are
         assigned together. With `layers="each"` a policy is called once for each of them.
     """
@@ -80,6 +81,7 @@ class Request:
     descriptor: FloatArray | None = None
     held: BoolArray | None = None
     load: FloatArray | None = None
+    explore: bool = True
     group: int = 0
 
 
@@ -103,7 +105,7 @@ def flex(
       options: options of the assignment.
       share: [E] part of the load that each expert should get; default: the same for all.
     """
-    diversity, exploration = options.diversity, options.exploration
+    diversity, exploration = options.diversity, options.exploration * request.explore
     if diversity and request.descriptor is None:
         raise InputError("assignment.diversity", diversity, "needs a descriptor of the clients")
     experts = request.fitness.shape[1]

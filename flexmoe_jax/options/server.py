@@ -128,12 +128,20 @@ class FitnessOptions(Options, section="fitness"):
         most=1e30,
     )
     profile: str = option(
-        "updates",
-        "what tells who is alike: clients' updates; what label shares do not explain of them "
-        "(beyond_labels), for which the server sees these shares (real clients tell them if they "
-        "agree); or what is known of clients "
-        "beforehand (given), which no server knows: domains or rules, or else label shares",
+        "beyond_labels",
+        "what tells who is alike: clients' updates; what label shares, where there are labels, do "
+        "not explain of them (beyond_labels), for which the server sees these shares (real clients "
+        "tell them if they agree); or what is known of clients beforehand (given), which no server "
+        "knows: domains or rules, or else label shares",
         choices=("updates", "beyond_labels", "given"),
+    )
+    evidence: float = option(
+        0.25,
+        "part of the differences between clients' updates that a few principal components must "
+        "explain, beyond label shares and chance, before affinity counts; it then takes the place "
+        "of exploration. 0: both count from the start",
+        least=0,
+        most=1,
     )
     sketch: int = option(
         512, "numbers kept of each client's updates to tell that", least=16, most=2**16

@@ -21,6 +21,9 @@ Under label skew updates differ most by classes, which is not what experts are f
 its own label shares. If the server sees these shares, profiles can be taken beyond them: what a
 ridge regression on the shares explains is subtracted first.
 
+Clients need not be of several kinds at all. If they are, a few principal components explain more of
+the profiles than of shuffled profiles (parallel analysis; Horn 1965).
+
 Axis legend: `C` clients, `P` clients of a round's plan, `E` experts, `D` kinds of data, `F` numbers
 of a sketch, `M` landmarks: the clients from which the centres are computed, `R` principal
 components, `S` searches that run in parallel, `Y` classes.
@@ -57,7 +60,7 @@ _NEAR = 0.03
 # Worth of an expert of a client's kind that is not one of the client's own; its own are worth 1.
 _OTHER = 0.5
 # Constants that separate the random streams.
-_SIGNS, _SEARCH = 0x5169, 0xAFF1
+_SIGNS, _SEARCH, _CHANCE = 0x5169, 0xAFF1, 0xC4A2
 
 
 def sketch(update: PyTree, size: int) -> Float[Array, " F"]:
@@ -108,6 +111,7 @@ def affinity(
     capacity: Int[np.ndarray, " C"],
     seed: int,
     label_share: Float[np.ndarray, "C Y"] | None = None,
+    evidence: float = 0.0,
 ) -> Float[np.ndarray, "G C E"]:
     """Computes how well each expert matches a client's kinds, times how much the kinds explain.
 
@@ -119,11 +123,13 @@ def affinity(
       seed: seed of the search.
       label_share: (C, Y) shares of the classes, to leave out what they explain of the profiles; 0
         for clients whose shares are not known. None for the profiles as they are.
+      evidence: the least part of the squared differences between profiles that E - 1 principal
+        components must explain, beyond label shares and chance, for clients to be of kinds.
 
     Returns:
       (G, C, E) in [0, 1]; 0 for clients without a profile or without the label shares it needs, and
-      for all while fewer clients have both than there are experts (if there are fewer clients than
-      experts: until all have).
+      for all without that evidence, or while fewer clients have both than there are experts (if
+      there are fewer clients than experts: until all have).
     """
     experts = usage.shape[2]
     length = np.linalg.norm(profile, axis=1, keepdims=True)
@@ -137,9 +143,12 @@ def affinity(
     marks = np.flatnonzero(known)
     if len(marks) > _LANDMARKS:
         marks = np.sort(rng.choice(marks, _LANDMARKS, replace=False))
+    left = 1.0
     if label_share is not None:
-        unit = _beyond(unit, np.asarray(label_share, np.float64), marks)
+        unit, left = _beyond(unit, np.asarray(label_share, np.float64), marks)
     middle = unit[marks].mean(axis=0)
+    if evidence and left * _structure(unit[marks] - middle, experts, seed) < evidence:
+        return np.zeros(usage.shape)
     used = usage / np.maximum(usage.sum(axis=2, keepdims=True), 1.0)
     kinds = _find_kinds(unit[marks] - middle, capacity[marks], used[:, marks], rng)
     points = (unit - middle) @ kinds.components.T
@@ -179,16 +188,38 @@ class _Found(NamedTuple):
     explained: float
 
 
-def _beyond(unit: np.ndarray, label_share: np.ndarray, marks: np.ndarray) -> np.ndarray:
+def _beyond(
+    unit: np.ndarray, label_share: np.ndarray, marks: np.ndarray
+) -> tuple[np.ndarray, float]:
     """Subtracts from profiles (C, F) what label shares (C, Y) explain of those of the landmarks.
 
-    What is left is scaled to length 1.
+    Returns:
+      what is left, scaled to length 1, and which part of the squared differences this was.
     """
     share = label_share - label_share[marks].mean(axis=0)
     inner = share[marks].T @ share[marks] + _SHARE_RIDGE * np.eye(share.shape[1])
     left = unit - share @ np.linalg.solve(inner, share[marks].T @ unit[marks])
-    beyond: np.ndarray = left / np.maximum(np.linalg.norm(left, axis=1, keepdims=True), 1e-12)
-    return beyond
+    part = _spread(left[marks]) / max(_spread(unit[marks]), 1e-12)
+    return left / np.maximum(np.linalg.norm(left, axis=1, keepdims=True), 1e-12), part
+
+
+def _spread(points: np.ndarray) -> float:
+    """Sum of the squared distances of points (M, F) from their mean."""
+    return float(((points - points.mean(axis=0)) ** 2).sum())
+
+
+def _structure(profiles: np.ndarray, experts: int, seed: int) -> float:
+    """Part of the squares that at most E - 1 principal components explain beyond chance."""
+    rng = np.random.default_rng([seed, _CHANCE])
+
+    def explained(points: np.ndarray) -> np.ndarray:
+        squares = np.linalg.svd(points, compute_uv=False) ** 2
+        parts: np.ndarray = np.cumsum(squares)[: experts - 1] / max(squares.sum(), 1e-12)
+        return parts
+
+    chance = np.mean([explained(rng.permuted(profiles, axis=0)) for _ in range(2)], axis=0)
+    # Components that explain all, with few clients or few numbers, are no evidence.
+    return float(((explained(profiles) - chance) / np.maximum(1 - chance, 1e-6)).max())
 
 
 def _find_kinds(

@@ -56,7 +56,7 @@ def make_assign(
       work: (C,) examples that each client trains on in a round. With it, affinity also says how
         much clients use each of their experts (`Solution.use`).
     """
-    label_share = _label_share(desk.fitness, descriptor)
+    label_share = descriptor if desk.fitness.beyond_labels else None
 
     def assign(
         server: Server, cohort: np.ndarray, said: np.ndarray | None = None
@@ -67,6 +67,7 @@ def make_assign(
         like = _match(desk, books, profile, capacity, seed, label_share)
         # The time to compute the affinity is part of the assignment's time, counted once.
         telling = time.perf_counter() - begin
+        explore = not (desk.fitness.evidence and like.any())
         for g in range(desk.groups):
             fitness, usage, rounds, current = (
                 table[g][cohort]
@@ -85,6 +86,7 @@ def make_assign(
                 held_rounds=rounds,
                 held=current,
                 descriptor=None if descriptor is None else descriptor[cohort],
+                explore=explore,
                 group=g,
             )
             solution = policy(replace(request, seed=_seed_of_group(seed, g)))
@@ -96,20 +98,6 @@ def make_assign(
     return assign
 
 
-def _label_share(options: FitnessOptions, descriptor: np.ndarray | None) -> np.ndarray | None:
-    """Returns the label shares (C, Y) that affinity is taken beyond; None for none.
-
-    Raises:
-      InputError: label shares are asked for and not known.
-    """
-    if not options.beyond_labels:
-        return None
-    if descriptor is None:
-        remedy = "the server knows no label shares of clients: give updates"
-        raise InputError("fitness.profile", options.profile, remedy)
-    return descriptor
-
-
 def _match(
     desk: Desk,
     books: Ledger,
@@ -118,13 +106,14 @@ def _match(
     seed: int,
     label_share: np.ndarray | None,
 ) -> np.ndarray:
-    """How well experts match clients' kinds, (G, C, E) in [0, 1]; 0 without affinity."""
+    """How well experts match clients' kinds, (G, C, E) in [0, 1]; 0 if affinity does not count."""
     if not desk.fitness.affinity:
         return np.zeros(books.usage.shape)
     known: Any = books
-    return affinity(
-        known.profile if profile is None else profile, known.usage, capacity, seed, label_share
-    )
+    if profile is not None:
+        return affinity(profile, known.usage, capacity, seed)
+    least = desk.fitness.evidence
+    return affinity(known.profile, known.usage, capacity, seed, label_share, least)
 
 
 def _split(
