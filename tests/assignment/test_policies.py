@@ -168,6 +168,9 @@ def test_exploration_changes_holders_within_the_bounds() -> None:
     assert (assign(1.0, 0, rounds=8) == moves[0]).all()
     for turn in (8, 9, 100):
         assert (assign(1.0, turn, rounds=8) == stays[0]).all()
+    # Nobody moves by chance once it is known who is alike.
+    settled = request(**options, round=2, explore=False)
+    assert (make_policy("flex", exploration=1.0)(settled).assignment == stays[0]).all()
 
 
 def test_flex_options_reach_the_problem() -> None:

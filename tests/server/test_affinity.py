@@ -1,6 +1,7 @@
 """Affinity: updates show which clients are similar, and these share experts."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,26 @@ def test_kinds_are_found_beyond_what_label_shares_explain(seed: int) -> None:
     nothing = by_class + 0.1 * rng.normal(size=by_class.shape)
     left = affinity(nothing, usage, room, seed=0, label_share=share).max()
     assert left < 0.6 * affinity(nothing, usage, room, seed=0).max()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kinds_need_evidence(seed: int) -> None:
+    """Kinds count whatever their number; noise does not, nor what label shares explain."""
+    rng = np.random.default_rng(seed)
+    usage, room = np.zeros((1, 60, 8)), np.full(60, 2)
+    share = shared_classes(rng, 60)
+    by_class = 3 * (share - share.mean(axis=0)) @ rng.normal(size=(10, 64))
+    noise = 0.3 * rng.normal(size=(60, 64))
+    seen = partial(affinity, usage=usage, capacity=room, seed=0, label_share=share)
+    for kinds in (2, 4, 8):
+        profiles, _ = mixed_profiles(rng, 60, kinds, 1, noise=0.1)
+        assert seen(profiles, evidence=0.25).any()
+        np.testing.assert_array_equal(seen(profiles, evidence=0.25), seen(profiles))
+    assert not seen(noise, evidence=0.25).any()
+    assert not seen(by_class + noise, evidence=0.25).any()
+    assert seen(by_class + noise).any()
+    few = partial(affinity, usage=usage[:, :6, :4], capacity=room[:6], seed=0, evidence=0.25)
+    assert not few(noise[:6]).any()
 
 
 def test_clients_whose_label_shares_are_unknown_have_no_affinity() -> None:

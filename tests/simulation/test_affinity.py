@@ -21,6 +21,7 @@ from tests.simulation.conftest import plain
 
 EXPERTS, CLIENTS = 3, 12
 KIND = np.arange(CLIENTS) % 3
+KINDS = {tuple(kind == KIND) for kind in range(3)}
 EVERYBODY = np.arange(CLIENTS, dtype=np.int32)
 
 
@@ -66,8 +67,7 @@ def play(federation: Federation, counting: data.ClientData, rounds: int, refused
 def test_clients_of_a_kind_come_to_hold_one_expert(counting, profile):
     rounds = 6 if profile == "updates" else 0
     _, held = play(federate(counting, affinity=1.0, profile=profile), counting, rounds)
-    kinds = {tuple(kind == KIND) for kind in range(3)}
-    assert {tuple(column) for column in held.T} == kinds
+    assert {tuple(column) for column in held.T} == KINDS
 
 
 def test_a_client_of_one_kind_is_told_to_use_one_of_its_two_experts(counting):
@@ -120,11 +120,23 @@ def test_what_is_known_beforehand_has_to_be_known(counting):
         simulation.simulate(federate(counting, affinity=1.0, profile="given"), unknown)
 
 
-def test_label_shares_have_to_be_known(counting):
-    unknown = counting.replace(label_share=np.zeros((CLIENTS, 0), np.float32))
-    federation = federate(counting, affinity=1.0, profile="beyond_labels")
-    with pytest.raises(InputError, match=r"fitness\.profile=beyond_labels: .* no label shares"):
-        simulation.simulate(federation, unknown)
+def test_exploration_ends_once_updates_show_kinds(counting):
+    exploring = make_policy("flex", slack=0.0, exploration=100.0)
+    by_kind = []
+    for evidence in (0.25, 1.0):
+        federation = federate(counting, affinity=1.0, evidence=evidence).replace(policy=exploring)
+        _, held = play(federation, counting, rounds=6)
+        by_kind.append(len({tuple(column) for column in held.T} & KINDS))
+    assert by_kind[0] == 3
+    assert by_kind[1] < 3
+
+
+def test_without_labels_there_is_nothing_to_go_beyond(counting):
+    (_, by_updates), (_, beyond) = (
+        play(federate(counting, affinity=1.0, profile=profile), counting, rounds=3)
+        for profile in ("updates", "beyond_labels")
+    )
+    np.testing.assert_array_equal(by_updates, beyond)
 
 
 def test_sketches_are_not_private(counting):
