@@ -21,7 +21,9 @@ FLEX = {**METHODS["flex"], **BOTH}
 
 METHODS_OF_RULES: Axis = {
     "flex": FLEX,
-    # The same by scores alone: holders change throughout.
+    # The same without waiting for evidence that clients are of several kinds, and without exploration.
+    "flex_at_once": {**FLEX, "fitness.evidence": 0.0, "assignment.exploration": 0.0},
+    # By scores alone: holders change throughout.
     "flex_scores": {**FLEX, "fitness.affinity": 0.0},
     # Experts are assigned by the clients' rules, which no server knows: an upper reference.
     "oracle": {**FLEX, "fitness.profile": "given"},

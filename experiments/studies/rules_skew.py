@@ -21,18 +21,6 @@ PARTITIONS: Axis = {
 }
 
 
-# Under label skew, rules are too small a part of how updates differ to be evidence. Here affinity
-# counts from the start, and holders stay.
-AT_ONCE = {**rules.FLEX, "fitness.evidence": 0.0, "assignment.exploration": 0.0}
-
-
 def get_study() -> Study:
-    """As `rules`, with other partitions, and affinity that counts from the start."""
-    study = rules.get_study()
-    return replace(
-        study,
-        name="rules_skew",
-        methods={"flex": rules.FLEX, "flex_at_once": AT_ONCE, **study.methods},
-        partitions=PARTITIONS,
-        seeds=range(5),
-    )
+    """As `rules`, with other partitions."""
+    return replace(rules.get_study(), name="rules_skew", partitions=PARTITIONS, seeds=range(5))
