@@ -21,7 +21,7 @@ FLEX = {**METHODS["flex"], **BOTH}
 
 METHODS_OF_RULES: Axis = {
     "flex": FLEX,
-    # The same without waiting for evidence that clients are of several kinds, and without exploration.
+    # The same without exploration: affinity counts from the start, without evidence of kinds.
     "flex_at_once": {**FLEX, "fitness.evidence": 0.0, "assignment.exploration": 0.0},
     # By scores alone: holders change throughout.
     "flex_scores": {**FLEX, "fitness.affinity": 0.0},
