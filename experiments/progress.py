@@ -25,8 +25,8 @@ def columns(task: str, newcomers: bool = False) -> tuple[tuple[str, str, str], .
         ("round", "round", "{:d}"),
         ("loss", "train/loss", "{:.3f}"),
         *((word, f"eval/{word}_{measure}", "{:.3f}") for word in judged),
-        ("assigned CV", "load/assigned_cv_cumulative", "{:.3f}"),
-        ("used CV", "load/usage_cv_cumulative", "{:.3f}"),
+        ("assigned CV, sum", "load/assigned_cv_cumulative", "{:.3f}"),
+        ("used CV, sum", "load/usage_cv_cumulative", "{:.3f}"),
         ("s/round", "time/round_seconds", "{:.2f}"),
     )
 

@@ -82,7 +82,8 @@ class Params(NamedTuple):
 class Feedback(NamedTuple):
     """Feedback of a client on the experts it held, summed over its local steps.
 
-    Each batch is scored before the step that trains on it. Attributes (..., L, K):
+    Each batch is scored before the step that trains on it. Attributes (..., L, K); scores of the
+    fitness see (P, K), summed over the layers of a group:
       usage: units routed to the expert.
       correct: how many of these units the client's model predicted correctly; 0 if the task does
         not define correctness.

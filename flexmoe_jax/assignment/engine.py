@@ -24,6 +24,7 @@ from flexmoe_jax.assignment.heuristics import (
     take_best,
     take_in_turn,
     take_random,
+    take_top,
 )
 from flexmoe_jax.assignment.loading import load
 from flexmoe_jax.assignment.polish import polish
@@ -159,7 +160,12 @@ def solve(
     relaxed = bool(broken) and gave_way(scaled, held, answer.witness)
     # The scaled problem gives the difference between bound and value more exactly.
     above = prove(scaled, held, answer.prices, relaxed) - objective(scaled, held)
-    bound = objective(problem, held) + float(np.ldexp(above, exponent))
+    value = objective(problem, held)
+    bound = value + float(np.ldexp(above, exponent))
+    if relaxed and problem.expert_size is None:
+        # Bounds that cannot be met may have prices without limit. Without bounds, this is the best.
+        free = np.sum(problem.fitness, where=take_top(problem.fitness, problem.capacity))
+        bound = min(bound, max(float(free), value))
     return make_solution(problem, held, bound, time.perf_counter() - begin, relaxed=relaxed)
 
 

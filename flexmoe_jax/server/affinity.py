@@ -57,6 +57,8 @@ _RIDGE = 0.2
 _SHARE_RIDGE = 0.1
 # Gaps, and costs of searches, are nearly equal if they differ by less than this part.
 _NEAR = 0.03
+# Part of the clients that must have a single kind for all to be explained by kinds of their own.
+_OWN = 0.9
 # Worth of an expert of a client's kind that is not one of the client's own; its own are worth 1.
 _OTHER = 0.5
 # Constants that separate the random streams.
@@ -252,7 +254,7 @@ def _find_kinds(
         results = list(pool.map(_search_both_ways, *zip(*searches, strict=True)))
     tried = []
     for kinds, real, *chance in zip(numbers, *(results[i::3] for i in range(3)), strict=True):
-        for once, found in real.items():
+        for once, found in _distinct(real, room).items():
             by_chance = float(np.mean([of_chance[once].explained for of_chance in chance]))
             gap = found.explained - by_chance
             beyond = max(gap, 0.0) / max(total - by_chance, 1e-12)
@@ -260,6 +262,19 @@ def _find_kinds(
     tried.sort(key=lambda one: -one[0])
     near = [one for one in tried if one[0] >= tried[0][0] - _NEAR * abs(tried[0][0])]
     return max(near, key=lambda one: _kept(one[1].made_of, used))[2]
+
+
+def _distinct(found: dict[bool, _Found], room: np.ndarray) -> dict[bool, _Found]:
+    """Leaves out the way with different kinds if kinds of their own explain clients as well.
+
+    Three kinds, for example, are also the three pairs of the kinds that mirror them.
+    """
+    if len(found) == 2:
+        mixed, free = found[True], found[False]
+        own = (free.made_of.max(axis=1) == room).mean()
+        if own > _OWN and free.explained >= (1 - _NEAR) * mixed.explained:
+            return {False: free}
+    return found
 
 
 def _kept(made_of: np.ndarray, used: np.ndarray) -> float:

@@ -157,6 +157,17 @@ def test_prices_of_weighted_bounds_prove_that_they_cannot_hold() -> None:
     assert found.violation.sum() == pytest.approx(2.0)
 
 
+def test_no_bound_is_above_what_is_best_without_load_bounds() -> None:
+    rng = np.random.default_rng(0)
+    fitness, capacity = rng.random((60, 10)), rng.integers(1, 4, 60)
+    weight = 100 * rng.lognormal(0, 1, (60, 1)) * rng.random((60, 10))
+    fair = (weight.mean(axis=1) * capacity).sum() / 10
+    found = solve(Problem(fitness, capacity, 1.8 * fair, 2.0 * fair, weight))
+    best = sum(np.sort(row)[-k:].sum() for row, k in zip(fitness, capacity, strict=True))
+    assert found.status == "relaxed"
+    assert found.value <= found.bound <= best * (1 + 1e-12)
+
+
 @pytest.mark.parametrize(
     ("held", "message"),
     [

@@ -139,6 +139,7 @@ def test_health_is_that_of_honest_clients_and_of_the_model():
 
 def test_only_secret_noise_is_reported_as_privacy(tmp_path, capsys):
     private = {**SMALL, "rounds": 2, "server__clip": 1.0, "server__noise_multiplier": 20.0}
+    private |= {"fitness__affinity": 0.0}
     losses = []
     for name, noise in (("a", "secret"), ("b", "secret"), ("c", "simulated"), ("d", "simulated")):
         status, rows = run(configure(**private, server__noise=noise), tmp_path / name)

@@ -90,6 +90,19 @@ def test_kinds_are_found_beyond_what_label_shares_explain(seed: int) -> None:
     assert left < 0.6 * affinity(nothing, usage, room, seed=0).max()
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kinds", [2, 3, 4, 6])
+def test_clients_of_one_kind_share_experts_whatever_the_number_of_kinds(
+    seed: int, kinds: int
+) -> None:
+    """The three pairs of three kinds would explain three others as well."""
+    rng = np.random.default_rng(seed)
+    profiles, owns = mixed_profiles(rng, 24, kinds, 1, noise=0.1)
+    like = affinity(profiles, np.zeros((1, 24, 2 * kinds)), np.full(24, 2), seed)[0]
+    held = like >= 0.9 * like.max()
+    assert {tuple(column) for column in held.T} == {tuple(kind) for kind in owns.T}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_kinds_need_evidence(seed: int) -> None:
     """Kinds count whatever their number; noise does not, nor what label shares explain."""
