@@ -91,14 +91,14 @@ def test_kinds_are_found_beyond_what_label_shares_explain(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("kinds", [2, 3, 4, 6])
+@pytest.mark.parametrize("kinds", [2, 3, 4])
 def test_clients_of_one_kind_share_experts_whatever_the_number_of_kinds(
     seed: int, kinds: int
 ) -> None:
     """The three pairs of three kinds would explain three others as well."""
     rng = np.random.default_rng(seed)
-    profiles, owns = mixed_profiles(rng, 24, kinds, 1, noise=0.1)
-    like = affinity(profiles, np.zeros((1, 24, 2 * kinds)), np.full(24, 2), seed)[0]
+    profiles, owns = mixed_profiles(rng, 12, kinds, 1, noise=0.4)
+    like = affinity(profiles, np.zeros((1, 12, 2 * kinds)), np.full(12, 2), seed)[0]
     held = like >= 0.9 * like.max()
     assert {tuple(column) for column in held.T} == {tuple(kind) for kind in owns.T}
 
