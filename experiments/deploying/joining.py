@@ -35,7 +35,9 @@ def join(name: str, arrays: Arrays, tests: Arrays | None, setup: Setup) -> tuple
     tests = None if tests is None else _numbered(tests, classes)
     prepare = _prepare(setup.prepare)
     sample = {key: np.resize(values[:2], (2, *values.shape[1:])) for key, values in arrays.items()}
-    _check_shapes(sample, setup.tests)
+    _check_shapes("train", arrays, setup.tests)
+    if tests is not None:
+        _check_shapes("test", tests, setup.tests)
     federation = Federation(
         model=finished(model_maker(config), config, len(setup.classes), prepare),
         sample=sample,
@@ -80,6 +82,9 @@ def _numbered(arrays: Arrays, classes: Sequence[str]) -> dict[str, np.ndarray]:
         return found
     if "labels" not in found:
         raise InputError("train_labels", "none", "the federation learns labels: give them")
+    shape = np.shape(found["labels"])
+    if int(np.prod(shape)) != shape[0]:
+        raise InputError("labels", f"shape {shape}", "give one label an example: (N,)")
     numbers = {name: i for i, name in enumerate(classes)}
     names = [str(label) for label in np.asarray(found["labels"]).ravel()]
     for label in names:
@@ -96,16 +101,19 @@ def _prepare(named: Arrays) -> Callable[[Array], Array]:
     return data.Standardisation(np.asarray(named["mean"]), np.asarray(named["factor"]))
 
 
-def _check_shapes(sample: Arrays, tests: Arrays) -> None:
-    """Rejects examples whose shape differs from the server's.
+def _check_shapes(part: str, own: Arrays, common: Arrays) -> None:
+    """Rejects examples that differ in shape from the server's, or are no finite real numbers.
 
     Raises:
       InputError: naming the array.
     """
-    for name, values in tests.items():
-        if name not in sample:
-            raise InputError(f"train_{name}", "none", f"the federation learns from {name}")
-        mine, theirs = sample[name].shape[1:], values.shape[1:]
+    for name, values in common.items():
+        if name not in own:
+            raise InputError(f"{part}_{name}", "none", f"the federation learns from {name}")
+        mine, theirs = own[name].shape[1:], values.shape[1:]
         if mine != theirs:
             remedy = f"the federation's are of shape {theirs}"
-            raise InputError(f"train_{name}", f"shape {mine}", remedy)
+            raise InputError(f"{part}_{name}", f"shape {mine}", remedy)
+        if own[name].dtype.kind not in "biuf" or not np.isfinite(own[name]).all():
+            remedy = "give real numbers, none of them NaN or infinite"
+            raise InputError(f"{part}_{name}", str(own[name].dtype), remedy)

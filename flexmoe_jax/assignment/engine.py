@@ -160,13 +160,20 @@ def solve(
     relaxed = bool(broken) and gave_way(scaled, held, answer.witness)
     # The scaled problem gives the difference between bound and value more exactly.
     above = prove(scaled, held, answer.prices, relaxed) - objective(scaled, held)
-    value = objective(problem, held)
-    bound = value + float(np.ldexp(above, exponent))
-    if relaxed and problem.expert_size is None:
-        # Bounds that cannot be met may have prices without limit. Without bounds, this is the best.
-        free = np.sum(problem.fitness, where=take_top(problem.fitness, problem.capacity))
-        bound = min(bound, max(float(free), value))
+    bound = _bound(problem, held, float(np.ldexp(above, exponent)), relaxed)
     return make_solution(problem, held, bound, time.perf_counter() - begin, relaxed=relaxed)
+
+
+def _bound(problem: Problem, held: BoolArray, above: float, relaxed: bool) -> float:
+    """Bound at `above` over the value; where bounds gave way, at most the best without any.
+
+    Prices of load bounds that cannot be met may grow without limit.
+    """
+    value = objective(problem, held)
+    if not relaxed or problem.expert_size is not None:
+        return value + above
+    free = np.sum(problem.fitness, where=take_top(problem.fitness, problem.capacity))
+    return min(value + above, max(float(free), value))
 
 
 def require_solver(

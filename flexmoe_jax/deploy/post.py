@@ -180,8 +180,11 @@ class Post:
 
     def of(self, number: int) -> ClientStatus:
         """Return the statistics of a client."""
-        names = {n: name for name, n in (self._numbers or {}).items()}
-        return self.status[names[number]]
+        return self.status[self.name_of(number)]
+
+    def name_of(self, number: int) -> str:
+        """Return the name of a client."""
+        return {n: name for name, n in (self._numbers or {}).items()}[number]
 
     def ask(
         self,
@@ -321,8 +324,8 @@ class Post:
                 self._meet(sent.node, reply.content)
             elif sent.purpose == "setup":
                 self._set_up(sent, reply.content, orders)
-            elif "lacks" in reply.content:
-                self._complete(sent, reply.content, orders)
+            elif isinstance(lacks := reply.content.get("lacks"), ConfigRecord):
+                self._complete(sent, lacks, orders)
             elif sent.number in orders:
                 name = self._names.get(sent.node, "")
                 if name in self.status:
@@ -350,7 +353,7 @@ class Post:
             facts = Facts(str(words["name"]), int(words["examples"]), int(words["memory"]))  # type: ignore[arg-type]
             if not _NAME.fullmatch(facts.name) or not 0 < facts.examples < 2**31:
                 raise ValueError("a name of letters, digits and _ . - is needed, and examples")
-        except (KeyError, TypeError, ValueError, AssertionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AssertionError) as error:
             _LOG.warning(
                 "node %d: refused: does not say who it is (%s)", node, printable(error, 100)
             )
@@ -386,10 +389,8 @@ class Post:
         if name in self.status:
             self.status[name].why = why
 
-    def _complete(self, sent: _Sent, content: RecordDict, orders: dict[int, Order]) -> None:
+    def _complete(self, sent: _Sent, lacks: ConfigRecord, orders: dict[int, Order]) -> None:
         """Arrange to send what a client says it lacks: all experts, or the setup."""
-        lacks = content["lacks"]
-        assert isinstance(lacks, ConfigRecord)
         if "setup" in lacks:
             self._ready.discard(sent.node)
         elif sent.number in orders:

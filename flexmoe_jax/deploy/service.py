@@ -155,12 +155,6 @@ class Service:
         if not self.federation.fitness.beyond_labels:
             return ""
         classes = len(self._common.classes)
-        if "label_share" not in told:
-            _LOG.warning(
-                "client %d keeps its label shares: fitness.affinity is 0 for it (its command can "
-                "tell them: --tell_label_shares)",
-                number,
-            )
         try:
             share = np.asarray(told.get("label_share", np.zeros(classes)), np.float32)
         except (TypeError, ValueError):
@@ -168,6 +162,12 @@ class Service:
         parts = (share >= 0).all() and (not share.any() or abs(share.sum() - 1) < 1e-3)
         if share.shape != (classes,) or not parts:
             return f"its label shares are not {classes} parts of 1"
+        if not share.any():
+            _LOG.warning(
+                "%s keeps its label shares: fitness.affinity is 0 for it (its command can tell "
+                "them: --tell_label_shares)",
+                self._post.name_of(number),
+            )
         self._told[number] = share
         return ""
 

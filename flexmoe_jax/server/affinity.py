@@ -130,15 +130,16 @@ def affinity(
 
     Returns:
       (G, C, E) in [0, 1]; 0 for clients without a profile or without the label shares it needs, and
-      for all without that evidence, or while fewer clients have both than there are experts (if
-      there are fewer clients than experts: until all have).
+      for all without that evidence, or while fewer clients have a profile than there are experts
+      (of the clients that can have one: until all have, if these are fewer than experts).
     """
     experts = usage.shape[2]
     length = np.linalg.norm(profile, axis=1, keepdims=True)
-    known = (length[:, 0] > 0) & (capacity > 0)
+    able = capacity > 0
     if label_share is not None:
-        known &= label_share.any(axis=1)
-    if min(experts, known.sum()) < 2 or known.sum() < min(experts, len(known)):
+        able &= label_share.any(axis=1)
+    known = able & (length[:, 0] > 0)
+    if min(experts, known.sum()) < 2 or known.sum() < min(experts, able.sum()):
         return np.zeros(usage.shape)
     unit = np.asarray(profile, np.float64) / np.where(length > 0, length, 1.0)
     rng = np.random.default_rng([seed, _SEARCH])

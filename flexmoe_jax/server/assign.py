@@ -56,7 +56,6 @@ def make_assign(
       work: (C,) examples that each client trains on in a round. With it, affinity also says how
         much clients use each of their experts (`Solution.use`).
     """
-    label_share = descriptor if desk.fitness.beyond_labels else None
 
     def assign(
         server: Server, cohort: np.ndarray, said: np.ndarray | None = None
@@ -64,10 +63,9 @@ def make_assign(
         books = jax.device_get(server.ledger._replace(norms=()))
         _check_scores(desk.fitness, books.fitness)
         found, begin = [], time.perf_counter()
-        like = _match(desk, books, profile, capacity, seed, label_share)
+        like = _match(desk, books, profile, capacity, seed, descriptor)
         # The time to compute the affinity is part of the assignment's time, counted once.
         telling = time.perf_counter() - begin
-        explore = not (desk.fitness.evidence and like.any())
         for g in range(desk.groups):
             fitness, usage, rounds, current = (
                 table[g][cohort]
@@ -86,7 +84,7 @@ def make_assign(
                 held_rounds=rounds,
                 held=current,
                 descriptor=None if descriptor is None else descriptor[cohort],
-                explore=explore,
+                explore=not (desk.fitness.evidence and like.any()),
                 group=g,
             )
             solution = policy(replace(request, seed=_seed_of_group(seed, g)))
@@ -104,12 +102,13 @@ def _match(
     profile: np.ndarray | None,
     capacity: np.ndarray,
     seed: int,
-    label_share: np.ndarray | None,
+    descriptor: np.ndarray | None,
 ) -> np.ndarray:
     """How well experts match clients' kinds, (G, C, E) in [0, 1]; 0 if affinity does not count."""
     if not desk.fitness.affinity:
         return np.zeros(books.usage.shape)
     known: Any = books
+    label_share = descriptor if desk.fitness.beyond_labels else None
     if profile is not None:
         return affinity(profile, known.usage, capacity, seed)
     least = desk.fitness.evidence

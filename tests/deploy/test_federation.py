@@ -212,7 +212,7 @@ def test_the_server_learns_the_label_shares_that_clients_tell(make_town):
     town.start(1, tells_labels=False)
     town.carrier.clients[102] = partial(_of_impossible_shares, town.carrier.clients[102])
     workdir = town.train(rounds=1)
-    assert sum("client 1 keeps its label shares" in line for line in town.said) == 1
+    assert sum("client_1 keeps its label shares" in line for line in town.said) == 1
     assert "client_2: takes no part: its label shares are not 10 parts of 1" in town.said
     begun = town.deployment._service.init(jax.random.key(0))
     roll = Checkpoints(workdir.path / "checkpoints", 2).newest(begun).state.clients

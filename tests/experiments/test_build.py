@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.build import build, local_optimizer, notes_on_devices
 from experiments.cli import flat_fields
-from experiments.configs import base, digits, text
+from experiments.configs import base, digits, emnist_digits, text
 from experiments.examples import load_partitioned, split_clients
 from experiments.model import check_model, finished, model_maker
 from experiments.report import write_report
@@ -207,8 +207,9 @@ def test_a_backbones_own_refusal_is_kept():
 
 
 def test_the_default_is_flex_as_studies_have_it():
-    fields = flat_fields(base.get_config())
-    assert {field: fields[field] for field in METHODS["flex"]} == METHODS["flex"]
+    for config in (digits, emnist_digits):
+        fields = flat_fields(config.get_config())
+        assert {field: fields[field] for field in METHODS["flex"]} == METHODS["flex"]
 
 
 def test_experts_step_further_than_the_rest():
@@ -286,6 +287,7 @@ def test_whole_models_are_sent_to_all_who_are_asked_about_them():
             "assignment.policy": "greedy",
             "fitness.score": "loss",
             "fitness.probe": "all",
+            "fitness.affinity": 0.0,
         }
     )
     before = config.to_json()
