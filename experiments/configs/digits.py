@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=experiments/configs/digits.py --workdir=runs/digits
 
-Seeds 0 to 2 reached on average 99.0 % personal, 98.1 % client-global and 98.3 % server accuracy, in
+Seeds 0 to 2 reached on average 99.0 % personal, 98.0 % client-global and 98.4 % server accuracy, in
 about half a minute on two CPU cores, compilation included.
 """
 
