@@ -108,7 +108,7 @@ def _newest(checkpoints: Checkpoints, experiment: Experiment, seed: int) -> tupl
     except InputError as error:
         accepted = jnp.full(len(state.clients.slots), -1, jnp.int32)
         shares = experiment.about.label_share
-        asked = experiment.simulation.setting.federation.fitness.beyond_labels
+        asked = experiment.simulation.setting.federation.needs_labels
         roll: Any = Roll(state.clients.slots, accepted, jnp.zeros_like(shares) if asked else ())
         try:
             found = checkpoints.newest(state._replace(clients=roll))

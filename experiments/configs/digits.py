@@ -16,7 +16,7 @@ from experiments.configs import base
 def get_config() -> ConfigDict:
     """Returns the config: a Dirichlet(0.3) partition of 1,797 images, without any download."""
     config = base.get_config()
-    config.fitness.affinity = 1.0
+    config.fitness.affinity = 1.0  # counts once updates show that clients are of several kinds
     config.rounds = 40
     config.local.epochs = 2
     config.local.batch_size = 10

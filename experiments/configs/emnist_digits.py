@@ -16,7 +16,7 @@ from experiments.configs import base
 def get_config() -> ConfigDict:
     """Returns the config: 16 local steps per round of Adam; SGD learns far more slowly here."""
     config = base.get_config()
-    config.fitness.affinity = 1.0
+    config.fitness.affinity = 1.0  # counts once updates show that clients are of several kinds
     config.rounds = 20
     config.data.name = "emnist/digits"
     config.partition.name = "k_class"

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.fitness.score = "loss"
     # Clients' updates show who should share an expert, so no random exploration is needed.
     config.fitness.affinity = 3.0
-    config.fitness.evidence = 0.0
+    config.fitness.evidence = 0.0  # topics overlap too much to be evidence
     config.assignment.exploration = 0.0
     config.eval.every = 5
     config.eval.batch_size = 64

@@ -125,7 +125,7 @@ class Service:
         shape = federation.clients, federation.groups, federation.slots
         empty = jnp.full(shape, federation.layout.experts, jnp.int32)
         never = jnp.full(federation.clients, -1, jnp.int32)
-        if not federation.fitness.beyond_labels:
+        if not federation.needs_labels:
             return ServerState(begun, Roll(empty, never))
         shares = jnp.zeros((federation.clients, len(self._common.classes)), jnp.float32)
         return ServerState(begun, Roll(empty, never, shares))
@@ -152,7 +152,7 @@ class Service:
 
     def meet(self, number: int, told: Mapping[str, Any]) -> str:
         """Note the label shares that a client tells; return why it cannot take part, if so."""
-        if not self.federation.fitness.beyond_labels:
+        if not self.federation.needs_labels:
             return ""
         classes = len(self._common.classes)
         try:

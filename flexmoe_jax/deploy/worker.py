@@ -146,7 +146,7 @@ class Worker:
             mine.size,
         )
         ready: dict[str, Any] = {"layout": layout_of(federation)}
-        if federation.fitness.beyond_labels and self._tells_labels:
+        if federation.needs_labels and self._tells_labels:
             ready["label_share"] = np.asarray(mine.label_share, np.float64).tolist()
         return RecordDict({"ready": ConfigRecord(ready)})
 

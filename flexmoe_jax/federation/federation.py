@@ -223,6 +223,11 @@ class Federation:
             share=self.share,
         )
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the server needs the label shares of clients: for affinity beyond them."""
+        return self.fitness.beyond_labels and self.task.labels is not None
+
     def make_assign(
         self,
         size: np.ndarray,

@@ -57,7 +57,7 @@ _RIDGE = 0.2
 _SHARE_RIDGE = 0.1
 # Gaps, and costs of searches, are nearly equal if they differ by less than this part.
 _NEAR = 0.03
-# Part of the clients that must have a single kind for all to be explained by kinds of their own.
+# Least part of the clients with a single kind for which mixtures of kinds are left out.
 _OWN = 0.9
 # Worth of an expert of a client's kind that is not one of the client's own; its own are worth 1.
 _OTHER = 0.5
@@ -255,7 +255,7 @@ def _find_kinds(
         results = list(pool.map(_search_both_ways, *zip(*searches, strict=True)))
     tried = []
     for kinds, real, *chance in zip(numbers, *(results[i::3] for i in range(3)), strict=True):
-        for once, found in _distinct(real, room).items():
+        for once, found in _own_first(real, room).items():
             by_chance = float(np.mean([of_chance[once].explained for of_chance in chance]))
             gap = found.explained - by_chance
             beyond = max(gap, 0.0) / max(total - by_chance, 1e-12)
@@ -265,8 +265,8 @@ def _find_kinds(
     return max(near, key=lambda one: _kept(one[1].made_of, used))[2]
 
 
-def _distinct(found: dict[bool, _Found], room: np.ndarray) -> dict[bool, _Found]:
-    """Leaves out the way with different kinds if kinds of their own explain clients as well.
+def _own_first(found: dict[bool, _Found], room: np.ndarray) -> dict[bool, _Found]:
+    """Leaves out mixtures of different kinds if one kind for each client explains as much.
 
     Three kinds, for example, are also the three pairs of the kinds that mirror them.
     """

@@ -179,3 +179,10 @@ def test_router_loss_by_hand():
     routing = routing._replace(selected=selected, router=logits)
     loss = client.router_loss(routing, jnp.array([1.0, 1.0, 0.0]), jnp.array([2, 0, 3]))
     assert loss == pytest.approx(-(np.log(0.5) + np.log(0.8)) / 2, rel=1e-6)
+
+
+def test_label_shares_are_needed_where_examples_have_labels(counting):
+    federation = federate(counting, affinity=1.0)
+    assert federation.fitness.beyond_labels
+    assert not federation.needs_labels  # Tokens have none.
+    assert not federate(counting).needs_labels
