@@ -19,7 +19,7 @@ from experiments.fields import check_fields, client_capacities, load_model_name,
 from experiments.model import check_model, finished, make_ownership, model_maker
 from experiments.newcomers import Judge, make_judge, notes_on_newcomers
 from experiments.tuning import make_tuner
-from flexmoe_jax import assignment, client, data, edge, server, simulation
+from flexmoe_jax import assignment, client, data, edge, models, server, simulation
 from flexmoe_jax.edge import AVAILABILITIES, read_record, read_tiers
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.federation import Federation
@@ -92,6 +92,42 @@ class Known(NamedTuple):
     devices: edge.Devices | None
 
 
+class Parts(NamedTuple):
+    """What a config alone determines, without data.
+
+    Attributes:
+      task: the learning task.
+      load: name of the load model.
+      chosen: options of the federation; see `choices`.
+      make_model: number of classes -> model.
+      devices: the clients' devices, if the config has any.
+      capacity: (C,) k_c, newcomers included; None if the memory of devices determines it.
+    """
+
+    task: Task
+    load: str
+    chosen: dict[str, Any]
+    make_model: Callable[[int], models.Model]
+    devices: edge.Devices | None
+    capacity: np.ndarray | None
+
+
+def make_parts(config: ConfigDict, known: Known | None = None) -> Parts:
+    """Makes the parts of an experiment that need no data.
+
+    Raises:
+      InputError: naming the field, the value and the remedy.
+    """
+    check_fields(config)
+    task = make_task(config.task.name)
+    load = load_model_name(config.assignment.load, config.clients.capacity)
+    chosen = choices(config, load)
+    make_model = model_maker(config)
+    devices = make_devices(read(EdgeOptions, config), config.clients.count, config.seed)
+    capacity = given_capacity(config, devices if known is None else known.devices)
+    return Parts(task, load, chosen, make_model, devices, capacity)
+
+
 def build(config: ConfigDict, known: Known | None = None) -> Experiment:
     """Builds the experiment that a config describes.
 
@@ -102,22 +138,17 @@ def build(config: ConfigDict, known: Known | None = None) -> Experiment:
     Raises:
       InputError: naming the field, the value and the remedy.
     """
-    check_fields(config)
-    # Checks that do not need the data come first.
-    task = make_task(config.task.name)
-    load = load_model_name(config.assignment.load, config.clients.capacity)
-    chosen = choices(config, load)
+    parts = make_parts(config, known)
+    task, load, chosen, devices = parts.task, parts.load, parts.chosen, parts.devices
     local: client.LocalTraining = chosen["local"]
-    make_model = model_maker(config)
-    devices = make_devices(read(EdgeOptions, config), config.clients.count, config.seed)
-    capacity = given_capacity(config, devices if known is None else known.devices)
     mesh = simulation.client_mesh(config.execution.devices, config.execution.expert_devices)
 
     examples = load_examples(config) if known is None else known.examples
     clients, sample = examples.clients, examples.sample
     check_augmentation(local, config.local.augment, sample)
-    model = finished(make_model, config, len(examples.classes), examples.prepare)
+    model = finished(parts.make_model, config, len(examples.classes), examples.prepare)
     check_model(model, task, sample, config.model.backbone)
+    capacity = parts.capacity
     if capacity is None:
         owned = devices if known is None else known.devices
         capacity = capacity_in_memory(model, sample, owned, config, chosen["ownership"])

@@ -3,19 +3,23 @@
     python -m experiments.deploy_local --config=experiments/configs/digits.py --clients=4 \
         --workdir=runs/local
 
-The config's data set is split as in a simulation, into one file per client in WORKDIR-clients. The
-launcher then starts `experiments.serve` and one `experiments.join` per client on loopback. A client
-that a signal kills is started again. They all end when the launcher ends, for any reason.
+The launcher starts `experiments.serve`, which rejects whatever does not fit before anything is
+written. It then splits the config's data set as in a simulation, into one file per client in
+WORKDIR-clients, and starts one `experiments.join` per client on loopback. A client that a signal
+kills is started again. They all end when the launcher ends, for any reason.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from absl import flags
@@ -60,34 +64,32 @@ def main(argv: list[str]) -> int:
         raise InputError("--workdir", _WORKDIR.value, "name a folder for the run, as runs/local")
     require_flower()
     from experiments.deploying.checks import check_deployable
-    from experiments.deploying.flower import WARM, Warm, free_port
-    from experiments.deploying.splitting import write_clients
+    from experiments.deploying.flower import free_port, require_free
 
     check_deployable(config)
+    if _PORT.value:
+        require_free("127.0.0.1", _PORT.value)
     folder = user_path("--workdir", _WORKDIR.value)
-    clients = Path(f"{folder.resolve()}-clients")
-    files = write_clients(config, clients)
-    address = f"127.0.0.1:{_PORT.value or free_port()}"
+    port = _PORT.value or free_port()
     server = [
         *("experiments.serve", *_for_server(sys.argv[1:])),
-        *(f"--config.clients.count={config.clients.count}", f"--port={address.rpartition(':')[2]}"),
+        *(f"--config.clients.count={config.clients.count}", f"--port={port}"),
     ]
-    joins = {
-        path.stem: [
-            *("experiments.join", f"--server={address}", f"--name={path.stem}"),
-            *(f"--data={path}", f"--folder={clients / path.stem}", "--tell_label_shares"),
-        ]
-        for path in files
-    }
-    with tempfile.TemporaryDirectory(prefix="flexmoe-") as home:
-        # All clients share this process, so that Flower's modules are in memory only once.
-        door = Path(home) / "warm.sock"
-        warm = Warm(door, Path(home), clients / "flower.log")
-        os.environ[WARM] = str(door)
-        try:
-            return _run(server, joins, clients)
-        finally:
-            warm.end()
+    clients = Path(f"{folder.resolve()}-clients")
+    with ExitStack() as stack:
+
+        def joins(process: _Process) -> Mapping[str, list[str]]:
+            from experiments.deploying.splitting import write_clients
+            from experiments.examples import load_examples
+
+            examples = load_examples(config)
+            if not _is_open(process, port):
+                return {}
+            files = write_clients(examples, clients)
+            stack.enter_context(_warm(clients / "flower.log"))
+            return {path.stem: _join(path, port) for path in files}
+
+        return _run(server, joins, clients)
 
 
 def _for_server(words: Sequence[str]) -> Iterator[str]:
@@ -100,8 +102,17 @@ def _for_server(words: Sequence[str]) -> Iterator[str]:
             yield word
 
 
-def _run(server: list[str], joins: Mapping[str, list[str]], logs: Path) -> int:
-    """Runs the server to its end, together with the clients, which are given by name."""
+def _run(
+    server: list[str], joins: Callable[[_Process], Mapping[str, list[str]]], logs: Path
+) -> int:
+    """Runs the server to its end, together with the clients.
+
+    Args:
+      server: the words of the server's command.
+      joins: returns the words of each client's command by name, once the server's process has
+        checked its input.
+      logs: folder for the clients' output.
+    """
     children: dict[str, _Process] = {}
 
     def pass_on(times: int) -> None:
@@ -114,9 +125,10 @@ def _run(server: list[str], joins: Mapping[str, list[str]], logs: Path) -> int:
     with Wish(passed_on=pass_on):
         try:
             children[_SERVER] = _start(server, None)
-            for name, words in joins.items():
+            words_of = joins(children[_SERVER])
+            for name, words in words_of.items():
                 children[name] = _start(words, logs / f"{name}.log")
-            return _wait(children, joins, logs)
+            return _wait(children, words_of, logs)
         finally:
             for child in children.values():
                 _let_end(child)
@@ -125,6 +137,38 @@ def _run(server: list[str], joins: Mapping[str, list[str]], logs: Path) -> int:
                     child.wait(timeout=20)
                 except subprocess.TimeoutExpired:
                     child.kill()
+
+
+def _is_open(server: _Process, port: int) -> bool:
+    """Waits until the server listens, or ends; returns whether it listens."""
+    while server.poll() is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=_POLL):
+            return True
+        time.sleep(_POLL)
+    return False
+
+
+def _join(path: Path, port: int) -> list[str]:
+    """Returns the words of a client's command; `path` is the file of its examples."""
+    return [
+        *("experiments.join", f"--server=127.0.0.1:{port}", f"--name={path.stem}"),
+        *(f"--data={path}", f"--folder={path.with_suffix('')}", "--tell_label_shares"),
+    ]
+
+
+@contextmanager
+def _warm(log: Path) -> Iterator[None]:
+    """Starts a process that all clients share, so that Flower's modules are in memory only once."""
+    from experiments.deploying.flower import WARM, Warm
+
+    with tempfile.TemporaryDirectory(prefix="flexmoe-") as home:
+        door = Path(home) / "warm.sock"
+        warm = Warm(door, Path(home), log)
+        os.environ[WARM] = str(door)
+        try:
+            yield
+        finally:
+            warm.end()
 
 
 def _wait(children: dict[str, _Process], joins: Mapping[str, list[str]], logs: Path) -> int:

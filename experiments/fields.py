@@ -91,6 +91,8 @@ def _capacity_choices(given: object) -> Sequence[int]:
         if low > high:
             raise InputError("clients.capacity", given, f"turn the range around: {high}-{low}")
         return range(low, high + 1)
+    if len(ends) == 1 and ends[0].isdecimal() and len(ends[0]) < 10:
+        return [int(ends[0])]
     choices = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     if not choices or not all(isinstance(k, int) and not isinstance(k, bool) for k in choices):
         remedy = 'give a number (2), a range ("1-4"), a list ([1,2,4]) or "memory"'

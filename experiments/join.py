@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import tempfile
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def main(argv: list[str]) -> int:
         raise InputError("--server", server, "give HOST:PORT, as 127.0.0.1:8080")
     require_flower()
     show_log()
-    root, key = _file(_CERTIFICATE), _file(_KEY)
+    from experiments.deploying.credentials import read_private_key, read_root
+
+    root, key = _file(_CERTIFICATE, read_root), _file(_KEY, read_private_key)
     if key is not None and root is None:
         raise InputError("--key", _KEY.value, "needs --certificate=ca.crt as well")
     if _WITH_INPUT.value:
@@ -78,13 +81,13 @@ def _given(flag: flags.FlagHolder[str | None]) -> str:
     return flag.value
 
 
-def _file(flag: flags.FlagHolder[str | None]) -> Path | None:
+def _file(flag: flags.FlagHolder[str | None], check: Callable[[Path], Path]) -> Path | None:
     if not flag.value:
         return None
     path = user_path(f"--{flag.name}", flag.value)
     if not path.is_file():
         raise InputError(f"--{flag.name}", flag.value, "there is no such file")
-    return path.resolve()
+    return check(path.resolve())
 
 
 def join(server: str, name: str, data: Path, root: Path | None, key: Path | None) -> int:

@@ -7,6 +7,7 @@ from functools import partial
 
 import flax.linen as nn
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.fields import read
@@ -162,6 +163,9 @@ def check_model(model: models.Model, task: Task, sample: Batch, name: str) -> No
     except Exception as error:  # A backbone that does not fit can fail in any way.
         if isinstance(error, InputError) and error.field != "model":
             raise
+        if (shape := np.shape(sample.get("images", np.empty((1, 1, 1, 1)))))[3:] == ():
+            remedy = f"an example has shape {shape[1:]}, not (h, w, channels): choose mlp"
+            raise InputError("model.backbone", name, remedy) from error
         reason = " ".join(str(error).split()).partition(" (https://flax")[0]
         raise InputError("model.backbone", name, f"{reason[:300]}; {contract}") from error
     if "images" in sample and (outputs.ndim != 2 or outputs.shape[0] != len(sample["images"])):

@@ -23,7 +23,7 @@ from flexmoe_jax import data, simulation
 from flexmoe_jax.checkpoint import Checkpoints, Restored
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.simulation import Standalone
-from flexmoe_jax.types import Roll, State
+from flexmoe_jax.types import Array, Roll, State
 
 PARAMETERS, FUNCTION, DESCRIPTION = "parameters.safetensors", "function.stablehlo", "model.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -60,11 +60,15 @@ def make_portable(folder: Path, client: int | None, data_dir: str | None = None)
         raise none
     experiment = build(config)
     unknown = workdir.check_inputs(config, experiment.inputs)
-    found, deployed = _newest(checkpoints, experiment, config.seed)
+    found, deployed, shares = _newest(checkpoints, experiment, config.seed)
     checkpoints.close()
     if found.state is None:
         raise none
-    model = standalone(experiment, found.state, client, deployed)
+    share: Any = None
+    if client is not None and client < len(shares) and np.any(shares[client]):
+        share = shares[client]
+    model = standalone(experiment, found.state, client, share)
+    silent = deployed and client is not None and share is None and config.eval.prior
     description, function = describe(experiment, config, model), compiled(experiment, config, model)
     done = int(found.state.server.round)
     name = "all experts in one model" if client is None else f"the model of client {client}"
@@ -84,7 +88,7 @@ def make_portable(folder: Path, client: int | None, data_dir: str | None = None)
             "README.md": read_me(description).encode(),
         },
         (
-            *(_OF_REAL_CLIENT if deployed and client is not None and config.eval.prior else ()),
+            *(_OF_REAL_CLIENT if silent else ()),
             *(*experiment.notes, *unknown, *found.passed_over, *_standing(done, config.rounds)),
         ),
     )
@@ -92,19 +96,33 @@ def make_portable(folder: Path, client: int | None, data_dir: str | None = None)
 
 _OF_REAL_CLIENT = (
     "the client adds the logarithm of its label shares to the outputs (eval.prior) where it "
-    "evaluates; the server does not know them, so this model does not",
+    "evaluates; it has not told them to the server, so this model does not",
 )
 
 
-def _newest(checkpoints: Checkpoints, experiment: Experiment, seed: int) -> tuple[Restored, bool]:
-    """Reads the newest checkpoint, of a simulation or of real clients; and which of them it is.
+class _Newest(NamedTuple):
+    """The newest checkpoint.
+
+    Attributes:
+      found: the state, as of a simulation.
+      deployed: whether it is of real clients.
+      shares: (C, Y) the clients' label shares, 0 where they are not known; may be empty.
+    """
+
+    found: Restored
+    deployed: bool
+    shares: np.ndarray
+
+
+def _newest(checkpoints: Checkpoints, experiment: Experiment, seed: int) -> _Newest:
+    """Reads the newest checkpoint, of a simulation or of real clients.
 
     Raises:
       InputError: it is of another model, or parts of the model are with real clients.
     """
     state = experiment.simulation.init(jax.random.key(seed))
     try:
-        return checkpoints.newest(state), False
+        return _Newest(checkpoints.newest(state), False, np.asarray(experiment.about.label_share))
     except InputError as error:
         accepted = jnp.full(len(state.clients.slots), -1, jnp.int32)
         shares = experiment.about.label_share
@@ -117,11 +135,13 @@ def _newest(checkpoints: Checkpoints, experiment: Experiment, seed: int) -> tupl
     if not experiment.simulation.setting.federation.assembles:
         remedy = "gates or other parts of its models are with its clients, and not in this folder"
         raise InputError("WORKDIR", "a run of real clients", remedy)
+    told = np.zeros((0, 0))
     if found.state is not None:
         known: Any = found.state.clients
+        told = np.asarray(known.label_share)
         there = state.clients._replace(slots=known.slots)
         found = found._replace(state=found.state._replace(clients=there))
-    return found, True
+    return _Newest(found, True, told)
 
 
 def _standing(done: int, rounds: int) -> tuple[str, ...]:
@@ -157,18 +177,20 @@ def run_config(workdir: Workdir, data_dir: str | None) -> ConfigDict:
 
 
 def standalone(
-    experiment: Experiment, state: State, client: int | None, deployed: bool = False
+    experiment: Experiment, state: State, client: int | None, share: Array | None = None
 ) -> Standalone:
     """Returns the requested model, in the form that evaluation uses.
 
-    A real client adds its label shares itself: the server does not know them.
+    Args:
+      experiment: the experiment of the run.
+      state: the state of the run.
+      client: the client's number; None for all experts together.
+      share: (Y,) the client's label shares, if they are known.
     """
     federation = experiment.simulation.setting.federation
     if client is None:
         return simulation.assembled_model(federation, state)
-    share = experiment.about.label_share
-    known = share[client] if share.shape[1] and client < len(share) and not deployed else None
-    return simulation.client_model(federation, state, client, known)
+    return simulation.client_model(federation, state, client, share)
 
 
 def compiled(experiment: Experiment, config: ConfigDict, model: Standalone) -> export.Exported:
@@ -266,8 +288,8 @@ def _text(array: dict[str, Any]) -> str:
 
 _OWN = """
 It is meant for the client's own examples: the function adds the logarithm of the client's label
-shares to its outputs. These shares, and the parameters that the client alone has, never left it in
-the federation, and say something of its data.
+shares to its outputs. These shares, and the parameters that the client alone has, say something of
+its data.
 """
 _READ_ME = f"""# {{title}}
 

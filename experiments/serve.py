@@ -28,7 +28,7 @@ from experiments.cli import define_config, read_config, refuse_words, run_cli, u
 from experiments.deploying import require_flower, show_log
 from experiments.fields import check_fields
 from experiments.shutdown import Wish, end_with_input
-from flexmoe_jax.errors import InputError, printable
+from flexmoe_jax.errors import InputError, StoppedError, printable
 
 define_config("config", "Config file of the experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -79,20 +79,21 @@ def main(argv: list[str]) -> int:
 def serve(config: ConfigDict, folder: Path) -> int:
     """Starts Flower, and trains with the clients that connect."""
     from experiments.deploying.checks import check_deployable
-    from experiments.deploying.flower import SuperLink, read_keys, read_tls, require_free
+    from experiments.deploying.credentials import read_public_keys, read_tls
+    from experiments.deploying.flower import SuperLink, require_free
 
     check_deployable(config)
     given = _CERTIFICATES.value, _KEYS.value
     if not all(given) and not _INSECURE.value and not _is_local(_HOST.value):
         remedy = "is reached from other machines: give --certificates=DIR and --client_keys=DIR"
         raise InputError("--host", _HOST.value, f"{remedy} (or say --insecure)")
-    tls = read_tls(user_path("--certificates", given[0])) if given[0] else None
-    keys = read_keys(user_path("--client_keys", given[1])) if given[1] else None
+    tls = read_tls(user_path("--certificates", given[0]), _HOST.value) if given[0] else None
+    keys = read_public_keys(user_path("--client_keys", given[1])) if given[1] else None
     if keys is not None and tls is None:
         raise InputError("--client_keys", given[1], "needs --certificates=DIR as well")
     require_free(_HOST.value, _PORT.value)
     # Import JAX only now, so that a wrong flag is reported at once.
-    from experiments.deploying.serving import Deployment
+    from experiments.deploying.serving import Deployment, OwnData
     from experiments.devices import prepare_devices
     from experiments.train import train
     from experiments.workdir import Workdir
@@ -102,6 +103,8 @@ def serve(config: ConfigDict, folder: Path) -> int:
     config.checkpoint.every = 1  # Clients cannot return to a round before the last one they know.
     workdir = Workdir(folder)
     workdir.keep_others_out(create=False)
+    workdir.check(config)
+    own = OwnData(config)  # Whatever does not fit is refused now, before any client comes.
     with tempfile.TemporaryDirectory(prefix="flexmoe-") as home:
         socket = Path(home) / "server.sock"
         carrier = FlowerCarrier(socket)
@@ -109,20 +112,20 @@ def serve(config: ConfigDict, folder: Path) -> int:
 
         def again() -> None:
             link.again(carrier.runs)
-            carrier.wait()
+            carrier.wait(stop)
 
         with Wish("ended at once; the same command goes on") as wish:
+
+            def stop() -> bool:
+                return wish.number > 0
+
             try:
                 print(f"waiting for clients at {_HOST.value}:{_PORT.value}", flush=True)
-                carrier.wait()
-
-                def stop() -> bool:
-                    return wish.number > 0
-
-                deployment = Deployment(config, workdir, Post(carrier, again, stop))
+                carrier.wait(stop)
+                deployment = Deployment(own, workdir, Post(carrier, again, stop))
                 with closing(deployment):
                     status = train(config, workdir, stop=stop, way=deployment.way)
-            except KeyboardInterrupt:
+            except StoppedError:
                 print("interrupted before the first round", flush=True)
                 return 128 + wish.number
             finally:

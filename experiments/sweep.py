@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
     )
     try:
         if given.dry_run:
-            dry_run(sweep)
-        elif given.runner == "slurm":
+            return dry_run(sweep)
+        if given.runner == "slurm":
             queue = Queue(given.slurm_partition, given.minutes, given.gpus, given.cpus)
             folder = Path(sweep.workdir) / "slurm"
             jobs = submit(sweep, queue, str(folder), given.count)

@@ -40,6 +40,7 @@ from experiments.rounds import Carry, DivergedError, play, run_rounds
 from experiments.tensorboard import TensorBoard
 from experiments.workdir import Workdir
 from flexmoe_jax.checkpoint import Checkpoints, Restored
+from flexmoe_jax.errors import StoppedError
 from flexmoe_jax.reading import is_number
 from flexmoe_jax.simulation import compile_ahead, slots_assignment
 from flexmoe_jax.types import State
@@ -69,12 +70,10 @@ def train(
     begin = time.monotonic()
     workdir.check(config)
     begin -= workdir.seconds()
-    way = way or SIMULATED
-    experiment = way.build(config)
+    experiment = (way := way or SIMULATED).build(config)
     require_same_inputs(config, experiment.inputs)
     notes = (*experiment.notes, *workdir.check_inputs(config, experiment.inputs))
-    wanted = config.tensorboard and workdir.writes
-    tensorboard = TensorBoard(workdir.path / "tensorboard" if wanted else None)
+    tensorboard = _tensorboard(config, workdir)
     experiment = way.ready(experiment)
     state = experiment.simulation.init(jax.random.key(config.seed))
     workdir.open(config, experiment.inputs)
@@ -96,14 +95,16 @@ def train(
                 if last or stopping or number % config.checkpoint.every == 0:
                     checkpoints.save(state)
                 if stopping and not last:
-                    status = "interrupted"
-                    break
+                    raise StoppedError
+        except StoppedError:
+            status = "interrupted"
         except DivergedError as error:
             status = "diverged"
             display.say(str(error))
-    checkpoints.close()
-    tensorboard.close()
-    _sum_up(workdir, experiment, state, status, done, time.monotonic() - begin)
+        checkpoints.close()
+        tensorboard.close()
+        for line in _sum_up(workdir, experiment, state, status, done, time.monotonic() - begin):
+            display.say(line)
     return status
 
 
@@ -136,20 +137,23 @@ def _recorded(
 
 def _sum_up(
     workdir: Workdir, experiment: Experiment, state: State, status: str, done: int, seconds: float
-) -> None:
-    """Writes the arrays that the report draws as matrices, and the summary."""
+) -> tuple[str, ...]:
+    """Writes the arrays that the report draws as matrices, and the summary; returns new notes."""
     if status != "diverged":
         workdir.write_arrays(**arrays(experiment, state))
+    rows = workdir.read()
+    notes = notes_on_idle_rounds(rows)
     workdir.write_summary(
         {
             "status": status,
-            **summarise(workdir.read(), done),
+            **summarise(rows, done),
             "personal_measured_on": experiment.personal,
-            "notes": list(experiment.notes),
+            "notes": [*experiment.notes, *notes],
             "seconds": seconds,
             **environment(),
         }
     )
+    return notes
 
 
 def compiled(experiment: Experiment) -> Experiment:
@@ -164,6 +168,11 @@ def compiled(experiment: Experiment) -> Experiment:
         cache=open_cache(),
     )
     return replace(experiment, simulation=simulation)
+
+
+def _tensorboard(config: ConfigDict, workdir: Workdir) -> TensorBoard:
+    wanted = config.tensorboard and workdir.writes
+    return TensorBoard(workdir.path / "tensorboard" if wanted else None)
 
 
 def _display(config: ConfigDict, done: int, quiet: bool) -> ProgressDisplay:
@@ -219,6 +228,15 @@ def remarks(metrics: Metrics, told: set[str]) -> Iterator[str]:
     if why and why not in told:
         told.add(why)
         yield why
+
+
+def notes_on_idle_rounds(rows: list[Metrics]) -> tuple[str, ...]:
+    """Returns a sentence on rounds in which no update arrived, if there are any."""
+    idle = sum(row.get("clients/delivered") == 0 for row in rows)
+    if not idle:
+        return ()
+    what = "nothing was learned" if idle == len(rows) else "nothing was learned in these"
+    return (f"no update arrived in {idle} of {len(rows)} rounds: {what}",)
 
 
 def refusals(metrics: Metrics) -> str:

@@ -29,6 +29,8 @@ from flexmoe_jax.errors import InputError, printable
 from flexmoe_jax.reading import UnreadableError, is_number, read_json
 
 _LOCK = "run.lock"
+# What a run is, and what a study is; no folder holds both.
+CONFIG, RECORD = "config.json", "study.json"
 
 # Fields and groups of fields that say where and how a run is computed, not what. They may change
 # when a run is moved and continued elsewhere.
@@ -136,6 +138,9 @@ class Workdir:
             return
         if not self.path.is_dir():
             raise InputError("workdir", self.path, "is a file; choose a folder")
+        if (self.path / RECORD).exists():
+            remedy = f"holds a study ({RECORD}); its runs have folders in it: choose another"
+            raise InputError("workdir", self.path, remedy)
         existing = self._config_path
         if not existing.exists():
             # A process killed in `open` may leave its temporary file, and always the lock file.
@@ -199,7 +204,7 @@ class Workdir:
 
     @property
     def _config_path(self) -> Path:
-        return self.path / "config.json"
+        return self.path / CONFIG
 
     def open(self, config: ConfigDict, inputs: Mapping[str, str] | None = None) -> None:
         """Creates and locks the folder and writes config.json; it then belongs to this experiment.

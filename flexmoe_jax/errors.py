@@ -66,6 +66,10 @@ class InputError(ValueError):
         super().__init__(f"{printable(field)}={printable(value)}: {printable(remedy)}")
 
 
+class StoppedError(Exception):
+    """Raised by a function that waits, once its caller wants to wait no longer."""
+
+
 def check_range(field: str, values: Any, least: int, most: int, what: str) -> None:
     """Checks that all numbers of an array are in a range.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import re
 from pathlib import Path
 
 from cryptography import x509
@@ -12,18 +13,30 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from flexmoe_jax.errors import InputError
+
 _DAYS = 365
+_PART = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST_NAME = re.compile(rf"(?=.{{1,253}}$){_PART}(\.{_PART})*")
 
 
 def make_certificates(folder: Path, host: str) -> None:
-    """Writes ca.crt, server.pem and server.key, which only their owner may read.
+    """Writes ca.crt, server.pem and server.key into a folder; only their owner may read them.
 
     The authority's private key is not kept, so no second server can be made that clients trust.
 
     Args:
       folder: folder for the files; it is created if missing.
       host: name or address by which clients reach the server.
+
+    Raises:
+      InputError: there are such files, or the host can have no certificate.
     """
+    names = _names(host)
+    for name in ("ca.crt", "server.pem", "server.key"):
+        if (folder / name).exists():
+            remedy = "is there already, and clients may trust it: delete it, or name another folder"
+            raise InputError("--make_certificates", folder / name, remedy)
     folder.mkdir(parents=True, exist_ok=True)
     authority_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "flexmoe_jax authority")])
@@ -32,13 +45,7 @@ def make_certificates(folder: Path, host: str) -> None:
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(authority_key, hashes.SHA256())
     )
-    names: list[x509.GeneralName] = [x509.DNSName("localhost")]
-    names += [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    try:
-        names.append(x509.IPAddress(ipaddress.ip_address(host)))
-    except ValueError:
-        names.append(x509.DNSName(host))
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "flexmoe_jax server")])
     server = (
         _begin(subject, issuer, server_key)
         .add_extension(x509.SubjectAlternativeName(dict.fromkeys(names)), critical=False)
@@ -58,6 +65,21 @@ def make_certificates(folder: Path, host: str) -> None:
     _write(folder / "server.key", private)
 
 
+def _names(host: str) -> list[x509.GeneralName]:
+    """Returns what the server may be called: `host`, or this machine."""
+    names: list[x509.GeneralName] = [x509.DNSName("localhost")]
+    names += [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    try:
+        return [*names, x509.IPAddress(ipaddress.ip_address(host))]
+    except ValueError:
+        pass
+    # A name outside of ASCII is written as in the DNS: bücher.example as xn--bcher-kva.example.
+    if not _HOST_NAME.fullmatch(host):
+        remedy = "give a host's name of letters, digits, - and dots, or an address, as 192.0.2.7"
+        raise InputError("--host", host, remedy)
+    return [*names, x509.DNSName(host)]
+
+
 def _begin(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
 ) -> x509.CertificateBuilder:
@@ -75,6 +97,5 @@ def _begin(
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.unlink(missing_ok=True)  # An existing file would keep its mode.
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)

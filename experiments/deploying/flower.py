@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
 
+from experiments.deploying.credentials import Tls
 from experiments.deploying.fork_server import write_commands
 from flexmoe_jax.errors import InputError, printable
 
@@ -32,47 +32,6 @@ WARM = "FLEXMOE_WARM_SOCKET"
 # Environment of all of Flower's processes: no telemetry, and two polls for tasks per second. With
 # ten polls per second, many SuperNodes on one machine spend more on polling than on anything else.
 _SETTINGS = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
-
-
-class Tls(NamedTuple):
-    """Paths of a server's certificates.
-
-    Attributes:
-      authority: the certificate that clients trust.
-      certificate: certificate of the server.
-      key: private key of the server.
-    """
-
-    authority: Path
-    certificate: Path
-    key: Path
-
-
-def read_tls(folder: Path) -> Tls:
-    """Returns the certificates in a folder.
-
-    Raises:
-      InputError: a file is missing.
-    """
-    found = Tls(*(folder / name for name in ("ca.crt", "server.pem", "server.key")))
-    for path in found:
-        if not path.is_file():
-            remedy = "make one with python -m experiments.serve --make_certificates=DIR"
-            raise InputError("--certificates", path, remedy)
-    return found
-
-
-def read_keys(folder: Path) -> list[Path]:
-    """Returns the paths of the public keys in a folder.
-
-    Raises:
-      InputError: there are none.
-    """
-    found = sorted(folder.glob("*.pub"))
-    if not found:
-        remedy = "holds no *.pub; each client makes its pair: ssh-keygen -t ecdsa -b 384 -f NAME"
-        raise InputError("--client_keys", folder, remedy)
-    return [path.resolve() for path in found]
 
 
 class Process:
@@ -200,8 +159,12 @@ class SuperLink:
             self._process.end()
 
     def _watch(self) -> None:
+        said = ""
         while not self._ended.is_set():
             if self._process is None or self._process.ended:
+                if self._process and (why := _last_words(self._log)) != said:
+                    said = why
+                    _LOG.warning("Flower's SuperLink ended, starting again: %s", why)
                 self._process = Process(self._words(), self._home, self._log)
                 self._known = self._keys is None
                 self._wanted.set()

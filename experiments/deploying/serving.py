@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,25 +32,76 @@ from flexmoe_jax.types import State
 
 # File with the clients of a run, and what each has reported about itself.
 FILE = "federation.json"
+# Examples of each client that is made up to try a config.
+_MANY = 1000
 PERSONAL = (
     "clients' own test examples, or where they brought none the common test set, weighted to each "
     "client's label shares"
 )
 
 
+class OwnData:
+    """What the server knows before any client comes: the config, and a data set of its own.
+
+    The test split of the server's data set is the common test set. The rest gives classes, shapes,
+    and the mean and deviation of inputs, and is not used for training.
+
+    Args:
+      config: the config of the run.
+
+    Raises:
+      InputError: the config or the data cannot be used, with any clients.
+    """
+
+    def __init__(self, config: ConfigDict) -> None:
+        """Loads the data set, and builds an experiment with made-up clients."""
+        check_deployable(config)
+        self.config = config = config.copy_and_resolve_references()
+        # Clients compute on devices of their own.
+        config.execution.devices = config.execution.expert_devices = 1
+        own = config.copy_and_resolve_references()
+        if config.task.name != "next_token":
+            own.partition.update(name="iid", rule="none")
+        examples = load_examples(own)
+        # The notes are of that partition.
+        notes = tuple(note for note in examples.notes if "partition.name=iid" not in note)
+        self._examples = replace(
+            examples, counts=None, group=None, personal=PERSONAL, notes=notes, ids=None
+        )
+        made_up = [Facts(f"client_{i}", _MANY, 2**60) for i in range(config.clients.count)]
+        self.experiment(made_up)
+
+    def examples(self, facts: Sequence[Facts]) -> Examples:
+        """Returns the server's examples, with each client's number of examples in place of them."""
+        examples = self._examples
+        classes = examples.clients.label_share.shape[1]
+        data_of: Callable[..., ClientData] = ClientData
+        clients = data_of(
+            arrays={name: np.asarray(x[:2]) for name, x in examples.clients.arrays.items()},
+            index=np.zeros((len(facts), 1), np.int32),
+            size=np.array([one.examples for one in facts], np.int32),
+            label_share=np.zeros((len(facts), classes), np.float32),
+        )
+        return replace(examples, clients=clients, ids=np.array([one.name for one in facts]))
+
+    def experiment(self, facts: Sequence[Facts]) -> Experiment:
+        """Builds the experiment with these clients."""
+        config = self.config
+        return build(config, Known(self.examples(facts), _devices(config, facts)))
+
+
 class Deployment:
     """Carries out a run with real clients, in place of a simulation.
 
     Args:
-      config: the config of the run.
+      own: the config of the run, and the server's data set.
       workdir: the folder of the run.
       post: sends messages to clients and receives their answers.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Workdir, post: Post) -> None:
-        """Checks the config; does not wait for clients yet."""
-        check_deployable(config)
-        self._config, self._workdir, self._post = config, workdir, post
+    def __init__(self, own: OwnData, workdir: Workdir, post: Post) -> None:
+        """Does not wait for clients yet."""
+        self._own, self._workdir, self._post = own, workdir, post
         self._service: Service | None = None
         self._dashboard: Dashboard | None = None
 
@@ -60,12 +111,9 @@ class Deployment:
         return Way(self._build, lambda experiment: experiment, self._carry)
 
     def _build(self, config: ConfigDict) -> Experiment:
-        config = config.copy_and_resolve_references()
-        # Clients compute on devices of their own.
-        config.execution.devices = config.execution.expert_devices = 1
+        config = self._own.config
         name, facts = self._who()
-        examples = _of_real_clients(config, facts)
-        experiment = build(config, Known(examples, _devices(config, facts)))
+        examples, experiment = self._own.examples(facts), self._own.experiment(facts)
         federation = experiment.simulation.setting.federation
         key = jax.random.key(config.seed)
         common = Common(
@@ -79,8 +127,7 @@ class Deployment:
         service = Service(
             federation, common, self._post, read(DeployOptions, config), key, config.edge.cache
         )
-        names = [one.name for one in facts]
-        self._post.admit(names, service.setup, layout_of(federation), service.meet)
+        self._post.admit(facts, service.setup, layout_of(federation), service.meet)
         self._service = service
         self._facts = facts
         # A simulation's state is a `State`; the state of this run is the server's `ServerState`.
@@ -98,7 +145,7 @@ class Deployment:
         if path.exists():
             known = read_json(path)
             return known["id"], [Facts(**one) for one in known["clients"]]
-        facts = self._post.gather(self._config.clients.count)
+        facts = self._post.gather(self._own.config.clients.count)
         known = {"id": secrets.token_hex(8), "clients": [one._asdict() for one in facts]}
         self._pending = known
         return str(known["id"]), facts
@@ -139,34 +186,7 @@ class Deployment:
             self._dashboard = Dashboard(self._workdir.path, self._post, self._facts)
 
 
-def _of_real_clients(config: ConfigDict, facts: list[Facts]) -> Examples:
-    """Returns what the server knows: its own data set, and each client's number of examples.
-
-    The test split of the server's data set is the common test set. The rest gives classes, shapes,
-    and the mean and deviation of inputs, and is not used for training.
-    """
-    own = config.copy_and_resolve_references()
-    if config.task.name != "next_token":
-        own.partition.update(name="iid", rule="none")
-    examples = load_examples(own)
-    # The notes are of that partition.
-    notes = tuple(note for note in examples.notes if "partition.name=iid" not in note)
-    sizes = np.array([one.examples for one in facts], np.int32)
-    classes = examples.clients.label_share.shape[1]
-    data_of: Callable[..., ClientData] = ClientData
-    clients = data_of(
-        arrays={name: np.asarray(x[:2]) for name, x in examples.clients.arrays.items()},
-        index=np.zeros((len(facts), 1), np.int32),
-        size=sizes,
-        label_share=np.zeros((len(facts), classes), np.float32),
-    )
-    ids = np.array([one.name for one in facts])
-    return replace(
-        examples, clients=clients, counts=None, group=None, personal=PERSONAL, notes=notes, ids=ids
-    )
-
-
-def _devices(config: ConfigDict, facts: list[Facts]) -> edge.Devices | None:
+def _devices(config: ConfigDict, facts: Sequence[Facts]) -> edge.Devices | None:
     """Returns the memory that clients report, as devices; None if capacities do not depend on it.
 
     Raises:

@@ -1,31 +1,26 @@
-"""Splits a config's data set into one file per client, with the same parts as in a simulation."""
+"""Writes one file per client, with the same examples as in a simulation."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from experiments.examples import load_examples
+from experiments.examples import Examples
 
 
-def write_clients(config: ConfigDict, folder: Path) -> list[Path]:
+def write_clients(examples: Examples, folder: Path) -> list[Path]:
     """Writes each client's examples to a file that `experiments.join` takes.
 
     Clients are named after their numbers, so that the server numbers them as the simulation does.
 
     Args:
-      config: config whose partition assigns examples to clients.
+      examples: the examples and their owners.
       folder: folder for the files; it is created if missing.
 
     Returns:
       The paths of the files, by the clients' numbers.
-
-    Raises:
-      InputError: the config's data cannot be loaded or partitioned.
     """
-    examples = load_examples(config)
     clients = examples.clients
     folder.mkdir(parents=True, exist_ok=True)
     index, sizes = np.asarray(clients.index), np.asarray(clients.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections import defaultdict
@@ -11,6 +12,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
+
+from ml_collections import ConfigDict
 
 from experiments.children import Runner
 from experiments.fields import check_fields
@@ -30,7 +33,7 @@ from experiments.studying.status import (
 )
 from experiments.studying.study import Study, Trial, read_study
 from experiments.table import write_tables
-from experiments.workdir import Workdir
+from experiments.workdir import CONFIG, Workdir
 from flexmoe_jax.errors import InputError
 
 _POLL_SECONDS = 0.5
@@ -65,6 +68,11 @@ class Sweep:
         """
         if not self.workdir:
             raise InputError("--workdir", self.workdir, "name a folder for the study")
+        if os.path.lexists(Path(self.workdir) / CONFIG):
+            remedy = (
+                f"holds a run ({CONFIG}); a study's runs have folders in the study's own: name one"
+            )
+            raise InputError("--workdir", self.workdir, remedy)
         if self.count < 1:
             raise InputError("--count", self.count, "choose 1 or more")
         if not 0 <= self.index < self.count:
@@ -95,15 +103,36 @@ def log_of(folder: Path) -> Path:
     return folder.with_name(folder.name + ".log")
 
 
-def dry_run(sweep: Sweep) -> None:
-    """Prints the runs that are done, the commands of the others, and the time these will take."""
+def dry_run(sweep: Sweep) -> int:
+    """Prints the runs that are done, the commands of the others, and the time these will take.
+
+    Returns:
+      exit code: 0; or 2 if a run would reject its config, even without looking at data.
+    """
     study, trials = sweep.load()
-    workdir = Path(sweep.workdir)
+    workdir, code = Path(sweep.workdir), 0
     for trial in trials:
         status = _status_of(study, trial, workdir).status
-        words = as_typed(command(study, trial, workdir))
-        print(f"{status}: {trial.name if status in ENDED else words}")
+        if status in ENDED:
+            print(f"{status}: {trial.name}")
+        elif why := _rejected(study.config_of(trial)):
+            code = 2
+            print(f"refused: {trial.name}: {why}")
+        else:
+            print(f"{status}: {as_typed(command(study, trial, workdir))}")
     print(_remaining(study, trials, trials, workdir))
+    return code
+
+
+def _rejected(config: ConfigDict) -> str:
+    """Returns why a run would reject its config; empty if it does not, or needs data to tell."""
+    from experiments.build import make_parts  # Imports JAX, which a sweep leaves to its runs.
+
+    try:
+        make_parts(config)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def run(sweep: Sweep) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.reporting.runs import Floats, Run, different_data, read_run
-from experiments.studying.status import OTHER, RECORD, UNKNOWN, Record, read_record, read_status
+from experiments.studying.status import OTHER, UNKNOWN, Record, read_record, read_status
 from experiments.studying.study import Trial, choose_reference
+from experiments.workdir import RECORD
 from flexmoe_jax.errors import InputError
 
 ACCURACIES = ("personal", "global", "server")

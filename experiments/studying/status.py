@@ -10,11 +10,10 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from experiments.studying.study import Study, Trial
-from experiments.workdir import Workdir, differing, write_atomically
+from experiments.workdir import CONFIG, RECORD, Workdir, differing, write_atomically
 from flexmoe_jax.errors import InputError, printable
 from flexmoe_jax.reading import UnreadableError, is_number, read_json
 
-RECORD = "study.json"
 # Final statuses: starting the run again would not change them.
 ENDED = ("finished", "diverged")
 # Status of a folder whose run is not, or not yet, the one that the study asks for.
@@ -51,7 +50,7 @@ def read_status(folder: Path, asked: Mapping[str, Any]) -> RunStatus:
     try:
         summary = read_json(folder / "summary.json")
     except FileNotFoundError:
-        return RunStatus("unfinished" if os.path.exists(folder / "config.json") else "new")
+        return RunStatus("unfinished" if os.path.exists(folder / CONFIG) else "new")
     except (OSError, UnreadableError):
         return RunStatus("unfinished")
     status, seconds = summary.get("status"), summary.get("seconds")
@@ -64,7 +63,7 @@ def read_status(folder: Path, asked: Mapping[str, Any]) -> RunStatus:
 
 def _other(folder: Path, asked: Mapping[str, Any]) -> str:
     """Returns why a folder holds another run than asked for; empty if it does not."""
-    if not os.path.exists(folder / "config.json"):
+    if not os.path.exists(folder / CONFIG):
         return OTHER if os.path.exists(folder / "summary.json") else ""
     try:
         return OTHER if differing(Workdir(folder).config(), asked) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Listener
@@ -14,9 +15,11 @@ from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
-from flexmoe_jax.errors import printable
+from flexmoe_jax.errors import StoppedError, printable
 
 _LOG = logging.getLogger(__name__)
+# Seconds after which a wait asks again whether it should go on.
+_PATIENCE = 0.5
 
 
 class LostError(ConnectionError):
@@ -78,14 +81,32 @@ class FlowerCarrier:
 
     def __init__(self, path: Path) -> None:
         """Open the socket and listen."""
-        self._listener = Listener(str(path), "AF_UNIX")
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._listener.settimeout(_PATIENCE)
         self._line: Connection | None = None
         self.runs = 0
 
-    def wait(self) -> None:
-        """Wait until the app of a run connects."""
-        self._line = self._listener.accept()
-        self.runs += 1
+    def wait(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Wait until the app of a run connects.
+
+        Args:
+          stop: returns whether to wait no longer.
+
+        Raises:
+          StoppedError: `stop` says so.
+        """
+        while not stop():
+            try:
+                line, _ = self._listener.accept()
+            except TimeoutError:
+                continue
+            line.setblocking(True)
+            self._line = Connection(line.detach())
+            self.runs += 1
+            return
+        raise StoppedError
 
     def close(self) -> None:
         """Close the socket, so that the run ends."""

@@ -5,7 +5,9 @@ Axis legend: `K` expert slots.
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Own, PyTree
 
 FILE = "own.npz"
+# File with a hash of the examples that the client joined with.
+_EXAMPLES = "examples.txt"
 
 
 class Kept(NamedTuple):
@@ -57,13 +61,45 @@ def keep(folder: Path, kept: Kept) -> None:
         arrays |= {f"{name}.{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(tree))}
     content = BytesIO()
     np.savez(content, **{name: _carried(x) for name, x in arrays.items()})  # type: ignore[arg-type]
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{FILE}.new"
+    _write(folder / FILE, content.getvalue())
+
+
+def require_same_examples(folder: Path, arrays: Mapping[str, Any]) -> None:
+    """Check that a client returns with the examples that it joined with; remember them at first.
+
+    Args:
+      folder: folder of the client's own state.
+      arrays: its training examples, leaves (N, ...).
+
+    Raises:
+      InputError: the examples are others.
+      OSError: if the hash cannot be written.
+    """
+    path, found = folder / _EXAMPLES, _hash(arrays)
+    if not path.exists():
+        _write(path, found.encode())
+    elif path.read_text(errors="replace") != found:
+        remedy = "has joined this federation with other examples: give those, or begin a new run"
+        raise InputError("data", "other training examples", remedy)
+
+
+def _hash(arrays: Mapping[str, Any]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(arrays):
+        values = np.ascontiguousarray(arrays[name])
+        found.update(f"{name} {values.dtype.str} {values.shape} ".encode())
+        found.update(values.tobytes())
+    return found.hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.new")
     with temporary.open("wb") as file:
-        file.write(content.getvalue())
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, folder / FILE)
+    os.replace(temporary, path)
 
 
 def recall(folder: Path, first: Kept) -> Kept:

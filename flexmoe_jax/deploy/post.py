@@ -10,19 +10,21 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from flwr.app import ConfigRecord, RecordDict
 
 from flexmoe_jax.deploy.carrier import Carrier, LostError, Reply
-from flexmoe_jax.errors import InputError, printable
+from flexmoe_jax.errors import InputError, StoppedError, printable
 from flexmoe_jax.options.deploy import DeployOptions
 
 _LOG = logging.getLogger(__name__)
 # Seconds between two polls for answers.
 _POLL = 0.1
+# Seconds without any client after which the server says that it waits.
+_QUIET = 5.0
 # How often the same order is sent to a client that fails.
 _TRIES = 3
 # The kinds of orders.
@@ -95,7 +97,7 @@ class Post:
     Args:
       carrier: carries the messages.
       again: called if the carrier is lost; returns when it works again.
-      stop: returns whether `gather` should stop waiting for clients.
+      stop: returns whether to stop waiting for clients, where no deadline ends a wait.
     """
 
     def __init__(
@@ -125,22 +127,46 @@ class Post:
           The facts of each client, by its number.
 
         Raises:
-          KeyboardInterrupt: if `stop` says to stop waiting.
+          StoppedError: if `stop` says to stop waiting.
         """
         told = -1
         while len(self.facts) < count:
-            if self._stop():
-                raise KeyboardInterrupt
-            self._step({}, {}, "query", "")
+            self._wait_a_little()
             if len(self.facts) != told:
                 told = len(self.facts)
                 _LOG.info("%d of %d clients are there", told, count)
-            time.sleep(_POLL)
         return [self.facts[name] for name in sorted(self.facts, key=natural)[:count]]
+
+    def wait_for_any(self) -> None:
+        """Wait until a client is ready, so that no round passes while all of them are away.
+
+        Raises:
+          StoppedError: if `stop` says to stop waiting.
+          InputError: no client is left that takes part; it says why the first does not.
+        """
+        begin, told = time.monotonic(), False
+        while not self._ready:
+            self._wait_a_little()
+            self._require_some()
+            if not told and not self._names and time.monotonic() - begin > _QUIET:
+                told = True
+                _LOG.warning("all clients are away; the next round waits for one of them")
+
+    def _wait_a_little(self) -> None:
+        if self._stop():
+            raise StoppedError
+        self._step({}, {}, "query", "")
+        time.sleep(_POLL)
+
+    def _require_some(self) -> None:
+        names = {number: name for name, number in (self._numbers or {}).items()}
+        if names and set(names) == self._out:
+            remedy = f"all have refused, or have another model; {names[0]}: {self.of(0).why}"
+            raise InputError("clients.count", "nobody takes part", remedy)
 
     def admit(
         self,
-        names: list[str],
+        clients: Sequence[Facts],
         setup: Callable[[int], RecordDict],
         layout: str,
         meet: Callable[[int, Mapping[str, object]], str],
@@ -148,16 +174,18 @@ class Post:
         """Set the clients that take part, and the setup that each gets first.
 
         Args:
-          names: names of the clients, by their numbers; all others are rejected.
+          clients: the clients, by their numbers; all others are rejected, and so is one that
+            returns with another number of examples, or with less memory.
           setup: client number -> its setup message.
           layout: hash of the names and shapes of the model's parameters; a client's must be equal.
           meet: (number, what the client tells once it is set up) -> reason to reject the client;
             empty if it takes part.
         """
-        self._numbers = {name: number for number, name in enumerate(names)}
+        self._numbers = {one.name: number for number, one in enumerate(clients)}
         self._setup, self._layout, self._hear = setup, layout, meet
-        for name in names:
-            self.status.setdefault(name, ClientStatus())
+        for one in clients:
+            self.facts[one.name] = one
+            self.status.setdefault(one.name, ClientStatus())
 
     def shown(self) -> dict[str, dict[str, object]]:
         """Return the state and statistics of each client, by name; callable from any thread."""
@@ -229,9 +257,7 @@ class Post:
             status = self.status[names[number]]
             status.late += 1
             _LOG.warning("%s: did not answer in time (%s)", names[number], kind)
-        if names and set(names) == self._out:
-            remedy = f"all have refused, or have another model; {names[0]}: {self.of(0).why}"
-            raise InputError("clients.count", "nobody takes part", remedy)
+        self._require_some()
         # Forget open orders: answers that still arrive belong to a round that is over.
         self._sent = {m: s for m, s in self._sent.items() if s.purpose in ("hello", "setup")}
 
@@ -361,6 +387,11 @@ class Post:
         if self._numbers is not None and facts.name not in self._numbers:
             _LOG.warning("%s: refused: takes no part in this federation", facts.name)
             return
+        if self._numbers is not None and (why := _changed(self.facts[facts.name], facts)):
+            _LOG.error("%s: takes no part: %s", facts.name, why)
+            self.status[facts.name].why = why
+            self._out.add(self._numbers[facts.name])
+            return
         others = [n for n, name in self._names.items() if name == facts.name and n != node]
         for other in others:  # The client reconnected; messages to its former node are lost.
             self._names.pop(other)
@@ -368,7 +399,7 @@ class Post:
             self._sent = {m: s for m, s in self._sent.items() if s.node != other}
         self._names[node] = facts.name
         self._out.discard((self._numbers or {}).get(facts.name, -1))
-        self.facts.setdefault(facts.name, facts)
+        self.facts[facts.name] = facts
         self.status.setdefault(facts.name, ClientStatus()).node = node
 
     def _set_up(self, sent: _Sent, content: RecordDict, orders: dict[int, Order]) -> None:
@@ -395,6 +426,15 @@ class Post:
             self._ready.discard(sent.node)
         elif sent.number in orders:
             orders[sent.number] = orders[sent.number]._replace(content=orders[sent.number].whole())
+
+
+def _changed(first: Facts, now: Facts) -> str:
+    """Return why a client that returns cannot take part as before; empty if it can."""
+    if now.examples != first.examples:
+        return f"has {now.examples} examples, and had {first.examples} when the run began"
+    if now.memory < first.memory:
+        return f"has {now.memory} bytes for training, and had {first.memory} when the run began"
+    return ""
 
 
 def natural(name: str) -> tuple:

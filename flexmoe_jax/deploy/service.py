@@ -186,10 +186,13 @@ class Service:
     ) -> tuple[ServerState, RoundReport, np.ndarray, np.ndarray]:
         """Send orders to the clients of a plan, collect their answers, and close the round.
 
+        The round begins once a client is ready.
+
         Returns:
           The state after the round, its report, and two arrays (P,) bool: the clients of the plan
           that were sent an order, and those with a valid answer.
         """
+        self._post.wait_for_any()
         federation, done = self.federation, int(state.server.round)
         numbers, slots = np.asarray(plan.clients), np.asarray(plan.slots)
         rows = {int(c): row for row, c in enumerate(numbers) if c < federation.clients}

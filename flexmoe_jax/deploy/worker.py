@@ -22,7 +22,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flexmoe_jax import client
 from flexmoe_jax.compiling import ONCE, USUAL, compiler_options, placed
 from flexmoe_jax.deploy import wire
-from flexmoe_jax.deploy.keeping import Kept, keep, recall
+from flexmoe_jax.deploy.keeping import Kept, keep, recall, require_same_examples
 from flexmoe_jax.errors import InputError, printable
 from flexmoe_jax.federation import Federation
 from flexmoe_jax.types import Array, Download, Own, Params, PyTree, Tally, Upload
@@ -246,6 +246,7 @@ class _Part:
             partial(_judge, federation, len(setup.classes)), compiler_options=as_usual
         )
         self._compiled, self._rate = False, 0.0
+        require_same_examples(folder, mine.arrays)
         self._kept = recall(folder, self._first())
 
     def train(self, ask: Mapping[str, Any], message: RecordDict) -> RecordDict:

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from experiments.configs import digits
 from experiments.deploying import joining
 from experiments.deploying.checks import read_examples
-from experiments.deploying.serving import Deployment
+from experiments.deploying.serving import Deployment, OwnData
 from experiments.deploying.splitting import write_clients
+from experiments.examples import load_examples
 from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax.deploy import LocalCarrier, Post, Worker
@@ -49,7 +50,7 @@ class Town:
     def __init__(self, folder: Path, config: ConfigDict) -> None:
         self.folder, self.config = folder, config
         self.said: list[str] = []
-        self.files = write_clients(config, folder / "data")
+        self.files = write_clients(load_examples(config), folder / "data")
         self.carrier = LocalCarrier({})
         for number, _ in enumerate(self.files):
             self.start(number)
@@ -71,16 +72,22 @@ class Town:
         self.carrier.clients[100 + number if node is None else node] = worker.answer
         return worker
 
-    def train(self, rounds: int = 0, name: str = "served") -> Workdir:
+    def train(
+        self,
+        rounds: int = 0,
+        name: str = "served",
+        stop: Callable[[], bool] = lambda: False,
+        status: str = "finished",
+    ) -> Workdir:
         """Serves the run, or resumes it, up to a round."""
         config = self.config.copy_and_resolve_references()
         config.rounds = rounds or config.rounds
         workdir = Workdir(self.folder / name)
-        post = Post(self.carrier)
+        post = Post(self.carrier, stop=stop)
         self.post = post
-        self.deployment = Deployment(config, workdir, post)
+        self.deployment = Deployment(OwnData(config), workdir, post)
         with closing(self.deployment):
-            assert train(config, workdir, way=self.deployment.way) == "finished"
+            assert train(config, workdir, stop=stop, way=self.deployment.way) == status
         return workdir
 
 

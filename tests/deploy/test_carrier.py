@@ -9,7 +9,7 @@ from multiprocessing.connection import Client
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from flexmoe_jax.deploy import FlowerCarrier, LocalCarrier, Post, answer_calls
+from flexmoe_jax.deploy import Facts, FlowerCarrier, LocalCarrier, Post, answer_calls
 from flexmoe_jax.deploy.carrier import from_bytes, to_bytes
 from flexmoe_jax.deploy.flower import app
 from flexmoe_jax.deploy.post import Order
@@ -45,7 +45,7 @@ class Refusing(LocalCarrier):
 
 def test_only_orders_that_were_sent_are_counted():
     post = Post(Refusing({1: client}))
-    post.admit(["a"], lambda number: ask("setup"), "same", lambda number, told: "")
+    post.admit([Facts("a", 1)], lambda number: ask("setup"), "same", lambda number, told: "")
     orders = {0: Order(ask("train"), lambda: ask("train"))}
     post.ask("train", "round 1", orders, lambda number, content: "", DeployOptions(), 1)
     assert (post.of(0).asked, post.of(0).answered) == (1, 1)

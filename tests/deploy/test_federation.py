@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from functools import partial
 
 import jax
@@ -14,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord
 from experiments.build import build
 from experiments.deploying.checks import check_deployable, read_examples
 from experiments.deploying.splitting import write_clients
+from experiments.examples import load_examples
 from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax.checkpoint import Checkpoints
@@ -199,6 +201,46 @@ def test_clients_with_other_examples_or_another_model_take_no_part(make_town):
     assert "client_2: takes no part: has another model" in town.said
 
 
+def test_no_round_passes_while_all_clients_are_away(make_town, monkeypatch):
+    town = make_town(deploy__absence=0.5)
+    town.train(rounds=1)
+    monkeypatch.setattr("flexmoe_jax.deploy.post._QUIET", 0.0)
+    clients, town.carrier.clients = town.carrier.clients, {}
+    begin = time.monotonic()
+
+    def stop() -> bool:
+        if time.monotonic() - begin > 1.0:
+            town.carrier.clients = clients
+        return False
+
+    rows = town.train(rounds=2, stop=stop).read()
+    assert [row["clients/delivered"] for row in rows] == [3, 3]
+    assert town.said.count("all clients are away; the next round waits for one of them") == 1
+    # Whoever ends the server meanwhile, interrupts the run.
+    town.carrier.clients = {}
+    workdir = town.train(rounds=3, stop=lambda: True, status="interrupted")
+    summary = json.loads((workdir.path / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"]) == ("interrupted", 2)
+    assert len(workdir.read()) == 2
+
+
+def test_a_client_that_returns_with_other_examples_takes_no_part(make_town):
+    town = make_town()
+    town.train(rounds=1)
+    fewer, others = town.files[:2]
+    with np.load(fewer) as found:
+        np.savez(fewer, **{name: x[1:] for name, x in found.items()})
+    with np.load(others) as found:
+        np.savez(others, **{name: np.roll(x, 1, axis=0) for name, x in found.items()})
+    town.start(0)
+    town.start(1)
+    rows = town.train(rounds=2).read()
+    assert [row["clients/delivered"] for row in rows] == [3, 1]
+    refused = [line for line in town.said if "takes no part" in line]
+    assert refused[0] == "client_0: takes no part: has 49 examples, and had 50 when the run began"
+    assert "client_1: takes no part: data=other training examples" in refused[1]
+
+
 def test_a_run_in_which_nobody_takes_part_ends_in_a_line(make_town):
     town = make_town()
     for node in (100, 101, 102):
@@ -334,7 +376,7 @@ def test_a_client_without_test_examples_gets_a_file_that_it_can_read(tmp_path):
     np.savez(tmp_path / "mine.npz", **{**arrays, "test_clients": np.zeros(8, int)})
     config = small(data__name=str(tmp_path / "mine.npz"), partition__name="natural")
     config.clients.count, config.partition.min_per_client = 2, 1
-    files = write_clients(config, tmp_path / "clients")
+    files = write_clients(load_examples(config), tmp_path / "clients")
     tests = [read_examples(path)[1] for path in files]
     assert [None if given is None else len(given["labels"]) for given in tests] == [8, None]
 

@@ -12,9 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 
 from experiments import deploy_local
 from experiments.deploying.certificates import make_certificates
+from experiments.deploying.credentials import (
+    read_private_key,
+    read_public_keys,
+    read_root,
+    read_tls,
+)
 from experiments.deploying.flower import require_free
 from experiments.export import export
 from flexmoe_jax.errors import InputError
@@ -76,13 +89,15 @@ def test_a_server_and_clients_train_over_flower_and_leave_nothing_behind(tmp_pat
     with np.load(tmp_path / "run" / "arrays.npz") as arrays:
         assert arrays["ids"].tolist() == ["client_0", "client_1"]
     assert processes(tmp_path) == []
-    # Models are exported as those of a simulation, but a real client knows its label shares itself.
-    for what in ("assembled", "client:1"):
-        notes = export(tmp_path / "run", what, tmp_path / what)
-        assert any("eval.prior" in note for note in notes) == (what == "client:1")
-        described = json.loads((tmp_path / what / "model.json").read_text())
-        assert described["round"] == 2
-        assert "prior" not in described
+    # Models are exported as those of a simulation, with the label shares that clients have told.
+    notes = export(tmp_path / "run", "client:1", tmp_path / "exported")
+    assert not any("eval.prior" in note for note in notes)
+    described = json.loads((tmp_path / "exported" / "model.json").read_text())
+    assert described["round"] == 2
+    with np.load(tmp_path / "run-clients" / "client_1.npz") as own:
+        found, counts = np.unique(own["train_labels"], return_counts=True)
+    shares = np.exp(described["prior"]["log_label_share"])[[int(name) for name in found]]
+    np.testing.assert_allclose(shares, counts / counts.sum(), atol=0.01)  # They are smoothed.
 
 
 CLIENT = """
@@ -112,19 +127,66 @@ def test_a_client_that_a_signal_kills_is_started_again(
     (tmp_path / "server.py").write_text(SERVER)
     starts = str(tmp_path / "starts")
     server, client = ["server", starts, str(kills)], ["client", starts, str(kills)]
-    assert deploy_local._run(server, {"anna": client}, tmp_path) == code
+    assert deploy_local._run(server, lambda process: {"anna": client}, tmp_path) == code
     said = capsys.readouterr().err
     assert said.count("anna: killed by signal 9; started again") == again
     assert ("anna: ended before the server" in said) == (code == 1)
 
 
-def test_only_its_owner_may_read_a_new_private_key(tmp_path):
-    key = tmp_path / "server.key"
-    key.write_text("of last year")
-    key.chmod(0o644)
+def test_only_its_owner_may_read_a_private_key_which_nothing_overwrites(tmp_path):
     make_certificates(tmp_path, "127.0.0.1")
+    key = tmp_path / "server.key"
+    content = key.read_text()
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
-    assert key.read_text().startswith("-----BEGIN PRIVATE KEY-----")
+    assert content.startswith("-----BEGIN PRIVATE KEY-----")
+    with pytest.raises(InputError, match=r"ca.crt: is there already"):
+        make_certificates(tmp_path, "127.0.0.1")
+    assert key.read_text() == content
+
+
+def test_certificates_are_refused_where_clients_would_refuse_them(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    make_certificates(one, "fed.example.org")
+    make_certificates(other, "192.0.2.7")
+    for host in ("fed.example.org", "localhost", "127.0.0.1"):
+        assert read_tls(one, host).key == one / "server.key"
+    with pytest.raises(InputError, match=r"server.pem: .*refuse 192.0.2.8 by it: IP address mism"):
+        read_tls(other, "192.0.2.8")
+    (one / "ca.crt").write_bytes((other / "ca.crt").read_bytes())
+    with pytest.raises(InputError, match=r"server.pem: clients that trust ca.crt refuse.*by it"):
+        read_tls(one, "localhost")
+    (one / "server.key").write_bytes((other / "server.key").read_bytes())
+    with pytest.raises(InputError, match=r"server.pem: does not go with server.key.*mismatch"):
+        read_tls(one, "localhost")
+    (one / "ca.crt").write_text("no certificate")
+    with pytest.raises(InputError, match=r"--certificate=.*ca.crt: is no certificate"):
+        read_root(one / "ca.crt")
+
+
+@pytest.mark.parametrize("host", ["", "a b", "bücher.example", "-a.example", "a" * 64, "x/y"])
+def test_a_host_that_can_have_no_certificate_is_refused(host, tmp_path):
+    with pytest.raises(InputError, match=r"--host=.*give a host's name"):
+        make_certificates(tmp_path / "keys", host)
+    assert not (tmp_path / "keys").exists()
+
+
+def test_only_keys_that_flower_takes_are_accepted(tmp_path):
+    for name, key in (
+        ("good", ec.generate_private_key(ec.SECP384R1())),
+        ("bad", ed25519.Ed25519PrivateKey.generate()),
+    ):
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+        (tmp_path / name).write_bytes(private)
+        public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        (tmp_path / f"{name}.pub").write_bytes(public)
+    assert read_private_key(tmp_path / "good") == tmp_path / "good"
+    for name, why in (("bad", "is not of type ecdsa"), ("good.pub", "is no such key")):
+        with pytest.raises(InputError, match=f"--key=.*{name}: {why}.*ssh-keygen"):
+            read_private_key(tmp_path / name)
+    with pytest.raises(InputError, match=r"--client_keys=.*bad.pub: is not of type ecdsa"):
+        read_public_keys(tmp_path)
+    (tmp_path / "bad.pub").unlink()
+    assert read_public_keys(tmp_path) == [tmp_path / "good.pub"]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -158,6 +220,10 @@ def test_a_port_is_free_until_it_is_used(host, monkeypatch):
             ["serve", f"--config={DIGITS}", "--workdir=run", "--certificates=no"],
             "--certificates=no",
         ),
+        (
+            ["deploy_local", f"--config={DIGITS}", "--workdir=run", "--config.model.top_k=9"],
+            "model.top_k=9",
+        ),
         (["join", "--server=127.0.0.1:1", "--data=x.npz"], "--name=None: is needed"),
         (["join", "--server=here", "--name=a", "--data=x.npz"], "--server=here: give HOST:PORT"),
         (["join", "--server=h:1", "--name=a", "--data=x.npz"], "--data=x.npz: cannot be read"),
@@ -170,4 +236,4 @@ def test_what_cannot_be_used_is_refused_in_one_line(words, line, tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert line in done.stderr
-    assert not (tmp_path / "run").exists()
+    assert not any(tmp_path.iterdir())

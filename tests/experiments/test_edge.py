@@ -45,6 +45,17 @@ UNRELIABLE = {
 }
 
 
+def test_rounds_without_any_update_are_told(tmp_path, capfd):
+    fields = {"rounds": 2, "eval__every": 2, "edge__mix": "phone", "edge__deadline": 1e-9}
+    status, rows = run(configure(**fields, data__train_limit=300), tmp_path / "run")
+    assert status == "finished"
+    assert [row["clients/delivered"] for row in rows] == [0, 0]
+    line = "no update arrived in 2 of 2 rounds: nothing was learned"
+    assert line in capfd.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert line in summary["notes"]
+
+
 def test_dropouts_and_clients_that_send_no_numbers_do_not_stop_the_main_job(tmp_path):
     status, rows = run(configure(**UNRELIABLE), tmp_path / "run")
     assert status == "finished"

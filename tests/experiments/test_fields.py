@@ -25,12 +25,14 @@ def test_a_range_is_dealt_out_evenly(clients, low, extra, seed):
 
 def test_a_number_serves_all():
     assert client_capacities(3, 4, 8, 0).tolist() == [3, 3, 3, 3]
+    assert client_capacities("3", 4, 8, 0).tolist() == [3, 3, 3, 3]
 
 
 @pytest.mark.parametrize(
     ("fields", "line"),
     [
         ({"clients.capacity": 0}, "clients.capacity=0: choose 1 to model.experts=8"),
+        ({"clients.capacity": "9"}, "clients.capacity=9: choose 1 to model.experts=8"),
         ({"clients.capacity": "3-1"}, "clients.capacity=3-1: turn the range around: 1-3"),
         ({"clients.capacity": "few"}, "clients.capacity=few: give a number"),
         ({"clients.capacity": [1, 2.5]}, "clients.capacity=[1, 2.5]: give a number"),

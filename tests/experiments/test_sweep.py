@@ -193,19 +193,37 @@ def test_what_is_left_is_reckoned_from_what_was_done():
 
 
 def test_a_dry_run_lists_and_touches_nothing(tiny, tmp_path, capsys):
+    more = '"flex": {}, "more": {"local.epochs": 3}'
+    tiny.write_text(tiny.read_text().replace('"flex": {}', more))
     study = read_study(tiny)
     runs = tmp_path / "runs"
-    flex, broken = study.trials()
+    flex, more, broken = study.trials()
     finish(runs / flex.name, study.config_of(flex))
-    local.dry_run(Sweep(str(tiny), str(runs), data_dir="/some where"))
-    first, second, last = capsys.readouterr().out.splitlines()
+    assert local.dry_run(Sweep(str(tiny), str(runs), data_dir="/some where")) == 2
+    first, second, third, last = capsys.readouterr().out.splitlines()
     assert first == f"finished: {flex.name}"
     words = shlex.split(second.removeprefix("new: "))
     assert words[:3] == ["python", "-m", "experiments.train"]
-    assert f"--workdir={runs / broken.name}" in words
+    assert f"--workdir={runs / more.name}" in words
     assert "--config.data.dir=/some where" in words
-    assert last == "1 run done, 1 left, about 20\N{NO-BREAK SPACE}s"
+    line = "clients.capacity=9: choose 1 to model.experts=4"
+    assert third == f"refused: {broken.name}: {line}"
+    assert last == "1 run done, 2 left, about 40\N{NO-BREAK SPACE}s"
     assert not (runs / "study.json").exists()
+
+
+def test_a_run_and_a_study_share_no_folder(tiny, tmp_path):
+    study = read_study(tiny)
+    config = study.config_of(study.trials()[0])
+    finish(tmp_path / "run", config)
+    (tmp_path / "run" / "report").mkdir()
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(InputError, match=r"--workdir=.*run: holds a run \(config.json\)"):
+        local.run(Sweep(str(tiny), str(tmp_path / "run")))
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    write_record(study, tmp_path / "study")
+    with pytest.raises(InputError, match=r"workdir=.*study: holds a study \(study.json\)"):
+        Workdir(tmp_path / "study").check(config)
 
 
 def test_a_value_out_of_range_is_refused_before_any_run(tiny, tmp_path):
