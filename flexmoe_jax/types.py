@@ -169,6 +169,8 @@ class Ledger(NamedTuple):
         judged by their length.
       profile: (C, F) how each client's updates differ from those of other clients (see
         `server.affinity`); () if the server keeps no profiles.
+      alike: () bool, whether the latest assignment took into account which clients are alike; () if
+        the server keeps no profiles.
     """
 
     fitness: Array
@@ -179,6 +181,7 @@ class Ledger(NamedTuple):
     deficit: Array
     norms: PyTree
     profile: PyTree
+    alike: PyTree = ()
 
 
 class Server(NamedTuple):
@@ -245,6 +248,8 @@ class Plan(NamedTuple):
         are not stored. None if the noise comes from the run's key, or if there is no noise.
       use: (P, G, K) the part of its units that each client should route to each of its experts; 0
         in empty slots. None for even parts.
+      alike: () bool, whether the assignment took into account which clients are alike; None if the
+        server keeps no profiles.
     """
 
     clients: Array
@@ -255,6 +260,7 @@ class Plan(NamedTuple):
     noise: Array | None = None
     secret: Array | None = None
     use: Array | None = None
+    alike: Array | None = None
 
 
 class RoundReport(NamedTuple):

@@ -47,6 +47,7 @@ class Solution:
       seconds: wall time that the solver took.
       use: [C, E] part of its work that each client should give to each expert (see `split_use`),
         which the server adds to a policy's answer; None for even parts.
+      alike: whether the server took into account which clients are alike (see `server.affinity`).
     """
 
     assignment: BoolArray
@@ -58,6 +59,7 @@ class Solution:
     status: str
     seconds: float
     use: FloatArray | None = None
+    alike: bool = False
 
     def __str__(self) -> str:
         """Returns a one-line summary."""

@@ -13,9 +13,9 @@ near the mean of k_c centres:
 This is k-means with overlaps (Cleuziou 2008), in the space of the first D - 1 principal components,
 in which D centres lie. If several sums of two centres explain a client, the second term prefers two
 similar centres, so that kinds are not mixed without need. The gap statistic (Tibshirani et al.
-2001) selects the number of kinds: the one whose centres explain most beyond what as many centres
-explain of profiles without structure. A kind has one expert, or several if there are fewer kinds
-than experts.
+2001), what centres explain beyond what as many explain of profiles without structure, selects the
+number of kinds: the least beyond which every further centre adds little. A kind has one expert, or
+several if there are fewer kinds than experts.
 
 Under label skew updates differ most by classes, which is not what experts are for: a client knows
 its own label shares. If the server sees these shares, profiles can be taken beyond them: what a
@@ -57,6 +57,8 @@ _RIDGE = 0.2
 _SHARE_RIDGE = 0.1
 # Gaps, and costs of searches, are nearly equal if they differ by less than this part.
 _NEAR = 0.03
+# What each further centre must explain, as a part of the mean of those before it.
+_WORTH = 0.1
 # Least part of the clients with a single kind for which mixtures of kinds are left out.
 _OWN = 0.9
 # Worth of an expert of a client's kind that is not one of the client's own; its own are worth 1.
@@ -94,16 +96,16 @@ def learn_profile(
     """Adds a round's sketches (P, F) to the profiles (C, F).
 
     The mean of the sketches is subtracted, and each difference is scaled to length 1, after
-    `_EARLY` rounds to less and less: the better experts fit their clients, the less the shared
-    parameters are pulled in different directions. Sketches that were not accepted or are not finite
-    are ignored.
+    `_EARLY` rounds to less and less, in inverse proportion to the square of the rounds: the better
+    experts fit their clients, the less the shared parameters are pulled in different directions.
+    Sketches that were not accepted or are not finite are ignored.
     """
     there = (accepted & jnp.isfinite(sketches).all(axis=1))[:, None]
     count = jnp.maximum(there.sum(dtype=jnp.float32), 1.0)
     mean = jnp.where(there, sketches, 0.0).sum(axis=0, keepdims=True) / count
     own = jnp.where(there, sketches - mean, 0.0)
     length = jnp.sqrt((own**2).sum(axis=1, keepdims=True))
-    weight = jnp.minimum(1.0, _EARLY / (jnp.asarray(round_index, jnp.float32) + 1.0))
+    weight = jnp.minimum(1.0, _EARLY / (jnp.asarray(round_index, jnp.float32) + 1.0)) ** 2
     return profile.at[clients].add(weight * own / jnp.maximum(length, 1e-12), mode="drop")
 
 
@@ -177,6 +179,20 @@ class _Kinds(NamedTuple):
     beyond: float
 
 
+class _Tried(NamedTuple):
+    """A number of kinds that was tried.
+
+    Attributes:
+      gap: squares that the centres explain beyond chance.
+      made_of: (M, D) how often each landmark has each kind.
+      kinds: the kinds.
+    """
+
+    gap: float
+    made_of: np.ndarray
+    kinds: _Kinds
+
+
 class _Found(NamedTuple):
     """The best result of several searches.
 
@@ -228,7 +244,7 @@ def _structure(profiles: np.ndarray, experts: int, seed: int) -> float:
 def _find_kinds(
     profiles: np.ndarray, room: np.ndarray, used: np.ndarray, rng: np.random.Generator
 ) -> _Kinds:
-    """Finds the kinds, in the number whose centres explain most beyond chance.
+    """Finds the kinds, in the least number beyond which more centres explain little more.
 
     Each number is tried in two ways: a client has each kind at most once, or may repeat a kind.
     So that a round does not lose what the rounds before have found, searches start from who has
@@ -253,16 +269,35 @@ def _find_kinds(
             searches.append((points[:, : kinds - 1], room, wish, starts))
     with ThreadPoolExecutor(_THREADS) as pool:
         results = list(pool.map(_search_both_ways, *zip(*searches, strict=True)))
-    tried = []
+    tried: dict[int, list[_Tried]] = {}
     for kinds, real, *chance in zip(numbers, *(results[i::3] for i in range(3)), strict=True):
         for once, found in _own_first(real, room).items():
             by_chance = float(np.mean([of_chance[once].explained for of_chance in chance]))
             gap = found.explained - by_chance
             beyond = max(gap, 0.0) / max(total - by_chance, 1e-12)
-            tried.append((gap, found, _Kinds(found.centres, axes[: kinds - 1], once, beyond)))
-    tried.sort(key=lambda one: -one[0])
-    near = [one for one in tried if one[0] >= tried[0][0] - _NEAR * abs(tried[0][0])]
-    return max(near, key=lambda one: _kept(one[1].made_of, used))[2]
+            these = _Kinds(found.centres, axes[: kinds - 1], once, beyond)
+            tried.setdefault(kinds, []).append(_Tried(gap, found.made_of, these))
+    chosen = _elbow(numbers, [max(one.gap for one in tried[kinds]) for kinds in numbers])
+    best = max(one.gap for one in tried[chosen])
+    near = [one for one in tried[chosen] if one.gap >= best - _NEAR * abs(best)]
+    return max(near, key=lambda one: _kept(one.made_of, used)).kinds
+
+
+def _elbow(numbers: np.ndarray, gaps: list[float]) -> int:
+    """Returns the least number of kinds that no larger number improves on by much.
+
+    Clients of one kind differ, too, not only by chance: by their own examples, and by the experts
+    that they held. So more centres explain a little more, and the largest gap is at too many.
+
+    Args:
+      numbers: values of D, ascending.
+      gaps: the squares that so many centres explain beyond chance.
+    """
+    for i, (kinds, gap) in enumerate(zip(numbers, gaps, strict=True)):
+        least = _WORTH * gap / (kinds - 1) * (numbers[i + 1 :] - kinds)
+        if gap > 0 and (np.array(gaps[i + 1 :]) - gap <= least).all():
+            return int(kinds)
+    return int(numbers[np.argmax(gaps)])
 
 
 def _own_first(found: dict[bool, _Found], room: np.ndarray) -> dict[bool, _Found]:

@@ -32,6 +32,8 @@ Assign = Callable[..., tuple[Solution, ...]]
 _GROUPS = 0x6C61
 # The least part that a client may want to use an expert, and a worth that counts as none.
 _LEAST_PART, _LITTLE = 5e-5, 1e-3
+# The part of the evidence that is enough in the round after affinity counted.
+_STILL = 0.5
 
 
 def make_assign(
@@ -89,6 +91,7 @@ def make_assign(
             )
             solution = policy(replace(request, seed=_seed_of_group(seed, g)))
             check_solution(solution, cohort, capacity, desk.experts)
+            solution = replace(solution, alike=bool(like.any()))
             found.append(_split(solution, like[g][cohort], work, cohort))
         first = replace(found[0], seconds=found[0].seconds + telling)
         return (first, *found[1:])
@@ -111,7 +114,9 @@ def _match(
     label_share = descriptor if desk.fitness.beyond_labels else None
     if profile is not None:
         return affinity(profile, known.usage, capacity, seed)
-    least = desk.fitness.evidence
+    # Less is enough for kinds that were seen before: once their experts fit them, clients pull the
+    # shared parameters apart less and less.
+    least = desk.fitness.evidence * (_STILL if known.alike else 1.0)
     return affinity(known.profile, known.usage, capacity, seed, label_share, least)
 
 

@@ -107,6 +107,7 @@ def init(desk: Desk, key: Key, shared: PyTree, experts: PyTree, clients: int) ->
             if desk.fitness.sketched
             else ()
         ),
+        alike=jnp.zeros((), bool) if desk.fitness.sketched else (),
     )
     optimizer = (
         desk.optimizer.init(shared),
@@ -308,8 +309,9 @@ def _keep_books(desk: Desk, server: Server, sums: Sums, verdicts: Verdict, plan:
             )
         )
     stacked: Ledger = jax.tree.map(lambda *x: jnp.stack(x), *books)
-    profile = ledger.profile
+    profile, alike = ledger.profile, ledger.alike
     if desk.fitness.sketched:
         heard = verdicts.sketch, verdicts.accepted
         profile = learn_profile(profile, plan.clients, *heard, server.round)
-    return stacked._replace(norms=ledger.norms, profile=profile)
+        alike = alike if plan.alike is None else plan.alike
+    return stacked._replace(norms=ledger.norms, profile=profile, alike=alike)

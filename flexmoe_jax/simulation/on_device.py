@@ -125,7 +125,9 @@ def round_on_device(simulation: Simulation, *, per_round: int = 0) -> Rounds:
     floor = setting.floor._replace(rows=size, block_size=block_size)
 
     def run_round(state: State, data: ClientData) -> tuple[State, DeviceReport]:
-        ledger = jax.tree.map(lambda x: x[0], state.server.ledger._replace(norms=(), profile=()))
+        ledger = jax.tree.map(
+            lambda x: x[0], state.server.ledger._replace(norms=(), profile=(), alike=())
+        )
         round_key = jax.random.fold_in(state.server.key, state.server.round)
         keys = jax.random.split(jax.random.fold_in(round_key, _PLANNING), 3)
         cohort = draw_cohort(keys[0], clients, size)

@@ -199,6 +199,7 @@ def _plan(setting: Setting, per_round: int, noise: bool) -> Plan:
         noise=numbers(rows, dtype=jnp.float32) if noise else None,
         secret=numbers(2, dtype=jnp.uint32) if secret else None,
         use=use if federation.splits_use else None,
+        alike=numbers(dtype=jnp.bool_) if federation.fitness.sketched else None,
     )
 
 

@@ -265,6 +265,9 @@ def _plan(
         server.draw_secret() if secret else None,
         use,
     )
+    if federation.fitness.sketched:
+        alike: Any = np.array(any(solution.alike for solution in solutions))
+        laid_out = laid_out._replace(alike=alike)
     # A solver with a time limit may give different results on different hosts: all hosts use the
     # plan of the first one.
     if jax.process_count() > 1:
@@ -367,7 +370,7 @@ def _train_cohort(
 def _of_clients(plan: Plan) -> Plan:
     """Returns a plan without the arrays that have no client axis, to divide it among devices."""
     nothing: Any = None
-    return plan._replace(load=nothing, secret=nothing)
+    return plan._replace(load=nothing, secret=nothing, alike=nothing)
 
 
 def ask_cohort(
