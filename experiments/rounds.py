@@ -181,6 +181,7 @@ def round_metrics(
         "assignment/gap": float(solution.gap),
         "assignment/solve_seconds": float(assigned.seconds),
         "assignment/status": solution.status,
+        **({"assignment/by_kind": True} if solution.alike else {}),
         "clients/asked": len(assigned.cohort),
         "clients/delivered": int(outcome.delivered.sum()),
         "clients/quarantined": int(report.quarantined.sum()),

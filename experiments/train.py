@@ -214,7 +214,7 @@ SIMULATED = Way(build, compiled, play)
 
 
 def remarks(metrics: Metrics, told: set[str]) -> Iterator[str]:
-    """Yields remarks on a round that the user should see; those on refused updates only once.
+    """Yields remarks on a round that the user should see, most of them only once.
 
     Args:
       metrics: the metrics of the round.
@@ -224,10 +224,16 @@ def remarks(metrics: Metrics, told: set[str]) -> Iterator[str]:
         yield metrics["assignment/status"]
     if fell_back(status := metrics.get("assignment/newcomer_status", "")):
         yield f"newcomers: {status}"
-    why = refusals(metrics)
-    if why and why not in told:
-        told.add(why)
-        yield why
+    for line in (refusals(metrics), _kinds_seen(metrics)):
+        if line and line not in told:
+            told.add(line)
+            yield line
+
+
+def _kinds_seen(metrics: Metrics) -> str:
+    if "assignment/by_kind" not in metrics:
+        return ""
+    return "clients' updates show which clients are alike: these come to share experts (affinity)"
 
 
 def notes_on_idle_rounds(rows: list[Metrics]) -> tuple[str, ...]:

@@ -131,6 +131,22 @@ def test_exploration_ends_once_updates_show_kinds(counting):
     assert by_kind[1] < 3
 
 
+def test_less_evidence_is_enough_to_go_on(counting):
+    """Once experts fit their clients, updates differ less; the kinds are the same."""
+    state, _ = play(federate(counting, affinity=1.0, evidence=0.25), counting, rounds=7)
+    assert state.server.ledger.alike
+
+    def counts(evidence: float, alike: bool) -> bool:
+        books = state.server.ledger._replace(alike=jnp.array(alike))
+        known = state._replace(server=state.server._replace(ledger=books))
+        asking = federate(counting, affinity=1.0, evidence=evidence)
+        return simulation.simulate(asking, counting).assign(known, EVERYBODY)[0].alike
+
+    least = next(e for e in (0.3, 0.4, 0.5, 0.6, 0.7) if not counts(e, alike=False))
+    assert counts(least, alike=True)
+    assert not counts(1.0, alike=True)
+
+
 def test_without_labels_there_is_nothing_to_go_beyond(counting):
     (_, by_updates), (_, beyond) = (
         play(federate(counting, affinity=1.0, profile=profile), counting, rounds=3)
