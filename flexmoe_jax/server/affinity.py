@@ -279,7 +279,8 @@ def _find_kinds(
             tried.setdefault(kinds, []).append(_Tried(gap, found.made_of, these))
     chosen = _elbow(numbers, [max(one.gap for one in tried[kinds]) for kinds in numbers])
     best = max(one.gap for one in tried[chosen])
-    near = [one for one in tried[chosen] if one.gap >= best - _NEAR * abs(best)]
+    every = (one for of_number in tried.values() for one in of_number)
+    near = [one for one in every if abs(one.gap - best) <= _NEAR * abs(best)]
     return max(near, key=lambda one: _kept(one.made_of, used)).kinds
 
 
