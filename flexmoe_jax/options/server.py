@@ -139,7 +139,7 @@ class FitnessOptions(Options, section="fitness"):
         0.25,
         "part of the differences between clients' updates that a few principal components must "
         "explain, beyond label shares and chance, before affinity counts; it then takes the place "
-        "of exploration. 0: both count from the start",
+        "of exploration, for as long as there is half of it. 0: both count from the start",
         least=0,
         most=1,
     )
