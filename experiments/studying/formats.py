@@ -30,6 +30,7 @@ CSV_HEADS = (
     "p_value",
     "p_holm",
     "pairs_above",
+    "by_seed",
 )
 
 
@@ -71,7 +72,8 @@ def latex(table: Table) -> str:
 def csv_table(rows: Sequence[Row], axes: Sequence[str], reference: str) -> str:
     """Formats a CSV table with one line for each row and quantity.
 
-    Values are raw: bytes, seconds, losses as recorded, accuracies in [0, 1].
+    Values are raw: bytes, seconds, losses as recorded, accuracies in [0, 1]. The last column has
+    those of all seeds, as `0=0.91 1=0.93`, from which all others follow.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -88,7 +90,9 @@ def csv_table(rows: Sequence[Row], axes: Sequence[str], reference: str) -> str:
                 compared = map(_plain, (d.mean, d.margin, d.p, d.holm))
                 numbers += [csv_text(reference), d.n, *compared, d.above]
             names = [*row.task, *row.variant, row.method, key]
-            writer.writerow([*map(csv_text, names), row.asked, len(row.seeds), *numbers])
+            seeds = (f"{s}={_plain(x[key])}" for s, x in row.seeds.items() if key in x)
+            each = " ".join(seeds)
+            writer.writerow([*map(csv_text, names), row.asked, len(row.seeds), *numbers, each])
     return out.getvalue()
 
 

@@ -143,6 +143,8 @@ def test_numbers_worked_out_by_hand(folder):
     )
     assert (difference["pairs"], difference["pairs_above"]) == ("3", "0")
     assert rows["flex", "global/final"]["reference"] == ""
+    assert difference["by_seed"] == "0=0.66 1=0.7 2=0.59"
+    assert greedy["by_seed"] == "0=6 1=6"
 
 
 def test_the_best_is_not_the_last(tmp_path):
