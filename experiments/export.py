@@ -1,11 +1,12 @@
 """Writes a trained model into files that JAX alone can read.
 
-    python -m experiments.export WORKDIR --what=assembled|client:7 --to=DIR [--data_dir=DIR]
+    python -m experiments.export WORKDIR --what=assembled|client:7|client:anna --to=DIR
 
 DIR then holds the parameters (safetensors), the compiled function of parameters and raw inputs
 (StableHLO, for any batch size), a description of both (JSON) and a text on how to load them.
 `assembled` is one model with all experts; it exists only if no part of the model stays with the
-clients. `client:7` is the model of client 7, with only the experts that this client holds. If the
+clients. `client:7` is the model of client 7, and `client:anna` that of the client with this id in
+the data or the federation, with only the experts that this client holds. If the
 run evaluates with `eval.prior`, the logarithm of its label shares is added to its outputs.
 
 The model comes from the newest complete checkpoint, also if the run is not finished: the round is
@@ -27,6 +28,8 @@ from absl import flags
 
 from experiments.cli import run_cli, user_path
 from flexmoe_jax.errors import InputError, printable
+from flexmoe_jax.npz import open_npz
+from flexmoe_jax.reading import UnreadableError
 
 ASSEMBLED = "assembled"
 
@@ -65,9 +68,9 @@ def check(workdir: Path, what: str, target: Path) -> int | None:
     Raises:
       InputError: see `export`.
     """
-    client = client_number(what)
     if not workdir.is_dir():
         raise InputError("WORKDIR", workdir, "there is no such folder; give that of a run")
+    client = client_number(what, workdir)
     check_target(target)
     for library in ("safetensors", "flatbuffers"):
         if find_spec(library) is None:
@@ -76,19 +79,31 @@ def check(workdir: Path, what: str, target: Path) -> int | None:
     return client
 
 
-def client_number(what: str) -> int | None:
+def client_number(what: str, workdir: Path) -> int | None:
     """Returns the number of the client in `what`; None for all experts together.
 
     Raises:
-      InputError: `what` is neither `assembled` nor `client:N`.
+      InputError: `what` is neither `assembled` nor the number or the id of a client.
     """
     if what == ASSEMBLED:
         return None
     if match := re.fullmatch(r"client:([0-9]{1,9})", what):
         return int(match[1])
-    raise InputError(
-        "--what", what, f"give {ASSEMBLED}, or client:7 for client 7; they count from 0"
-    )
+    ids = _client_ids(workdir)
+    if what.startswith("client:") and what.removeprefix("client:") in ids:
+        return ids.index(what.removeprefix("client:"))
+    some = f", or the id of one: {', '.join(ids[:5])}" if ids else ""
+    remedy = f"give {ASSEMBLED}, or client:7 for client 7; they count from 0"
+    raise InputError("--what", what, f"{remedy}{some}")
+
+
+def _client_ids(workdir: Path) -> list[str]:
+    """Returns who the clients of a run are, by their numbers; empty if its files do not say."""
+    try:
+        with open_npz(workdir / "arrays.npz") as arrays:
+            return list(map(str, arrays.read("ids"))) if "ids" in arrays.names else []
+    except (UnreadableError, OSError):
+        return []
 
 
 def check_target(target: Path) -> None:
@@ -167,7 +182,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     # Defined here, so that importing `export` defines no flags.
-    flags.DEFINE_string("what", None, "assembled, or client:N for the model of client N")
+    flags.DEFINE_string("what", None, "assembled, or client:N for client N, by number or id")
     flags.DEFINE_string("to", None, "the folder to write")
     flags.DEFINE_string("data_dir", None, "where the run's data are, if they have moved")
     run_cli(main)

@@ -84,7 +84,13 @@ def _pictures(
 ) -> list[Picture]:
     """Draws the pictures of one variant of one task."""
     runs = results.of(rows[0].task)
-    compared = zip(rows, differences(rows, reference, "mean/final"), strict=True)
+    comparable = any(row.values("mean/final") for row in rows)
+    key, what = (
+        ("mean/final", "Mean of the three accuracies")
+        if comparable
+        else ("personal/final", "Personal accuracy")
+    )
+    compared = zip(rows, differences(rows, reference, key), strict=True)
     made = [
         *pictures.curves(
             {row.method: list(runs[row.variant, row.method].values()) for row in rows},
@@ -97,6 +103,7 @@ def _pictures(
             {row.method: difference for row, difference in compared if difference is not None},
             reference,
             letters,
+            what,
         ),
     ]
     return [picture for picture in made if picture is not None]

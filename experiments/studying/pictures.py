@@ -228,14 +228,15 @@ def trade_off(rows: Sequence[Row], drawn: Mapping[str, Pen]) -> Picture | None:
 
 
 def forest(
-    differences: Mapping[str, Difference], reference: str, drawn: Mapping[str, Pen]
+    differences: Mapping[str, Difference], reference: str, drawn: Mapping[str, Pen], what: str
 ) -> Picture | None:
     """Draws differences from the reference with their intervals, one row for each method.
 
     Args:
-      differences: method to its difference in the mean of the three accuracies.
+      differences: method to its difference.
       reference: method that the others are compared with.
       drawn: method to its pen.
+      what: name of what is compared, to begin a sentence.
     """
     known = {name: d for name, d in differences.items() if d.n}
     if not known:
@@ -269,7 +270,7 @@ def forest(
         title=f"Difference from {reference}",
         source=style.draw(inches, paint),
         alt=f"Mean difference of each method from {reference}, with intervals.",
-        caption=f"Mean of the three accuracies at the end, method minus {reference} on the same "
+        caption=f"{what} at the end, method minus {reference} on the same "
         "seed: mean and 95 % interval (Student t, paired). One that spans 0 decides nothing.",
         wide=False,
         size=inches,

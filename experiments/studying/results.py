@@ -162,7 +162,8 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
 
     Returns:
       - `personal/final`, `personal/best`, the same for `global` and `server`, and `mean/final`, the
-        mean of the three final values: accuracies in [0, 1];
+        mean of the three final values: accuracies in [0, 1]; no mean where clients have rules of
+        their own, so that no model can be right on the whole test set;
       - `personal/p10`: personal accuracy of the client at the tenth percentile; `assembled/final`:
         accuracy of all experts in one model; `tuned/final`: of clients after one more round of
         training, each for itself; `newcomer/final`: of clients that have not trained;
@@ -187,7 +188,8 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
         found[f"{word}/final"] = run.final(f"eval/{word}_accuracy")
     for word in (*ACCURACIES, *FURTHER):
         found[f"{word}_loss/final"] = run.final(f"eval/{word}_loss")
-    found["mean/final"] = _mean(known) if len(known) == len(ACCURACIES) else None
+    one_truth = run.config.get("partition.rule", "none") == "none"
+    found["mean/final"] = _mean(known) if len(known) == len(ACCURACIES) and one_truth else None
     for word in BALANCES:
         _, each = run.series(f"load/{word}_cv")
         found[f"{word}/round"] = _mean(each) if each.size else None

@@ -22,9 +22,10 @@ ACCURACY = {
     "global/best": "global, best",
     "server/final": "server",
     "server/best": "server, best",
-    "mean/final": "mean of the three",
 }
-# Columns that are shown only if a run has the quantity; runs of older versions do not.
+# Columns that are shown only if a run has the quantity: no mean where clients have rules of their
+# own, and the others are missing from runs of older versions.
+MEAN = {"mean/final": "mean of the three"}
 FURTHER = {
     "personal/p10": "personal, tenth percentile",
     "assembled/final": "assembled",
@@ -51,7 +52,7 @@ COMPARED = {key: head for key, head in ACCURACY.items() if key.endswith("/final"
 
 def accuracy_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Table:
     """Tabulates the accuracies of all rows, in percent."""
-    further = _known(rows, FURTHER)
+    mean, further = _known(rows, MEAN), _known(rows, FURTHER)
     one = "; assembled: all experts in one model" if "assembled/final" in further else ""
     if "tuned/final" in further:
         one += "; fine-tuned: personal, after one more round for itself alone"
@@ -61,7 +62,7 @@ def accuracy_sheet(rows: Sequence[Row], axes: Sequence[str], title: str) -> Tabl
         f"{title}: accuracy",
         rows,
         axes,
-        {head: partial(_percent_of, key) for key, head in (ACCURACY | further).items()},
+        {head: partial(_percent_of, key) for key, head in (ACCURACY | mean | further).items()},
         "Percent, mean ± 95 % interval over seeds (Student t). Personal: clients on what is their "
         "own; global: the same clients on the whole test set; server: all clients' joint "
         f"prediction{one}.",
@@ -120,7 +121,7 @@ def difference_sheet(
         axes,
         f"{title}: difference from {reference}",
         reference,
-        COMPARED,
+        COMPARED | _known(rows, MEAN),
         shown,
         "Percentage points",
     )

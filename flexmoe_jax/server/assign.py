@@ -66,6 +66,7 @@ def make_assign(
         _check_scores(desk.fitness, books.fitness)
         found, begin = [], time.perf_counter()
         like = _match(desk, books, profile, capacity, seed, descriptor)
+        alike = bool(like.any())
         # The time to compute the affinity is part of the assignment's time, counted once.
         telling = time.perf_counter() - begin
         for g in range(desk.groups):
@@ -86,15 +87,13 @@ def make_assign(
                 held_rounds=rounds,
                 held=current,
                 descriptor=None if descriptor is None else descriptor[cohort],
-                explore=not (desk.fitness.evidence and like.any()),
+                explore=not (desk.fitness.evidence and alike),
                 group=g,
             )
             solution = policy(replace(request, seed=_seed_of_group(seed, g)))
             check_solution(solution, cohort, capacity, desk.experts)
-            solution = replace(solution, alike=bool(like.any()))
-            found.append(_split(solution, like[g][cohort], work, cohort))
-        first = replace(found[0], seconds=found[0].seconds + telling)
-        return (first, *found[1:])
+            found.append(_split(replace(solution, alike=alike), like[g][cohort], work, cohort))
+        return (replace(found[0], seconds=found[0].seconds + telling), *found[1:])
 
     return assign
 

@@ -90,7 +90,7 @@ def test_a_server_and_clients_train_over_flower_and_leave_nothing_behind(tmp_pat
         assert arrays["ids"].tolist() == ["client_0", "client_1"]
     assert processes(tmp_path) == []
     # Models are exported as those of a simulation, with the label shares that clients have told.
-    notes = export(tmp_path / "run", "client:1", tmp_path / "exported")
+    notes = export(tmp_path / "run", "client:client_1", tmp_path / "exported")
     assert not any("eval.prior" in note for note in notes)
     described = json.loads((tmp_path / "exported" / "model.json").read_text())
     assert described["round"] == 2

@@ -141,7 +141,7 @@ def test_another_number_of_clients_than_own_the_data_is_refused(tmp_path):
 def test_features_do_not_fit_a_backbone_of_images(tmp_path):
     config = measurements(tmp_path / "mine.npz", owners=5)
     config.model.backbone = "convnet"
-    with pytest.raises(InputError, match=r"^model\.backbone=convnet: .*images \(B, h, w, channel"):
+    with pytest.raises(InputError, match=r"^model\.backbone=convnet: .*\(8,\).* choose mlp$"):
         build(config)
 
 

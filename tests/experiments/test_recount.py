@@ -146,7 +146,7 @@ def opened(state: Tree) -> Tree:
     ledger = {
         name: table[0]
         for name, table in server["ledger"].items()
-        if name not in ("norms", "profile")
+        if name not in ("norms", "profile", "alike")
     }
     layers = {
         "experts": server["experts"]["mixture"],

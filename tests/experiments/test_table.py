@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,14 @@ def test_numbers_worked_out_by_hand(folder):
     assert rows["flex", "global/final"]["reference"] == ""
     assert difference["by_seed"] == "0=0.66 1=0.7 2=0.59"
     assert greedy["by_seed"] == "0=6 1=6"
+
+
+def test_there_is_no_mean_of_three_where_no_model_can_be_right_for_all(tmp_path):
+    write_run(tmp_path / "run", [0.5, 0.6])
+    run = read_run(tmp_path / "run")
+    assert figures(run, 0.6)["mean/final"] == pytest.approx((0.9 + 0.6 + 0.6) / 3)
+    of_rules = replace(run, config={**run.config, "partition.rule": "relabelled"})
+    assert "mean/final" not in figures(of_rules, 0.6)
 
 
 def test_the_best_is_not_the_last(tmp_path):
