@@ -17,6 +17,9 @@ from flexmoe_jax.options import ModelOptions
 from flexmoe_jax.tasks import Batch, Task
 from flexmoe_jax.types import Array, PyTree
 
+# Backbones that take images alone; mlp takes numbers of any shape.
+_OF_IMAGES = ("convnet", "cnn", "resnet")
+
 
 def finished(
     make_model: Callable[[int], models.Model],
@@ -146,6 +149,10 @@ def check_model(model: models.Model, task: Task, sample: Batch, name: str) -> No
     Raises:
       InputError: naming the part that does not fit.
     """
+    shape = np.shape(sample.get("images", ()))
+    if name in _OF_IMAGES and len(shape) != 4:
+        remedy = f"an example has shape {shape[1:]}, not (h, w, channels): choose mlp"
+        raise InputError("model.backbone", name, remedy)
 
     def trace(sample: Batch) -> tuple[PyTree, PyTree]:
         # As in the rounds, the outputs depend on the parameters alone.
@@ -163,9 +170,6 @@ def check_model(model: models.Model, task: Task, sample: Batch, name: str) -> No
     except Exception as error:  # A backbone that does not fit can fail in any way.
         if isinstance(error, InputError) and error.field != "model":
             raise
-        if (shape := np.shape(sample.get("images", np.empty((1, 1, 1, 1)))))[3:] == ():
-            remedy = f"an example has shape {shape[1:]}, not (h, w, channels): choose mlp"
-            raise InputError("model.backbone", name, remedy) from error
         reason = " ".join(str(error).split()).partition(" (https://flax")[0]
         raise InputError("model.backbone", name, f"{reason[:300]}; {contract}") from error
     if "images" in sample and (outputs.ndim != 2 or outputs.shape[0] != len(sample["images"])):

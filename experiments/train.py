@@ -224,16 +224,16 @@ def remarks(metrics: Metrics, told: set[str]) -> Iterator[str]:
         yield metrics["assignment/status"]
     if fell_back(status := metrics.get("assignment/newcomer_status", "")):
         yield f"newcomers: {status}"
-    for line in (refusals(metrics), _kinds_seen(metrics)):
+    for line in (refusals(metrics), _by_kind(metrics)):
         if line and line not in told:
             told.add(line)
             yield line
 
 
-def _kinds_seen(metrics: Metrics) -> str:
+def _by_kind(metrics: Metrics) -> str:
     if "assignment/by_kind" not in metrics:
         return ""
-    return "clients' updates show which clients are alike: these come to share experts (affinity)"
+    return "from now on it counts which clients are alike: these come to share experts (affinity)"
 
 
 def notes_on_idle_rounds(rows: list[Metrics]) -> tuple[str, ...]:

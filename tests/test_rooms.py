@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "plot": COMMON,
     "checkpoint": COMMON,
     "compiling": set(),
-    "deploy": COMMON | {"client", "compiling", "federation", "server", "tasks"},
+    "deploy": COMMON | {"client", "compiling", "data", "federation", "server", "tasks"},
 }
 
 

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from experiments.deploying.credentials import FILES
 from flexmoe_jax.errors import InputError
 
 _DAYS = 365
@@ -33,7 +34,7 @@ def make_certificates(folder: Path, host: str) -> None:
       InputError: there are such files, or the host can have no certificate.
     """
     names = _names(host)
-    for name in ("ca.crt", "server.pem", "server.key"):
+    for name in FILES:
         if (folder / name).exists():
             remedy = "is there already, and clients may trust it: delete it, or name another folder"
             raise InputError("--make_certificates", folder / name, remedy)
@@ -60,9 +61,9 @@ def make_certificates(folder: Path, host: str) -> None:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    _write(folder / "ca.crt", authority.public_bytes(serialization.Encoding.PEM))
-    _write(folder / "server.pem", server.public_bytes(serialization.Encoding.PEM))
-    _write(folder / "server.key", private)
+    public = (one.public_bytes(serialization.Encoding.PEM) for one in (authority, server))
+    for name, content in zip(FILES, (*public, private), strict=True):
+        _write(folder / name, content)
 
 
 def _names(host: str) -> list[x509.GeneralName]:
@@ -73,7 +74,7 @@ def _names(host: str) -> list[x509.GeneralName]:
         return [*names, x509.IPAddress(ipaddress.ip_address(host))]
     except ValueError:
         pass
-    # A name outside of ASCII is written as in the DNS: bücher.example as xn--bcher-kva.example.
+    # In certificates, names are as in the DNS: xn--bcher-kva.example for bücher.example.
     if not _HOST_NAME.fullmatch(host):
         remedy = "give a host's name of letters, digits, - and dots, or an address, as 192.0.2.7"
         raise InputError("--host", host, remedy)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from flexmoe_jax.errors import InputError
 
-_FILES = ("ca.crt", "server.pem", "server.key")
+FILES = ("ca.crt", "server.pem", "server.key")
 
 
 class Tls(NamedTuple):
@@ -36,7 +36,7 @@ def read_tls(folder: Path, host: str) -> Tls:
     Raises:
       InputError: a file is missing or not what its name says, or clients would refuse the server.
     """
-    found = Tls(*(folder / name for name in _FILES))
+    found = Tls(*(folder / name for name in FILES))
     for path in found:
         if not path.is_file():
             remedy = "make one with python -m experiments.serve --make_certificates=DIR"

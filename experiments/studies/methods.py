@@ -38,8 +38,6 @@ DENSE = {
 }
 
 METHODS: Axis = {
-    # The study's config as it stands; all others set the fields below, whatever the config says.
-    "config": {},
     # FLEX-MoE with our additions: experts learn from many clients, and are used evenly.
     "flex": FLEX,
     # The same, but an expert's holders have different label mixes, instead of changing.
@@ -96,10 +94,15 @@ METHODS: Axis = {
 }
 
 
+# The study's config as it stands. It is a method of your own studies, and none of those above.
+AS_IT_STANDS: Axis = {"config": {}}
+
+
 def choose(*names: str) -> Axis:
     """Selects methods by name, in the order given.
 
     A method sets its fields whatever the study's config says, so that a name means the same in
     every study; `config` sets none.
     """
-    return {name: METHODS[name] for name in names}
+    known = {**METHODS, **AS_IT_STANDS}
+    return {name: known[name] for name in names}

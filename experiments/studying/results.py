@@ -163,7 +163,7 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
     Returns:
       - `personal/final`, `personal/best`, the same for `global` and `server`, and `mean/final`, the
         mean of the three final values: accuracies in [0, 1]; no mean where clients have rules of
-        their own, so that no model can be right on the whole test set;
+        their own, since personal accuracy then is by these, and the others by all rules;
       - `personal/p10`: personal accuracy of the client at the tenth percentile; `assembled/final`:
         accuracy of all experts in one model; `tuned/final`: of clients after one more round of
         training, each for itself; `newcomer/final`: of clients that have not trained;
@@ -188,9 +188,10 @@ def figures(run: Run, target: float) -> Mapping[str, float]:
         found[f"{word}/final"] = run.final(f"eval/{word}_accuracy")
     for word in (*ACCURACIES, *FURTHER):
         found[f"{word}_loss/final"] = run.final(f"eval/{word}_loss")
-    one_truth = run.config.get("partition.rule", "none") == "none"
-    found["mean/final"] = _mean(known) if len(known) == len(ACCURACIES) and one_truth else None
-    for word in BALANCES:
+    by_one_rule = run.config.get("partition.rule", "none") == "none"
+    found["mean/final"] = _mean(known) if len(known) == len(ACCURACIES) and by_one_rule else None
+    # A single expert has no balance; runs of older versions recorded 0.
+    for word in BALANCES if run.config.get("model.experts") != 1 else ():
         _, each = run.series(f"load/{word}_cv")
         found[f"{word}/round"] = _mean(each) if each.size else None
         found[f"{word}/cumulative"] = run.final(f"load/{word}_cv_cumulative")

@@ -5,7 +5,6 @@ Axis legend: `K` expert slots.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from io import BytesIO
@@ -15,12 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from flexmoe_jax.data import digest
 from flexmoe_jax.deploy import wire
 from flexmoe_jax.errors import InputError
 from flexmoe_jax.types import Own, PyTree
 
 FILE = "own.npz"
-# File with a hash of the examples that the client joined with.
+# File with hashes of the examples that the client joined with.
 _EXAMPLES = "examples.txt"
 
 
@@ -75,21 +75,13 @@ def require_same_examples(folder: Path, arrays: Mapping[str, Any]) -> None:
       InputError: the examples are others.
       OSError: if the hash cannot be written.
     """
-    path, found = folder / _EXAMPLES, _hash(arrays)
+    path = folder / _EXAMPLES
+    found = "".join(f"{name} {digest(np.asarray(arrays[name]))}\n" for name in sorted(arrays))
     if not path.exists():
         _write(path, found.encode())
     elif path.read_text(errors="replace") != found:
         remedy = "has joined this federation with other examples: give those, or begin a new run"
         raise InputError("data", "other training examples", remedy)
-
-
-def _hash(arrays: Mapping[str, Any]) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for name in sorted(arrays):
-        values = np.ascontiguousarray(arrays[name])
-        found.update(f"{name} {values.dtype.str} {values.shape} ".encode())
-        found.update(values.tobytes())
-    return found.hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

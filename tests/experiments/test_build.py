@@ -16,7 +16,7 @@ from experiments.examples import load_partitioned, split_clients
 from experiments.model import check_model, finished, model_maker
 from experiments.report import write_report
 from experiments.rounds import existing, imbalance, run_rounds
-from experiments.studies.methods import METHODS
+from experiments.studies.methods import METHODS, choose
 from experiments.train import train
 from experiments.workdir import Workdir
 from flexmoe_jax import models
@@ -210,6 +210,11 @@ def test_the_default_is_flex_as_studies_have_it():
     for config in (digits, emnist_digits):
         fields = flat_fields(config.get_config())
         assert {field: fields[field] for field in METHODS["flex"]} == METHODS["flex"]
+
+
+def test_a_studys_config_as_it_stands_is_no_method_of_the_shipped_studies():
+    assert choose("random", "config") == {"random": METHODS["random"], "config": {}}
+    assert "config" not in METHODS
 
 
 def test_experts_step_further_than_the_rest():

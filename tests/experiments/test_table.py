@@ -148,12 +148,20 @@ def test_numbers_worked_out_by_hand(folder):
     assert greedy["by_seed"] == "0=6 1=6"
 
 
-def test_there_is_no_mean_of_three_where_no_model_can_be_right_for_all(tmp_path):
+def test_there_is_no_mean_of_three_where_clients_have_rules_of_their_own(tmp_path):
     write_run(tmp_path / "run", [0.5, 0.6])
     run = read_run(tmp_path / "run")
     assert figures(run, 0.6)["mean/final"] == pytest.approx((0.9 + 0.6 + 0.6) / 3)
     of_rules = replace(run, config={**run.config, "partition.rule": "relabelled"})
     assert "mean/final" not in figures(of_rules, 0.6)
+
+
+def test_a_single_expert_has_no_balance(tmp_path):
+    write_run(tmp_path / "run", [0.5, 0.6])
+    run = read_run(tmp_path / "run")
+    alone = replace(run, config={**run.config, "model.experts": 1})
+    lost = figures(run, 0.6).keys() - figures(alone, 0.6).keys()
+    assert lost == {f"{of}/{how}" for of in ("assigned", "usage") for how in ("round", "cumulative")}
 
 
 def test_the_best_is_not_the_last(tmp_path):
