@@ -161,7 +161,8 @@ def test_a_single_expert_has_no_balance(tmp_path):
     run = read_run(tmp_path / "run")
     alone = replace(run, config={**run.config, "model.experts": 1})
     lost = figures(run, 0.6).keys() - figures(alone, 0.6).keys()
-    assert lost == {f"{of}/{how}" for of in ("assigned", "usage") for how in ("round", "cumulative")}
+    loads, sums = ("assigned", "usage"), ("round", "cumulative")
+    assert lost == {f"{load}/{summed}" for load in loads for summed in sums}
 
 
 def test_the_best_is_not_the_last(tmp_path):
